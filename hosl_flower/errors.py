@@ -1,0 +1,33 @@
+"""The errors a user or a remote peer can cause.
+
+Every message says what was expected, what arrived, from where, and what to do. They all
+derive from HoslError, so an entry point catches one class and prints one line.
+"""
+
+
+class HoslError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(HoslError):
+    """A run-config key is unknown, malformed, out of range or contradicts another."""
+
+
+class DataError(HoslError):
+    """A data set cannot be found, read, or does not have what the task needs."""
+
+
+class CheckpointError(HoslError):
+    """A model directory or weight file is missing, damaged or of another model."""
+
+
+class ProtocolError(HoslError):
+    """A message does not have the form the protocol asks for."""
+
+
+class ClientError(HoslError):
+    """A client failed, did not answer in time, or answered with an error."""
+
+
+class DriftError(HoslError):
+    """A client submodel is not the one its ledger describes."""

@@ -1,0 +1,98 @@
+"""The Hugging Face hub: is it there, and one file of a repository.
+
+A device in the field is often offline. huggingface_hub's own retries can then take minutes,
+so reachability is probed once, within seconds, and everything after goes through the cache.
+"""
+
+import os
+import threading
+from functools import cache
+from pathlib import Path
+
+import httpx
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
+
+from hosl_flower.errors import CheckpointError
+
+PROBE_SECONDS = 4.0
+
+
+@cache
+def is_reachable() -> bool:
+    """Whether the hub answers within PROBE_SECONDS; asked once per process.
+
+    HF_HUB_OFFLINE=1 counts as unreachable. In a thread of its own, because the time a name
+    server takes is not bounded by a connect timeout.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return False
+    answer: list[bool] = []
+
+    def probe() -> None:
+        try:
+            httpx.head(constants.ENDPOINT, timeout=PROBE_SECONDS, follow_redirects=False)
+            answer.append(True)
+        except (httpx.HTTPError, OSError):
+            answer.append(False)
+
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    return bool(answer and answer[0])
+
+
+def locate(model: str, filename: str) -> Path | None:
+    """One file of a model given as a local directory or hub id; None where it has no such file.
+
+    Raises CheckpointError when the model itself cannot be had.
+    """
+    directory = Path(model).expanduser()
+    if directory.is_dir():
+        path = directory / filename
+        return path if path.is_file() else None
+    if directory.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise CheckpointError(f"model directory {model!r} does not exist")
+    return fetch(model, filename)
+
+
+def fetch(repository: str, filename: str) -> Path | None:
+    """The local path of one file of a hub repository, downloaded unless cached.
+
+    None when the repository has no such file. Raises CheckpointError when the repository
+    cannot be had: not cached and no hub, unknown name, no permission.
+    """
+    offline = not is_reachable()
+    try:
+        return Path(hf_hub_download(repository, filename, local_files_only=offline))
+    except LocalEntryNotFoundError as error:
+        if _is_cached(repository):  # the snapshot is there, this file is not part of it
+            return None
+        raise CheckpointError(
+            f"{repository!r} is not in the local Hugging Face cache and "
+            f"{constants.ENDPOINT} cannot be reached; connect, or give a local model directory"
+        ) from error
+    except EntryNotFoundError:
+        return None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"the hub does not give {filename!r} of {repository!r}: {first_line}; "
+            "check the name and, for a gated model, HF_TOKEN"
+        ) from error
+
+
+def _is_cached(repository: str) -> bool:
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}" / "snapshots"
+    return folder.is_dir() and any(folder.glob("*/config.json"))
+
+
+def cache_directory() -> Path:
+    """Where this package keeps what it derives from downloads: $HOSL_CACHE or ~/.cache/hosl-flower."""
+    root = os.environ.get("HOSL_CACHE")
+    return Path(root) if root else Path.home() / ".cache" / "hosl-flower"

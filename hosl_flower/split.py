@@ -1,0 +1,203 @@
+"""Cutting a causal language model into a client submodel and a server submodel.
+
+    client: token ids [B, S]        -> embeddings, blocks 1..cut  -> activations [B, S, H]
+    server: activations [B, S, H]   -> blocks cut+1..n, norm, head -> logits
+
+Each side reads only its own tensors. Many models tie the LM head to the token embedding;
+a split breaks that tie: the SERVER OWNS ITS OWN COPY of the head, the client owns the
+embedding, and once both train they differ. A merged model is saved untied (merge.py).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from hosl_flower import hub
+from hosl_flower.errors import CheckpointError, ConfigError
+from hosl_flower.families import Family, architecture, family_of
+from hosl_flower.weights import Checkpoint, RandomWeights, WeightSource
+
+HEAD = "lm_head.weight"
+RANDOM = "random:"
+
+
+class Submodel(nn.Module):
+    """One side of the split. Dropout is off on both sides, always: the probes of one step and
+    the server's gradient must see the same function."""
+
+    def __init__(self, decoder: nn.Module, family: Family):
+        super().__init__()
+        self.decoder = decoder
+        self._prefix = family.decoder_prefix
+        self.eval()
+
+    def canonical(self, name: str) -> str:
+        """Own parameter name -> name in the unsplit model's state dict."""
+        return f"{self._prefix}{name[8:]}" if name.startswith("decoder.") else name
+
+    def canonical_parameters(self) -> dict[str, nn.Parameter]:
+        """Every parameter of this side by its name in the unsplit model, sorted by name."""
+        return {self.canonical(n): p for n, p in sorted(self.named_parameters())}
+
+
+class ClientSubmodel(Submodel):
+    """Embeddings and the first `cut` blocks."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """ids [B, S] int64, mask [B, S] (1 = token) -> activations [B, S, H]."""
+        output = self.decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return output.last_hidden_state
+
+
+class ServerSubmodel(Submodel):
+    """The blocks after the cut, final norm and LM head."""
+
+    def __init__(self, decoder: nn.Module, head: nn.Linear, family: Family):
+        super().__init__(decoder, family)
+        self.lm_head = head
+
+    def hidden(self, activations: Tensor, attention_mask: Tensor) -> Tensor:
+        """activations [B, S, H], mask [B, S] -> last hidden state [B, S, D]."""
+        return self.decoder(
+            inputs_embeds=activations, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
+
+    def forward(self, activations: Tensor, attention_mask: Tensor) -> Tensor:
+        """activations [B, S, H], mask [B, S] -> logits [B, S, V]."""
+        return self.lm_head(self.hidden(activations, attention_mask))
+
+    def answer_logits(self, activations: Tensor, attention_mask: Tensor, rows: Tensor) -> Tensor:
+        """Logits [B, C] of C head rows [C, D] at the last position only.
+
+        Inputs are left-padded, so the last position is where the answer starts. Nothing of
+        the size of the vocabulary is computed.
+        """
+        return F.linear(self.hidden(activations, attention_mask)[:, -1], rows)
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model before fine-tuning: its configuration and where its tensors come from."""
+
+    model: str
+    config: PretrainedConfig
+    source: WeightSource
+    pretrained: bool
+
+    @property
+    def blocks(self) -> int:
+        """Number of transformer blocks: the largest possible cut layer."""
+        return self.config.num_hidden_layers
+
+
+def open_base(model: str, seed: int = 0) -> Base:
+    """Open a model: a directory, a hub id, or `random:<architecture>`; reads headers only.
+
+    seed: of the weights of `random:` models. Raises CheckpointError or ConfigError.
+    """
+    if model.startswith(RANDOM):
+        config = architecture(model.removeprefix(RANDOM))
+        source = RandomWeights(seed, family_of(config).init_std(config), absent={HEAD})
+        return Base(model, config, source, pretrained=False)
+    config = load_model_config(model)
+    checkpoint = Checkpoint(model, family_of(config).base_prefix)
+    return Base(model, config, checkpoint, pretrained=True)
+
+
+def load_model_config(model: str) -> PretrainedConfig:
+    """config.json of a directory or hub id; CheckpointError when there is none."""
+    path = hub.locate(model, "config.json")
+    if path is None:
+        raise CheckpointError(f"{model} has no config.json; expected a Hugging Face model")
+    try:
+        return AutoConfig.from_pretrained(path.parent)
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{model}: config.json cannot be used: {first_line}") from error
+
+
+def check_cut(config: PretrainedConfig, cut: int) -> None:
+    """ConfigError unless 0 <= cut <= number of blocks."""
+    if not 0 <= cut <= config.num_hidden_layers:
+        raise ConfigError(
+            f"cut-layer = {cut} is outside 0..{config.num_hidden_layers}, "
+            "the number of blocks of this model"
+        )
+
+
+def _skeleton(config: PretrainedConfig, cut: int) -> tuple[nn.Module, nn.Module, Family]:
+    """(causal LM, its decoder, family) without memory: every tensor on the meta device."""
+    check_cut(config, cut)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    family = family_of(config)
+    return model, family.decoder(model), family
+
+
+def client_skeleton(config: PretrainedConfig, cut: int) -> ClientSubmodel:
+    """The client submodel on the meta device: names and shapes, no memory."""
+    _, decoder, family = _skeleton(config, cut)
+    family.keep_client(decoder, cut)
+    return ClientSubmodel(decoder, family)
+
+
+def server_skeleton(config: PretrainedConfig, cut: int) -> ServerSubmodel:
+    """The server submodel on the meta device, with a head of its own."""
+    model, decoder, family = _skeleton(config, cut)
+    family.keep_server(decoder, cut)
+    head = model.get_output_embeddings()
+    with torch.device("meta"):  # a fresh parameter: the old one may be the embedding's
+        head.weight = nn.Parameter(torch.empty(head.weight.shape))
+    return ServerSubmodel(decoder, head, family)
+
+
+def load_client(base: Base, cut: int, dtype: torch.dtype, device: str) -> ClientSubmodel:
+    """The client submodel with its tensors, and no other's, on `device`."""
+    submodel = client_skeleton(base.config, cut)
+    _materialise(submodel, base, dtype, device)
+    return submodel
+
+
+def load_server(base: Base, cut: int, dtype: torch.dtype, device: str) -> ServerSubmodel:
+    """The server submodel with its tensors, and no other's, on `device`."""
+    submodel = server_skeleton(base.config, cut)
+    _materialise(submodel, base, dtype, device)
+    return submodel
+
+
+def _materialise(submodel: Submodel, base: Base, dtype: torch.dtype, device: str) -> None:
+    """Fill a skeleton tensor by tensor, straight into the final dtype and device."""
+    embedding = _embedding_name(base.config)
+    for name, empty in list(submodel.named_parameters()):
+        wanted = submodel.canonical(name)
+        # A tied head is usually not stored: it is the embedding.
+        stored = embedding if wanted == HEAD and HEAD not in base.source else wanted
+        value = torch.empty(empty.shape, dtype=dtype, device=device)
+        value.copy_(base.source.read(stored, empty.shape))
+        owner, _, attribute = name.rpartition(".")
+        setattr(submodel.get_submodule(owner), attribute, nn.Parameter(value))
+
+
+def _embedding_name(config: PretrainedConfig) -> str:
+    return f"{family_of(config).decoder_prefix}embed_tokens.weight"
+
+
+def trainable_parameters(submodel: ClientSubmodel, trainable: str) -> dict[str, nn.Parameter]:
+    """The client parameters ZO perturbs and updates, by canonical name.
+
+    trainable: "full" (embeddings and blocks, as in HOSL) or "blocks" (embeddings frozen,
+    which leaves roughly half the dimensions to estimate for OPT-125M cut at 5).
+    """
+    parameters = submodel.canonical_parameters()
+    if trainable == "full":
+        return parameters
+    return {name: p for name, p in parameters.items() if ".layers." in name}
+
+
+def count(parameters: Mapping[str, Tensor]) -> int:
+    """Number of elements."""
+    return sum(parameter.numel() for parameter in parameters.values())

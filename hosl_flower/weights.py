@@ -1,0 +1,213 @@
+"""Reading single tensors from any checkpoint layout Hugging Face models come in.
+
+A side of the split asks for its own tensors by canonical name (as in the unsplit model's
+state dict, `model.decoder.layers.0.fc1.weight`) and nothing else is read: safetensors files
+are memory-mapped, shards of the other side are not even opened or downloaded. Legacy
+`pytorch_model.bin` files are converted to safetensors once, block by block and on demand.
+No pickle is executed: `torch.load` runs with weights_only.
+"""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hosl_flower import hub
+from hosl_flower.errors import CheckpointError
+from hosl_flower.perturb import derive_seed
+
+
+class WeightSource(Protocol):
+    """Where tensors come from, by canonical name."""
+
+    origin: str
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the source has this tensor."""
+
+    def read(self, name: str, shape: torch.Size) -> Tensor:
+        """The tensor, possibly memory-mapped: copy before writing to it."""
+
+
+class RandomWeights:
+    """Fresh weights for a model that has no checkpoint: normals of std `init_std`, unit norms.
+
+    Every tensor has its own generator, so each side can make its half alone and the halves
+    fit. Drawn on the CPU in float32 whatever the target device.
+    """
+
+    def __init__(self, seed: int, init_std: float, absent: Iterable[str] = ()):
+        self.origin = f"random weights (seed {seed})"
+        self.seed, self.init_std, self.absent = seed, init_std, frozenset(absent)
+
+    def __contains__(self, name: str) -> bool:
+        return name not in self.absent
+
+    def read(self, name: str, shape: torch.Size) -> Tensor:
+        if len(shape) >= 2:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "init", name) >> 1)
+            return torch.empty(shape).normal_(0.0, self.init_std, generator=generator)
+        return torch.ones(shape) if name.endswith("norm.weight") else torch.zeros(shape)
+
+
+class Checkpoint:
+    """A pretrained checkpoint: a local directory or a hub repository.
+
+    base_prefix: what canonical names of the decoder start with ("model"); checkpoints saved
+    from the bare base model leave it out and are understood too.
+    """
+
+    def __init__(self, model: str, base_prefix: str):
+        self.origin = model
+        self.base_prefix = base_prefix
+        self._files = self._index()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def read(self, name: str, shape: torch.Size) -> Tensor:
+        if name not in self._files:
+            raise CheckpointError(
+                f"{self.origin} has no tensor {name!r}; it holds {len(self._files)} others, "
+                f"such as {', '.join(sorted(self._files)[:3]) or 'none'}: another model?"
+            )
+        filename, key = self._files[name]
+        path = hub.locate(self.origin, filename)
+        if path is None:
+            raise CheckpointError(f"{self.origin} lists {filename!r} in its index but lacks it")
+        read = _read_bin if filename.endswith(".bin") else _read_safetensors
+        tensor = read(path, key)
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"{path}: {key} has shape {list(tensor.shape)}, the configuration asks for "
+                f"{list(shape)}; config.json and weights do not belong together"
+            )
+        if not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{path}: {key} is {tensor.dtype}, expected floating point weights; "
+                "quantised checkpoints are not supported"
+            )
+        return tensor
+
+    def _index(self) -> dict[str, tuple[str, str]]:
+        """canonical name -> (file, key in that file), from headers only."""
+        for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+            single = index.removesuffix(".index.json")
+            path = hub.locate(self.origin, single)
+            if path is not None:
+                keys = _keys_bin(path) if single.endswith(".bin") else _keys_safetensors(path)
+                return {self._canonical(key): (single, key) for key in keys}
+            path = hub.locate(self.origin, index)
+            if path is not None:
+                entries = _weight_map(path)
+                return {self._canonical(key): (file, key) for key, file in entries.items()}
+        raise CheckpointError(
+            f"{self.origin} has none of model.safetensors, pytorch_model.bin or their sharded "
+            "forms; expected a Hugging Face model directory or hub id"
+        )
+
+    def _canonical(self, key: str) -> str:
+        known = (f"{self.base_prefix}.", "lm_head.")
+        return key if key.startswith(known) else f"{self.base_prefix}.{key}"
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    try:
+        entries = json.loads(path.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a sharded-checkpoint index ({error!r})") from error
+    bad = [f for f in entries.values() if not isinstance(f, str) or Path(f).name != f]
+    if bad:
+        raise CheckpointError(f"{path}: shard names must be plain file names, found {bad[0]!r}")
+    return entries
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path} cannot be read as model weights ({error}); it is truncated or of another "
+        "format: download or copy it again"
+    )
+
+
+def _keys_safetensors(path: Path) -> list[str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _read_safetensors(path: Path, key: str) -> Tensor:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(key)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _load_bin(path: Path) -> dict[str, Tensor]:
+    """The state dict of a legacy file. Memory-mapped, so only what is used is ever read."""
+    try:
+        try:
+            state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+        except RuntimeError as error:
+            if "mmap can only be used" not in str(error):
+                raise
+            # Written before torch 1.6 as one stream: it has to be read whole.
+            state = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # torch raises many kinds for a damaged or hostile file
+        raise _damaged(path, ValueError(str(error).splitlines()[0])) from error
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise _damaged(path, ValueError("it does not hold a state dict of tensors"))
+    return state
+
+
+def _conversion_directory(path: Path) -> Path:
+    path = path.resolve()
+    status = path.stat()
+    identity = f"{path}|{status.st_size}|{status.st_mtime_ns}"
+    name = hashlib.sha256(identity.encode()).hexdigest()[:24]
+    return hub.cache_directory() / "converted" / name
+
+
+def _keys_bin(path: Path) -> list[str]:
+    listing = _conversion_directory(path) / "keys.json"
+    if not listing.is_file():
+        keys = sorted(_load_bin(path))
+        _write_atomically(listing, lambda target: target.write_text(json.dumps(keys)))
+    return json.loads(listing.read_text())
+
+
+def _read_bin(path: Path, key: str) -> Tensor:
+    """One tensor of a legacy file, through a safetensors copy of its block in the cache."""
+    block = re.match(r"(.*\blayers\.\d+)\.", key)
+    group = block.group(1) if block else key
+    converted = _conversion_directory(path) / f"{group}.safetensors"
+    if not converted.is_file():
+        own = {k: t for k, t in _load_bin(path).items() if k == key or k.startswith(f"{group}.")}
+        # clone: tied tensors share storage, which safetensors rightly refuses
+        own = {k: t.clone().contiguous() for k, t in own.items()}
+        _write_atomically(converted, lambda target: save_file(own, target))
+    return _read_safetensors(converted, key)
+
+
+def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Several clients on one machine may convert the same file at the same time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,112 @@
+"""The zeroth-order estimator and its update (MeZO's SPSA; HOSL Def. 3, Eq. 6-7).
+
+One estimator serves every method; methods differ in the scalar they probe, the surrogate:
+HOSL asks the server for the true loss, HO-SFL takes an inner product with the cut gradient.
+
+    two-sided  g_q = (f(theta + eps s_q) - f(theta - eps s_q)) / (2 eps Q)
+    one-sided  g_q = (f(theta + eps s_q) - f(theta)) / (eps Q)
+    update     theta <- theta - eta * sum_q g_q s_q
+
+The 1/Q sits in the scalar, as in HOSL's Alg. 1, so a ledger of (seed, g) pairs is complete.
+"""
+
+import math
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hosl_flower.perturb import Layout, as_matrix_shape
+
+_CHUNK_ELEMENTS = 1 << 20  # an update works on at most this many elements at a time
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a surrogate is evaluated: theta + coefficient * s(seed). coefficient 0 is theta."""
+
+    seed: int
+    coefficient: float
+
+
+def probe_points(seeds: Sequence[int], epsilon: float, two_sided: bool = True) -> list[Point]:
+    """The points one estimate needs, in the order the values are expected.
+
+    Two-sided: +eps, -eps per seed. One-sided: theta itself first, then +eps per seed.
+    """
+    if two_sided:
+        return [Point(seed, sign * epsilon) for seed in seeds for sign in (1, -1)]
+    return [Point(0, 0.0), *(Point(seed, epsilon) for seed in seeds)]
+
+
+def to_float32(value: float) -> float:
+    """The nearest float32, as a Python float: what is stored, sent and replayed."""
+    return struct.unpack("<f", struct.pack("<f", value))[0]
+
+
+def projected_gradients(
+    values: Sequence[float], epsilon: float, two_sided: bool = True
+) -> list[float]:
+    """Surrogate values, ordered as `probe_points`, -> projected gradients [Q], exact float32.
+
+    Raises ValueError when a value is not finite or their number does not fit.
+    """
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"surrogate values must be finite, got {list(values)}")
+    if two_sided:
+        if len(values) < 2 or len(values) % 2:
+            raise ValueError(f"two-sided probing needs 2 values per seed, got {len(values)}")
+        directions = len(values) // 2
+        differences = [values[2 * q] - values[2 * q + 1] for q in range(directions)]
+        return [to_float32(d / (2 * epsilon * directions)) for d in differences]
+    directions = len(values) - 1
+    if directions < 1:
+        raise ValueError(f"one-sided probing needs 1 + Q values, got {len(values)}")
+    return [to_float32((v - values[0]) / (epsilon * directions)) for v in values[1:]]
+
+
+def estimate(
+    surrogate: Callable[[Sequence[Point]], Iterable[float]],
+    seeds: Sequence[int],
+    epsilon: float,
+    two_sided: bool = True,
+) -> list[float]:
+    """Projected gradients [Q] of a surrogate along the directions of `seeds`.
+
+    surrogate: given points, yields its value at each, in order. It may be lazy: values are
+    consumed one at a time, so a remote surrogate never holds two activations at once.
+    """
+    values = list(surrogate(probe_points(seeds, epsilon, two_sided)))
+    return projected_gradients(values, epsilon, two_sided)
+
+
+@torch.no_grad()
+def apply_update(
+    parameters: Mapping[str, Tensor],
+    layout: Layout,
+    seeds: Sequence[int],
+    scalars: Sequence[float],
+    learning_rate: float,
+) -> None:
+    """theta -= learning_rate * sum_q scalars[q] * s(seeds[q]), in place, directions regenerated.
+
+    No gradient buffer: a chunk of rows of one parameter is updated by all directions in turn.
+    Bit-identical on every device for sign directions: each coefficient is rounded to float32
+    first, then added in the order given; a 16-bit parameter is rounded once, at the end.
+    """
+    device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
+    directions = [layout.draw(seed, device) for seed in seeds]
+    coefficients = [to_float32(learning_rate * scalar) for scalar in scalars]
+    for name, parameter in parameters.items():
+        rows, columns = as_matrix_shape(parameter.shape)
+        matrix = parameter.detach().view(rows, columns)
+        step = max(1, _CHUNK_ELEMENTS // columns)
+        for start in range(0, rows, step):
+            block = matrix[start : start + step]
+            work = block if block.dtype == torch.float32 else block.float()
+            for direction, coefficient in zip(directions, coefficients, strict=True):
+                direction.subtract_(work, name, start, coefficient)
+            if work is not block:
+                block.copy_(work)
