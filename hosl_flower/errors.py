@@ -31,3 +31,13 @@ class ClientError(HoslError):
 
 class DriftError(HoslError):
     """A client submodel is not the one its ledger describes."""
+
+
+class DivergedError(HoslError):
+    """Training left the finite numbers."""
+
+    def __init__(self, step: int, loss: float):
+        super().__init__(
+            f"step {step}: the loss is {loss}, training has diverged; lower "
+            "server-learning-rate or client-learning-rate"
+        )

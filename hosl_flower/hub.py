@@ -93,6 +93,6 @@ def _is_cached(repository: str) -> bool:
 
 
 def cache_directory() -> Path:
-    """Where this package keeps what it derives from downloads: $HOSL_CACHE or ~/.cache/hosl-flower."""
+    """Where derived files are kept: $HOSL_CACHE or ~/.cache/hosl-flower."""
     root = os.environ.get("HOSL_CACHE")
     return Path(root) if root else Path.home() / ".cache" / "hosl-flower"

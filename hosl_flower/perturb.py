@@ -36,12 +36,13 @@ _NORMALS_PER_BLOCK = 8  # 16 bits each
 
 
 def derive_seed(seed: int, *labels: object) -> int:
-    """A 64-bit seed for one purpose, from the run seed and what names the purpose.
+    """A 63-bit seed for one purpose, from the run seed and what names the purpose.
 
-    The first eight bytes (little endian) of SHA-256 over "seed/label/label/...".
+    The first eight bytes (little endian) of SHA-256 over "seed/label/label/...", shifted right by
+    one so that it fits the signed integers of every format it travels in.
     """
     text = "/".join(str(part) for part in (seed, *labels))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
 def _split_words(value: int) -> tuple[int, int]:
@@ -253,3 +254,10 @@ class Layout:
         words, spans = self._plan[device]
         flat = _to_signs(philox(words, seed))
         return {label: flat[start:stop] for label, start, stop in spans}
+
+
+def permutation(count: int, seed: int) -> list[int]:
+    """0..count-1 shuffled, the same everywhere: sorted by 64-bit keys from the generator."""
+    words = philox(_counters("permutation", torch.arange(-(-count // 2))), seed).view(-1, 2)[:count]
+    keys = (words[:, 0] << 31) ^ words[:, 1]  # 63 bits, so never negative
+    return torch.argsort(keys, stable=True).tolist()

@@ -10,6 +10,7 @@ embedding, and once both train they differ. A merged model is saved untied (merg
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -149,7 +150,7 @@ def server_skeleton(config: PretrainedConfig, cut: int) -> ServerSubmodel:
     """The server submodel on the meta device, with a head of its own."""
     model, decoder, family = _skeleton(config, cut)
     family.keep_server(decoder, cut)
-    head = model.get_output_embeddings()
+    head: Any = model.lm_head
     with torch.device("meta"):  # a fresh parameter: the old one may be the embedding's
         head.weight = nn.Parameter(torch.empty(head.weight.shape))
     return ServerSubmodel(decoder, head, family)

@@ -54,7 +54,7 @@ class RandomWeights:
 
     def read(self, name: str, shape: torch.Size) -> Tensor:
         if len(shape) >= 2:
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, "init", name) >> 1)
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "init", name))
             return torch.empty(shape).normal_(0.0, self.init_std, generator=generator)
         return torch.ones(shape) if name.endswith("norm.weight") else torch.zeros(shape)
 

@@ -1,0 +1,87 @@
+"""The command line: run a simulation in this process, or through a private Flower SuperLink."""
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from hosl_flower.config import RunConfig, help_table, parse_config
+from hosl_flower.errors import ConfigError, HoslError
+
+cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+App = Annotated[Path, typer.Argument(help="a Flower app directory, e.g. simulations/quickstart")]
+Override = Annotated[
+    list[str] | None, typer.Option("-c", "--config", help="key=value, may be repeated")
+]
+
+
+@cli.command()
+def run(app: App, config: Override = None) -> None:
+    """Train in this process, without Flower: same config, same numbers, no network."""
+    from hosl_flower.server_app import load_strategy, log_to_stderr
+
+    log_to_stderr()
+    try:
+        load_strategy(read_app_config(app, config or [])).run_in_process()
+    except HoslError as error:
+        _fail(error)
+
+
+@cli.command()
+def simulate(
+    app: App,
+    config: Override = None,
+    federation: Annotated[
+        str, typer.Option(help="passed on as --federation-config, e.g. 'num-supernodes=4'")
+    ] = "",
+) -> None:
+    """`flwr run` with a SuperLink of its own: fails when the run failed, leaves nothing behind."""
+    from hosl_flower.local_flower import run_flower_app
+
+    try:
+        overrides = dict(map(_key_value, config or []))
+        checked = read_app_config(app, config or [])
+        results = run_flower_app(app, overrides, federation, Path(checked.output_dir))
+    except HoslError as error:
+        _fail(error)
+    typer.echo(f"results: {results}")
+
+
+@cli.command()
+def keys() -> None:
+    """The table of run-config keys, as Markdown."""
+    typer.echo(help_table())
+
+
+def read_app_config(app: Path, overrides: list[str]) -> RunConfig:
+    """The validated config of a Flower app directory; overrides are "key=value"."""
+    path = app / "pyproject.toml"
+    try:
+        values = tomllib.loads(path.read_text())["tool"]["flwr"]["app"].get("config", {})
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} does not exist; expected a Flower app directory") from error
+    except (tomllib.TOMLDecodeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{path} has no [tool.flwr.app] section ({error!r})") from error
+    return parse_config({**values, **dict(map(_key_value, overrides))}, str(path))
+
+
+def _key_value(text: str) -> tuple[str, Any]:
+    """ "steps=5" -> ("steps", 5), with values as TOML scalars; bare words are strings."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"-c {text!r}: expected key=value")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value
+
+
+def _fail(error: HoslError) -> None:
+    Console(stderr=True, width=10_000 if not os.isatty(2) else None).print(
+        f"error: {error}", style="bold red", markup=False, highlight=False
+    )
+    raise typer.Exit(1)

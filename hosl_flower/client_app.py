@@ -1,0 +1,53 @@
+"""The Flower ClientApp: unpack, let the client answer, pack. Runs on the edge device.
+
+Node config: partition-id (required), data-path, model-path and device (this node's own).
+"""
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from hosl_flower.client import Client
+from hosl_flower.errors import HoslError
+from hosl_flower.link.records import pack, unpack_requests
+from hosl_flower.messages import Failure
+from hosl_flower.spec import ClientSpec, use_threads
+
+app = ClientApp()
+
+# The client of the run this process served last. A Ray worker answers many messages, for many
+# partitions; loading the submodel for each would dwarf the work. Keyed by everything that
+# makes a client, the run id included, so that two runs never mix; one, so memory is bounded.
+_cached: dict[str, Client] = {}
+
+
+@app.query("node")
+def node(message: Message, context: Context) -> Message:
+    """Which partition this node serves."""
+    partition = context.node_config.get("partition-id", -1)
+    content = RecordDict({"config": ConfigRecord({"partition-id": partition})})
+    return Message(content, reply_to=message)
+
+
+@app.train("exchange")
+def exchange(message: Message, context: Context) -> Message:
+    """Answer the requests of one exchange."""
+    try:
+        spec, requests = unpack_requests(message.content)
+        replies = list(_client(spec, context).answer(requests))
+    except HoslError as error:
+        text = f"{type(error).__name__}: {error}"
+        replies = [Failure(step=0, seconds=0.0, peak_bytes=0, error=text[:4000])]
+    return Message(pack(replies), reply_to=message)
+
+
+def _client(spec: ClientSpec, context: Context) -> Client:
+    own = {
+        key: str(context.node_config.get(name, ""))
+        for key, name in (("data_path", "data-path"), ("model", "model-path"), ("device", "device"))
+    }
+    key = f"{spec.to_json()}|{sorted(own.items())}"
+    if key not in _cached:
+        _cached.clear()
+        use_threads(spec.threads)
+        _cached[key] = Client(spec, **own)
+    return _cached[key]

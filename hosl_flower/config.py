@@ -1,0 +1,159 @@
+"""Every run-config key: type, default, allowed values and one line of help.
+
+Keys are flat kebab-case TOML scalars, as Flower's `[tool.flwr.app.config]` wants them. They
+are validated once, here, before anything is loaded; inside, a RunConfig is trusted.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from hosl_flower.errors import ConfigError
+
+Scalar = bool | int | float | str
+
+
+class RunConfig(BaseModel):
+    """A validated run configuration. Field `cut_layer` is key `cut-layer`, and so on."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        alias_generator=lambda name: name.replace("_", "-"),
+        allow_inf_nan=False,
+        str_strip_whitespace=True,
+        protected_namespaces=(),
+    )
+
+    strategy: str = Field(
+        "strategies.hosl:Hosl",
+        pattern=r"^[\w.]+:\w+$",
+        description="the method, as 'module:class', from any installed package",
+    )
+    model: str = Field(
+        "facebook/opt-125m",
+        min_length=1,
+        description="hub id, local directory, or random:<architecture> for fresh weights",
+    )
+    cut_layer: int = Field(5, ge=0, description="number of blocks the client holds")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of weights and activations on both sides"
+    )
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$",
+        description="auto takes a GPU where there is one; a node's own `device` overrides it",
+    )
+    threads: int = Field(
+        0, ge=0, le=1024, description="CPU threads per process; 0 is all cores of the machine"
+    )
+
+    task: str = Field("sst2", description="sst2, sms-spam, or the name of your own task")
+    data_path: str = Field(
+        "", description="local file or directory instead of the task's own data set"
+    )
+    prompt: str = Field("", description="overrides the task's prompt, e.g. '{sentence} It was'")
+    verbalizers: str = Field(
+        "", description="overrides the answer words, comma separated, in label order"
+    )
+    label_column: str = Field("", description="overrides the name of the label column")
+    max_length: int = Field(128, ge=8, description="tokens per example; longer texts are cut")
+    train_examples: int = Field(0, ge=0, description="use at most so many; 0 is all")
+    eval_examples: int = Field(0, ge=0, description="held-out examples, at most; 0 is all")
+    offline_fallback: bool = Field(
+        True,
+        description="without hub and cache: random weights and the bundled SMS data, with a banner",
+    )
+
+    num_clients: int = Field(1, ge=1, description="data partitions, each one client")
+    turn_steps: int = Field(
+        1, ge=1, description="steps a client takes before the next one's turn (relay)"
+    )
+    steps: int = Field(200, ge=1, description="training steps in all")
+    batch_size: int = Field(8, ge=1, description="examples per step")
+    eval_batch_size: int = Field(32, ge=1, description="examples per evaluation request")
+    eval_every: int = Field(50, ge=1, description="evaluate every so many steps, and at the end")
+    evaluation: Literal["split", "central"] = Field(
+        "split", description="through the client, or on the server from base weights and ledger"
+    )
+
+    directions: int = Field(1, ge=1, le=10_000, description="Q, two-sided probes per step")
+    epsilon: float = Field(1e-3, gt=0, lt=1, description="probe distance")
+    perturbation: Literal["rank1", "signs", "gaussian"] = Field(
+        "rank1", description="distribution of the directions"
+    )
+    client_trainable: Literal["full", "blocks"] = Field(
+        "full", description="full trains embeddings too (as HOSL), blocks freezes them"
+    )
+    client_learning_rate: float = Field(1e-6, ge=0, description="of the ZO-SGD client update")
+    server_learning_rate: float = Field(1e-3, ge=0, description="of the server's optimizer")
+    server_optimizer: Literal["sgd", "adamw"] = Field(
+        "sgd", description="adamw without weight decay"
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="of data order, directions and fresh weights")
+
+    output_dir: str = Field("runs", min_length=1, description="where run directories are made")
+    run_name: str = Field(
+        "", pattern=r"^[\w.-]*$", description="the run directory's name; default: a time stamp"
+    )
+    save_model: bool = Field(True, description="write the merged model at the end")
+    reply_deadline: float = Field(
+        600.0, gt=0, description="seconds a client may take for one exchange"
+    )
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "RunConfig":
+        if self.verbalizers and len(self.verbalizer_list) < 2:
+            raise ValueError("verbalizers: needs at least two comma-separated words")
+        if self.num_clients > self.train_examples > 0:
+            raise ValueError(
+                f"num-clients = {self.num_clients} is more than train-examples = "
+                f"{self.train_examples}: some clients would have no data"
+            )
+        return self
+
+    @property
+    def verbalizer_list(self) -> list[str]:
+        """The overriding answer words; empty when the task's own are used."""
+        return [word.strip() for word in self.verbalizers.split(",") if word.strip()]
+
+    def as_keys(self) -> dict[str, Scalar]:
+        """All keys with their values, as a run-config."""
+        return self.model_dump(by_alias=True)
+
+
+def parse_config(values: Mapping[str, Any], origin: str = "the run config") -> RunConfig:
+    """Validate kebab-case keys; one ConfigError lists everything that is wrong with them."""
+    known = [field.alias or name for name, field in RunConfig.model_fields.items()]
+    problems = []
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "see the table of keys in README.md"
+            problems.append(f"{key}: no such key; {hint}")
+    try:
+        config = RunConfig(**{key: value for key, value in values.items() if key in known})
+    except ValidationError as error:
+        problems += [_describe(details) for details in error.errors()]
+    if problems:
+        raise ConfigError(f"{origin} is not valid:\n  " + "\n  ".join(problems))
+    return config
+
+
+def _describe(details: Any) -> str:
+    message = details["msg"].removeprefix("Value error, ")
+    if not details["loc"]:
+        return message
+    return f"{details['loc'][0]} = {details['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def help_table() -> str:
+    """The keys as a Markdown table, for the README and `python -m hosl_flower keys`."""
+    lines = ["| key | default | meaning |", "|---|---|---|"]
+    for field in RunConfig.model_fields.values():
+        default = json.dumps(field.default)  # JSON and TOML write these scalars alike
+        lines.append(f"| `{field.alias}` | `{default}` | {field.description} |")
+    return "\n".join(lines)

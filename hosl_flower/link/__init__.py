@@ -1,0 +1,1 @@
+"""Links between a strategy and its clients."""

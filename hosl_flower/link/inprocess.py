@@ -1,0 +1,22 @@
+"""The link without a network: requests are function calls. The oracle the others must equal."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from hosl_flower.client import Client
+from hosl_flower.ledger import Ledger
+from hosl_flower.link.base import Limits, Link
+from hosl_flower.messages import Reply, Request
+
+
+class InProcessLink(Link):
+    """One Client object serves every partition, one reply at a time, computed when asked for."""
+
+    def __init__(self, client: Client, ledger: Ledger, limits: Limits):
+        super().__init__(ledger, limits)
+        self.client = client
+
+    def describe_client(self, partition: int) -> str:
+        return f"client {partition}"
+
+    def _deliver(self, requests: Mapping[int, Sequence[Request]]) -> dict[int, Iterator[Reply]]:
+        return {partition: self.client.answer(own) for partition, own in requests.items()}

@@ -1,0 +1,43 @@
+"""Client submodel + server submodel -> a model directory that plain transformers loads."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hosl_flower.split import Base
+
+
+def save_merged(
+    directory: Path,
+    base: Base,
+    client: Mapping[str, Tensor],
+    server: Mapping[str, Tensor],
+    tokenizer: Any,
+) -> None:
+    """Write config, weights and tokenizer for `AutoModelForCausalLM.from_pretrained`.
+
+    client, server: canonical name -> tensor, together the whole model. The head is saved on
+    its own and the configuration says untied, since client embedding and server head differ
+    after training.
+    """
+    tensors = {name: t.detach().cpu().contiguous() for name, t in {**client, **server}.items()}
+    config = type(base.config).from_dict(base.config.to_dict())
+    config.tie_word_embeddings = False
+    config.dtype = next(iter(tensors.values())).dtype
+    config.architectures = [_architecture(config)]
+    directory.mkdir(parents=True)
+    config.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    with torch.no_grad():
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def _architecture(config: Any) -> str:
+    """The class name of the causal LM, for config.json."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM._model_mapping[type(config)].__name__

@@ -1,0 +1,43 @@
+"""The learning curve of a run directory, from its metrics.jsonl."""
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # a server has no display
+
+from matplotlib import pyplot
+
+_SMOOTH = 20  # steps in the moving average of the training loss
+
+
+def draw_curve(directory: Path, title: str) -> Path:
+    """Write curve.png: training loss, held-out loss, held-out accuracy against steps."""
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["train_loss"] for row in rows if "train_loss" in row]
+    held_out = [(row["step"], row["held_out"]) for row in rows if "held_out" in row]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure.suptitle(title)
+
+    steps = range(1, len(losses) + 1)
+    left.plot(steps, losses, color="0.8", linewidth=0.8, label="train, each step")
+    windows = [losses[max(0, i - _SMOOTH) : i] for i in steps]
+    means = [sum(window) / len(window) for window in windows]
+    left.plot(steps, means, color="C0", label=f"train, mean of {_SMOOTH}")
+    at = [step for step, _ in held_out]
+    left.plot(at, [row["loss"] for _, row in held_out], "o-", color="C1", label="held-out")
+    left.set(xlabel="step", ylabel="cross-entropy")
+    left.legend()
+
+    right.plot(at, [row["accuracy"] for _, row in held_out], "o-", color="C1", label="accuracy")
+    balanced = [row["balanced_accuracy"] for _, row in held_out]
+    right.plot(at, balanced, "s--", color="C2", label="balanced accuracy")
+    right.set(xlabel="step", ylabel="held-out accuracy")
+    right.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    path = directory / "curve.png"
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path

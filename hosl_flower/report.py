@@ -1,0 +1,260 @@
+"""What a run leaves behind and shows while it runs.
+
+config.json     every key, package versions, the machine
+metrics.jsonl   one line per training step and per evaluation
+results.json    the outcome; written last, so its absence means the run did not finish
+curve.png       loss and accuracy against steps
+ledger.jsonl    the client submodel's history
+model/          the merged model, for transformers
+"""
+
+import json
+import logging
+import os
+import platform
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from hosl_flower.config import RunConfig
+from hosl_flower.errors import ConfigError
+from hosl_flower.link.base import Traffic
+from hosl_flower.memory import meter_name
+from hosl_flower.plot import draw_curve
+from hosl_flower.server import Score
+from hosl_flower.session import Session
+
+log = logging.getLogger("hosl_flower")
+
+_PROGRESS_SECONDS = 5.0
+_PACKAGES = ("hosl-flower", "flwr", "torch", "transformers", "datasets", "ray", "numpy")
+
+
+@dataclass(frozen=True)
+class Results:
+    """results.json. The fields up to wall_seconds are those of the final evaluation."""
+
+    method: str
+    model: str
+    task: str
+    pretrained: bool
+    seed: int
+    steps: int
+    accuracy: float
+    balanced_accuracy: float
+    loss: float
+    wall_seconds: float
+    notice: str
+    majority_accuracy: float
+    held_out_examples: int
+    evaluations: list[dict[str, float]]
+    seconds_per_step: dict[str, float]
+    bytes_up: dict[str, dict[str, int]]
+    bytes_down: dict[str, dict[str, int]]
+    client_peak_memory: dict[str, Any]
+    client_parameters: dict[str, int]
+    fingerprint: str
+    ledger_digest: str
+    directory: str
+
+
+class Report:
+    """The run directory and the log of one run."""
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+        name = config.run_name or time.strftime("%Y%m%d-%H%M%S")
+        self.directory = (Path(config.output_dir).expanduser() / name).absolute()
+        if self.directory.exists() and any(self.directory.iterdir()):
+            raise ConfigError(f"{self.directory} already holds a run; choose another run-name")
+        self.evaluations: list[dict[str, float]] = []
+        self.final: Score | None = None
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._started = self._last_line = time.perf_counter()
+        self._last_loss = float("nan")
+
+    def open(self, method: Any, session: Session) -> None:
+        """Everything checked: make the directory and log the plan."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        record = {
+            "config": self.config.as_keys(),
+            "model_used": session.spec.model,
+            "task_used": session.spec.task.name,
+            "pretrained": session.base.pretrained,
+            "notice": session.notice,
+            "versions": {p: _version(p) for p in _PACKAGES},
+            "python": platform.python_version(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        }
+        self._write("config.json", json.dumps(record, indent=2))
+        (self.directory / "metrics.jsonl").write_text("")
+        for line in _plan(method, session):
+            log.info(line)
+        log.info("run directory: %s", self.directory)
+        self._started = self._last_line = time.perf_counter()
+
+    def stepped(self, step: int, loss: float, wall: float, waited: float, client: float) -> None:
+        """Record one training step. seconds: transport is what neither side computed."""
+        seconds = {
+            "client": client,
+            "server": max(0.0, wall - waited),
+            "transport": max(0.0, waited - client),
+            "total": wall,
+        }
+        for part, value in seconds.items():
+            self._seconds[part] += value
+        self._last_loss = loss
+        self._append({"step": step, "train_loss": loss, "seconds": seconds})
+        if time.perf_counter() - self._last_line > _PROGRESS_SECONDS:
+            self._progress(step)
+
+    def evaluated(self, step: int, score: Score) -> None:
+        """Record one evaluation."""
+        row = {
+            "loss": score.loss,
+            "accuracy": score.accuracy,
+            "balanced_accuracy": score.balanced_accuracy,
+        }
+        self.evaluations.append({"step": step, **row})
+        self.final = score
+        self._append({"step": step, "held_out": row})
+        log.info(
+            "step %d/%d: held-out loss %.4f, accuracy %.3f (majority class %.3f), balanced %.3f",
+            step,
+            self.config.steps,
+            score.loss,
+            score.accuracy,
+            score.majority,
+            score.balanced_accuracy,
+        )
+        self._last_line = time.perf_counter()
+
+    def close(self, method: Any, session: Session, traffic: Traffic, fingerprint: str) -> Results:
+        """Write curve, ledger and, last, results; log the table."""
+        assert self.final is not None
+        session.ledger.write(self.directory / "ledger.jsonl")
+        draw_curve(self.directory, f"{method.name}: {session.spec.model}, {session.spec.task.name}")
+        held, trained = session.client_counts()
+        steps = self.config.steps
+        results = Results(
+            method=method.name,
+            model=session.spec.model,
+            task=session.spec.task.name,
+            pretrained=session.base.pretrained,
+            seed=self.config.seed,
+            steps=steps,
+            accuracy=self.final.accuracy,
+            balanced_accuracy=self.final.balanced_accuracy,
+            loss=self.final.loss,
+            wall_seconds=time.perf_counter() - self._started,
+            notice=session.notice,
+            majority_accuracy=self.final.majority,
+            held_out_examples=self.final.examples,
+            evaluations=self.evaluations,
+            seconds_per_step={part: value / steps for part, value in self._seconds.items()},
+            bytes_up=_by_kind(traffic.up),
+            bytes_down=_by_kind(traffic.down),
+            client_peak_memory={
+                "bytes": traffic.peak_bytes,
+                "meter": meter_name(session.server.device),
+            },
+            client_parameters={"held": held, "trained": trained},
+            fingerprint=fingerprint,
+            ledger_digest=session.ledger.digest(),
+            directory=str(self.directory),
+        )
+        self._write("results.json", json.dumps(asdict(results), indent=2))
+        for line in _table(results, traffic).splitlines():
+            log.info(line)
+        log.info("run directory: %s", self.directory)
+        return results
+
+    def _progress(self, step: int) -> None:
+        self._last_line = time.perf_counter()
+        rate = step / (self._last_line - self._started)
+        best = self.evaluations[-1]
+        log.info(
+            "step %d/%d: train loss %.4f, held-out accuracy %.3f, %.2f steps/s, %s left",
+            step,
+            self.config.steps,
+            self._last_loss,
+            best["accuracy"],
+            rate,
+            time.strftime("%H:%M:%S", time.gmtime((self.config.steps - step) / rate)),
+        )
+
+    def _append(self, row: dict[str, Any]) -> None:
+        with (self.directory / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        """Whole or not at all."""
+        part = self.directory / f".{name}.part"
+        part.write_text(text + "\n")
+        part.replace(self.directory / name)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except ModuleNotFoundError:
+        return "not installed"
+
+
+def _by_kind(way: dict[str, list[int]]) -> dict[str, dict[str, int]]:
+    return {kind: {"messages": n, "bytes": size} for kind, (n, size) in sorted(way.items())}
+
+
+def _plan(method: Any, session: Session) -> Iterable[str]:
+    """What is about to happen, before it happens."""
+    config, spec, model = session.config, session.spec, session.base.config
+    if session.notice:
+        yield from session.notice.splitlines()
+    held, trained = session.client_counts()
+    origin = "pretrained" if session.base.pretrained else "random weights"
+    yield f"{method.name}: {spec.model} ({origin}), task {spec.task.name}, seed {spec.seed}"
+    yield (
+        f"cut after block {spec.cut_layer} of {session.base.blocks}: client holds "
+        f"{held / 1e6:.1f} M parameters and probes {trained / 1e6:.1f} M; server trains "
+        f"{session.server.trained_count() / 1e6:.1f} M"
+    )
+    examples = [client.train_examples for client in session.clients.values()]
+    yield (
+        f"{len(examples)} client(s) with {min(examples)} to {max(examples)} training examples; "
+        f"{session.clients[0].held_out_examples} held out"
+    )
+    most = spec.batch_size * spec.max_length * model.hidden_size * session.server.dtype.itemsize
+    up, down = method.activations_per_step()
+    yield (
+        f"{config.steps} steps of {spec.batch_size} examples; per step {up} activations up, "
+        f"{down} down, each at most {most / 1e6:.2f} MB"
+    )
+
+
+def _table(results: Results, traffic: Traffic) -> str:
+    table = Table(title=f"{results.method} on {results.task}", show_header=False)
+    seconds = results.seconds_per_step
+    rows = {
+        "model": f"{results.model} ({'pretrained' if results.pretrained else 'RANDOM WEIGHTS'})",
+        "accuracy": f"{results.accuracy:.4f} (majority class {results.majority_accuracy:.4f})",
+        "balanced accuracy": f"{results.balanced_accuracy:.4f}",
+        "loss": f"{results.loss:.4f} (before training {results.evaluations[0]['loss']:.4f})",
+        "steps": f"{results.steps} in {results.wall_seconds:.1f} s",
+        "seconds per step": ", ".join(f"{part} {value:.3f}" for part, value in seconds.items()),
+        "bytes": f"{traffic.total(traffic.up) / 1e6:.1f} MB up, "
+        f"{traffic.total(traffic.down) / 1e6:.3f} MB down",
+        "client peak memory": f"{results.client_peak_memory['bytes'] / 2**20:.0f} MiB "
+        f"({results.client_peak_memory['meter']})",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(table)
+    return console.export_text()

@@ -1,0 +1,54 @@
+"""The Flower ServerApp: read the config, load the strategy it names, start it."""
+
+import importlib
+import logging
+import sys
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from hosl_flower.config import RunConfig, parse_config
+from hosl_flower.errors import ConfigError, HoslError
+from hosl_flower.strategy import SplitStrategy
+
+app = ServerApp()
+
+log = logging.getLogger("hosl_flower")
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Entry point of every simulation and deployment."""
+    log_to_stderr()
+    try:
+        config = parse_config(context.run_config, "the run config")
+        load_strategy(config).start(grid, run=str(context.run_id))
+    except HoslError as error:
+        # Flower logs a traceback and ends the run as failed; the line a reader needs comes first.
+        log.error("run failed: %s: %s", type(error).__name__, error)
+        raise
+
+
+def load_strategy(config: RunConfig) -> SplitStrategy:
+    """The strategy a config names; ConfigError when it is not there or not one."""
+    module_name, _, class_name = config.strategy.partition(":")
+    try:
+        cls = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"strategy = {config.strategy!r} cannot be loaded ({error}); it must be "
+            "'module:class' of a package installed where the ServerApp runs"
+        ) from error
+    if not (isinstance(cls, type) and issubclass(cls, SplitStrategy)):
+        raise ConfigError(f"strategy = {config.strategy!r} is not a SplitStrategy")
+    return cls(config)
+
+
+def log_to_stderr() -> None:
+    """Our own log lines, plain: Flower's stream carries stderr of the ServerApp."""
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False

@@ -1,0 +1,170 @@
+"""What a client must know to take part: everything, in one small JSON that travels with
+the messages. A client never reads the server's files or environment."""
+
+import os
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from hosl_flower import hub
+from hosl_flower.config import RunConfig
+from hosl_flower.errors import CheckpointError, ConfigError, ProtocolError
+from hosl_flower.families import ARCHITECTURES
+from hosl_flower.split import RANDOM, check_cut, load_model_config
+from hosl_flower.tasks import TASKS, Task, task_from_config
+
+FALLBACK_TASK = "sms-spam"
+
+
+@dataclass(frozen=True)
+class ClientSpec:
+    """The agreement between server and clients of one run.
+
+    run: names the run, so that a process that serves two never mixes them.
+    source: of the data, see data.load_source. seed: see config.
+    """
+
+    run: str
+    model: str
+    cut_layer: int
+    dtype: str
+    device: str
+    threads: int
+    client_trainable: str
+    perturbation: str
+    task: Task
+    source: str
+    num_clients: int
+    train_examples: int
+    eval_examples: int
+    batch_size: int
+    eval_batch_size: int
+    max_length: int
+    seed: int
+
+    def to_json(self) -> str:
+        """For the wire."""
+        return _ADAPTER.dump_json(self).decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> "ClientSpec":
+        """From the wire; ProtocolError when it is not one."""
+        try:
+            return _ADAPTER.validate_json(text)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise ProtocolError(f"client spec: {first['loc']}: {first['msg']}") from error
+
+    @property
+    def genesis(self) -> str:
+        """What a ledger of this run starts from: all that decides the client submodel's bits."""
+        weights = f"{self.model}|{self.seed}" if self.model.startswith(RANDOM) else self.model
+        return "|".join(
+            (weights, str(self.cut_layer), self.dtype, self.client_trainable, self.perturbation)
+        )
+
+
+_ADAPTER = TypeAdapter(ClientSpec)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A run configuration with model and data settled. notice: the banner of a fallback."""
+
+    spec: ClientSpec
+    notice: str
+
+
+def resolve(config: RunConfig, run: str) -> Resolved:
+    """Settle which model and data a run uses, on the server, before anything is loaded.
+
+    Without hub and cache, and with offline-fallback, a hub model becomes its architecture with
+    random weights and a hub data set becomes the bundled SMS collection. Raises ConfigError or
+    CheckpointError otherwise.
+    """
+    notes = []
+    model, model_config = config.model, None
+    if not model.startswith(RANDOM):
+        try:
+            model_config = load_model_config(model)
+            check_cut(model_config, config.cut_layer)
+        except CheckpointError as error:
+            model = _fallback_model(config, error)
+            notes.append(f"{config.model} -> the same architecture with RANDOM weights")
+    config_task, source = task_from_config(config), config.data_path
+    if not source:
+        source = config_task.source
+        hub_task = source.startswith("hub:")
+        if hub_task and (notes or not _has_data(source)):
+            if not config.offline_fallback:
+                raise ConfigError(
+                    f"data set {source.removeprefix('hub:')} is neither on a reachable hub nor "
+                    "cached, and offline-fallback is false; set data-path to a local copy"
+                )
+            notes.append(f"task {config.task} -> {FALLBACK_TASK}, the bundled SMS collection")
+            config_task = TASKS[FALLBACK_TASK]
+            source = config_task.source
+    spec = ClientSpec(
+        run=run,
+        model=model,
+        task=config_task,
+        source=source if ":" in source else os.path.abspath(os.path.expanduser(source)),
+        **{
+            name: getattr(config, name)
+            for name in ClientSpec.__dataclass_fields__
+            if name not in ("run", "model", "task", "source")
+        },
+    )
+    return Resolved(spec, _banner(notes))
+
+
+def _fallback_model(config: RunConfig, error: CheckpointError) -> str:
+    """random:<architecture> for a known hub model that cannot be had; else the error."""
+    architecture = config.model.rpartition("/")[2]
+    is_hub_model = config.model.count("/") == 1 and not config.model.startswith((".", "/", "~"))
+    unreachable = not hub.is_reachable()
+    if is_hub_model and unreachable and config.offline_fallback and architecture in ARCHITECTURES:
+        return f"{RANDOM}{architecture}"
+    if is_hub_model and unreachable and not config.offline_fallback:
+        raise CheckpointError(f"{error} (offline-fallback is false)") from error
+    raise error
+
+
+def _has_data(source: str) -> bool:
+    """Whether a hub data set can be had: the hub answers, or it is in the datasets cache."""
+    import datasets
+
+    repository = source.removeprefix("hub:").rpartition("/")[0]
+    cached = os.path.join(datasets.config.HF_DATASETS_CACHE, repository.replace("/", "___"))
+    return hub.is_reachable() or os.path.isdir(cached)
+
+
+def _banner(notes: list[str]) -> str:
+    if not notes:
+        return ""
+    lines = ["NOT A RESULT: the Hugging Face hub cannot be reached and nothing is cached.", *notes]
+    width = max(map(len, lines)) + 4
+    body = [f"* {line.ljust(width - 4)} *" for line in lines]
+    return "\n".join(["*" * width, *body, "*" * width])
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """ "float32" -> torch.float32."""
+    return getattr(torch, name)
+
+
+def pick_device(name: str) -> str:
+    """auto -> the GPU if there is one; ConfigError for a GPU that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    missing = name.startswith("cuda") and not torch.cuda.is_available()
+    if missing or (name == "mps" and not torch.backends.mps.is_available()):
+        raise ConfigError(f"device = {name!r} is not available here; use auto or cpu")
+    return name
+
+
+def use_threads(count: int) -> None:
+    """CPU threads of this process; 0 is every core. Set, not inherited: a Ray worker and a
+    plain process must compute alike, and the number of threads can change rounding."""
+    torch.set_num_threads(count or len(os.sched_getaffinity(0)))

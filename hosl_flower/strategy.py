@@ -1,0 +1,99 @@
+"""The base of all strategies: a Flower Strategy whose rounds are training steps.
+
+A step of split learning is a conversation, not one message per round, so `start` drives
+`step` through a Link instead of Flower's configure/aggregate hooks.
+"""
+
+from abc import abstractmethod
+from typing import Any, NoReturn
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from hosl_flower.config import RunConfig
+from hosl_flower.errors import HoslError
+from hosl_flower.link.base import Link
+from hosl_flower.link.grid import GridLink
+from hosl_flower.link.inprocess import InProcessLink
+from hosl_flower.report import Report, Results, log
+from hosl_flower.session import Session, open_session
+from hosl_flower.training import train
+
+
+class SplitStrategy(Strategy):
+    """Subclass it with a `name`, `step` and `activations_per_step`; see strategies/hosl.py."""
+
+    name = "split"
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+
+    @abstractmethod
+    def step(self, session: Session, link: Link, step: int) -> float:
+        """One training step over the link; returns the training loss."""
+
+    @abstractmethod
+    def activations_per_step(self) -> tuple[int, int]:
+        """How many activation-sized tensors [B, S, H] go (up, down) per step."""
+
+    def start(  # type: ignore[override]
+        self, grid: Grid, initial_arrays: ArrayRecord | None = None, run: str = "", **_: Any
+    ) -> Result:
+        """Run on Flower. Model, steps and deadlines come from the run config; the weights stay
+        in the run directory, so `initial_arrays` and `Result.arrays` are not used."""
+        session = open_session(self.config, run)
+        self.summary()
+        link = GridLink(
+            grid, session.spec, session.ledger, session.limits, self.config.reply_deadline
+        )
+        results = train(self, session, link, Report(self.config))
+        return _flower_result(results)
+
+    def run_in_process(self) -> Results:
+        """The same run without Flower, clients called directly: same numbers, no network."""
+        session = open_session(self.config, "in-process")
+        self.summary()
+        link = InProcessLink(session.own_client(), session.ledger, session.limits)
+        return train(self, session, link, Report(self.config))
+
+    def summary(self) -> None:
+        """Log the strategy and its settings."""
+        log.info("strategy %s", self.name)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """Not used: see start."""
+        self._refuse()
+
+    def aggregate_train(
+        self, server_round: int, replies: Any
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Not used: see start."""
+        self._refuse()
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """Not used: see start."""
+        self._refuse()
+
+    def aggregate_evaluate(self, server_round: int, replies: Any) -> MetricRecord | None:
+        """Not used: see start."""
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise HoslError(
+            f"{self.name} exchanges several messages per step and cannot be driven round by "
+            "round; call strategy.start(grid), and do not wrap it in another strategy"
+        )
+
+
+def _flower_result(results: Results) -> Result:
+    """Evaluations in the form Flower's users expect."""
+    result = Result()
+    for row in results.evaluations:
+        metrics: dict[str, Any] = {k: float(v) for k, v in row.items() if k != "step"}
+        result.evaluate_metrics_clientapp[int(row["step"])] = MetricRecord(metrics)
+    return result
