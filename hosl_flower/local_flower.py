@@ -43,9 +43,13 @@ def run_flower_app(
     name = str(overrides.get("run-name") or f"{time.strftime('%Y%m%d-%H%M%S')}-{app.name}")
     directory = output_directory.expanduser().absolute()
     given = {**overrides, "run-name": name, "output-dir": str(directory)}
-    run_config = " ".join(f"{key}={json.dumps(value)}" for key, value in given.items())
+    # As a file: on the command line, Flower's own parser stumbles over quotes and spaces.
+    run_config = "".join(f"{key} = {json.dumps(value)}\n" for key, value in given.items())
     with private_superlink() as environment:
-        command = [_script("flwr"), "run", str(app), "--stream", "--run-config", run_config]
+        overrides_file = Path(environment["FLWR_HOME"]) / "overrides.toml"
+        overrides_file.write_text(run_config)
+        options = ["--stream", "--run-config", str(overrides_file)]
+        command = [_script("flwr"), "run", str(app), *options]
         if federation:
             command += ["--federation-config", federation]
         code = subprocess.run(command, env=environment, check=False).returncode
