@@ -50,9 +50,10 @@ def load_source(source: str, task: Task, seed: int) -> tuple[Dataset, Dataset]:
 
 def _from_hub(name: str) -> tuple[Dataset, Dataset | None]:
     repository, _, configuration = name.rpartition("/")
-    config = datasets.DownloadConfig(local_files_only=not hub.is_reachable())
+    if not hub.is_reachable():
+        datasets.config.HF_HUB_OFFLINE = True  # go straight to the cache, without retries
     try:
-        loaded = datasets.load_dataset(repository, configuration, download_config=config)
+        loaded = datasets.load_dataset(repository, configuration)
     except Exception as error:  # datasets raises many kinds for one cause: it cannot be had
         raise DataError(
             f"data set {name!r} cannot be had from the hub or its cache "

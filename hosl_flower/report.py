@@ -82,7 +82,10 @@ class Report:
 
     def open(self, method: Any, session: Session) -> None:
         """Everything checked: make the directory and log the plan."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"output-dir: cannot make {self.directory}: {error}") from error
         record = {
             "config": self.config.as_keys(),
             "model_used": session.spec.model,

@@ -167,4 +167,7 @@ def pick_device(name: str) -> str:
 def use_threads(count: int) -> None:
     """CPU threads of this process; 0 is every core. Set, not inherited: a Ray worker and a
     plain process must compute alike, and the number of threads can change rounding."""
-    torch.set_num_threads(count or len(os.sched_getaffinity(0)))
+    if not count:
+        own = getattr(os, "sched_getaffinity", None)  # Linux: the cores this process may use
+        count = len(own(0)) if own else os.cpu_count() or 1
+    torch.set_num_threads(count)

@@ -6,7 +6,6 @@ A method is anything with a `name` and a `step`; strategies/ has one per file.
 import logging
 import math
 import time
-from collections.abc import Iterable
 from typing import Protocol
 
 from hosl_flower.errors import DivergedError
@@ -39,10 +38,12 @@ class Method(Protocol):
 def train(method: Method, session: Session, link: Link, report: Report) -> Results:
     """Run a method from the first step to the saved model; what is in results.json."""
     config = session.config
-    describe_clients(session, link)
+    for partition in range(config.num_clients):
+        session.clients[partition] = describe(session, link, partition)
+    judge = link
+    if config.evaluation == "central":
+        judge = InProcessLink(session.own_client(), session.ledger, session.limits)
     report.open(method, session)
-    central = session.own_client() if config.evaluation == "central" else None
-    judge = InProcessLink(central, session.ledger, session.limits) if central else link
     report.evaluated(0, evaluate(session, judge, 0))
     for step in range(1, config.steps + 1):
         started = time.perf_counter()
@@ -63,23 +64,19 @@ def train(method: Method, session: Session, link: Link, report: Report) -> Resul
     return finish(method, session, link, report)
 
 
-def describe_clients(session: Session, link: Link) -> None:
-    """Ask every client what it has: each shows that it has model, tokenizer and data."""
-    requests = {
-        partition: [Describe(**session.at(0, partition))]
-        for partition in range(session.config.num_clients)
-    }
-    for partition, replies in link.exchange(requests).items():
-        for reply in replies:
-            assert isinstance(reply, Described)  # Link has checked it
-            session.clients[partition] = reply
+def describe(session: Session, link: Link, partition: int) -> Described:
+    """What a client has; it shows by the way that it can load model, tokenizer and data."""
+    (reply,) = link.exchange({partition: [Describe(**session.at(0, partition))]})[partition]
+    assert isinstance(reply, Described)  # Link has checked it
+    return reply
 
 
 def evaluate(session: Session, link: Link, step: int) -> Score:
     """Score the held-out part through the split, on the client whose turn it is."""
     partition = session.turn(step)
     spec = session.spec
-    batches = math.ceil(session.clients[partition].held_out_examples / spec.eval_batch_size)
+    held_out = describe(session, link, partition).held_out_examples
+    batches = math.ceil(held_out / spec.eval_batch_size)
     tokens = spec.eval_batch_size * spec.max_length
     item = session.server.dtype.itemsize
     chunk = max(1, _EXCHANGE_BYTES // (tokens * session.base.config.hidden_size * item))
@@ -113,7 +110,6 @@ def finish(method: Method, session: Session, link: Link, report: Report) -> Resu
 
 def _fingerprint(session: Session, link: Link, partition: int) -> str:
     request = Fingerprint(**session.at(session.config.steps, partition))
-    replies: Iterable = link.exchange({partition: [request]})[partition]
-    (reply,) = replies
+    (reply,) = link.exchange({partition: [request]})[partition]
     assert isinstance(reply, Fingerprinted)  # Link has checked it
     return reply.fingerprint

@@ -1,0 +1,40 @@
+# make run    set up, train simulations/opt125m_hosl through `flwr run`, write runs/<time>-opt125m_hosl
+# make test   set up, run the fast tests and the real Flower tests
+# make lint   ruff and mypy
+# SIMULATION=simulations/quickstart make run    another simulation
+# ARGS="-c steps=50 -c seed=1" make run         other run-config values
+
+PYTHON ?= python3
+VENV ?= .venv
+SIMULATION ?= simulations/opt125m_hosl
+BIN := $(VENV)/bin
+
+.PHONY: setup run test fast-test integration-test lint clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "hosl-flower needs Python 3.11 or newer; set PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+run: setup
+	$(BIN)/python -m hosl_flower simulate $(SIMULATION) $(ARGS)
+
+test: fast-test integration-test
+
+fast-test: setup
+	$(BIN)/python -m pytest
+
+integration-test: setup
+	$(BIN)/python -m pytest tests/integration --override-ini addopts=-q
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
