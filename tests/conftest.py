@@ -1,0 +1,65 @@
+"""Shared fixtures: tiny OPT checkpoints and a closed hub."""
+
+import itertools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import constants
+from transformers import OPTConfig, OPTForCausalLM
+
+from hosl_flower import hub
+from hosl_flower.tasks import BUNDLED
+
+TOKENIZER = BUNDLED / "opt_tokenizer"
+TOKENIZER_SIZE = 50265
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "word_embed_proj_dim": 16,
+    "ffn_dim": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+TinyOpt = Callable[..., tuple[Path, OPTForCausalLM]]
+
+
+@pytest.fixture
+def tiny_opt(tmp_path: Path) -> TinyOpt:
+    """Factory: `tiny_opt(**config)` saves a random OPT and returns (directory, model).
+
+    Every parameter, norms and biases too, is normal with std 0.3. Models whose vocabulary is
+    large enough come with the bundled OPT tokenizer.
+    """
+    numbers = itertools.count()
+
+    def make(**overrides: Any) -> tuple[Path, OPTForCausalLM]:
+        model = OPTForCausalLM(OPTConfig(**{**TINY, **overrides})).eval()
+        generator = torch.Generator().manual_seed(1234)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(0.0, 0.3, generator=generator)
+        directory = tmp_path / f"opt{next(numbers)}"
+        model.save_pretrained(directory)
+        if model.config.vocab_size >= TOKENIZER_SIZE:
+            for file in TOKENIZER.iterdir():
+                shutil.copy(file, directory)
+        return directory, model
+
+    return make
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An unreachable hub and an empty Hugging Face cache."""
+    cache = tmp_path / "hf"
+    cache.mkdir()
+    monkeypatch.setattr(hub, "is_reachable", lambda: False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache / "datasets")
+    return cache

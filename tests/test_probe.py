@@ -1,0 +1,113 @@
+"""probe.py: running at theta + c * s equals writing theta + c * s, and writes nothing."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hosl_flower.perturb import DISTRIBUTIONS, Layout
+from hosl_flower.probe import perturbed
+from hosl_flower.zo import apply_update
+
+C = 1e-2
+
+
+class EveryUse(nn.Module):
+    """Parameters used as a linear map, a lookup, a norm, a convolution, and by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(20, 12)
+        self.linear = nn.Linear(12, 16)
+        self.no_bias = nn.Linear(16, 8, bias=False)
+        self.norm = nn.LayerNorm(8)
+        self.conv = nn.Conv1d(8, 6, 3, padding=1)
+        self.by_hand = nn.Parameter(torch.empty(6, 4))
+        self.scale = nn.Parameter(torch.empty(4))
+        generator = torch.Generator().manual_seed(0)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, generator=generator)
+
+    def forward(self, ids):
+        x = self.norm(self.no_bias(F.relu(self.linear(self.embed(ids)))))
+        x = self.conv(x.transpose(1, 2)).transpose(1, 2)
+        return torch.cat([torch.matmul(x, self.by_hand), x[..., :4]], dim=-1)[..., :4] * self.scale
+
+
+def named(module):
+    return dict(module.named_parameters())
+
+
+def layout_of(module, distribution):
+    return Layout({n: p.shape for n, p in module.named_parameters()}, distribution)
+
+
+IDS = torch.tensor([[1, 5, 5, 19], [0, 2, 3, 4]])
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_a_probe_sees_what_written_weights_would_give(distribution):
+    model = EveryUse()
+    layout = layout_of(model, distribution)
+    written = copy.deepcopy(model)
+    apply_update(named(written), layout, [5], [-1.0], C)
+    with perturbed(named(model), layout.draw(5), C):
+        probed = model(IDS)
+    with torch.no_grad():
+        assert torch.allclose(probed, written(IDS), atol=1e-4, rtol=1e-4)
+        assert (probed - model(IDS)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_are_bit_identical_after_probes(distribution, dtype):
+    model = EveryUse().to(dtype)
+    before = copy.deepcopy(model.state_dict())
+    layout = layout_of(model, distribution)
+    for seed, coefficient in ((1, C), (1, -C), (2, 0.37)):
+        with perturbed(named(model), layout.draw(seed), coefficient):
+            assert torch.isfinite(model(IDS)).all()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_only_listed_parameters_are_perturbed():
+    model = EveryUse()
+    some = {n: p for n, p in model.named_parameters() if n.startswith("norm")}
+    layout = Layout({n: p.shape for n, p in some.items()})
+    written = copy.deepcopy(model)
+    apply_update({n: p for n, p in written.named_parameters() if n in some}, layout, [5], [-1.0], C)
+    with perturbed(some, layout.draw(5), C):
+        probed = model(IDS)
+    with torch.no_grad():
+        assert torch.allclose(probed, written(IDS), atol=1e-5)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest floating point tensor made, the parameters themselves aside."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                storage = value.untyped_storage()
+                if storage.data_ptr() not in self.weights:
+                    self.largest = max(self.largest, storage.nbytes() // value.itemsize)
+        return result
+
+
+def test_a_rank1_probe_never_makes_a_matrix():
+    model = nn.Sequential(nn.Embedding(5000, 64), nn.Linear(64, 512), nn.Linear(512, 64))
+    layout = layout_of(model, "rank1")
+    # 3 tokens: activations of at most 3 * 512; weights of 32,768 and 320,000 elements
+    with LargestTensor(model) as meter, perturbed(named(model), layout.draw(1), C):
+        model(torch.tensor([[1, 2, 3]]))
+    drawn = 5000 + 64 + 2 * (64 + 512) + 512 + 64  # the direction itself: out + in signs
+    assert drawn <= meter.largest < 2 * drawn < 32_768
