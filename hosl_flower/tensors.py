@@ -1,5 +1,7 @@
 """Tensors to bytes and back, for every dtype (numpy has no bfloat16)."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,7 @@ def tensor_from_bytes(data: bytes, dtype: str, shape: tuple[int, ...]) -> Tensor
         raise ProtocolError(f"tensor dtype {dtype!r} is none of {', '.join(DTYPES)}")
     if len(shape) > MAX_DIMENSIONS or any(size < 0 for size in shape):
         raise ProtocolError(f"tensor shape {shape} is not valid")
-    expected = torch.Size(shape).numel() * DTYPES[dtype].itemsize
+    expected = math.prod(shape) * DTYPES[dtype].itemsize  # Python integers do not overflow
     if len(data) != expected:
         raise ProtocolError(f"tensor {dtype}{list(shape)} needs {expected} bytes, got {len(data)}")
     tensor = torch.empty(shape, dtype=DTYPES[dtype])

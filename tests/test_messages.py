@@ -1,0 +1,228 @@
+"""messages.py, tensors.py and link/records.py: exact round trips, one typed error for the rest."""
+
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hosl_flower.errors import ProtocolError
+from hosl_flower.ledger import Entry, Ledger
+from hosl_flower.link.records import pack, unpack_replies, unpack_requests
+from hosl_flower.messages import (
+    REPLIES,
+    REQUESTS,
+    Activations,
+    Applied,
+    Behind,
+    CatchUp,
+    Describe,
+    Described,
+    Evaluate,
+    Failure,
+    Fingerprint,
+    Fingerprinted,
+    Forward,
+    Losses,
+    Probe,
+    check_activations,
+    from_wire,
+    to_wire,
+    wire_bytes,
+)
+from hosl_flower.spec import ClientSpec
+from hosl_flower.tasks import TASKS
+from hosl_flower.tensors import DTYPES, raw_bytes, tensor_from_bytes
+
+D = "0123456789abcdef"
+AT = {"step": 3, "partition": 1, "position": 2, "digest": D}
+DONE = {"step": 3, "seconds": 0.25, "peak_bytes": 7}
+
+
+def ledger():
+    ledger = Ledger("base")
+    ledger.append(Entry(1, (5, 2**62), (0.5, -0.25), 1e-3))
+    ledger.append(Entry(2, (6,), (0.125,), 1e-4))
+    return ledger
+
+
+def activations(**changes):
+    values = {
+        "activations": torch.randn(2, 3, 4),
+        "attention_mask": torch.ones(2, 3, dtype=torch.bool),
+        "labels": torch.tensor([0, 1]),
+    }
+    return Activations(**DONE, **{**values, **changes})
+
+
+ALL = [
+    Describe(**AT),
+    Forward(**AT, batch=4),
+    Probe(**AT, batch=4, seed=2**62, coefficient=-1e-3),
+    Evaluate(**AT, batch=0),
+    Losses(
+        **AT, seeds=(1, 2), losses=(0.1, 0.2, 0.3, 0.4), epsilon=1e-3, learning_rate=1e-6,
+        digest_after=D,
+    ),
+    CatchUp.of(ledger(), 0, 2, Forward(**AT, batch=4)),
+    Fingerprint(**AT),
+    Described(**DONE, train_examples=5, held_out_examples=2, label_counts=(3, 2)),
+    activations(),
+    activations(activations=torch.randn(2, 3, 4).bfloat16()),
+    Applied(**DONE, position=2, digest=D),
+    Fingerprinted(**DONE, fingerprint=D),
+    Behind(**DONE, position=0, digest=D),
+    Failure(**DONE, error="DataError: no"),
+]  # fmt: skip
+
+
+def same(a, b):
+    (header_a, tensors_a), (header_b, tensors_b) = to_wire(a), to_wire(b)
+    bits = [bytes(raw_bytes(t)) for t in tensors_a.values()]
+    return (
+        type(a) is type(b)
+        and header_a == header_b
+        and [t.dtype for t in tensors_a.values()] == [t.dtype for t in tensors_b.values()]
+        and bits == [bytes(raw_bytes(t)) for t in tensors_b.values()]
+    )
+
+
+@pytest.mark.parametrize("message", ALL, ids=lambda m: m.kind)
+def test_the_wire_carries_every_message_unchanged(message):
+    assert same(message, from_wire(*to_wire(message), {**REQUESTS, **REPLIES}))
+
+
+def test_every_kind_is_covered():
+    assert {m.kind for m in ALL} == {*REQUESTS, *REPLIES}
+
+
+def test_catch_up_carries_ledger_entries():
+    message = next(m for m in ALL if isinstance(m, CatchUp))
+    assert message.entries == ledger().entries
+    assert CatchUp.of(ledger(), 1, 2, Describe(**AT)).entries == ledger().entries[1:]
+
+
+def test_bytes_are_counted_as_sent():
+    message = activations(activations=torch.zeros(2, 3, 4, dtype=torch.bfloat16))
+    header, _ = to_wire(message)
+    assert wire_bytes(message) == len(header) + 2 * 3 * 4 * 2 + 2 * 3 + 2 * 8
+
+
+HEADER = '"step":3,"partition":1,"position":2,"digest":"0123456789abcdef"'
+
+
+@pytest.mark.parametrize(
+    ("header", "complaint"),
+    [
+        ("", "not JSON"),
+        ("[]", "kind"),
+        ('{"kind":["forward"]}', "kind"),
+        ('{"kind":"pickle"}', "expected a message of kind describe"),
+        ('{"kind":"forward",' + HEADER + "}", "batch: field required"),
+        ('{"kind":"forward",' + HEADER + ',"batch":-1}', "greater than or equal to 0"),
+        ('{"kind":"forward",' + HEADER + ',"batch":1.5}', "valid integer"),
+        ('{"kind":"forward",' + HEADER + ',"batch":true}', "valid integer"),
+        ('{"kind":"forward",' + HEADER + ',"batch":9223372036854775808}', "less than"),
+        ('{"kind":"forward",' + HEADER + ',"batch":1,"x":1}', "unexpected"),
+        ('{"kind":"probe",' + HEADER + ',"batch":1,"seed":1,"coefficient":NaN}', "finite"),
+        ('{"kind":"describe","step":3,"partition":1,"position":2,"digest":"x"}', "digest"),
+    ],
+)
+def test_what_is_not_a_message_is_one_protocol_error(header, complaint):
+    with pytest.raises(ProtocolError, match=complaint):
+        from_wire(header, {}, REQUESTS)
+
+
+@given(st.text() | st.recursive(st.none() | st.integers() | st.text(), st.lists).map(repr))
+@settings(max_examples=200, deadline=None)
+def test_any_text_is_refused_with_a_protocol_error(header):
+    with pytest.raises(ProtocolError):
+        from_wire(header, {}, REQUESTS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"activations": torch.zeros(2, 3, 5)}, r"expected floating point \[B, S, 4\]"),
+        ({"activations": torch.zeros(2, 3)}, "expected floating point"),
+        ({"activations": torch.zeros(2, 3, 4, dtype=torch.int64)}, "floating point"),
+        ({"activations": torch.zeros(9, 3, 4)}, "at most 8 sequences"),
+        ({"activations": torch.full((2, 3, 4), float("nan"))}, "24 of 24 values are not finite"),
+        ({"attention_mask": torch.ones(2, 2, dtype=torch.bool)}, "attention_mask"),
+        ({"attention_mask": torch.ones(2, 3)}, "attention_mask"),
+        ({"labels": torch.tensor([0, 2])}, r"labels: expected 0\.\.1"),
+        ({"labels": torch.tensor([0])}, "labels"),
+        ({"labels": torch.tensor([-1, 0])}, "labels"),
+    ],
+)
+def test_activations_that_do_not_fit_the_run_are_refused(changes, complaint):
+    with pytest.raises(ProtocolError, match=complaint):
+        check_activations(activations(**changes), max_batch=8, max_length=16, hidden=4, classes=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (0, 3), (5,), (2, 3, 4)])
+def test_tensors_survive_as_bytes(dtype, shape):
+    tensor = torch.randint(0, 2, shape).to(DTYPES[dtype])
+    back = tensor_from_bytes(bytes(raw_bytes(tensor)), dtype, shape)
+    assert back.dtype == tensor.dtype
+    assert torch.equal(back, tensor)
+
+
+@pytest.mark.parametrize(
+    ("data", "dtype", "shape"),
+    [
+        (b"1234", "float32", (2,)),
+        (b"1234", "object", (1,)),
+        (b"", "float32", (-1,)),
+        (b"1234", "float32", (1, 1, 1, 1, 1)),
+        (b"", "float32", (2**40, 2**40)),
+    ],
+)
+def test_bytes_that_do_not_fit_are_refused_before_memory_is_taken(data, dtype, shape):
+    with pytest.raises(ProtocolError):
+        tensor_from_bytes(data, dtype, shape)
+
+
+SPEC = ClientSpec(
+    run="r", model="random:opt-tiny", cut_layer=1, dtype="float32", device="cpu", threads=1,
+    client_trainable="full", perturbation="rank1", task=TASKS["sms-spam"],
+    source="bundled:sms_spam", num_clients=1, train_examples=0, eval_examples=0, batch_size=2,
+    eval_batch_size=2, max_length=32, seed=0,
+)  # fmt: skip
+
+
+def test_record_dicts_carry_requests_with_the_spec_and_replies():
+    requests = [m for m in ALL if m.kind in REQUESTS]
+    replies = [m for m in ALL if m.kind in REPLIES]
+    spec, received = unpack_requests(pack(requests, SPEC))
+    assert spec == SPEC
+    assert all(map(same, requests, received))
+    assert all(map(same, replies, unpack_replies(pack(replies))))
+
+
+def broken_records():
+    good = pack([activations()])
+    yield RecordDict({"config": good["config"]})
+    yield RecordDict({**good, "more": ConfigRecord({})})
+    yield RecordDict({**good, "config": ConfigRecord({"headers": "x"})})
+    yield RecordDict({**good, "config": ConfigRecord({"headers": [1]})})
+    yield RecordDict({**good, "arrays": ArrayRecord({})})
+    npy = Array("float32", (1,), "numpy.ndarray", b"1234")
+    yield RecordDict({**good, "arrays": ArrayRecord({"0.activations": npy})})
+    raw = Array("float32", (1,), "hosl.raw", b"1234")
+    yield RecordDict({**good, "arrays": ArrayRecord({"9.activations": raw})})
+    yield RecordDict({**good, "arrays": ArrayRecord({"activations": raw})})
+    short = Array("float32", (2, 3, 4), "hosl.raw", b"1234")
+    yield RecordDict({**good, "arrays": ArrayRecord({"0.activations": short})})
+
+
+@pytest.mark.parametrize("index", range(9))
+def test_other_record_dicts_are_refused(index):
+    with pytest.raises(ProtocolError):
+        unpack_replies(list(broken_records())[index])
+
+
+def test_requests_without_a_spec_are_refused():
+    with pytest.raises(ProtocolError, match="spec"):
+        unpack_requests(pack([Describe(**AT)]))
