@@ -40,7 +40,7 @@ class RunConfig(BaseModel):
     )
     cut_layer: int = Field(5, ge=0, description="number of blocks the client holds")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="of weights and activations on both sides"
+        "float32", description="of client weights and activations; the server computes in float32"
     )
     device: str = Field(
         "auto",

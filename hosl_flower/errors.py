@@ -35,9 +35,3 @@ class DriftError(HoslError):
 
 class DivergedError(HoslError):
     """Training left the finite numbers."""
-
-    def __init__(self, step: int, loss: float):
-        super().__init__(
-            f"step {step}: the loss is {loss}, training has diverged; lower "
-            "server-learning-rate or client-learning-rate"
-        )

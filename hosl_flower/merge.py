@@ -22,12 +22,14 @@ def save_merged(
 
     client, server: canonical name -> tensor, together the whole model. The head is saved on
     its own and the configuration says untied, since client embedding and server head differ
-    after training.
+    after training. A 16-bit client is saved in the server's float32, which holds it exactly.
     """
-    tensors = {name: t.detach().cpu().contiguous() for name, t in {**client, **server}.items()}
+    both = {**client, **server}
+    widest = max((t.dtype for t in both.values()), key=lambda dtype: dtype.itemsize)
+    tensors = {name: t.detach().cpu().to(widest).contiguous() for name, t in both.items()}
     config = type(base.config).from_dict(base.config.to_dict())
     config.tie_word_embeddings = False
-    config.dtype = next(iter(tensors.values())).dtype
+    config.dtype = widest
     config.architectures = [_architecture(config)]
     directory.mkdir(parents=True)
     config.save_pretrained(directory)

@@ -217,7 +217,7 @@ def _by_kind(way: dict[str, list[int]]) -> dict[str, dict[str, int]]:
 
 def _plan(method: Any, session: Session) -> Iterable[str]:
     """What is about to happen, before it happens."""
-    config, spec, model = session.config, session.spec, session.base.config
+    config, spec = session.config, session.spec
     if session.notice:
         yield from session.notice.splitlines()
     held, trained = session.client_counts()
@@ -233,7 +233,7 @@ def _plan(method: Any, session: Session) -> Iterable[str]:
         f"{len(examples)} client(s) with {min(examples)} to {max(examples)} training examples; "
         f"{session.clients[0].held_out_examples} held out"
     )
-    most = spec.batch_size * spec.max_length * model.hidden_size * session.server.dtype.itemsize
+    most = spec.batch_size * spec.max_length * session.activation_bytes_per_token
     up, down = method.activations_per_step()
     yield (
         f"{config.steps} steps of {spec.batch_size} examples; per step {up} activations up, "

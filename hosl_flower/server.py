@@ -1,5 +1,6 @@
 """What the server does with activations: losses on a frozen submodel, first-order steps,
-scores. No Flower here.
+scores. No Flower here. The server always computes in float32: optimizer steps are too small
+for 16-bit weights, and it is not the side that is short of memory.
 
 The loss is the cross-entropy over the answer words' logits at the last position (tasks.py).
 Of the LM head only those words' rows ever get a gradient, so only they are trained; the rest
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hosl_flower.errors import DivergedError
 from hosl_flower.messages import Activations
 from hosl_flower.split import HEAD, ServerSubmodel
 
@@ -81,7 +83,7 @@ class Server:
         self.verbalizer_ids = torch.tensor(verbalizer_ids)
         submodel.lm_head.requires_grad_(False)
         head = submodel.lm_head.weight
-        self.device, self.dtype = head.device, head.dtype
+        self.device = head.device
         self.answer_rows = nn.Parameter(head.detach()[self.verbalizer_ids.to(self.device)].clone())
         trained = [p for p in submodel.parameters() if p.requires_grad] + [self.answer_rows]
         self.optimizer: torch.optim.Optimizer
@@ -91,10 +93,16 @@ class Server:
             self.optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
 
     def _logits(self, batch: Activations) -> Tensor:
-        """Answer logits [B, C], float32."""
-        activations = batch.activations.to(self.device, self.dtype)
+        """Answer logits [B, C], float32. Raises DivergedError when they are not finite."""
+        activations = batch.activations.to(self.device, torch.float32)
         mask = batch.attention_mask.to(self.device, torch.int64)
-        return self.submodel.answer_logits(activations, mask, self.answer_rows).float()
+        logits = self.submodel.answer_logits(activations, mask, self.answer_rows)
+        if not torch.isfinite(logits).all():
+            raise DivergedError(
+                "the server's logits are not finite, training has diverged; lower "
+                "server-learning-rate or client-learning-rate"
+            )
+        return logits
 
     @torch.no_grad()
     def loss(self, batch: Activations) -> float:

@@ -4,6 +4,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from hosl_flower.client import Client
 from hosl_flower.config import RunConfig
 from hosl_flower.errors import CheckpointError
@@ -48,6 +50,11 @@ class Session:
             hidden=self.base.config.hidden_size,
             classes=len(spec.task.verbalizers),
         )
+
+    @property
+    def activation_bytes_per_token(self) -> int:
+        """Bytes of one token's activation as the client sends it."""
+        return self.base.config.hidden_size * torch_dtype(self.spec.dtype).itemsize
 
     def at(self, step: int, partition: int) -> dict[str, Any]:
         """The fields every request has, for the ledger as it is now."""
@@ -94,7 +101,7 @@ def open_session(config: RunConfig, run: str) -> Session:
         raise CheckpointError(f"max-length = {spec.max_length}, but {spec.model} has {positions}")
     encoder = Encoder(spec.task, load_tokenizer(spec.model), spec.max_length)
     encoder.check_vocabulary(base.config.vocab_size)
-    submodel = load_server(base, spec.cut_layer, torch_dtype(spec.dtype), device)
+    submodel = load_server(base, spec.cut_layer, torch.float32, device)
     server = Server(
         submodel, encoder.verbalizer_ids, config.server_optimizer, config.server_learning_rate
     )

@@ -48,9 +48,10 @@ def train(method: Method, session: Session, link: Link, report: Report) -> Resul
     for step in range(1, config.steps + 1):
         started = time.perf_counter()
         waited, computed = link.traffic.waited_seconds, link.traffic.client_seconds
-        loss = method.step(session, link, step)
-        if not math.isfinite(loss):
-            raise DivergedError(step, loss)
+        try:
+            loss = method.step(session, link, step)
+        except DivergedError as error:
+            raise DivergedError(f"step {step}: {error}") from error
         report.stepped(
             step,
             loss,
@@ -78,8 +79,7 @@ def evaluate(session: Session, link: Link, step: int) -> Score:
     held_out = describe(session, link, partition).held_out_examples
     batches = math.ceil(held_out / spec.eval_batch_size)
     tokens = spec.eval_batch_size * spec.max_length
-    item = session.server.dtype.itemsize
-    chunk = max(1, _EXCHANGE_BYTES // (tokens * session.base.config.hidden_size * item))
+    chunk = max(1, _EXCHANGE_BYTES // (tokens * session.activation_bytes_per_token))
     score = Score(len(spec.task.verbalizers))
     at = session.at(step, partition)
     for start in range(0, batches, chunk):
