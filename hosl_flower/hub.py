@@ -52,13 +52,24 @@ def locate(model: str, filename: str) -> Path | None:
 
     Raises CheckpointError when the model itself cannot be had.
     """
+    directory = local_directory(model)
+    if directory is None:
+        return fetch(model, filename)
+    path = directory / filename
+    return path if path.is_file() else None
+
+
+def local_directory(model: str) -> Path | None:
+    """The directory a model name means, None when it is a hub id.
+
+    Raises CheckpointError for what can only be a path and is not there.
+    """
     directory = Path(model).expanduser()
     if directory.is_dir():
-        path = directory / filename
-        return path if path.is_file() else None
+        return directory
     if directory.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise CheckpointError(f"model directory {model!r} does not exist")
-    return fetch(model, filename)
+    return None
 
 
 def fetch(repository: str, filename: str) -> Path | None:

@@ -97,9 +97,10 @@ def load_tokenizer(model: str) -> Any:
     try:
         if model.startswith("random:"):
             return AutoTokenizer.from_pretrained(BUNDLED / "opt_tokenizer")
-        local = Path(model).expanduser().is_dir()
-        offline = not local and not hub.is_reachable()
-        return AutoTokenizer.from_pretrained(model, local_files_only=offline)
+        directory = hub.local_directory(model)
+        if directory is not None:
+            return AutoTokenizer.from_pretrained(directory)
+        return AutoTokenizer.from_pretrained(model, local_files_only=not hub.is_reachable())
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{model} has no usable tokenizer: {first_line}") from error
