@@ -7,13 +7,21 @@ are validated once, here, before anything is loaded; inside, a RunConfig is trus
 import difflib
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hosl_flower.errors import ConfigError
 
 Scalar = bool | int | float | str
+Dtype = Literal["float32", "bfloat16", "float16"]
+Perturbation = Literal["rank1", "signs", "gaussian"]
+Trainable = Literal["full", "blocks"]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")]
+Natural = Annotated[int, Field(ge=0, lt=2**63)]
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
+Threads = Annotated[int, Field(ge=0, le=1024)]
+Length = Annotated[int, Field(ge=8, lt=2**31)]
 
 
 class RunConfig(BaseModel):
@@ -38,17 +46,16 @@ class RunConfig(BaseModel):
         min_length=1,
         description="hub id, local directory, or random:<architecture> for fresh weights",
     )
-    cut_layer: int = Field(5, ge=0, description="number of blocks the client holds")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+    cut_layer: Natural = Field(5, description="number of blocks the client holds")
+    dtype: Dtype = Field(
         "float32", description="of client weights and activations; the server computes in float32"
     )
-    device: str = Field(
+    device: Device = Field(
         "auto",
-        pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$",
         description="auto takes a GPU where there is one; a node's own `device` overrides it",
     )
-    threads: int = Field(
-        0, ge=0, le=1024, description="CPU threads per process; 0 is all cores of the machine"
+    threads: Threads = Field(
+        0, description="CPU threads per process; 0 is all cores of the machine"
     )
 
     task: str = Field("sst2", description="sst2, sms-spam, or the name of your own task")
@@ -60,32 +67,30 @@ class RunConfig(BaseModel):
         "", description="overrides the answer words, comma separated, in label order"
     )
     label_column: str = Field("", description="overrides the name of the label column")
-    max_length: int = Field(128, ge=8, description="tokens per example; longer texts are cut")
-    train_examples: int = Field(0, ge=0, description="use at most so many; 0 is all")
-    eval_examples: int = Field(0, ge=0, description="held-out examples, at most; 0 is all")
+    max_length: Length = Field(128, description="tokens per example; longer texts are cut")
+    train_examples: Natural = Field(0, description="use at most so many; 0 is all")
+    eval_examples: Natural = Field(0, description="held-out examples, at most; 0 is all")
     offline_fallback: bool = Field(
         True,
         description="without hub and cache: random weights and the bundled SMS data, with a banner",
     )
 
-    num_clients: int = Field(1, ge=1, description="data partitions, each one client")
-    turn_steps: int = Field(
-        1, ge=1, description="steps a client takes before the next one's turn (relay)"
+    num_clients: Positive = Field(1, description="data partitions, each one client")
+    turn_steps: Positive = Field(
+        1, description="steps a client takes before the next one's turn (relay)"
     )
-    steps: int = Field(200, ge=1, description="training steps in all")
-    batch_size: int = Field(8, ge=1, description="examples per step")
-    eval_batch_size: int = Field(32, ge=1, description="examples per evaluation request")
-    eval_every: int = Field(50, ge=1, description="evaluate every so many steps, and at the end")
+    steps: Positive = Field(200, description="training steps in all")
+    batch_size: Positive = Field(8, description="examples per step")
+    eval_batch_size: Positive = Field(32, description="examples per evaluation request")
+    eval_every: Positive = Field(50, description="evaluate every so many steps, and at the end")
     evaluation: Literal["split", "central"] = Field(
         "split", description="through the client, or on the server from base weights and ledger"
     )
 
     directions: int = Field(1, ge=1, le=10_000, description="Q, two-sided probes per step")
     epsilon: float = Field(1e-3, gt=0, lt=1, description="probe distance")
-    perturbation: Literal["rank1", "signs", "gaussian"] = Field(
-        "rank1", description="distribution of the directions"
-    )
-    client_trainable: Literal["full", "blocks"] = Field(
+    perturbation: Perturbation = Field("rank1", description="distribution of the directions")
+    client_trainable: Trainable = Field(
         "full", description="full trains embeddings too (as HOSL), blocks freezes them"
     )
     client_learning_rate: float = Field(1e-6, ge=0, description="of the ZO-SGD client update")
@@ -93,13 +98,18 @@ class RunConfig(BaseModel):
     server_optimizer: Literal["sgd", "adamw"] = Field(
         "sgd", description="adamw without weight decay"
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="of data order, directions and fresh weights")
+    seed: Natural = Field(0, description="of data order, directions and fresh weights")
 
     output_dir: str = Field("runs", min_length=1, description="where run directories are made")
     run_name: str = Field(
-        "", pattern=r"^[\w.-]*$", description="the run directory's name; default: a time stamp"
+        "",
+        pattern=r"^([\w-][\w.-]*)?$",
+        description="the run directory's name; default: a time stamp",
     )
     save_model: bool = Field(True, description="write the merged model at the end")
+    nodes_deadline: float = Field(
+        60.0, gt=0, description="seconds to wait for enough SuperNodes at the start"
+    )
     reply_deadline: float = Field(
         600.0, gt=0, description="seconds a client may take for one exchange"
     )

@@ -9,15 +9,15 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
-import pandas
+import pyarrow.parquet
 from datasets import Dataset
 from flwr_datasets.partitioner import IidPartitioner
 
 from hosl_flower import hub
-from hosl_flower.errors import DataError
+from hosl_flower.errors import DataError, first_line
 from hosl_flower.perturb import derive_seed, permutation
 from hosl_flower.tasks import BUNDLED, Batch, Encoder, Task, parse_label
 
@@ -57,7 +57,7 @@ def _from_hub(name: str) -> tuple[Dataset, Dataset | None]:
     except Exception as error:  # datasets raises many kinds for one cause: it cannot be had
         raise DataError(
             f"data set {name!r} cannot be had from the hub or its cache "
-            f"({str(error).strip().splitlines()[0]}); set data-path to a local copy"
+            f"({first_line(error)}); set data-path to a local copy"
         ) from error
     return _parts(loaded, name)
 
@@ -76,9 +76,9 @@ def _from_path(path: Path) -> tuple[Dataset, Dataset | None]:
     if not path.is_dir():
         raise DataError(f"data path {str(path)!r} does not exist")
     if (path / "dataset_dict.json").is_file():
-        return _parts(datasets.load_from_disk(str(path)), str(path))
+        return _parts(_saved_dataset(path), str(path))
     if (path / "dataset_info.json").is_file():
-        return datasets.load_from_disk(str(path)), None
+        return _saved_dataset(path), None
     files = {file.stem: file for file in sorted(path.iterdir()) if file.suffix in _SUFFIXES}
     if "train" not in files:
         raise DataError(
@@ -89,15 +89,22 @@ def _from_path(path: Path) -> tuple[Dataset, Dataset | None]:
     return _read_file(files["train"]), _read_file(held_out) if held_out else None
 
 
+def _saved_dataset(path: Path) -> Any:
+    try:
+        return datasets.load_from_disk(str(path))
+    except Exception as error:  # datasets raises many kinds for a damaged directory
+        raise DataError(f"{path} is a damaged saved data set: {first_line(error)}") from error
+
+
 def _read_file(path: Path) -> Dataset:
     readers: dict[str, Callable[[Path], Dataset]] = {
-        ".csv": lambda p: _table(p, sep=",", quoting=csv.QUOTE_MINIMAL),
+        ".csv": lambda p: _table(p, ",", csv.QUOTE_MINIMAL),
         # GLUE and the SMS collection do not quote: a lone " is part of the text
-        ".tsv": lambda p: _table(p, sep="\t", quoting=csv.QUOTE_NONE),
-        ".txt": lambda p: _table(p, sep="\t", quoting=csv.QUOTE_NONE),
+        ".tsv": lambda p: _table(p, "\t", csv.QUOTE_NONE),
+        ".txt": lambda p: _table(p, "\t", csv.QUOTE_NONE),
         ".jsonl": _json_lines,
         ".json": _json_lines,
-        ".parquet": lambda p: Dataset.from_pandas(pandas.read_parquet(p)),
+        ".parquet": lambda p: Dataset(pyarrow.parquet.read_table(p)),
         ".arrow": lambda p: Dataset.from_file(str(p)),
     }
     if path.suffix not in readers:
@@ -106,21 +113,33 @@ def _read_file(path: Path) -> Dataset:
         return readers[path.suffix](path)
     except DataError:
         raise
-    except Exception as error:  # pandas and pyarrow raise many kinds for a damaged file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    except Exception as error:  # csv and pyarrow raise many kinds for a damaged file
+        reason = first_line(error)
         raise DataError(f"{path} cannot be read as {path.suffix[1:]}: {reason}") from error
 
 
-def _table(path: Path, sep: str, quoting: int) -> Dataset:
-    frame = pandas.read_csv(
-        path, sep=sep, quoting=quoting, dtype=str, keep_default_na=False, encoding="utf-8"
-    )
-    return Dataset.from_pandas(frame, preserve_index=False)
+def _table(path: Path, delimiter: str, quoting: Literal[0, 3]) -> Dataset:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
+        header = next(rows, None)
+        if not header:
+            raise ValueError("it is empty, expected a header line with the column names")
+        columns: list[list[str]] = [[] for _ in header]
+        for row in rows:
+            if not row:
+                continue
+            if len(row) != len(header):
+                raise ValueError(
+                    f"line {rows.line_num} has {len(row)} fields, the header {len(header)}"
+                )
+            for column, value in zip(columns, row, strict=True):
+                column.append(value)
+    return Dataset.from_dict(dict(zip(header, columns, strict=True)))
 
 
 def _json_lines(path: Path) -> Dataset:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -149,6 +168,10 @@ def _normalise(data: Dataset, task: Task, where: str) -> Dataset:
         for row, value in enumerate(data[task.label_column], start=1)
     ]
     columns = {name: [str(text) for text in data[name]] for name in task.fields}
+    for name in task.fields:
+        empty = next((row for row, text in enumerate(data[name], start=1) if text is None), None)
+        if empty is not None:
+            raise DataError(f"{where}, row {empty}: {name} is missing")
     return Dataset.from_dict({**columns, "label": labels})
 
 
@@ -187,8 +210,8 @@ class ClientData:
 
     def train_batch(self, number: int, size: int) -> Batch:
         """Mini-batch `number` (0, 1, ...) of an endless sequence of shuffled epochs."""
-        first = number * size
-        rows = [self.train[self._row(i)] for i in range(first, first + min(size, len(self.train)))]
+        size = min(size, len(self.train))
+        rows = [self.train[self._row(i)] for i in range(number * size, (number + 1) * size)]
         return self.encoder.collate(rows)
 
     def _row(self, position: int) -> int:

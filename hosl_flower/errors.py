@@ -5,6 +5,12 @@ derive from HoslError, so an entry point catches one class and prints one line.
 """
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's exception says, in one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class HoslError(Exception):
     """Base of every error this package raises on purpose."""
 

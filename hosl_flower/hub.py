@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
 )
 
-from hosl_flower.errors import CheckpointError
+from hosl_flower.errors import CheckpointError, first_line
 
 PROBE_SECONDS = 4.0
 
@@ -91,9 +91,8 @@ def fetch(repository: str, filename: str) -> Path | None:
     except EntryNotFoundError:
         return None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        first_line = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"the hub does not give {filename!r} of {repository!r}: {first_line}; "
+            f"the hub does not give {filename!r} of {repository!r}: {first_line(error)}; "
             "check the name and, for a gated model, HF_TOKEN"
         ) from error
 

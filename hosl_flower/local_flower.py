@@ -83,6 +83,7 @@ def private_superlink() -> Iterator[dict[str, str]]:
         _MARK: secrets.token_hex(8),
     }
     process: subprocess.Popen[bytes] | None = None
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` runs
     try:
         with (home / "superlink.log").open("wb") as log:
             process = subprocess.Popen(
@@ -102,6 +103,7 @@ def private_superlink() -> Iterator[dict[str, str]]:
     finally:
         if process is not None:
             _stop(process, environment[_MARK])
+        signal.signal(signal.SIGTERM, before)
         shutil.rmtree(home, ignore_errors=True)
 
 

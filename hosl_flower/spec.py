@@ -8,7 +8,17 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from hosl_flower import hub
-from hosl_flower.config import RunConfig
+from hosl_flower.config import (
+    Device,
+    Dtype,
+    Length,
+    Natural,
+    Perturbation,
+    Positive,
+    RunConfig,
+    Threads,
+    Trainable,
+)
 from hosl_flower.errors import CheckpointError, ConfigError, ProtocolError
 from hosl_flower.families import ARCHITECTURES
 from hosl_flower.split import RANDOM, check_cut, load_model_config
@@ -27,21 +37,21 @@ class ClientSpec:
 
     run: str
     model: str
-    cut_layer: int
-    dtype: str
-    device: str
-    threads: int
-    client_trainable: str
-    perturbation: str
+    cut_layer: Natural
+    dtype: Dtype
+    device: Device
+    threads: Threads
+    client_trainable: Trainable
+    perturbation: Perturbation
     task: Task
     source: str
-    num_clients: int
-    train_examples: int
-    eval_examples: int
-    batch_size: int
-    eval_batch_size: int
-    max_length: int
-    seed: int
+    num_clients: Positive
+    train_examples: Natural
+    eval_examples: Natural
+    batch_size: Positive
+    eval_batch_size: Positive
+    max_length: Length
+    seed: Natural
 
     def to_json(self) -> str:
         """For the wire."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from hosl_flower import hub
-from hosl_flower.errors import CheckpointError, ConfigError
+from hosl_flower.errors import CheckpointError, ConfigError, first_line
 from hosl_flower.families import Family, architecture, family_of
 from hosl_flower.weights import Checkpoint, RandomWeights, WeightSource
 
@@ -106,6 +106,12 @@ def open_base(model: str, seed: int = 0) -> Base:
         return Base(model, config, source, pretrained=False)
     config = load_model_config(model)
     checkpoint = Checkpoint(model, family_of(config).base_prefix)
+    if checkpoint.blocks() > config.num_hidden_layers:
+        raise CheckpointError(
+            f"{model}: config.json says {config.num_hidden_layers} blocks, the weights have "
+            f"{checkpoint.blocks()}; they do not belong together"
+        )
+    _skeleton(config, 0)  # an impossible configuration is refused here, not midway
     return Base(model, config, checkpoint, pretrained=True)
 
 
@@ -115,10 +121,9 @@ def load_model_config(model: str) -> PretrainedConfig:
     if path is None:
         raise CheckpointError(f"{model} has no config.json; expected a Hugging Face model")
     try:
-        return AutoConfig.from_pretrained(path.parent)
-    except (OSError, ValueError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{model}: config.json cannot be used: {first_line}") from error
+        return AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds for a damaged configuration
+        raise CheckpointError(f"{path} cannot be used: {first_line(error)}") from error
 
 
 def check_cut(config: PretrainedConfig, cut: int) -> None:
@@ -133,8 +138,14 @@ def check_cut(config: PretrainedConfig, cut: int) -> None:
 def _skeleton(config: PretrainedConfig, cut: int) -> tuple[nn.Module, nn.Module, Family]:
     """(causal LM, its decoder, family) without memory: every tensor on the meta device."""
     check_cut(config, cut)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{config.name_or_path}: config.json describes no possible {config.model_type} "
+            f"model: {first_line(error)}"
+        ) from error
     family = family_of(config)
     return model, family.decoder(model), family
 

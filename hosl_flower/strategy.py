@@ -45,7 +45,12 @@ class SplitStrategy(Strategy):
         session = open_session(self.config, run)
         self.summary()
         link = GridLink(
-            grid, session.spec, session.ledger, session.limits, self.config.reply_deadline
+            grid,
+            session.spec,
+            session.ledger,
+            session.limits,
+            self.config.reply_deadline,
+            self.config.nodes_deadline,
         )
         results = train(self, session, link, Report(self.config))
         return _flower_result(results)

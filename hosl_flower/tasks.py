@@ -17,7 +17,9 @@ from transformers import AutoTokenizer
 
 from hosl_flower import hub
 from hosl_flower.config import RunConfig
-from hosl_flower.errors import CheckpointError, ConfigError, DataError
+from hosl_flower.errors import CheckpointError, ConfigError, DataError, first_line
+
+_FIELD = re.compile(r"\{(\w+)\}")  # any other brace is text
 
 BUNDLED = Path(__file__).parent / "bundled"
 
@@ -41,7 +43,7 @@ class Task:
     @property
     def fields(self) -> list[str]:
         """The columns the prompt needs."""
-        return re.findall(r"\{(\w+)\}", self.prompt)
+        return _FIELD.findall(self.prompt)
 
 
 TASKS = {
@@ -98,12 +100,18 @@ def load_tokenizer(model: str) -> Any:
         if model.startswith("random:"):
             return AutoTokenizer.from_pretrained(BUNDLED / "opt_tokenizer")
         directory = hub.local_directory(model)
-        if directory is not None:
-            return AutoTokenizer.from_pretrained(directory)
-        return AutoTokenizer.from_pretrained(model, local_files_only=not hub.is_reachable())
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{model} has no usable tokenizer: {first_line}") from error
+        tokenizer = AutoTokenizer.from_pretrained(
+            model if directory is None else directory,
+            local_files_only=directory is None and not hub.is_reachable(),
+            trust_remote_code=False,
+        )
+    except CheckpointError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exceptions for damaged files
+        raise CheckpointError(f"{model} has no usable tokenizer: {first_line(error)}") from error
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        raise CheckpointError(f"{model} has no tokenizer files; copy tokenizer.json or the like")
+    return tokenizer
 
 
 @dataclass(frozen=True)
@@ -149,7 +157,7 @@ class Encoder:
 
     def encode(self, example: dict[str, Any]) -> list[int]:
         """Token ids of one example, at most max_length: the text is cut, never the question."""
-        text = self._head.format_map({name: example[name] for name in self.task.fields})
+        text = _FIELD.sub(lambda field: example[field.group(1)], self._head)
         room = self.max_length - len(self._prefix) - len(self._suffix)
         return self._prefix + self._tokens(text)[:room] + self._suffix
 
@@ -174,15 +182,16 @@ class Encoder:
 
 
 def _split_prompt(prompt: str) -> tuple[str, str]:
-    end = prompt.rindex("}") + 1
+    end = max(field.end() for field in _FIELD.finditer(prompt))
     return prompt[:end], prompt[end:]
 
 
 def parse_label(value: Any, task: Task, where: str) -> int:
     """A label as data files write it (int, bool, numeric string, name) -> 0..C-1."""
-    text = str(int(value) if isinstance(value, bool) else value).strip()
-    if text.lower() in task.label_names:
-        return task.label_names.index(text.lower())
+    text = str(value).strip().lower()
+    if text in task.label_names:
+        return task.label_names.index(text)
+    text = {"false": "0", "true": "1"}.get(text, text)
     number = int(float(text)) if re.fullmatch(r"\d+(\.0)?", text) else -1
     if not 0 <= number < len(task.verbalizers):
         names = f" or {', '.join(task.label_names)}" if task.label_names else ""

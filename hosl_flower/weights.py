@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hosl_flower import hub
-from hosl_flower.errors import CheckpointError
+from hosl_flower.errors import CheckpointError, first_line
 from hosl_flower.perturb import derive_seed
 
 
@@ -98,6 +98,11 @@ class Checkpoint:
             )
         return tensor
 
+    def blocks(self) -> int:
+        """Number of transformer blocks the files hold."""
+        found = (re.search(r"\blayers\.(\d+)\.", name) for name in self._files)
+        return max((int(match.group(1)) + 1 for match in found if match), default=0)
+
     def _index(self) -> dict[str, tuple[str, str]]:
         """canonical name -> (file, key in that file), from headers only."""
         for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
@@ -122,9 +127,12 @@ class Checkpoint:
 
 def _weight_map(path: Path) -> dict[str, str]:
     try:
-        entries = json.loads(path.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a sharded-checkpoint index ({error!r})") from error
+        index = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not a sharded-checkpoint index ({error})") from error
+    entries = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{path}: not a sharded-checkpoint index, it has no weight_map")
     bad = [f for f in entries.values() if not isinstance(f, str) or Path(f).name != f]
     if bad:
         raise CheckpointError(f"{path}: shard names must be plain file names, found {bad[0]!r}")
@@ -165,8 +173,14 @@ def _load_bin(path: Path) -> dict[str, Tensor]:
             # Written before torch 1.6 as one stream: it has to be read whole.
             state = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # torch raises many kinds for a damaged or hostile file
-        raise _damaged(path, ValueError(str(error).splitlines()[0])) from error
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        # torch's own text suggests weights_only=False: not here, never
+        refused = "weights_only" in str(error)
+        reason = "it holds objects that are not tensors" if refused else first_line(error)
+        raise _damaged(path, ValueError(reason)) from error
+    tensors = isinstance(state, dict) and all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    )
+    if not tensors:
         raise _damaged(path, ValueError("it does not hold a state dict of tensors"))
     return state
 
@@ -196,6 +210,8 @@ def _read_bin(path: Path, key: str) -> Tensor:
         own = {k: t for k, t in _load_bin(path).items() if k == key or k.startswith(f"{group}.")}
         # clone: tied tensors share storage, which safetensors rightly refuses
         own = {k: t.clone().contiguous() for k, t in own.items()}
+        if key not in own:
+            raise CheckpointError(f"{path} lacks {key!r}, which its index says it holds")
         _write_atomically(converted, lambda target: save_file(own, target))
     return _read_safetensors(converted, key)
 

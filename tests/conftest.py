@@ -1,6 +1,8 @@
 """Shared fixtures: tiny OPT checkpoints and a closed hub."""
 
 import itertools
+import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import constants
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
 
 from hosl_flower import hub
@@ -63,3 +67,29 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache / "datasets")
     return cache
+
+
+def put_into_hub_cache(cache: Path, repository: str, directory: Path) -> None:
+    """Make a model directory look like a finished download."""
+    folder = cache / f"models--{repository.replace('/', '--')}"
+    commit = "0" * 40
+    shutil.copytree(directory, folder / "snapshots" / commit)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+
+
+def store_shards(directory: Path, state: dict[str, Tensor], suffix: str) -> None:
+    """Save as embed, block0, block1, ..., head .safetensors or .bin, with an index."""
+
+    def shard(name: str) -> str:
+        block = re.search(r"layers\.(\d+)\.", name)
+        stem = f"block{block[1]}" if block else ("embed" if "embed" in name else "head")
+        return f"{stem}.{suffix}"
+
+    (directory / "model.safetensors").unlink()
+    weight_map = {name: shard(name) for name in state}
+    for file in set(weight_map.values()):
+        own = {name: t.clone() for name, t in state.items() if weight_map[name] == file}
+        torch.save(own, directory / file) if suffix == "bin" else save_file(own, directory / file)
+    single = "pytorch_model.bin" if suffix == "bin" else "model.safetensors"
+    (directory / f"{single}.index.json").write_text(json.dumps({"weight_map": weight_map}))

@@ -256,7 +256,7 @@ class LocalGrid:
 
 
 def grid_link(nodes, ledger, deadline=20.0):
-    return GridLink(LocalGrid(nodes), SPEC, ledger, LIMITS, deadline)
+    return GridLink(LocalGrid(nodes), SPEC, ledger, LIMITS, deadline, nodes_deadline=0.1)
 
 
 def test_the_grid_link_gives_the_replies_of_the_in_process_link(link, ledger):
@@ -342,8 +342,7 @@ def test_replies_that_are_not_ours_are_refused(ledger, monkeypatch):
         ({7: {"partition-id": 0}, 8: {"partition-id": 5}}, "no SuperNode answered for partition 1"),
     ],
 )
-def test_a_federation_that_does_not_fit_is_refused(ledger, monkeypatch, nodes, complaint):
-    monkeypatch.setattr("hosl_flower.link.grid._NODES_SECONDS", 0.1)
+def test_a_federation_that_does_not_fit_is_refused(ledger, nodes, complaint):
     with pytest.raises(ConfigError, match=complaint):
         grid_link(nodes, ledger)
 

@@ -21,18 +21,24 @@ from hosl_flower.spec import ClientSpec
 EXCHANGE = "train.exchange"
 NODE = "query.node"
 _FIRST_POLL_SECONDS, _LAST_POLL_SECONDS = 0.002, 0.25
-_NODES_SECONDS = 60.0  # how long to wait for enough SuperNodes
 
 
 class GridLink(Link):
-    """deadline: seconds a client may take to answer one exchange."""
+    """deadline: seconds a client may take to answer one exchange; nodes_deadline: seconds to
+    wait for as many SuperNodes as there are clients."""
 
     def __init__(
-        self, grid: Grid, spec: ClientSpec, ledger: Ledger, limits: Limits, deadline: float
+        self,
+        grid: Grid,
+        spec: ClientSpec,
+        ledger: Ledger,
+        limits: Limits,
+        deadline: float,
+        nodes_deadline: float,
     ):
         super().__init__(ledger, limits)
         self.grid, self.spec, self.deadline = grid, spec, deadline
-        self.nodes = self._find_nodes()  # partition -> node id
+        self.nodes = self._find_nodes(nodes_deadline)  # partition -> node id
 
     def describe_client(self, partition: int) -> str:
         return f"client {partition} (node {self.nodes.get(partition, 'unknown')})"
@@ -89,10 +95,10 @@ class GridLink(Link):
                 pause = min(pause * 1.3, _LAST_POLL_SECONDS)
         return answers
 
-    def _find_nodes(self) -> dict[int, int]:
+    def _find_nodes(self, deadline: float) -> dict[int, int]:
         """Ask every SuperNode which partition it serves: node ids are new in every run."""
         wanted = self.spec.num_clients
-        ids = self._wait_for_nodes(wanted)
+        ids = self._wait_for_nodes(wanted, deadline)
         questions = {
             i: Message(
                 content=RecordDict({"config": ConfigRecord({})}),
@@ -119,8 +125,8 @@ class GridLink(Link):
             )
         return nodes
 
-    def _wait_for_nodes(self, wanted: int) -> list[int]:
-        give_up = time.monotonic() + _NODES_SECONDS
+    def _wait_for_nodes(self, wanted: int, deadline: float) -> list[int]:
+        give_up = time.monotonic() + deadline
         ids = list(self.grid.get_node_ids())
         while len(ids) < wanted and time.monotonic() < give_up:
             time.sleep(0.5)

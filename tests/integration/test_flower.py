@@ -1,0 +1,119 @@
+"""Real `flwr run`: SuperLink, Ray, ServerApp and ClientApps in their own processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hosl_flower.cli import read_app_config
+from hosl_flower.server_app import load_strategy
+
+ROOT = Path(__file__).parents[2]
+QUICK = ROOT / "simulations" / "quickstart"
+
+
+def start(app, *arguments):
+    """`python -m hosl_flower simulate`, its output on a pipe."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "hosl_flower", "simulate", str(app), *arguments],
+        cwd=ROOT,
+        env={**os.environ, "TEST_FLOWER_RUN": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def simulate(app, *arguments):
+    process = start(app, *arguments)
+    output, _ = process.communicate(timeout=400)
+    return process.returncode, output
+
+
+def descendants():
+    """Processes any test here has started and left: they carry its environment."""
+    left = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"TEST_FLOWER_RUN=1" in (path / "environ").read_bytes().split(b"\0"):
+                left.append((path / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:
+            continue
+    return left
+
+
+def keys(**values):
+    return [
+        part for key, value in values.items() for part in ("-c", f"{key.replace('_', '-')}={value}")
+    ]
+
+
+def history(directory):
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def test_flower_and_in_process_give_the_same_bits(tmp_path):
+    common = {"steps": 6, "eval_every": 3, "eval_examples": 60, "num_clients": 2, "turn_steps": 2}
+    common["output_dir"] = tmp_path
+    code, output = simulate(QUICK, *keys(**common, run_name="flower"))
+    assert code == 0, output
+    arguments = keys(**common, run_name="plain")[1::2]
+    load_strategy(read_app_config(QUICK, arguments)).run_in_process()
+    assert history(tmp_path / "flower") == history(tmp_path / "plain")
+    over_flower, plain = (
+        json.loads((tmp_path / name / "results.json").read_text()) for name in ("flower", "plain")
+    )
+    for same in ("accuracy", "loss", "fingerprint", "ledger_digest", "majority_accuracy"):
+        assert over_flower[same] == plain[same]
+    ledgers = [(tmp_path / name / "ledger.jsonl").read_text() for name in ("flower", "plain")]
+    assert ledgers[0] == ledgers[1]
+    assert "cut after block 1 of 4" in output
+    assert f"run directory: {tmp_path / 'flower'}" in output
+    assert f"results: {tmp_path / 'flower' / 'results.json'}" in output
+    assert descendants() == []
+
+
+@pytest.mark.skipif(
+    "HF_TOKEN" in os.environ, reason="shows what happens without a hub; this machine has one"
+)
+def test_the_main_simulation_falls_back_loudly_without_a_hub(tmp_path):
+    quick = keys(steps=2, eval_examples=8, batch_size=2, output_dir=tmp_path, run_name="main")
+    code, output = simulate(ROOT / "simulations" / "opt125m_hosl", *quick)
+    assert code == 0, output
+    results = json.loads((tmp_path / "main" / "results.json").read_text())
+    assert results["pretrained"] is False
+    assert results["model"] == "random:opt-125m"
+    assert "RANDOM weights" in results["notice"]
+    assert "NOT A RESULT" in output
+    assert (tmp_path / "main" / "model" / "model.safetensors").stat().st_size > 600e6
+
+
+def test_a_failed_run_fails_with_the_reason_and_leaves_nothing(tmp_path):
+    arguments = keys(num_clients=3, nodes_deadline=1.0, output_dir=tmp_path / "out")
+    code, output = simulate(QUICK, *arguments)
+    assert code == 1
+    assert "num-clients = 3 needs 3 SuperNodes, 2 are connected" in output
+    assert '--federation-config "num-supernodes=3"' in output
+    assert not (tmp_path / "out").exists()
+    assert descendants() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_run_leaves_no_process_behind(tmp_path, number):
+    process = start(QUICK, *keys(steps=100000, output_dir=tmp_path))
+    for line in process.stdout:
+        if "run directory" in line:
+            break
+    process.send_signal(number)
+    process.communicate(timeout=90)
+    assert process.returncode != 0
+    give_up = time.monotonic() + 10
+    while descendants() and time.monotonic() < give_up:
+        time.sleep(0.2)
+    assert descendants() == []

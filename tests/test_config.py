@@ -1,0 +1,221 @@
+"""config.py and spec.py: every key, every refusal, and what a run falls back to offline."""
+
+import json
+import re
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import put_into_hub_cache
+
+from hosl_flower.config import RunConfig, help_table, parse_config
+from hosl_flower.errors import CheckpointError, ConfigError, ProtocolError
+from hosl_flower.spec import ClientSpec, resolve
+from hosl_flower.tasks import TASKS
+
+KEYS = [field.alias for field in RunConfig.model_fields.values()]
+SIMULATIONS = sorted(Path(__file__).parents[1].glob("simulations/*/pyproject.toml"))
+
+
+def test_defaults_are_valid_and_round_trip():
+    config = parse_config({})
+    assert config == RunConfig()
+    assert parse_config(config.as_keys()) == config
+    assert list(config.as_keys()) == KEYS
+
+
+def test_keys_are_kebab_case():
+    config = parse_config({"cut-layer": 2, "client-learning-rate": 1e-4, "verbalizers": "a, b,"})
+    assert (config.cut_layer, config.client_learning_rate) == (2, 1e-4)
+    assert config.verbalizer_list == ["a", "b"]
+    assert all(re.fullmatch(r"[a-z]+(-[a-z]+)*", key) for key in KEYS)
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("cut_layer", "did you mean 'cut-layer'?"),
+        ("client-learning-rat", "did you mean 'client-learning-rate'?"),
+        ("zzz", "README.md"),
+    ],
+)
+def test_unknown_keys_are_refused_with_a_hint(key, hint):
+    with pytest.raises(ConfigError) as caught:
+        parse_config({key: 1})
+    assert f"{key}: no such key" in str(caught.value)
+    assert hint in str(caught.value)
+
+
+def test_one_error_lists_every_problem():
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"stepz": 1, "steps": 0, "dtype": "int4"}, origin="app/pyproject.toml")
+    first, *problems = str(caught.value).splitlines()
+    assert first == "app/pyproject.toml is not valid:"
+    assert [line.split()[0] for line in problems] == ["stepz:", "dtype", "steps"]
+
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("strategy", "hosl"),
+        ("model", " "),
+        ("cut-layer", -1),
+        ("cut-layer", 1.5),
+        ("dtype", "float64"),
+        ("device", "gpu"),
+        ("threads", -1),
+        ("max-length", 7),
+        ("train-examples", -1),
+        ("eval-examples", -1),
+        ("offline-fallback", "perhaps"),
+        ("num-clients", 0),
+        ("turn-steps", 0),
+        ("steps", 0),
+        ("batch-size", 0),
+        ("eval-batch-size", 0),
+        ("eval-every", 0),
+        ("evaluation", "both"),
+        ("directions", 0),
+        ("epsilon", 0.0),
+        ("epsilon", 1.0),
+        ("epsilon", NAN),
+        ("perturbation", "uniform"),
+        ("client-trainable", "none"),
+        ("client-learning-rate", -1e-9),
+        ("client-learning-rate", NAN),
+        ("server-learning-rate", INFINITY),
+        ("server-optimizer", "adam"),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("output-dir", ""),
+        ("run-name", "a/b"),
+        ("run-name", ".."),
+        ("reply-deadline", 0),
+        ("reply-deadline", NAN),
+    ],
+)
+def test_values_out_of_range_are_named(key, value):
+    with pytest.raises(ConfigError) as caught:
+        parse_config({key: value})
+    assert f"\n  {key} = {value!r}: " in str(caught.value)
+    assert str(caught.value).count("\n") == 1
+
+
+def test_keys_that_contradict_each_other_are_refused():
+    with pytest.raises(ConfigError, match=r"num-clients = 9 is more than train-examples = 8"):
+        parse_config({"num-clients": 9, "train-examples": 8})
+    with pytest.raises(ConfigError, match="at least two"):
+        parse_config({"verbalizers": "good,"})
+    assert parse_config({"num-clients": 9}).train_examples == 0
+
+
+@pytest.mark.parametrize("path", SIMULATIONS, ids=lambda path: path.parent.name)
+def test_simulations_list_every_key(path):
+    project = tomllib.loads(path.read_text())
+    values = project["tool"]["flwr"]["app"]["config"]
+    assert list(values) == KEYS
+    defaults = RunConfig().as_keys()
+    assert [key for key in KEYS if type(values[key]) is not type(defaults[key])] == []
+    parse_config(values, str(path))
+    assert re.fullmatch(r"[a-zA-Z][a-zA-Z0-9-]{0,31}", project["project"]["name"])
+
+
+def test_there_are_simulations():
+    assert "quickstart" in [path.parent.name for path in SIMULATIONS]
+
+
+def test_help_has_a_row_for_each_key():
+    rows = help_table().splitlines()[2:]
+    assert [row.split("`")[1] for row in rows] == KEYS
+    assert all(row.count("|") == 4 for row in rows)
+
+
+def settle(**keys):
+    config = parse_config({key.replace("_", "-"): value for key, value in keys.items()})
+    return resolve(config, "run-1")
+
+
+def test_without_hub_and_cache_the_run_falls_back_and_says_so(hub_cache):
+    resolved = settle(model="facebook/opt-125m", task="sst2")
+    assert resolved.spec.model == "random:opt-125m"
+    assert (resolved.spec.task, resolved.spec.source) == (TASKS["sms-spam"], "bundled:sms_spam")
+    for part in ("NOT A RESULT", "facebook/opt-125m", "RANDOM", "sst2 -> sms-spam"):
+        assert part in resolved.notice
+    assert len({len(line) for line in resolved.notice.splitlines()}) == 1
+
+
+def test_without_fallback_what_is_missing_is_an_error(hub_cache):
+    with pytest.raises(CheckpointError, match=r"'facebook/opt-125m' .*offline-fallback is false"):
+        settle(offline_fallback=False)
+    with pytest.raises(ConfigError, match=r"nyu-mll/glue/sst2 .*offline-fallback .*data-path"):
+        settle(model="random:opt-125m", offline_fallback=False)
+
+
+@pytest.mark.parametrize("model", ["org/unknown", "/nowhere/opt-125m", "./opt-125m", "opt-9000"])
+def test_models_without_a_stand_in_are_an_error(hub_cache, model):
+    with pytest.raises(CheckpointError, match=model):
+        settle(model=model)
+
+
+def test_cached_model_is_kept_when_only_the_data_is_missing(hub_cache, tiny_opt):
+    put_into_hub_cache(hub_cache, "org/tiny", tiny_opt()[0])
+    resolved = settle(model="org/tiny", cut_layer=1)
+    assert (resolved.spec.model, resolved.spec.task.name) == ("org/tiny", "sms-spam")
+    assert "RANDOM" not in resolved.notice
+
+
+def test_cached_data_is_kept(hub_cache):
+    (hub_cache / "datasets" / "nyu-mll___glue").mkdir(parents=True)
+    resolved = settle(model="random:opt-tiny", cut_layer=1)
+    assert (resolved.spec.source, resolved.notice) == ("hub:nyu-mll/glue/sst2", "")
+
+
+def test_local_model_and_data_need_no_hub(hub_cache, tiny_opt, tmp_path, monkeypatch):
+    directory, _ = tiny_opt()
+    monkeypatch.chdir(tmp_path)
+    resolved = settle(model=str(directory), cut_layer=3, data_path="own.csv", num_clients=4)
+    assert (resolved.spec.model, resolved.spec.task) == (str(directory), TASKS["sst2"])
+    assert (resolved.spec.source, resolved.notice) == (str(tmp_path / "own.csv"), "")
+    assert (resolved.spec.run, resolved.spec.num_clients) == ("run-1", 4)
+
+
+def test_local_data_is_kept_when_the_model_falls_back(hub_cache, tmp_path):
+    resolved = settle(data_path=str(tmp_path))
+    assert (resolved.spec.source, resolved.spec.task) == (str(tmp_path), TASKS["sst2"])
+    assert "random" in resolved.spec.model
+    assert "sms" not in resolved.notice
+
+
+def test_cut_beyond_the_model_is_refused(hub_cache, tiny_opt):
+    with pytest.raises(ConfigError, match=r"cut-layer = 4 .* 0\.\.3"):
+        settle(model=str(tiny_opt()[0]), cut_layer=4)
+
+
+def test_client_spec_survives_the_wire(hub_cache):
+    spec = replace(settle().spec, seed=2**63 - 1, source='/d\u00e9j\u00e0 "vu".csv')
+    assert ClientSpec.from_json(spec.to_json()) == spec
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", "\ud800", '{"run": 1}'])
+def test_garbage_is_no_client_spec(text):
+    with pytest.raises(ProtocolError, match="client spec"):
+        ClientSpec.from_json(text)
+
+
+@pytest.mark.parametrize(("name", "value"), [("cut_layer", "x"), ("task", {}), ("seed", 1.5)])
+def test_client_spec_with_one_wrong_field_names_it(hub_cache, name, value):
+    fields = {**json.loads(settle().spec.to_json()), name: value}
+    with pytest.raises(ProtocolError, match=f"client spec: .*{name}"):
+        ClientSpec.from_json(json.dumps(fields))
+
+
+def test_genesis_tells_apart_what_decides_the_bits(hub_cache):
+    spec = settle().spec
+    variants = {"seed": 1, "cut_layer": 1, "dtype": "float16", "perturbation": "signs"}
+    assert all(replace(spec, **{k: v}).genesis != spec.genesis for k, v in variants.items())
+    pretrained = replace(spec, model="org/tiny")
+    assert replace(pretrained, seed=1).genesis == pretrained.genesis

@@ -1,0 +1,250 @@
+"""data.py: every file format, labels, splits, partitions and the order of visits."""
+
+import json
+
+import datasets
+import pandas
+import pytest
+
+from hosl_flower.data import ClientData, load_client_data, load_source, partition, take
+from hosl_flower.errors import DataError
+from hosl_flower.tasks import TASKS, Encoder, Task, load_tokenizer
+
+TASK = Task("own", "{text} It was", ("terrible", "great"), ("no", "yes"))
+FRAME = pandas.DataFrame({"label": [0, 1, 1], "text": ["one", "two", "three"]})
+ROWS = [("one", 0), ("three", 1), ("two", 1)]
+
+
+def examples(*parts):
+    return sorted((row["text"], row["label"]) for part in parts for row in part)
+
+
+def read(path, task=TASK):
+    return examples(*load_source(str(path), task, 0))
+
+
+def numbered(count):
+    return datasets.Dataset.from_dict(
+        {"text": [f"number {i}" for i in range(count)], "label": [i % 2 for i in range(count)]}
+    )
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return Encoder(TASK, load_tokenizer("random:opt-tiny"), 32)
+
+
+WRITERS = {
+    "d.csv": lambda p: FRAME.to_csv(p, index=False),
+    "excel.csv": lambda p: FRAME.to_csv(p, index=False, encoding="utf-8-sig"),
+    "d.tsv": lambda p: FRAME.to_csv(p, sep="\t", index=False),
+    "d.txt": lambda p: FRAME.to_csv(p, sep="\t", index=False, lineterminator="\r\n"),
+    "d.jsonl": lambda p: FRAME.to_json(p, orient="records", lines=True),
+    "d.json": lambda p: FRAME.to_json(p, orient="records", lines=True),
+    "d.parquet": lambda p: FRAME.set_index("label", drop=False).to_parquet(p),
+    "dataset": lambda p: datasets.Dataset.from_pandas(FRAME).save_to_disk(p),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_reads_the_same(tmp_path, name):
+    WRITERS[name](tmp_path / name)
+    assert read(tmp_path / name) == ROWS
+
+
+def test_arrow_file_of_a_saved_dataset(tmp_path):
+    datasets.Dataset.from_pandas(FRAME).save_to_disk(tmp_path)
+    assert read(next(tmp_path.glob("*.arrow"))) == ROWS
+
+
+def test_dataset_dict_brings_its_held_out_part(tmp_path):
+    parts = {"train": numbered(3), "validation": numbered(2), "test": numbered(1)}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path)
+    assert [len(part) for part in load_source(str(tmp_path), TASK, 0)] == [3, 2]
+
+
+@pytest.mark.parametrize("held_out", ["validation.csv", "val.tsv", "dev.csv", "test.tsv"])
+def test_directory_of_files(tmp_path, held_out):
+    numbered(3).to_csv(tmp_path / "train.csv")
+    numbered(2).to_csv(tmp_path / held_out, sep="\t" if held_out.endswith("tsv") else ",")
+    assert [len(part) for part in load_source(str(tmp_path), TASK, 0)] == [3, 2]
+
+
+def test_csv_quotes_and_tsv_does_not(tmp_path):
+    (tmp_path / "a.csv").write_text('text,label\n"a, ""b""\nc",1\nd,0\n')
+    assert read(tmp_path / "a.csv") == [('a, "b"\nc', 1), ("d", 0)]
+    (tmp_path / "a.tsv").write_text('text\tlabel\nsay "hi\t1\n"x\t0\n')
+    assert read(tmp_path / "a.tsv") == [('"x', 0), ('say "hi', 1)]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl"])
+def test_words_that_mean_nothing_elsewhere_stay_text(tmp_path, name):
+    words = ["", "-", "007", "1.0", "NA", "None", "nan", "null", "true"]
+    frame = pandas.DataFrame({"label": 1, "text": words})
+    if name.endswith("jsonl"):
+        frame.to_json(tmp_path / name, orient="records", lines=True)
+    else:
+        frame.to_csv(tmp_path / name, index=False, sep="," if "csv" in name else "\t")
+    assert [text for text, _ in read(tmp_path / name)] == words
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u0085"])
+def test_json_lines_end_at_newlines_only(tmp_path, separator):
+    row = json.dumps({"text": f"a{separator}b", "label": 1}, ensure_ascii=False)
+    (tmp_path / "a.jsonl").write_text(f"{row}\n{row}\n", encoding="utf-8")
+    assert read(tmp_path / "a.jsonl") == [(f"a{separator}b", 1)] * 2
+
+
+@pytest.mark.parametrize(
+    "labels", [[1, 0], ["1", "0"], [1.0, 0.0], [True, False], ["yes", "no"], [" Yes", "NO "]]
+)
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_labels_as_files_write_them(tmp_path, labels, suffix):
+    path = tmp_path / f"a.{suffix}"
+    frame = pandas.DataFrame({"text": ["a", "b"], "label": labels})
+    if suffix == "jsonl":
+        frame.to_json(path, orient="records", lines=True)
+    else:
+        frame.to_csv(path, index=False) if suffix == "csv" else frame.to_parquet(path)
+    assert read(path) == [("a", 1), ("b", 0)]
+
+
+REFUSED = {
+    "a.csv": {
+        "sentence,label\na,1\n": ["no column 'text'", "needs text, label", "has sentence, label"],
+        "text,label\na,-1\nb,1\n": ["row 1", "'-1'", "0..1 or no, yes"],
+        "text,label\na,1\nb,2\n": ["row 2", "'2'", "0..1 or no, yes"],
+        "text,label\na,\nb,1\n": ["row 1", "''", "without a label"],
+        "text,label\na,1\n": ["1 example", "too few"],
+        "text,label\n": ["no examples"],
+        "": ["cannot be read as csv"],
+        "text,label\na,1\nb, c,0\n": ["cannot be read as csv", "line 3"],
+        "text,label\na, b,1\nc, d,0\n": [],
+        'text,label\n"a,1\nb,0\n': ["cannot be read as csv"],
+    },
+    "a.jsonl": {
+        '{"text": "a", "label": 1}\n\n{"text"\n': ["line 3", "not JSON"],
+        '{"text": "a", "label": 1}\n[1]\n': ["line 2", "expected an object", "[1]"],
+        '{"text": "a", "label": 1}\n{"label": 0}\n': ["row 2", "text"],
+        '{"text": null, "label": 1}\n{"text": "b", "label": 0}\n': ["row 1", "text"],
+        "": [],
+    },
+    "a.parquet": {"": ["cannot be read as parquet"], "text": ["cannot be read as parquet"]},
+    "a.arrow": {"": ["cannot be read as arrow"], "text": ["cannot be read as arrow"]},
+    "a.xml": {"<a/>": ["unknown kind of file", ".csv", ".parquet"]},
+}
+
+
+@pytest.mark.parametrize(("name", "content"), [(n, c) for n, cs in REFUSED.items() for c in cs])
+def test_bad_files_are_refused_with_place_and_reason(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError) as caught:
+        read(tmp_path / name)
+    expected = [str(tmp_path / name), *REFUSED[name][content]]
+    assert [part for part in expected if part not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize("damaged", ["state.json", "dataset_info.json"])
+def test_damaged_saved_dataset_is_refused(tmp_path, damaged):
+    numbered(4).save_to_disk(tmp_path)
+    (tmp_path / damaged).write_text("{")
+    with pytest.raises(DataError, match=str(tmp_path)):
+        read(tmp_path)
+
+
+def test_missing_path_and_missing_train_file(tmp_path):
+    with pytest.raises(DataError, match=f"'{tmp_path}/nothing' does not exist"):
+        read(tmp_path / "nothing")
+    (tmp_path / "dev.csv").write_text("text,label\na,1\n")
+    with pytest.raises(DataError, match=f"{tmp_path} has no train file; expected train"):
+        read(tmp_path)
+
+
+def test_hub_data_that_cannot_be_had_names_the_way_out(hub_cache):
+    with pytest.raises(DataError, match=r"'nyu-mll/glue/sst2' .* set data-path"):
+        load_source("hub:nyu-mll/glue/sst2", TASKS["sst2"], 0)
+
+
+def test_a_fifth_is_held_out_by_seed(tmp_path):
+    numbered(50).to_csv(tmp_path / "a.csv")
+    splits = [load_source(str(tmp_path / "a.csv"), TASK, seed) for seed in (0, 0, 1)]
+    assert [len(held_out) for _, held_out in splits] == [10, 10, 10]
+    assert examples(*splits[0]) == examples(numbered(50))
+    assert [train["text"] == splits[0][0]["text"] for train, _ in splits] == [True, True, False]
+
+
+def test_bundled_sms_collection():
+    train, held_out = load_source("bundled:sms_spam", TASKS["sms-spam"], 0)
+    assert len(train) + len(held_out) == 5574
+    assert sum(train["label"]) + sum(held_out["label"]) == 747
+
+
+def test_take_draws_by_seed():
+    data = numbered(20)
+    assert len(take(data, 0, 0)) == len(take(data, 99, 0)) == 20
+    drawn = [examples(take(data, 5, seed)) for seed in (0, 0, 1)]
+    assert len(drawn[0]) == 5
+    assert [one == drawn[0] for one in drawn] == [True, True, False]
+
+
+@pytest.mark.parametrize(("count", "clients"), [(20, 1), (20, 3), (5, 5)])
+def test_partitions_cover_without_overlap(count, clients):
+    shares = [partition(numbered(count), n, clients, seed=7) for n in range(clients)]
+    assert examples(*shares) == examples(numbered(count))
+    assert {len(share) for share in shares} <= {count // clients, count // clients + 1}
+    assert examples(partition(numbered(count), 0, clients, seed=7)) == examples(shares[0])
+
+
+def test_more_clients_than_examples_are_refused():
+    with pytest.raises(DataError, match=r"6 clients .* 5 training examples.*num-clients"):
+        partition(numbered(5), 0, 6, seed=0)
+
+
+def visits(data, batches, size):
+    """Which training examples a client sees, in order."""
+    seen = []
+    for number in range(batches):
+        batch = data.train_batch(number, size)
+        for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True):
+            seen.append(tuple(ids[mask.bool()].tolist()))
+    index = {tuple(data.encoder.encode(row)): i for i, row in enumerate(data.train)}
+    return [index[row] for row in seen]
+
+
+@pytest.mark.parametrize("size", [1, 4, 7, 12, 20])
+def test_every_epoch_visits_each_example_once(encoder, size):
+    order = visits(ClientData(numbered(12), numbered(4), encoder, 3), 24, size)
+    epochs = [order[i : i + 12] for i in range(0, len(order) - 11, 12)]
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    assert order == visits(ClientData(numbered(12), numbered(4), encoder, 3), 24, size)
+
+
+def test_clients_with_data_of_their_own_visit_it_in_their_own_order(tmp_path, encoder):
+    numbered(20).to_csv(tmp_path / "own.csv")
+    own = [
+        load_client_data("unused", str(tmp_path / "own.csv"), TASK, encoder, n, 9, 0, 0, seed=0)
+        for n in (0, 0, 1)
+    ]
+    assert [len(data.train) for data in own] == [16, 16, 16]
+    first, again, other = (visits(data, 4, 4) for data in own)
+    assert first == again != other
+    assert sum(own[0].label_counts()) == 16
+
+
+def test_clients_of_one_run_share_what_is_drawn(tmp_path, encoder):
+    source = str(tmp_path / "all.csv")
+    numbered(30).to_csv(source)
+    clients = [load_client_data(source, "", TASK, encoder, n, 3, 15, 4, 0) for n in range(3)]
+    assert len(set(examples(*(client.train for client in clients)))) == 15
+    assert [len(client.held_out) for client in clients] == [4, 4, 4]
+
+
+def test_held_out_batches_cover_everything_once(encoder):
+    data = ClientData(numbered(4), numbered(11), encoder, 0)
+    labels = [data.held_out_batch(n, 4).labels.tolist() for n in range(3)]
+    assert [len(batch) for batch in labels] == [4, 4, 3]
+    assert sum(map(sum, labels)) == sum(numbered(11)["label"])
+    assert examples(data.held_out) == examples(numbered(11))
+    with pytest.raises(DataError, match="batch 3 is past 11 examples"):
+        data.held_out_batch(3, 4)
