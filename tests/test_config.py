@@ -206,7 +206,10 @@ def test_garbage_is_no_client_spec(text):
         ClientSpec.from_json(text)
 
 
-@pytest.mark.parametrize(("name", "value"), [("cut_layer", "x"), ("task", {}), ("seed", 1.5)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("cut_layer", "x"), ("task", {}), ("seed", 1.5), ("dtype", "load"), ("max_length", 0)],
+)
 def test_client_spec_with_one_wrong_field_names_it(hub_cache, name, value):
     fields = {**json.loads(settle().spec.to_json()), name: value}
     with pytest.raises(ProtocolError, match=f"client spec: .*{name}"):
@@ -219,3 +222,14 @@ def test_genesis_tells_apart_what_decides_the_bits(hub_cache):
     assert all(replace(spec, **{k: v}).genesis != spec.genesis for k, v in variants.items())
     pretrained = replace(spec, model="org/tiny")
     assert replace(pretrained, seed=1).genesis == pretrained.genesis
+
+
+def test_the_readme_has_the_table_of_keys():
+    readme = Path(__file__).parents[1] / "README.md"
+    assert help_table() in readme.read_text(), "paste the output of `python -m hosl_flower keys`"
+
+
+def test_the_papers_setting_is_a_valid_override():
+    simulation = SIMULATIONS[0].parents[1] / "opt125m_hosl"
+    paper = tomllib.loads((simulation / "paper.toml").read_text())
+    assert parse_config(paper).directions == 10

@@ -1,0 +1,67 @@
+"""What a probe costs: its time over that of a plain forward, in one run.
+
+    python tests/benchmarks/probe.py [--quick]
+
+OPT-125M architecture (random weights), client submodel cut at 5, 8 x 64 tokens, all cores.
+Medians of interleaved repetitions, so that a busy machine slows both alike. The last line is
+one JSON object of ratios; nothing is asserted.
+"""
+
+import json
+import statistics
+import sys
+import time
+
+import torch
+
+from hosl_flower.perturb import DISTRIBUTIONS, Layout
+from hosl_flower.probe import perturbed
+from hosl_flower.spec import use_threads
+from hosl_flower.split import load_client, open_base
+from hosl_flower.zo import apply_update
+
+REPETITIONS = 5 if "--quick" in sys.argv else 25
+
+
+def seconds(work) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    use_threads(0)
+    client = load_client(open_base("random:opt-125m"), 5, torch.float32, "cpu")
+    parameters = client.canonical_parameters()
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    ids = torch.randint(5, 50_000, (8, 64), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+
+    def forward() -> None:
+        with torch.no_grad():
+            client(ids, mask)
+
+    work = {"forward": forward}
+    for distribution in DISTRIBUTIONS:
+        layout = Layout(shapes, distribution)
+
+        def probe(layout: Layout = layout) -> None:
+            with perturbed(parameters, layout.draw(1), 1e-3):
+                client(ids, mask)
+
+        def update(layout: Layout = layout) -> None:
+            apply_update(parameters, layout, [1], [1e-6], 1e-6)
+
+        work |= {f"probe_{distribution}": probe, f"update_{distribution}": update}
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(REPETITIONS + 1):
+        for name, run in work.items():
+            times[name].append(seconds(run))
+    medians = {name: statistics.median(values[1:]) for name, values in times.items()}
+    print(f"plain forward: {medians['forward']:.3f} s")
+    ratios = {n: round(m / medians["forward"], 3) for n, m in medians.items() if n != "forward"}
+    print(json.dumps({"repetitions": REPETITIONS, "ratio_to_forward": ratios}))
+
+
+if __name__ == "__main__":
+    main()
