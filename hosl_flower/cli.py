@@ -62,22 +62,27 @@ def read_app_config(app: Path, overrides: list[str]) -> RunConfig:
     path = app / "pyproject.toml"
     try:
         values = tomllib.loads(path.read_text())["tool"]["flwr"]["app"].get("config", {})
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path} does not exist; expected a Flower app directory") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read; expected a Flower app directory") from error
     except (tomllib.TOMLDecodeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{path} has no [tool.flwr.app] section ({error!r})") from error
     return parse_config({**values, **dict(map(_key_value, overrides))}, str(path))
 
 
 def _key_value(text: str) -> tuple[str, Any]:
-    """ "steps=5" -> ("steps", 5), with values as TOML scalars; bare words are strings."""
+    """The pair ("steps", 5) of "steps=5": values are TOML scalars, but text keys need no quotes."""
     key, equals, value = text.partition("=")
+    key = key.strip()
     if not equals:
         raise ConfigError(f"-c {text!r}: expected key=value")
     try:
-        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+        parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
-        return key.strip(), value
+        return key, value
+    wants_text = any(
+        f.alias == key and f.annotation is str for f in RunConfig.model_fields.values()
+    )
+    return key, value if wants_text and not isinstance(parsed, str) else parsed
 
 
 def _fail(error: HoslError) -> None:

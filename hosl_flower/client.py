@@ -10,12 +10,13 @@ import time
 from collections.abc import Iterable, Iterator
 
 import torch
+from torch import nn
 
 from hosl_flower import ledger as ledgers
 from hosl_flower.data import ClientData, load_client_data
 from hosl_flower.errors import DriftError, HoslError, ProtocolError
 from hosl_flower.ledger import Entry, Ledger
-from hosl_flower.memory import peak_bytes
+from hosl_flower.memory import meter_name, peak_bytes
 from hosl_flower.messages import (
     Activations,
     Applied,
@@ -36,7 +37,7 @@ from hosl_flower.messages import (
 from hosl_flower.perturb import Layout
 from hosl_flower.probe import perturbed
 from hosl_flower.spec import ClientSpec, pick_device, torch_dtype
-from hosl_flower.split import load_client, open_base, trainable_parameters
+from hosl_flower.split import ClientSubmodel, load_client, open_base, trainable_parameters
 from hosl_flower.tasks import Batch, Encoder, load_tokenizer
 from hosl_flower.zo import projected_gradients
 
@@ -49,6 +50,9 @@ class Client:
     data_path, model: this node's own, instead of the run's (node config).
     """
 
+    submodel: ClientSubmodel
+    parameters: dict[str, nn.Parameter]
+
     def __init__(self, spec: ClientSpec, data_path: str = "", model: str = "", device: str = ""):
         self.spec = spec
         self.device = pick_device(device or spec.device)
@@ -60,6 +64,9 @@ class Client:
 
     def reset(self) -> None:
         """Back to the base checkpoint and an empty ledger."""
+        for name in ("submodel", "parameters"):  # never two copies
+            self.__dict__.pop(name, None)
+        self._fingerprint = ("", "")
         base = open_base(self.model, self.spec.seed)
         self.vocabulary: int = base.config.vocab_size
         dtype = torch_dtype(self.spec.dtype)
@@ -116,8 +123,16 @@ class Client:
             case Losses():
                 return self._update(request)
             case Fingerprint():
-                return Fingerprinted, {"fingerprint": ledgers.fingerprint(self.parameters)}
+                return Fingerprinted, {"fingerprint": self.fingerprint()}
         raise ProtocolError(f"no answer to a {request.kind} request")
+
+    def fingerprint(self) -> str:
+        """Of the trainable parameters; hashed once per ledger position."""
+        at, value = self._fingerprint
+        if at != self.ledger.digest():
+            value = ledgers.fingerprint(self.parameters)
+            self._fingerprint = (self.ledger.digest(), value)
+        return value
 
     def _data(self, number: int) -> ClientData:
         spec = self.spec
@@ -144,6 +159,7 @@ class Client:
             "train_examples": len(data.train),
             "held_out_examples": len(data.held_out),
             "label_counts": tuple(data.label_counts()),
+            "memory_meter": meter_name(self.device),
         }
 
     def _train_batch(self, request: Forward) -> Batch:
@@ -188,17 +204,21 @@ class Client:
         )
 
     def _catch_up(self, request: CatchUp) -> tuple[type[Reply], dict]:
-        entries = request.entries  # validated before anything is lost
-        if request.position == 0 and len(self.ledger) > 0:
-            self.reset()
-        if (request.position, request.digest) != (len(self.ledger), self.ledger.digest()):
+        """Apply what is missing of the entries; what is held already must be the same."""
+        entries, start = request.entries, request.position  # validated before anything is lost
+        held = self.ledger.entries[start:]
+        if start == 0 and held != entries[: len(held)]:
+            self.reset()  # another history: start over from the base checkpoint
+            held = []
+        known = start <= len(self.ledger) and self.ledger.digest(start) == request.digest
+        if not known or held != entries[: len(held)]:
             return Behind, {"position": len(self.ledger), "digest": self.ledger.digest()}
-        self._apply(entries)
+        self._apply(entries[len(held) :])
         return self._applied()
 
     def _apply(self, entries: list[Entry]) -> None:
-        ledgers.replay(self.parameters, self.layout, entries)
         for entry in entries:
+            ledgers.replay(self.parameters, self.layout, [entry])
             self.ledger.append(entry)
 
     def _applied(self) -> tuple[type[Reply], dict]:

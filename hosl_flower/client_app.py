@@ -33,11 +33,11 @@ def exchange(message: Message, context: Context) -> Message:
     """Answer the requests of one exchange."""
     try:
         spec, requests = unpack_requests(message.content)
-        replies = list(_client(spec, context).answer(requests))
+        content = pack(_client(spec, context).answer(requests))
     except HoslError as error:
         text = f"{type(error).__name__}: {error}"
-        replies = [Failure(step=0, seconds=0.0, peak_bytes=0, error=text[:4000])]
-    return Message(pack(replies), reply_to=message)
+        content = pack([Failure(step=0, seconds=0.0, peak_bytes=0, error=text[:4000])])
+    return Message(content, reply_to=message)
 
 
 def _client(spec: ClientSpec, context: Context) -> Client:

@@ -30,6 +30,7 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
+        strict=True,  # TOML has types: true is no number, "5" neither
         alias_generator=lambda name: name.replace("_", "-"),
         allow_inf_nan=False,
         str_strip_whitespace=True,
@@ -48,7 +49,9 @@ class RunConfig(BaseModel):
     )
     cut_layer: Natural = Field(5, description="number of blocks the client holds")
     dtype: Dtype = Field(
-        "float32", description="of client weights and activations; the server computes in float32"
+        "float32",
+        description="of client weights and activations; the server computes in float32. "
+        "16-bit weights round small updates away",
     )
     device: Device = Field(
         "auto",
@@ -88,13 +91,15 @@ class RunConfig(BaseModel):
     )
 
     directions: int = Field(1, ge=1, le=10_000, description="Q, two-sided probes per step")
-    epsilon: float = Field(1e-3, gt=0, lt=1, description="probe distance")
+    epsilon: float = Field(1e-3, ge=1e-6, lt=1, description="probe distance")
     perturbation: Perturbation = Field("rank1", description="distribution of the directions")
     client_trainable: Trainable = Field(
         "full", description="full trains embeddings too (as HOSL), blocks freezes them"
     )
-    client_learning_rate: float = Field(1e-6, ge=0, description="of the ZO-SGD client update")
-    server_learning_rate: float = Field(1e-3, ge=0, description="of the server's optimizer")
+    client_learning_rate: float = Field(
+        1e-6, ge=0, le=1e3, description="of the ZO-SGD client update"
+    )
+    server_learning_rate: float = Field(1e-3, ge=0, le=1e3, description="of the server's optimizer")
     server_optimizer: Literal["sgd", "adamw"] = Field(
         "sgd", description="adamw without weight decay"
     )

@@ -50,6 +50,8 @@ def load_source(source: str, task: Task, seed: int) -> tuple[Dataset, Dataset]:
 
 def _from_hub(name: str) -> tuple[Dataset, Dataset | None]:
     repository, _, configuration = name.rpartition("/")
+    if not repository or not configuration:
+        raise DataError(f"hub data set {name!r}: expected hub:<repository>/<configuration>")
     if not hub.is_reachable():
         datasets.config.HF_HUB_OFFLINE = True  # go straight to the cache, without retries
     try:
@@ -149,7 +151,8 @@ def _json_lines(path: Path) -> Dataset:
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number}: expected an object, got {line[:40]!r}")
         rows.append(row)
-    return Dataset.from_list(rows)
+    columns = dict.fromkeys(key for row in rows for key in row)  # rows may lack some
+    return Dataset.from_dict({key: [row.get(key) for row in rows] for key in columns})
 
 
 def _normalise(data: Dataset, task: Task, where: str) -> Dataset:

@@ -36,8 +36,9 @@ def is_reachable() -> bool:
 
     def probe() -> None:
         try:
-            httpx.head(constants.ENDPOINT, timeout=PROBE_SECONDS, follow_redirects=False)
-            answer.append(True)
+            status = httpx.head(constants.ENDPOINT, timeout=PROBE_SECONDS).status_code
+            # 403, 407, 511 are proxies and portals that do not let us through
+            answer.append(status < 500 and status not in (403, 407))
         except (httpx.HTTPError, OSError):
             answer.append(False)
 

@@ -80,7 +80,9 @@ class Ledger:
     def write(self, path: Path) -> None:
         """One JSON line for the genesis, one per entry, one with the final digest."""
         lines = [{"genesis": self.genesis}, *map(asdict, self.entries), {"digest": self.digest()}]
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        part = path.with_name(f".{path.name}.part")
+        part.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        part.replace(path)
 
     @classmethod
     def read(cls, path: Path) -> "Ledger":

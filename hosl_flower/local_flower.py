@@ -77,11 +77,12 @@ def private_superlink() -> Iterator[dict[str, str]]:
         "FLWR_LOCAL_CONTROL_API_PORT": str(control),
         "FLWR_TELEMETRY_ENABLED": os.environ.get("FLWR_TELEMETRY_ENABLED", "0"),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "RAY_TMPDIR": str(home),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         # marks every descendant, those in sessions of their own too, for _stop
         _MARK: secrets.token_hex(8),
     }
+    if len(str(home)) < 40:  # Ray puts sockets there, whose paths may have 107 characters
+        environment["RAY_TMPDIR"] = str(home)
     process: subprocess.Popen[bytes] | None = None
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` runs
     try:
@@ -126,7 +127,8 @@ def _wait_until_healthy(port: int, process: subprocess.Popen[bytes], log: Path) 
 def _stop(process: subprocess.Popen[bytes], mark: str) -> None:
     """End the SuperLink and all it started: politely first, then for good."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        for pid in {process.pid, *_marked(mark)}:
+        own = [process.pid] if process.poll() is None else []  # a reaped pid may be another's
+        for pid in {*own, *_marked(mark)}:
             try:
                 os.kill(pid, number)
             except ProcessLookupError:

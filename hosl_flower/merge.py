@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -31,11 +30,12 @@ def save_merged(
     config.tie_word_embeddings = False
     config.dtype = widest
     config.architectures = [_architecture(config)]
-    directory.mkdir(parents=True)
-    config.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    with torch.no_grad():
-        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    part = directory.with_name(f".{directory.name}.part")  # a half-written model has no name
+    part.mkdir(parents=True)
+    config.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+    part.rename(directory)
 
 
 def _architecture(config: Any) -> str:

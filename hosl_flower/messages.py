@@ -18,9 +18,9 @@ CatchUp) or Failure.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import ConfigDict, Field, ValidationError
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from hosl_flower.errors import ProtocolError
 from hosl_flower.ledger import Entry, Ledger, entries_from_columns
-from hosl_flower.tensors import raw_bytes
+from hosl_flower.tensors import dtype_name, raw_bytes
 from hosl_flower.zo import Point
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -163,12 +163,13 @@ class Reply:
 
 @dataclass(frozen=True, config=_STRICT)
 class Described(Reply):
-    """label_counts: training examples per label."""
+    """label_counts: training examples per label; memory_meter: what peak_bytes measures."""
 
     kind: ClassVar[str] = "described"
     train_examples: Count
     held_out_examples: Count
     label_counts: tuple[Count, ...]
+    memory_meter: Literal["process_rss", "cuda_allocated"]
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -263,29 +264,67 @@ def wire_bytes(message: Message) -> int:
     return len(header) + sum(len(raw_bytes(tensor)) for tensor in tensors.values())
 
 
-def check_activations(
-    reply: Activations, max_batch: int, max_length: int, hidden: int, classes: int
-) -> None:
+@dataclass(frozen=True)
+class Limits:
+    """What activations may look like in a run: at most `batch` sequences of `length` tokens,
+    of width `hidden` and `dtype`, with labels of `classes` classes."""
+
+    batch: int
+    length: int
+    hidden: int
+    dtype: str
+    classes: int
+
+
+def check_activations(reply: Activations, limits: Limits) -> None:
     """ProtocolError unless the reply is a batch this run can use: shapes, dtypes, finite."""
     h, mask, labels = reply.activations, reply.attention_mask, reply.labels
-    if h.dim() != 3 or not h.is_floating_point() or h.shape[2] != hidden:
+    if h.dim() != 3 or dtype_name(h) != limits.dtype or h.shape[2] != limits.hidden:
         raise ProtocolError(
-            f"activations: expected floating point [B, S, {hidden}], got {h.dtype}{list(h.shape)}"
+            f"activations: expected {limits.dtype}[B, S, {limits.hidden}], "
+            f"got {dtype_name(h)}{list(h.shape)}"
         )
     batch, length = h.shape[:2]
-    if not (0 < batch <= max_batch and 0 < length <= max_length):
+    if not (0 < batch <= limits.batch and 0 < length <= limits.length):
         raise ProtocolError(
-            f"activations: expected at most {max_batch} sequences of {max_length} tokens, "
+            f"activations: expected at most {limits.batch} sequences of {limits.length} tokens, "
             f"got {batch} of {length}"
         )
-    if mask.dtype != torch.bool or mask.shape != h.shape[:2]:
+    if mask.dtype != torch.bool or mask.shape != h.shape[:2] or not mask[:, -1].all():
         raise ProtocolError(
-            f"attention_mask: expected bool {[batch, length]}, got {mask.dtype}{list(mask.shape)}"
+            f"attention_mask: expected bool{[batch, length]}, left-padded, "
+            f"got {dtype_name(mask)}{list(mask.shape)}"
         )
     if labels.dtype != torch.int64 or labels.shape != (batch,):
-        raise ProtocolError(f"labels: expected int64 [{batch}], got {list(labels.shape)}")
-    if int(labels.min()) < 0 or int(labels.max()) >= classes:
-        raise ProtocolError(f"labels: expected 0..{classes - 1}, got {labels.unique().tolist()}")
+        raise ProtocolError(
+            f"labels: expected int64[{batch}], got {dtype_name(labels)}{list(labels.shape)}"
+        )
+    if int(labels.min()) < 0 or int(labels.max()) >= limits.classes:
+        raise ProtocolError(
+            f"labels: expected 0..{limits.classes - 1}, got {labels.unique().tolist()}"
+        )
     if not torch.isfinite(h).all():
         bad = int((~torch.isfinite(h)).sum())
         raise ProtocolError(f"activations: {bad} of {h.numel()} values are not finite")
+
+
+class BatchKey(NamedTuple):
+    """What the replies about one mini-batch have in common."""
+
+    shape: tuple[int, ...]
+    mask: bytes
+    labels: tuple[int, ...]
+
+    @classmethod
+    def of(cls, reply: Activations) -> "BatchKey":
+        """The key of a reply, which need not be kept for it."""
+        mask = bytes(raw_bytes(reply.attention_mask))
+        return cls(tuple(reply.activations.shape), mask, tuple(reply.labels.tolist()))
+
+
+def check_same_batch(keys: Sequence[BatchKey], step: int) -> None:
+    """ProtocolError unless all replies of a step are about the same mini-batch."""
+    if len(set(keys)) > 1:
+        raise ProtocolError(
+            f"step {step}: the client's activations are of {len(set(keys))} different mini-batches"
+        )

@@ -17,7 +17,7 @@ gaussian  every element a standard normal, quantised to 2^-12 so that it too is 
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist
@@ -33,6 +33,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)  # Philox4x32 key increments
 _ROUNDS = 10
 _BITS_PER_BLOCK = 128  # one Philox block: four 32-bit words
 _NORMALS_PER_BLOCK = 8  # 16 bits each
+_CHUNK_ELEMENTS = 1 << 18  # drawn and applied at a time: small enough to stay in cache
 
 
 def derive_seed(seed: int, *labels: object) -> int:
@@ -149,8 +150,18 @@ def as_matrix_shape(shape: torch.Size) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
+def row_chunks(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(first row, view of the rows) in pieces of about _CHUNK_ELEMENTS elements."""
+    step = max(1, _CHUNK_ELEMENTS // max(1, matrix.shape[1]))
+    for start in range(0, matrix.shape[0], step):
+        yield start, matrix[start : start + step]
+
+
 class Direction:
-    """One drawn direction s over all parameters of a layout. Holds bits, never a full tensor."""
+    """One drawn direction s over all parameters of a layout.
+
+    Holds the sign vectors of a rank-1 direction; full directions are drawn where they are used.
+    """
 
     def __init__(self, layout: "Layout", seed: int, device: torch.device):
         self.layout, self.seed, self.device = layout, seed, device
@@ -191,9 +202,17 @@ class Direction:
         return self.layout.stream.rows(self.seed, name, unique, columns)[inverse]
 
     def dense(self, name: str) -> Tensor:
-        """All of s for one parameter, float32, in the parameter's shape. For small parameters."""
+        """All of s for one parameter, float32, in the parameter's shape. For tests and tools."""
         shape = self.layout.shapes[name]
         return self.rows(name, 0, as_matrix_shape(shape)[0]).view(shape)
+
+    def shifted(self, name: str, value: Tensor, coefficient: float) -> Tensor:
+        """value + coefficient * s as a new tensor of the same dtype, made in chunks of rows."""
+        out = value.detach().to(torch.float32, copy=True)
+        matrix = out.view(as_matrix_shape(value.shape))
+        for start, block in row_chunks(matrix):
+            self.subtract_(block, name, start, -coefficient)
+        return out.to(value.dtype)
 
     def subtract_(self, block: Tensor, name: str, start: int, coefficient: float) -> None:
         """block -= coefficient * s[start : start + len(block)], block float32 [rows, columns].

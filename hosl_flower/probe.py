@@ -66,8 +66,7 @@ class _PerturbedFunctions(TorchFunctionMode):
         name = self._name(value)
         if name is None:
             return value
-        shift = self.direction.dense(name).mul_(self.coefficient)
-        return shift.add_(value.detach()).to(value.dtype)  # the sum is rounded once, from float32
+        return self.direction.shifted(name, value, self.coefficient)
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         name = self._name(weight)

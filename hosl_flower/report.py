@@ -25,8 +25,8 @@ from rich.table import Table
 
 from hosl_flower.config import RunConfig
 from hosl_flower.errors import ConfigError
+from hosl_flower.ledger import Ledger
 from hosl_flower.link.base import Traffic
-from hosl_flower.memory import meter_name
 from hosl_flower.plot import draw_curve
 from hosl_flower.server import Score
 from hosl_flower.session import Session
@@ -72,7 +72,7 @@ class Report:
         self.config = config
         name = config.run_name or time.strftime("%Y%m%d-%H%M%S")
         self.directory = (Path(config.output_dir).expanduser() / name).absolute()
-        if self.directory.exists() and any(self.directory.iterdir()):
+        if self.directory.is_file() or (self.directory.exists() and any(self.directory.iterdir())):
             raise ConfigError(f"{self.directory} already holds a run; choose another run-name")
         self.evaluations: list[dict[str, float]] = []
         self.final: Score | None = None
@@ -118,8 +118,9 @@ class Report:
         if time.perf_counter() - self._last_line > _PROGRESS_SECONDS:
             self._progress(step)
 
-    def evaluated(self, step: int, score: Score) -> None:
-        """Record one evaluation."""
+    def evaluated(self, step: int, score: Score, ledger: Ledger) -> None:
+        """Record one evaluation, and the client submodel's history up to it."""
+        ledger.write(self.directory / "ledger.jsonl")
         row = {
             "loss": score.loss,
             "accuracy": score.accuracy,
@@ -142,7 +143,6 @@ class Report:
     def close(self, method: Any, session: Session, traffic: Traffic, fingerprint: str) -> Results:
         """Write curve, ledger and, last, results; log the table."""
         assert self.final is not None
-        session.ledger.write(self.directory / "ledger.jsonl")
         draw_curve(self.directory, f"{method.name}: {session.spec.model}, {session.spec.task.name}")
         held, trained = session.client_counts()
         steps = self.config.steps
@@ -166,7 +166,7 @@ class Report:
             bytes_down=_by_kind(traffic.down),
             client_peak_memory={
                 "bytes": traffic.peak_bytes,
-                "meter": meter_name(session.server.device),
+                "meter": session.clients[0].memory_meter,
             },
             client_parameters={"held": held, "trained": trained},
             fingerprint=fingerprint,
@@ -228,6 +228,11 @@ def _plan(method: Any, session: Session) -> Iterable[str]:
         f"{held / 1e6:.1f} M parameters and probes {trained / 1e6:.1f} M; server trains "
         f"{session.server.trained_count() / 1e6:.1f} M"
     )
+    if spec.dtype != "float32":
+        yield (
+            f"warning: {spec.dtype} client weights round updates smaller than their spacing away; "
+            "at small client-learning-rates the client hardly moves"
+        )
     examples = [client.train_examples for client in session.clients.values()]
     yield (
         f"{len(examples)} client(s) with {min(examples)} to {max(examples)} training examples; "

@@ -1,6 +1,7 @@
 """The Flower ServerApp: read the config, load the strategy it names, start it."""
 
 import importlib
+import inspect
 import logging
 import sys
 
@@ -34,13 +35,14 @@ def load_strategy(config: RunConfig) -> SplitStrategy:
     module_name, _, class_name = config.strategy.partition(":")
     try:
         cls = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError) as error:
         raise ConfigError(
             f"strategy = {config.strategy!r} cannot be loaded ({error}); it must be "
             "'module:class' of a package installed where the ServerApp runs"
         ) from error
-    if not (isinstance(cls, type) and issubclass(cls, SplitStrategy)):
-        raise ConfigError(f"strategy = {config.strategy!r} is not a SplitStrategy")
+    is_strategy = isinstance(cls, type) and issubclass(cls, SplitStrategy)
+    if not is_strategy or inspect.isabstract(cls):
+        raise ConfigError(f"strategy = {config.strategy!r} is not a SplitStrategy with a step")
     return cls(config)
 
 

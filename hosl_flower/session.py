@@ -10,8 +10,7 @@ from hosl_flower.client import Client
 from hosl_flower.config import RunConfig
 from hosl_flower.errors import CheckpointError
 from hosl_flower.ledger import Ledger
-from hosl_flower.link.base import Limits
-from hosl_flower.messages import Described
+from hosl_flower.messages import Described, Limits
 from hosl_flower.server import Server
 from hosl_flower.spec import ClientSpec, Resolved, pick_device, resolve, torch_dtype, use_threads
 from hosl_flower.split import (
@@ -48,6 +47,7 @@ class Session:
             batch=max(spec.batch_size, spec.eval_batch_size),
             length=spec.max_length,
             hidden=self.base.config.hidden_size,
+            dtype=spec.dtype,
             classes=len(spec.task.verbalizers),
         )
 

@@ -145,8 +145,9 @@ def _has_data(source: str) -> bool:
     """Whether a hub data set can be had: the hub answers, or it is in the datasets cache."""
     import datasets
 
-    repository = source.removeprefix("hub:").rpartition("/")[0]
-    cached = os.path.join(datasets.config.HF_DATASETS_CACHE, repository.replace("/", "___"))
+    repository, _, configuration = source.removeprefix("hub:").rpartition("/")
+    folder = repository.replace("/", "___")
+    cached = os.path.join(datasets.config.HF_DATASETS_CACHE, folder, configuration)
     return hub.is_reachable() or os.path.isdir(cached)
 
 

@@ -187,7 +187,8 @@ def _materialise(submodel: Submodel, base: Base, dtype: torch.dtype, device: str
     for name, empty in list(submodel.named_parameters()):
         wanted = submodel.canonical(name)
         # A tied head is usually not stored: it is the embedding.
-        stored = embedding if wanted == HEAD and HEAD not in base.source else wanted
+        tied = wanted == HEAD and HEAD not in base.source and base.config.tie_word_embeddings
+        stored = embedding if tied else wanted
         value = torch.empty(empty.shape, dtype=dtype, device=device)
         value.copy_(base.source.read(stored, empty.shape))
         owner, _, attribute = name.rpartition(".")

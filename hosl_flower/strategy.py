@@ -42,6 +42,7 @@ class SplitStrategy(Strategy):
     ) -> Result:
         """Run on Flower. Model, steps and deadlines come from the run config; the weights stay
         in the run directory, so `initial_arrays` and `Result.arrays` are not used."""
+        report = Report(self.config)
         session = open_session(self.config, run)
         self.summary()
         link = GridLink(
@@ -52,15 +53,16 @@ class SplitStrategy(Strategy):
             self.config.reply_deadline,
             self.config.nodes_deadline,
         )
-        results = train(self, session, link, Report(self.config))
+        results = train(self, session, link, report)
         return _flower_result(results)
 
     def run_in_process(self) -> Results:
         """The same run without Flower, clients called directly: same numbers, no network."""
+        report = Report(self.config)
         session = open_session(self.config, "in-process")
         self.summary()
         link = InProcessLink(session.own_client(), session.ledger, session.limits)
-        return train(self, session, link, Report(self.config))
+        return train(self, session, link, report)
 
     def summary(self) -> None:
         """Log the strategy and its settings."""

@@ -8,19 +8,25 @@ import math
 import time
 from typing import Protocol
 
+from hosl_flower.client import Client
 from hosl_flower.errors import DivergedError
 from hosl_flower.ledger import check_fingerprint
 from hosl_flower.link.base import Link
 from hosl_flower.link.inprocess import InProcessLink
 from hosl_flower.merge import save_merged
-from hosl_flower.messages import Describe, Described, Evaluate, Fingerprint, Fingerprinted
+from hosl_flower.messages import (
+    Activations,
+    Describe,
+    Described,
+    Evaluate,
+    Fingerprint,
+    Fingerprinted,
+)
 from hosl_flower.report import Report, Results
 from hosl_flower.server import Score
 from hosl_flower.session import Session
 
 log = logging.getLogger("hosl_flower")
-
-_EXCHANGE_BYTES = 64 << 20  # activations that one evaluation exchange may carry
 
 
 class Method(Protocol):
@@ -40,11 +46,15 @@ def train(method: Method, session: Session, link: Link, report: Report) -> Resul
     config = session.config
     for partition in range(config.num_clients):
         session.clients[partition] = describe(session, link, partition)
+    own = session.own_client()
+    check_clients(session, link, own, 0)
     judge = link
     if config.evaluation == "central":
-        judge = InProcessLink(session.own_client(), session.ledger, session.limits)
+        judge = InProcessLink(own, session.ledger, session.limits)
+    else:
+        del own
     report.open(method, session)
-    report.evaluated(0, evaluate(session, judge, 0))
+    report.evaluated(0, evaluate(session, judge, 0), session.ledger)
     for step in range(1, config.steps + 1):
         started = time.perf_counter()
         waited, computed = link.traffic.waited_seconds, link.traffic.client_seconds
@@ -61,7 +71,7 @@ def train(method: Method, session: Session, link: Link, report: Report) -> Resul
         )
         if step % config.eval_every == 0 or step == config.steps:
             link.flush()
-            report.evaluated(step, evaluate(session, judge, step))
+            report.evaluated(step, evaluate(session, judge, step), session.ledger)
     return finish(method, session, link, report)
 
 
@@ -73,30 +83,39 @@ def describe(session: Session, link: Link, partition: int) -> Described:
 
 
 def evaluate(session: Session, link: Link, step: int) -> Score:
-    """Score the held-out part through the split, on the client whose turn it is."""
-    partition = session.turn(step)
+    """Score the held-out part through the split: client 0's, so that every evaluation of a run
+    is about the same examples, also where clients have data of their own."""
     spec = session.spec
-    held_out = describe(session, link, partition).held_out_examples
-    batches = math.ceil(held_out / spec.eval_batch_size)
-    tokens = spec.eval_batch_size * spec.max_length
-    chunk = max(1, _EXCHANGE_BYTES // (tokens * session.activation_bytes_per_token))
+    batches = math.ceil(describe(session, link, 0).held_out_examples / spec.eval_batch_size)
     score = Score(len(spec.task.verbalizers))
-    at = session.at(step, partition)
-    for start in range(0, batches, chunk):
-        numbers = range(start, min(start + chunk, batches))
-        requests = [Evaluate(**at, batch=number) for number in numbers]
-        for reply in link.exchange({partition: requests})[partition]:
-            session.server.score(reply, score)  # type: ignore[arg-type]
+    requests = [Evaluate(**session.at(step, 0), batch=number) for number in range(batches)]
+    for reply in link.exchange({0: requests})[0]:
+        assert isinstance(reply, Activations)  # Link has checked it
+        session.server.score(reply, score)
     return score
 
 
+def check_clients(session: Session, link: Link, own: Client, step: int) -> str:
+    """Compare every client's submodel with the one base and ledger give on the server; the
+    fingerprint they share. DriftError names the first that differs."""
+    requests = {
+        partition: [Fingerprint(**session.at(step, partition))]
+        for partition in range(session.config.num_clients)
+    }
+    (expected,) = InProcessLink(own, session.ledger, session.limits).exchange({0: requests[0]})[0]
+    assert isinstance(expected, Fingerprinted)  # Link has checked it
+    for partition, replies in link.exchange(requests).items():
+        (reply,) = replies
+        assert isinstance(reply, Fingerprinted)
+        who = link.describe_client(partition)
+        check_fingerprint(expected.fingerprint, reply.fingerprint, who, len(session.ledger))
+    return expected.fingerprint
+
+
 def finish(method: Method, session: Session, link: Link, report: Report) -> Results:
-    """Check the client submodel against the ledger, merge, write what the run leaves behind."""
-    partition = session.turn(session.config.steps)
-    found = _fingerprint(session, link, partition)
+    """Check the client submodels against the ledger, merge, write what the run leaves behind."""
     own = session.own_client()
-    expected = _fingerprint(session, InProcessLink(own, session.ledger, session.limits), partition)
-    check_fingerprint(expected, found, link.describe_client(partition), len(session.ledger))
+    fingerprint = check_clients(session, link, own, session.config.steps)
     if session.config.save_model:
         save_merged(
             report.directory / "model",
@@ -105,11 +124,4 @@ def finish(method: Method, session: Session, link: Link, report: Report) -> Resu
             session.server.state_dict(),
             session.encoder.tokenizer,
         )
-    return report.close(method, session, link.traffic, found)
-
-
-def _fingerprint(session: Session, link: Link, partition: int) -> str:
-    request = Fingerprint(**session.at(session.config.steps, partition))
-    (reply,) = link.exchange({partition: [request]})[partition]
-    assert isinstance(reply, Fingerprinted)  # Link has checked it
-    return reply.fingerprint
+    return report.close(method, session, link.traffic, fingerprint)

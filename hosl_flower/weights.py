@@ -9,6 +9,7 @@ No pickle is executed: `torch.load` runs with weights_only.
 
 import hashlib
 import json
+import math
 import os
 import re
 import tempfile
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
+import numpy
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -39,10 +41,11 @@ class WeightSource(Protocol):
 
 
 class RandomWeights:
-    """Fresh weights for a model that has no checkpoint: normals of std `init_std`, unit norms.
+    """Fresh weights for a model that has no checkpoint: matrices of std `init_std`, unit norms.
 
     Every tensor has its own generator, so each side can make its half alone and the halves
-    fit. Drawn on the CPU in float32 whatever the target device.
+    fit. Uniform, not normal: numpy's uniform float32 is 24 random bits, the same on every
+    machine, while torch's normals already differ between instruction sets.
     """
 
     def __init__(self, seed: int, init_std: float, absent: Iterable[str] = ()):
@@ -54,8 +57,9 @@ class RandomWeights:
 
     def read(self, name: str, shape: torch.Size) -> Tensor:
         if len(shape) >= 2:
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, "init", name))
-            return torch.empty(shape).normal_(0.0, self.init_std, generator=generator)
+            generator = numpy.random.default_rng(derive_seed(self.seed, "init", name))
+            uniform = torch.from_numpy(generator.random(tuple(shape), dtype=numpy.float32))
+            return uniform.sub_(0.5).mul_(math.sqrt(12) * self.init_std)
         return torch.ones(shape) if name.endswith("norm.weight") else torch.zeros(shape)
 
 

@@ -18,9 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hosl_flower.perturb import Layout, as_matrix_shape
-
-_CHUNK_ELEMENTS = 1 << 20  # an update works on at most this many elements at a time
+from hosl_flower.errors import DivergedError
+from hosl_flower.perturb import Layout, as_matrix_shape, row_chunks
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,16 @@ def probe_points(seeds: Sequence[int], epsilon: float, two_sided: bool = True) -
 
 
 def to_float32(value: float) -> float:
-    """The nearest float32, as a Python float: what is stored, sent and replayed."""
-    return struct.unpack("<f", struct.pack("<f", value))[0]
+    """The nearest float32, as a Python float: what is stored, sent and replayed.
+
+    Raises DivergedError for what float32 cannot hold.
+    """
+    try:
+        return struct.unpack("<f", struct.pack("<f", value))[0]
+    except OverflowError:
+        raise DivergedError(
+            f"projected gradient {value:g} is beyond float32; lower client-learning-rate"
+        ) from None
 
 
 def projected_gradients(
@@ -100,11 +107,8 @@ def apply_update(
     directions = [layout.draw(seed, device) for seed in seeds]
     coefficients = [to_float32(learning_rate * scalar) for scalar in scalars]
     for name, parameter in parameters.items():
-        rows, columns = as_matrix_shape(parameter.shape)
-        matrix = parameter.detach().view(rows, columns)
-        step = max(1, _CHUNK_ELEMENTS // columns)
-        for start in range(0, rows, step):
-            block = matrix[start : start + step]
+        matrix = parameter.detach().view(as_matrix_shape(parameter.shape))
+        for start, block in row_chunks(matrix):
             work = block if block.dtype == torch.float32 else block.float()
             for direction, coefficient in zip(directions, coefficients, strict=True):
                 direction.subtract_(work, name, start, coefficient)

@@ -21,7 +21,7 @@ from typing import Any
 
 from hosl_flower.ledger import Entry
 from hosl_flower.link.base import Link
-from hosl_flower.messages import Forward, Losses, Probe
+from hosl_flower.messages import BatchKey, Forward, Losses, Probe, check_same_batch
 from hosl_flower.perturb import derive_seed
 from hosl_flower.session import Session
 from hosl_flower.strategy import SplitStrategy
@@ -55,16 +55,21 @@ class Hosl(SplitStrategy):
 
         # 1: the surrogate is the true loss of the frozen server; one activation held at a time
         losses: list[float] = []
+        batches: list[BatchKey] = []
 
         def true_loss(points: Sequence[Point]) -> Iterator[float]:
             for _ in points:
-                losses.append(server.loss(next(replies)))
+                reply = next(replies)
+                batches.append(BatchKey.of(reply))
+                losses.append(server.loss(reply))
                 yield losses[-1]
 
         scalars = estimate(true_loss, seeds, config.epsilon)
 
         # 2: first-order step of the server on the clean activations
-        loss = server.train_step(next(replies))
+        clean = next(replies)
+        check_same_batch([*batches, BatchKey.of(clean)], step)
+        loss = server.train_step(clean)
 
         # 3: losses to the client, which updates itself; the ledger records the same update
         rate = config.client_learning_rate

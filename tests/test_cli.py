@@ -43,6 +43,12 @@ def test_run_trains_and_leaves_a_run_directory(tmp_path):
         (["-c", "cut-layer=9"], "cut-layer = 9 is outside 0..4"),
         (["-c", "strategy=strategies.nope:Nope"], "cannot be loaded"),
         (["-c", "strategy=json:JSONDecoder"], "is not a SplitStrategy"),
+        (["-c", "strategy=.x:Hosl"], "cannot be loaded"),
+        (["-c", "strategy=hosl_flower.strategy:SplitStrategy"], "not a SplitStrategy with a step"),
+        (["-c", "steps=true"], "steps = True"),
+        (["-c", "epsilon=1e-60"], "epsilon = 1e-60"),
+        (["-c", "server-learning-rate=1e38"], "server-learning-rate = 1e+38"),
+        (["-c", "data-path=hub:glue"], "expected hub:<repository>/<configuration>"),
         (["-c", "data-path=/no/such"], "'/no/such' does not exist"),
         (["-c", "output-dir=/proc/nope"], "output-dir: cannot make"),
     ],
@@ -57,7 +63,7 @@ def test_mistakes_are_one_line_and_no_traceback(arguments, complaint):
 def test_a_directory_that_is_no_app_is_refused():
     done = CliRunner().invoke(cli, ["run", str(ROOT / "docs")])
     assert done.exit_code == 1
-    assert "docs/pyproject.toml does not exist" in "".join(done.stderr.split("\n"))
+    assert "docs/pyproject.toml cannot be read" in "".join(done.stderr.split("\n"))
 
 
 def test_keys_prints_the_table():

@@ -169,7 +169,7 @@ def test_cached_model_is_kept_when_only_the_data_is_missing(hub_cache, tiny_opt)
 
 
 def test_cached_data_is_kept(hub_cache):
-    (hub_cache / "datasets" / "nyu-mll___glue").mkdir(parents=True)
+    (hub_cache / "datasets" / "nyu-mll___glue" / "sst2").mkdir(parents=True)
     resolved = settle(model="random:opt-tiny", cut_layer=1)
     assert (resolved.spec.source, resolved.notice) == ("hub:nyu-mll/glue/sst2", "")
 

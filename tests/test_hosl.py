@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hosl_flower.config import parse_config
-from hosl_flower.errors import ConfigError, DivergedError
+from hosl_flower.errors import ConfigError, DivergedError, DriftError
 from hosl_flower.ledger import Ledger, fingerprint
 from hosl_flower.perturb import permutation
 from strategies.hosl import Hosl
@@ -129,6 +129,21 @@ def test_relay_trains_one_model_over_all_clients(make):
     assert results.bytes_up["forward"]["messages"] == 7
 
 
+def test_a_client_with_another_base_is_found_before_training(make, monkeypatch, tmp_path):
+    opened = Hosl.run_in_process.__globals__["InProcessLink"]
+
+    class OtherBase(opened):
+        def __init__(self, client, *rest):
+            super().__init__(client, *rest)
+            with torch.no_grad():
+                next(iter(client.parameters.values())).add_(0.01)
+
+    monkeypatch.setitem(Hosl.run_in_process.__globals__, "InProcessLink", OtherBase)
+    with pytest.raises(DriftError, match=r"client 0.*position 0.*base checkpoint"):
+        make(num_clients=2)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_frozen_client_stays_at_its_base(make):
     frozen, directory, config = make(client_learning_rate=0.0)
     merged = load_file(directory / "model" / "model.safetensors")
@@ -194,7 +209,7 @@ def test_the_run_directory_is_complete(make):
 
 def test_divergence_is_one_clear_error(make):
     with pytest.raises(DivergedError, match="lower server-learning-rate"):
-        make(server_learning_rate=1e38)
+        make(server_learning_rate=1e3, steps=40)
 
 
 def test_a_directory_that_holds_a_run_is_not_overwritten(make):

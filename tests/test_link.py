@@ -12,7 +12,6 @@ from hosl_flower import client_app
 from hosl_flower.client import Client
 from hosl_flower.errors import ClientError, ConfigError, DriftError, ProtocolError
 from hosl_flower.ledger import Entry, Ledger, fingerprint
-from hosl_flower.link.base import Limits
 from hosl_flower.link.grid import EXCHANGE, GridLink
 from hosl_flower.link.inprocess import InProcessLink
 from hosl_flower.link.records import pack
@@ -23,6 +22,7 @@ from hosl_flower.messages import (
     Failure,
     Fingerprint,
     Forward,
+    Limits,
     Losses,
     Probe,
 )
@@ -36,7 +36,7 @@ SPEC = ClientSpec(
     source="bundled:sms_spam", num_clients=2, train_examples=50, eval_examples=20, batch_size=3,
     eval_batch_size=8, max_length=32, seed=0,
 )  # fmt: skip
-LIMITS = Limits(batch=8, length=32, hidden=64, classes=2)
+LIMITS = Limits(batch=8, length=32, hidden=64, dtype="float32", classes=2)
 
 
 @pytest.fixture(autouse=True)
@@ -165,6 +165,47 @@ def test_what_a_client_cannot_do_is_an_error_with_its_name_and_step(
         ask(link, request_(ledger))
 
 
+class Workers(InProcessLink):
+    """As Ray or a real fleet: each delivery lands in whichever process `pick` says."""
+
+    def __init__(self, ledger, pick):
+        super().__init__(None, ledger, LIMITS)
+        self.processes, self.pick, self.deliveries = {}, pick, 0
+
+    def _deliver(self, requests):
+        replies = {}
+        for partition, own in requests.items():
+            worker = self.pick(self.deliveries)
+            self.deliveries += 1
+            client = self.processes.setdefault(worker, Client(SPEC))
+            replies[partition] = iter(list(client.answer(own)))
+        return replies
+
+
+@pytest.mark.parametrize(
+    "pick",
+    [lambda n: n, lambda n: n % 2, lambda n: n // 2 % 2, lambda n: (n * n + n // 3) % 3],
+    ids=["a new process each time", "alternating", "pairs", "mixed"],
+)
+def test_it_does_not_matter_which_process_answers(ledger, pick):
+    link = Workers(ledger, pick)
+    prints = []
+    for step in range(1, 7):
+        partition = step % 2
+        where = at(ledger, step, partition)
+        (reply,) = ask(link, Fingerprint(**where))
+        prints.append(reply.fingerprint)
+        request = update(ledger, step)
+        link.post(Losses(**{**vars(request), "partition": partition}))
+    link.flush()
+    reference = Client(SPEC)
+    expected = []
+    for entry in ledger.entries:
+        expected.append(reference.fingerprint())
+        reference._apply([entry])
+    assert prints == expected
+
+
 class Rogue(InProcessLink):
     """Replies are changed on their way."""
 
@@ -207,7 +248,7 @@ def test_a_reply_of_another_kind_or_none_is_refused(client, ledger):
     stubborn = Rogue(
         lambda r: Behind(**done, position=0, digest=ledger.digest()), client, ledger, LIMITS
     )
-    with pytest.raises(ProtocolError, match="expected applied of step 1, got behind"):
+    with pytest.raises(ProtocolError, match="expected activations of step 1, got behind"):
         ask(stubborn, Forward(**at(ledger), batch=0))
     failing = Rogue(lambda r: Failure(**done, error="DataError: gone"), client, ledger, LIMITS)
     with pytest.raises(ClientError, match="client 0, step 1, forward: DataError: gone"):
@@ -271,6 +312,28 @@ def test_the_grid_link_gives_the_replies_of_the_in_process_link(link, ledger):
         assert torch.equal(mine.labels, theirs.labels)
     assert link.traffic.down == over_grid.traffic.down
     assert len(over_grid.grid.sent) == 2 + 1, "one message per exchange, however many requests"
+
+
+def test_many_activations_travel_in_several_messages(ledger, monkeypatch):
+    largest = 8 * 32 * 64 * 4
+    monkeypatch.setattr("hosl_flower.link.grid._MESSAGE_BYTES", 2 * largest)
+    link = grid_link({7: {"partition-id": 0}, 8: {"partition-id": 1}}, ledger)
+    asked = len(link.grid.sent)
+    requests = [Forward(**at(ledger), batch=number) for number in range(5)]
+    replies = link.exchange({0: requests})[0]
+    assert len(link.grid.sent) == asked + 1
+    first = [next(replies), next(replies)]
+    assert len(link.grid.sent) == asked + 1, "the next message waits until it is wanted"
+    rest = list(replies)
+    assert len(link.grid.sent) == asked + 3
+    alone = [ask(link, request)[0] for request in requests]
+    for one, other in zip([*first, *rest], alone, strict=True):
+        assert torch.equal(one.activations, other.activations)
+
+
+def test_spare_nodes_are_left_alone(ledger):
+    nodes = {5: None, 6: {}, 7: {"partition-id": 0}, 8: {"partition-id": 1}, 9: {"partition-id": 7}}
+    assert grid_link(nodes, ledger).nodes == {0: 7, 1: 8}
 
 
 def test_the_client_app_caches_one_client_and_never_mixes_runs(ledger):

@@ -14,6 +14,7 @@ from hosl_flower.messages import (
     REQUESTS,
     Activations,
     Applied,
+    BatchKey,
     Behind,
     CatchUp,
     Describe,
@@ -23,9 +24,11 @@ from hosl_flower.messages import (
     Fingerprint,
     Fingerprinted,
     Forward,
+    Limits,
     Losses,
     Probe,
     check_activations,
+    check_same_batch,
     from_wire,
     to_wire,
     wire_bytes,
@@ -66,7 +69,10 @@ ALL = [
     ),
     CatchUp.of(ledger(), 0, 2, Forward(**AT, batch=4)),
     Fingerprint(**AT),
-    Described(**DONE, train_examples=5, held_out_examples=2, label_counts=(3, 2)),
+    Described(
+        **DONE, train_examples=5, held_out_examples=2, label_counts=(3, 2),
+        memory_meter="process_rss",
+    ),
     activations(),
     activations(activations=torch.randn(2, 3, 4).bfloat16()),
     Applied(**DONE, position=2, digest=D),
@@ -108,6 +114,7 @@ def test_bytes_are_counted_as_sent():
     assert wire_bytes(message) == len(header) + 2 * 3 * 4 * 2 + 2 * 3 + 2 * 8
 
 
+LIMITS = Limits(batch=8, length=16, hidden=4, dtype="float32", classes=2)
 HEADER = '"step":3,"partition":1,"position":2,"digest":"0123456789abcdef"'
 
 
@@ -143,13 +150,15 @@ def test_any_text_is_refused_with_a_protocol_error(header):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"activations": torch.zeros(2, 3, 5)}, r"expected floating point \[B, S, 4\]"),
-        ({"activations": torch.zeros(2, 3)}, "expected floating point"),
-        ({"activations": torch.zeros(2, 3, 4, dtype=torch.int64)}, "floating point"),
+        ({"activations": torch.zeros(2, 3, 5)}, r"expected float32\[B, S, 4\]"),
+        ({"activations": torch.zeros(2, 3)}, "expected float32"),
+        ({"activations": torch.zeros(2, 3, 4, dtype=torch.int64)}, "got int64"),
         ({"activations": torch.zeros(9, 3, 4)}, "at most 8 sequences"),
         ({"activations": torch.full((2, 3, 4), float("nan"))}, "24 of 24 values are not finite"),
         ({"attention_mask": torch.ones(2, 2, dtype=torch.bool)}, "attention_mask"),
         ({"attention_mask": torch.ones(2, 3)}, "attention_mask"),
+        ({"attention_mask": torch.tensor([[True, True, False]] * 2)}, "left-padded"),
+        ({"activations": torch.zeros(2, 3, 4, dtype=torch.float16)}, "got float16"),
         ({"labels": torch.tensor([0, 2])}, r"labels: expected 0\.\.1"),
         ({"labels": torch.tensor([0])}, "labels"),
         ({"labels": torch.tensor([-1, 0])}, "labels"),
@@ -157,7 +166,21 @@ def test_any_text_is_refused_with_a_protocol_error(header):
 )
 def test_activations_that_do_not_fit_the_run_are_refused(changes, complaint):
     with pytest.raises(ProtocolError, match=complaint):
-        check_activations(activations(**changes), max_batch=8, max_length=16, hidden=4, classes=2)
+        check_activations(activations(**changes), LIMITS)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"labels": torch.tensor([1, 1])},
+        {"activations": torch.ones(2, 2, 4), "attention_mask": torch.ones(2, 2, dtype=torch.bool)},
+    ],
+)
+def test_replies_about_different_batches_are_noticed(other):
+    first = BatchKey.of(activations())
+    check_same_batch([first, BatchKey.of(activations())], 3)
+    with pytest.raises(ProtocolError, match=r"step 3.*2 different mini-batches"):
+        check_same_batch([first, BatchKey.of(activations(**other))], 3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

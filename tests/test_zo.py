@@ -141,7 +141,7 @@ def test_an_update_does_not_depend_on_its_chunks(monkeypatch):
     layout = Layout({"w": weight.shape}, "signs")
     whole, chunked = {"w": weight.clone()}, {"w": weight.clone()}
     apply_update(whole, layout, [1, 2], [0.3, -1.7], 1e-2)
-    monkeypatch.setattr("hosl_flower.zo._CHUNK_ELEMENTS", 70)
+    monkeypatch.setattr("hosl_flower.perturb._CHUNK_ELEMENTS", 70)
     apply_update(chunked, layout, [1, 2], [0.3, -1.7], 1e-2)
     assert torch.equal(whole["w"], chunked["w"])
 

@@ -25,6 +25,7 @@ from hosl_flower.messages import (
     Fingerprint,
     Fingerprinted,
     Forward,
+    Limits,
     Losses,
     Message,
     Probe,
@@ -43,6 +44,9 @@ _ANSWERS: dict[type[Request], type[Reply]] = {
     CatchUp: Applied,
     Fingerprint: Fingerprinted,
 }
+
+
+_CATCH_UPS = 4  # resends per request, each of which may land in another process
 
 
 @dataclass
@@ -64,16 +68,6 @@ class Traffic:
     def total(self, way: dict[str, list[int]]) -> int:
         """Bytes on one way, all kinds."""
         return sum(size for _, size in way.values())
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What activations may look like in this run; anything else is refused on arrival."""
-
-    batch: int
-    length: int
-    hidden: int
-    classes: int
 
 
 class Link(ABC):
@@ -109,40 +103,61 @@ class Link(ABC):
         requests: by partition. The iterators must be consumed: a lazy link computes a reply
         when it is asked for. They raise ClientError, ProtocolError or DriftError.
         """
-        posted = {partition: self._outbox.pop(partition, []) for partition in requests}
+        posted = {partition: self._still_useful(partition) for partition in requests}
         sent = {p: [*posted[p], *own] for p, own in requests.items() if posted[p] or own}
-        started = time.perf_counter()
-        streams = self._deliver(sent)
-        self.traffic.waited_seconds += time.perf_counter() - started
         return {
             partition: self._checked(partition, sent[partition], len(posted[partition]), stream)
-            for partition, stream in streams.items()
+            for partition, stream in self._send(sent).items()
         }
+
+    def _still_useful(self, partition: int) -> list[Request]:
+        """What was posted to a client, less the updates that others have gone past since: it
+        gets those as ledger entries when it is next asked for something."""
+        posted = self._outbox.pop(partition, [])
+        return [request for request in posted if request.position + 1 == len(self.ledger)]
+
+    def _send(self, requests: Mapping[int, Sequence[Request]]) -> dict[int, Iterator[Reply]]:
+        """_deliver, timed and counted."""
+        started = time.perf_counter()
+        streams = self._deliver(requests)
+        self.traffic.waited_seconds += time.perf_counter() - started
+        for own in requests.values():
+            for request in own:
+                self.traffic.count(self.traffic.down, request.kind, request)
+        return streams
 
     def _checked(
         self, partition: int, sent: Sequence[Request], posted: int, stream: Iterator[Reply]
     ) -> Iterator[Reply]:
-        caught_up = False
         for index, request in enumerate(sent):
             reply = self._next(partition, request, stream)
-            if isinstance(reply, Behind) and not caught_up:
-                caught_up = True
-                stream = self._resend(partition, sent[index:], reply)
-                reply = self._next(partition, request, stream)
+            for attempt in range(_CATCH_UPS):
+                if not isinstance(reply, Behind):
+                    break
+                stream, reply = self._resend(partition, sent[index:], reply, attempt)
             self._check(partition, request, reply)
             if index >= posted:
                 yield reply
 
-    def _resend(self, partition: int, sent: Sequence[Request], behind: Behind) -> Iterator[Reply]:
-        """The rest of an exchange once more, after the ledger entries the client lacks."""
-        start = behind.position
-        stop = sent[0].position
-        if start > stop or self.ledger.digest(start) != behind.digest:
-            start = 0  # another history: from the base checkpoint
+    def _resend(
+        self, partition: int, sent: Sequence[Request], behind: Behind, attempt: int
+    ) -> tuple[Iterator[Reply], Reply]:
+        """The rest of an exchange once more, after the ledger entries the client lacks.
+
+        Whoever answers may be another process than the one that was behind, at another
+        position: then it is behind again, and the next attempt sends the whole ledger, of
+        which a client takes what it lacks.
+        """
+        start, stop = behind.position, sent[0].position
+        if attempt or start > stop or self.ledger.digest(start) != behind.digest:
+            start = 0
         catch_up = CatchUp.of(self.ledger, start, stop, sent[0])
-        stream = self._deliver({partition: [catch_up, *sent]})[partition]
-        self._check(partition, catch_up, self._next(partition, catch_up, stream))
-        return stream
+        stream = self._send({partition: [catch_up, *sent]})[partition]
+        reply = self._next(partition, catch_up, stream)
+        if not isinstance(reply, Behind):
+            self._check(partition, catch_up, reply)
+            reply = self._next(partition, sent[0], stream)
+        return stream, reply
 
     def _next(self, partition: int, request: Request, stream: Iterator[Reply]) -> Reply:
         """The next reply, counted."""
@@ -155,7 +170,6 @@ class Link(ABC):
         traffic.waited_seconds += time.perf_counter() - started
         traffic.client_seconds += reply.seconds
         traffic.peak_bytes = max(traffic.peak_bytes, reply.peak_bytes)
-        traffic.count(traffic.down, request.kind, request)
         traffic.count(traffic.up, request.kind, reply)
         return reply
 
@@ -170,9 +184,8 @@ class Link(ABC):
                 f"got {reply.kind} of step {reply.step}"
             )
         if isinstance(reply, Activations):
-            limits = self.limits
             try:
-                check_activations(reply, limits.batch, limits.length, limits.hidden, limits.classes)
+                check_activations(reply, self.limits)
             except ProtocolError as error:
                 raise ProtocolError(f"{where}: {error}") from error
         if isinstance(reply, Applied):

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from hosl_flower.client import Client
 from hosl_flower.ledger import Ledger
-from hosl_flower.link.base import Limits, Link
-from hosl_flower.messages import Reply, Request
+from hosl_flower.link.base import Link
+from hosl_flower.messages import Limits, Reply, Request
 
 
 class InProcessLink(Link):

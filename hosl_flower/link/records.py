@@ -7,7 +7,7 @@
 Raw bytes, not .npy: numpy has no bfloat16, and one copy less.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -21,8 +21,11 @@ from hosl_flower.tensors import dtype_name, raw_bytes, tensor_from_bytes
 _STYPE = "hosl.raw"
 
 
-def pack(messages: Sequence[Message], spec: ClientSpec | None = None) -> RecordDict:
-    """Messages, and the spec when they are requests, as one RecordDict."""
+def pack(messages: Iterable[Message], spec: ClientSpec | None = None) -> RecordDict:
+    """Messages, and the spec when they are requests, as one RecordDict.
+
+    Messages are taken one at a time, so that of lazily computed replies only the bytes stay.
+    """
     headers, arrays = [], {}
     for index, message in enumerate(messages):
         header, tensors = to_wire(message)
