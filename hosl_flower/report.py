@@ -62,7 +62,6 @@ class Results:
     client_parameters: dict[str, int]
     fingerprint: str
     ledger_digest: str
-    directory: str
 
 
 class Report:
@@ -171,7 +170,6 @@ class Report:
             client_parameters={"held": held, "trained": trained},
             fingerprint=fingerprint,
             ledger_digest=session.ledger.digest(),
-            directory=str(self.directory),
         )
         self._write("results.json", json.dumps(asdict(results), indent=2))
         for line in _table(results, traffic).splitlines():

@@ -161,7 +161,7 @@ def _banner(notes: list[str]) -> str:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """ "float32" -> torch.float32."""
+    """The dtype of a config name, such as "float32"."""
     return getattr(torch, name)
 
 

@@ -61,7 +61,9 @@ def history(directory):
 def test_flower_and_in_process_give_the_same_bits(tmp_path):
     common = {"steps": 6, "eval_every": 3, "eval_examples": 60, "num_clients": 2, "turn_steps": 2}
     common["output_dir"] = tmp_path
-    code, output = simulate(QUICK, *keys(**common, run_name="flower"))
+    # two workers: whichever process answers, the ledger brings it to the same bits
+    federation = ["--federation", "num-supernodes=2 client-resources-num-cpus=1"]
+    code, output = simulate(QUICK, *keys(**common, run_name="flower"), *federation)
     assert code == 0, output
     arguments = keys(**common, run_name="plain")[1::2]
     load_strategy(read_app_config(QUICK, arguments)).run_in_process()
