@@ -124,6 +124,7 @@ class Report:
             "loss": score.loss,
             "accuracy": score.accuracy,
             "balanced_accuracy": score.balanced_accuracy,
+            "majority_accuracy": score.majority,
         }
         self.evaluations.append({"step": step, **row})
         self.final = score
@@ -216,8 +217,6 @@ def _by_kind(way: dict[str, list[int]]) -> dict[str, dict[str, int]]:
 def _plan(method: Any, session: Session) -> Iterable[str]:
     """What is about to happen, before it happens."""
     config, spec = session.config, session.spec
-    if session.notice:
-        yield from session.notice.splitlines()
     held, trained = session.client_counts()
     origin = "pretrained" if session.base.pretrained else "random weights"
     yield f"{method.name}: {spec.model} ({origin}), task {spec.task.name}, seed {spec.seed}"

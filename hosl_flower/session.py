@@ -1,5 +1,6 @@
 """A run on the server: what was agreed, the server submodel, the ledger, who holds what."""
 
+import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,9 @@ from hosl_flower.split import (
     trainable_parameters,
 )
 from hosl_flower.tasks import Encoder, load_tokenizer
+
+
+log = logging.getLogger("hosl_flower")
 
 
 @dataclass
@@ -93,6 +97,8 @@ def open_session(config: RunConfig, run: str) -> Session:
     use_threads(config.threads)
     resolved: Resolved = resolve(config, run)
     spec = resolved.spec
+    for line in resolved.notice.splitlines():  # the first lines of the log: not to be missed
+        log.warning(line)
     device = pick_device(config.device)
     base = open_base(spec.model, spec.seed)
     check_cut(base.config, spec.cut_layer)

@@ -21,7 +21,7 @@ from hosl_flower.config import (
 )
 from hosl_flower.errors import CheckpointError, ConfigError, ProtocolError
 from hosl_flower.families import ARCHITECTURES
-from hosl_flower.split import RANDOM, check_cut, load_model_config
+from hosl_flower.split import RANDOM, check_cut, open_base
 from hosl_flower.tasks import TASKS, Task, task_from_config
 
 FALLBACK_TASK = "sms-spam"
@@ -94,11 +94,10 @@ def resolve(config: RunConfig, run: str) -> Resolved:
     CheckpointError otherwise.
     """
     notes = []
-    model, model_config = config.model, None
+    model = config.model
     if not model.startswith(RANDOM):
         try:
-            model_config = load_model_config(model)
-            check_cut(model_config, config.cut_layer)
+            check_cut(open_base(model).config, config.cut_layer)
         except CheckpointError as error:
             model = _fallback_model(config, error)
             notes.append(f"{config.model} -> the same architecture with RANDOM weights")

@@ -65,8 +65,12 @@ class SplitStrategy(Strategy):
         return train(self, session, link, report)
 
     def summary(self) -> None:
-        """Log the strategy and its settings."""
-        log.info("strategy %s", self.name)
+        """Log the strategy and the settings that differ from the defaults."""
+        defaults = RunConfig().as_keys()
+        own = {k: v for k, v in self.config.as_keys().items() if v != defaults[k]}
+        log.info(
+            "%s with %s", self.name, ", ".join(f"{k}={v}" for k, v in own.items()) or "defaults"
+        )
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
