@@ -25,7 +25,6 @@ from hosl_flower.split import (
 )
 from hosl_flower.tasks import Encoder, load_tokenizer
 
-
 log = logging.getLogger("hosl_flower")
 
 

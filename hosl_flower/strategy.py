@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from hosl_flower.config import RunConfig
+from hosl_flower.config import RunConfig, parse_config
 from hosl_flower.errors import HoslError
 from hosl_flower.link.base import Link
 from hosl_flower.link.grid import GridLink
@@ -66,7 +66,7 @@ class SplitStrategy(Strategy):
 
     def summary(self) -> None:
         """Log the strategy and the settings that differ from the defaults."""
-        defaults = RunConfig().as_keys()
+        defaults = parse_config({}).as_keys()
         own = {k: v for k, v in self.config.as_keys().items() if v != defaults[k]}
         log.info(
             "%s with %s", self.name, ", ".join(f"{k}={v}" for k, v in own.items()) or "defaults"
