@@ -98,6 +98,7 @@ def resolve(config: RunConfig, run: str) -> Resolved:
     if not model.startswith(RANDOM):
         try:
             check_cut(open_base(model).config, config.cut_layer)
+            model = _absolute(model) if hub.local_directory(model) else model
         except CheckpointError as error:
             model = _fallback_model(config, error)
             notes.append(f"{config.model} -> the same architecture with RANDOM weights")
@@ -118,7 +119,7 @@ def resolve(config: RunConfig, run: str) -> Resolved:
         run=run,
         model=model,
         task=config_task,
-        source=source if ":" in source else os.path.abspath(os.path.expanduser(source)),
+        source=source if source.startswith(("hub:", "bundled:")) else _absolute(source),
         **{
             name: getattr(config, name)
             for name in ClientSpec.__dataclass_fields__
@@ -126,6 +127,11 @@ def resolve(config: RunConfig, run: str) -> Resolved:
         },
     )
     return Resolved(spec, _banner(notes))
+
+
+def _absolute(path: str) -> str:
+    """A local path that means the same in a worker process with another current directory."""
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def _fallback_model(config: RunConfig, error: CheckpointError) -> str:

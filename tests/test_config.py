@@ -233,3 +233,11 @@ def test_the_papers_setting_is_a_valid_override():
     simulation = SIMULATIONS[0].parents[1] / "opt125m_hosl"
     paper = tomllib.loads((simulation / "paper.toml").read_text())
     assert parse_config(paper).directions == 10
+
+
+def test_local_paths_reach_the_clients_as_absolute_paths(hub_cache, tiny_opt, monkeypatch):
+    directory, _ = tiny_opt()
+    monkeypatch.chdir(directory.parent)
+    spec = settle(model=directory.name, cut_layer=1, data_path="a:b.csv").spec
+    assert spec.model == str(directory)
+    assert spec.source == str(directory.parent / "a:b.csv")
