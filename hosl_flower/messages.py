@@ -261,7 +261,7 @@ def from_wire(header: str, tensors: Mapping[str, Tensor], known: Mapping[str, ty
 def wire_bytes(message: Message) -> int:
     """Bytes of the header and the tensors; the transport's own envelope is not counted."""
     header, tensors = to_wire(message)
-    return len(header) + sum(len(raw_bytes(tensor)) for tensor in tensors.values())
+    return len(header) + sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
 
 
 @dataclass(frozen=True)
