@@ -81,10 +81,9 @@ def test_flower_and_in_process_give_the_same_bits(tmp_path):
     assert descendants() == []
 
 
-@pytest.mark.skipif(
-    "HF_TOKEN" in os.environ, reason="shows what happens without a hub; this machine has one"
-)
-def test_the_main_simulation_falls_back_loudly_without_a_hub(tmp_path):
+def test_the_main_simulation_falls_back_loudly_without_a_hub(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))  # nothing cached
     quick = keys(steps=2, eval_examples=8, batch_size=2, output_dir=tmp_path, run_name="main")
     code, output = simulate(ROOT / "simulations" / "opt125m_hosl", *quick)
     assert code == 0, output
