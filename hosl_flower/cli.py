@@ -66,7 +66,10 @@ def read_app_config(app: Path, overrides: list[str]) -> RunConfig:
         raise ConfigError(f"{path} cannot be read; expected a Flower app directory") from error
     except (tomllib.TOMLDecodeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{path} has no [tool.flwr.app] section ({error!r})") from error
-    return parse_config({**values, **dict(map(_key_value, overrides))}, str(path))
+    return parse_config(
+        {**values, **dict(map(_key_value, overrides))},
+        f"{path} with -c" if overrides else str(path),
+    )
 
 
 def _key_value(text: str) -> tuple[str, Any]:

@@ -78,6 +78,8 @@ def private_superlink() -> Iterator[dict[str, str]]:
         "FLWR_TELEMETRY_ENABLED": os.environ.get("FLWR_TELEMETRY_ENABLED", "0"),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        # server and clients compute in turns: whoever waits must not spin on the cores
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         # marks every descendant, those in sessions of their own too, for _stop
         _MARK: secrets.token_hex(8),
     }

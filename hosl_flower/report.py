@@ -180,14 +180,15 @@ class Report:
 
     def _progress(self, step: int) -> None:
         self._last_line = time.perf_counter()
-        rate = step / (self._last_line - self._started)
-        best = self.evaluations[-1]
+        rate = step / self._seconds["total"]
+        last = self.evaluations[-1]
         log.info(
-            "step %d/%d: train loss %.4f, held-out accuracy %.3f, %.2f steps/s, %s left",
+            "step %d/%d: train loss %.4f (held-out accuracy %.3f at step %d), %.2f steps/s, %s left",
             step,
             self.config.steps,
             self._last_loss,
-            best["accuracy"],
+            last["accuracy"],
+            last["step"],
             rate,
             time.strftime("%H:%M:%S", time.gmtime((self.config.steps - step) / rate)),
         )
