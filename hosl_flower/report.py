@@ -183,7 +183,7 @@ class Report:
         rate = step / self._seconds["total"]
         last = self.evaluations[-1]
         log.info(
-            "step %d/%d: train loss %.4f (held-out accuracy %.3f at step %d), %.2f steps/s, %s left",
+            "step %d/%d: train loss %.4f, held-out accuracy %.3f (step %d), %.2f steps/s, %s left",
             step,
             self.config.steps,
             self._last_loss,
