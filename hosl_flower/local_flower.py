@@ -71,6 +71,9 @@ def private_superlink() -> Iterator[dict[str, str]]:
     home = Path(tempfile.mkdtemp(prefix="hosl-flwr-"))
     http, control = _free_port(), _free_port()
     environment = {
+        # marks every descendant, those in sessions of their own too, for _stop; first, where a
+        # process title that grows into the environment is least likely to cut it off
+        _MARK: secrets.token_hex(8),
         **os.environ,
         "FLWR_HOME": str(home),
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(http),
@@ -80,8 +83,6 @@ def private_superlink() -> Iterator[dict[str, str]]:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         # server and clients compute in turns: whoever waits must not spin on the cores
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
-        # marks every descendant, those in sessions of their own too, for _stop
-        _MARK: secrets.token_hex(8),
     }
     if len(str(home)) < 40:  # Ray puts sockets there, whose paths may have 107 characters
         environment["RAY_TMPDIR"] = str(home)
@@ -127,29 +128,61 @@ def _wait_until_healthy(port: int, process: subprocess.Popen[bytes], log: Path) 
 
 
 def _stop(process: subprocess.Popen[bytes], mark: str) -> None:
-    """End the SuperLink and all it started: politely first, then for good."""
+    """End the SuperLink and all it started: politely first, then for good.
+
+    A process is known by the mark in its environment or, since Ray's overwrite theirs with a
+    process title, by its line of descent, taken before any parent is gone. A pid alone may be
+    reused, so it is kept with its start time.
+    """
+    family = _descendants(process.pid)
     for number in (signal.SIGTERM, signal.SIGKILL):
-        own = [process.pid] if process.poll() is None else []  # a reaped pid may be another's
-        for pid in {*own, *_marked(mark)}:
+        if process.poll() is None:
+            process.send_signal(number)
+        for pid in _alive(family, mark):
             try:
                 os.kill(pid, number)
             except ProcessLookupError:
                 continue
         give_up = time.monotonic() + _STOP_SECONDS
-        while time.monotonic() < give_up and (process.poll() is None or _marked(mark)):
+        while time.monotonic() < give_up and (process.poll() is None or _alive(family, mark)):
             time.sleep(0.1)
 
 
-def _marked(mark: str) -> list[int]:
-    """Pids whose environment carries the mark (Linux; elsewhere only the SuperLink is known)."""
-    wanted = f"{_MARK}={mark}".encode()
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
+def _processes() -> dict[int, tuple[int, str]]:
+    """pid -> (parent, start time) of every process that is not a zombie (Linux)."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            if wanted in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
+            fields = path.read_text().rpartition(")")[2].split()
         except OSError:
             continue
+        if fields[0] != "Z":
+            found[int(path.parent.name)] = (int(fields[1]), fields[19])
+    return found
+
+
+def _descendants(root: int) -> dict[int, str]:
+    """pid -> start time of everything below `root`."""
+    processes = _processes()
+    family: dict[int, str] = {}
+    generation = {root}
+    while generation:
+        generation = {pid for pid, (parent, _) in processes.items() if parent in generation}
+        family |= {pid: processes[pid][1] for pid in generation}
+    return family
+
+
+def _alive(family: Mapping[int, str], mark: str) -> list[int]:
+    """Pids of the family, or with the mark, that still run."""
+    wanted = f"{_MARK}={mark}".encode()
+    found = []
+    for pid, (_, started) in _processes().items():
+        try:
+            marked = wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except OSError:
+            marked = False
+        if marked or family.get(pid) == started:
+            found.append(pid)
     return found
 
 
