@@ -1,27 +1,30 @@
 """What a client does with a request. No Flower here: links bring requests in.
 
-A client's state is its base checkpoint and its ledger, nothing else: lose the process and a
-new one is brought to the same bits by replay. One Client object can serve many partitions
-(a Ray worker, an edge gateway), since in these methods all clients share one submodel.
+A client's state is its base checkpoint and its ledger position, nothing else: lose the process
+and a new one is brought to the same bits. One Client object can serve many partitions (a Ray
+worker, an edge gateway), since in these methods all clients share one submodel.
 """
 
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from hosl_flower import ledger as ledgers
-from hosl_flower.data import ClientData, load_client_data
 from hosl_flower.errors import DriftError, HoslError, ProtocolError
-from hosl_flower.ledger import Entry, Ledger
+from hosl_flower.ledger import Entry, chain, chain_entries
+from hosl_flower.local import local_steps
 from hosl_flower.memory import meter_name, peak_bytes
 from hosl_flower.messages import (
     Activations,
     Applied,
     Behind,
     CatchUp,
+    Change,
+    CutGradient,
     Describe,
     Described,
     Evaluate,
@@ -29,52 +32,66 @@ from hosl_flower.messages import (
     Fingerprint,
     Fingerprinted,
     Forward,
+    LocalTrain,
     Losses,
     Probe,
     Reply,
     Request,
+    Restore,
+    Scalars,
 )
-from hosl_flower.perturb import Layout
+from hosl_flower.partition import DataPool
 from hosl_flower.probe import perturbed
 from hosl_flower.spec import ClientSpec, pick_device, torch_dtype
 from hosl_flower.split import ClientSubmodel, load_client, open_base, trainable_parameters
+from hosl_flower.state import ClientState
 from hosl_flower.tasks import Batch, Encoder, load_tokenizer
-from hosl_flower.zo import projected_gradients
+from hosl_flower.zo import Point, projected_gradients
 
 log = logging.getLogger("hosl_flower")
 
+_HERE = Point(0, 0.0)
+_ANCHOR_BYTES = 256 << 20  # clean activations kept for the cut gradient's return, all partitions
+
+
+class _Anchor(NamedTuple):
+    """A mini-batch and its activations, which the cut gradient will be about."""
+
+    digest: str
+    number: int
+    batch: Batch
+    activations: Tensor
+
 
 class Client:
-    """The client submodel with its ledger, and the data of the partitions served.
+    """The client submodel with its state, and the data of the partitions served.
 
     data_path, model: this node's own, instead of the run's (node config).
     """
 
     submodel: ClientSubmodel
-    parameters: dict[str, nn.Parameter]
+    state: ClientState
 
     def __init__(self, spec: ClientSpec, data_path: str = "", model: str = "", device: str = ""):
         self.spec = spec
         self.device = pick_device(device or spec.device)
-        self.data_path = data_path
         self.model = model or spec.model
         self.encoder = Encoder(spec.task, load_tokenizer(self.model), spec.max_length)
-        self._partitions: dict[int, ClientData] = {}
+        self.pool = DataPool(spec, self.encoder, data_path)
+        self._anchors: OrderedDict[int, _Anchor] = OrderedDict()  # by partition
         self.reset()
 
     def reset(self) -> None:
-        """Back to the base checkpoint and an empty ledger."""
-        for name in ("submodel", "parameters"):  # never two copies
+        """Back to the base checkpoint, before the first update."""
+        for name in ("submodel", "state"):  # never two copies
             self.__dict__.pop(name, None)
-        self._fingerprint = ("", "")
-        base = open_base(self.model, self.spec.seed)
+        self._anchors.clear()
+        spec = self.spec
+        base = open_base(self.model, spec.seed)
         self.vocabulary: int = base.config.vocab_size
-        dtype = torch_dtype(self.spec.dtype)
-        self.submodel = load_client(base, self.spec.cut_layer, dtype, self.device)
-        self.parameters = trainable_parameters(self.submodel, self.spec.client_trainable)
-        shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
-        self.layout = Layout(shapes, self.spec.perturbation)
-        self.ledger = Ledger(self.spec.genesis)
+        dtype = torch_dtype(spec.dtype)
+        self.submodel = load_client(base, spec.cut_layer, dtype, self.device, spec.lora)
+        self.state = new_state(self.submodel, spec)
 
     def answer(self, requests: Iterable[Request]) -> Iterator[Reply]:
         """Replies, one per request, computed when asked for; ends early after Behind or Failure.
@@ -106,55 +123,33 @@ class Client:
                 return self._describe(request)
             case CatchUp():
                 return self._catch_up(request)
+            case Restore():
+                return self._restore(request)
             case Losses() if self._already_applied(request):
                 return self._applied()
-        here = (len(self.ledger), self.ledger.digest())
+        here = (self.state.position, self.state.digest)
         if (request.position, request.digest) != here:
             return Behind, {"position": here[0], "digest": here[1]}
         match request:
             case Probe():
-                batch = self._train_batch(request)
-                return self._forward(batch, request.seed, request.coefficient)
+                return self._activations(self._train_batch(request), request.point)
             case Forward():
-                return self._forward(self._train_batch(request))
+                return self._clean(request)
             case Evaluate():
-                data = self._data(request.partition)
-                return self._forward(data.held_out_batch(request.batch, self.spec.eval_batch_size))
+                data = self.pool.client(request.partition)
+                batch = data.held_out_batch(request.batch, self.spec.eval_batch_size)
+                return self._activations(batch)
             case Losses():
                 return self._update(request)
+            case CutGradient():
+                return self._local_steps(request)
             case Fingerprint():
-                return Fingerprinted, {"fingerprint": self.fingerprint()}
+                return self._fingerprints(request)
         raise ProtocolError(f"no answer to a {request.kind} request")
-
-    def fingerprint(self) -> str:
-        """Of the trainable parameters; hashed once per ledger position."""
-        at, value = self._fingerprint
-        if at != self.ledger.digest():
-            value = ledgers.fingerprint(self.parameters)
-            self._fingerprint = (self.ledger.digest(), value)
-        return value
-
-    def _data(self, number: int) -> ClientData:
-        spec = self.spec
-        if number not in self._partitions:
-            if number >= spec.num_clients:
-                raise ProtocolError(f"partition {number} is not one of {spec.num_clients}")
-            self._partitions[number] = load_client_data(
-                spec.source,
-                self.data_path,
-                spec.task,
-                self.encoder,
-                number,
-                spec.num_clients,
-                spec.train_examples,
-                spec.eval_examples,
-                spec.seed,
-            )
-        return self._partitions[number]
 
     def _describe(self, request: Describe) -> tuple[type[Reply], dict]:
         self.encoder.check_vocabulary(self.vocabulary)
-        data = self._data(request.partition)
+        data = self.pool.client(request.partition)
         return Described, {
             "train_examples": len(data.train),
             "held_out_examples": len(data.held_out),
@@ -162,64 +157,128 @@ class Client:
             "memory_meter": meter_name(self.device),
         }
 
-    def _train_batch(self, request: Forward) -> Batch:
-        return self._data(request.partition).train_batch(request.batch, self.spec.batch_size)
+    def _fingerprints(self, request: Fingerprint) -> tuple[type[Reply], dict]:
+        self.state.mark()
+        trail = {p: m.fingerprint for p, m in self.state.trail.items() if p >= request.since}
+        return Fingerprinted, {"positions": tuple(trail), "fingerprints": tuple(trail.values())}
+
+    def _train_batch(self, request: Forward | CutGradient) -> Batch:
+        data = self.pool.client(request.partition)
+        return data.train_batch(request.batch, self.spec.batch_size)
 
     @torch.no_grad()
-    def _forward(
-        self, batch: Batch, seed: int = 0, coefficient: float = 0.0
-    ) -> tuple[type[Reply], dict]:
-        """Activations at theta + coefficient * s(seed); no graph, weights not written."""
+    def _run(self, batch: Batch, point: Point = _HERE) -> Tensor:
+        """Activations [B, S, H] at a point, on the device; no graph, weights not written."""
         ids = batch.input_ids.to(self.device)
         mask = batch.attention_mask.to(self.device)
-        if coefficient:
-            direction = self.layout.draw(seed, self.device)
-            with perturbed(self.parameters, direction, coefficient):
-                activations = self.submodel(ids, mask)
-        else:
-            activations = self.submodel(ids, mask)
-        return Activations, {
-            "activations": activations.cpu(),
-            "attention_mask": batch.attention_mask.bool(),
-            "labels": batch.labels,
-        }
+        if not point.coefficient:
+            return self.submodel(ids, mask)
+        direction = self.state.layout.draw(point.seed, self.device)
+        with perturbed(self.state.parameters, direction, point.coefficient):
+            return self.submodel(ids, mask)
+
+    def _activations(self, batch: Batch, point: Point = _HERE) -> tuple[type[Reply], dict]:
+        return _reply(batch, self._run(batch, point))
+
+    def _clean(self, request: Forward) -> tuple[type[Reply], dict]:
+        """Activations at theta itself, remembered for the cut gradient that may come back."""
+        batch = self._train_batch(request)
+        anchor = _Anchor(self.state.digest, request.batch, batch, self._run(batch))
+        self._anchors.pop(request.partition, None)
+        self._anchors[request.partition] = anchor
+        while sum(a.activations.nbytes for a in self._anchors.values()) > _ANCHOR_BYTES:
+            self._anchors.popitem(last=False)
+        return _reply(batch, anchor.activations)
+
+    def _anchor(self, request: CutGradient) -> _Anchor:
+        """What a cut gradient is about: remembered, or computed again by a new process."""
+        anchor = self._anchors.pop(request.partition, None)
+        if anchor is None or (anchor.digest, anchor.number) != (request.digest, request.batch):
+            batch = self._train_batch(request)
+            anchor = _Anchor(request.digest, request.batch, batch, self._run(batch))
+        if request.gradient.shape != anchor.activations.shape:
+            raise ProtocolError(
+                f"cut gradient: expected {list(anchor.activations.shape)}, the shape of this "
+                f"client's activations, got {list(request.gradient.shape)}"
+            )
+        return anchor
+
+    def _local_steps(self, request: CutGradient) -> tuple[type[Reply], dict]:
+        """Probe <lambda, f_c> (HO-SFL); see local.py."""
+        anchor = self._anchor(request)
+        gradient = request.gradient.to(self.device, torch.float32).mul(request.scale)
+        scalars, change = local_steps(
+            self.state,
+            lambda point: self._run(anchor.batch, point),
+            gradient,
+            anchor.activations,
+            request,
+        )
+        if isinstance(request, LocalTrain):
+            return Change, {"change": change}
+        return Scalars, {"scalars": torch.tensor(scalars, dtype=torch.float32)}
 
     def _update(self, request: Losses) -> tuple[type[Reply], dict]:
         """Phase 3 of HOSL: regenerate each direction from its seed, step along it."""
         scalars = projected_gradients(request.losses, request.epsilon)
         entry = Entry(request.step, request.seeds, tuple(scalars), request.learning_rate)
-        self._apply([entry])
-        if self.ledger.digest() != request.digest_after:
+        digest = chain(self.state.digest, entry.pack())
+        if digest != request.digest_after:
             raise DriftError(
-                f"step {request.step}: this client's update gives ledger {self.ledger.digest()}, "
+                f"step {request.step}: this client's update gives ledger {digest}, "
                 f"the server's {request.digest_after}"
             )
+        self._apply([entry])
         return self._applied()
 
     def _already_applied(self, request: Losses) -> bool:
-        """Whether this update is in the ledger: another partition of this process made it."""
-        return (
-            len(self.ledger) > request.position
-            and self.ledger.digest(request.position + 1) == request.digest_after
-        )
+        """Whether this update has been made: by another partition of this process."""
+        if self.state.position == request.position + 1:
+            return self.state.digest == request.digest_after
+        return self.state.position > request.position
 
     def _catch_up(self, request: CatchUp) -> tuple[type[Reply], dict]:
-        """Apply what is missing of the entries; what is held already must be the same."""
-        entries, start = request.entries, request.position  # validated before anything is lost
-        held = self.ledger.entries[start:]
-        if start == 0 and held != entries[: len(held)]:
+        """Apply what is missing of the entries; what was applied already must be the same."""
+        entries, state = request.entries, self.state  # validated before anything is lost
+        digests = chain_entries(request.digest, entries)
+        done = state.position - request.position
+        if not (0 <= done < len(digests) and digests[done] == state.digest):
+            if request.position:
+                return Behind, {"position": state.position, "digest": state.digest}
             self.reset()  # another history: start over from the base checkpoint
-            held = []
-        known = start <= len(self.ledger) and self.ledger.digest(start) == request.digest
-        if not known or held != entries[: len(held)]:
-            return Behind, {"position": len(self.ledger), "digest": self.ledger.digest()}
-        self._apply(entries[len(held) :])
+            done = 0
+            if self.state.digest != request.digest:
+                raise ProtocolError("catch-up: the entries are of another run")
+        self._apply(entries[done:])
+        return self._applied()
+
+    def _restore(self, request: Restore) -> tuple[type[Reply], dict]:
+        if (self.state.position, self.state.digest) != (request.position, request.digest):
+            self._anchors.clear()
+            try:
+                self.state.restore(request.snapshot, request.step)
+            except ValueError as error:
+                raise ProtocolError(f"restore: {error}") from error
         return self._applied()
 
     def _apply(self, entries: list[Entry]) -> None:
-        for entry in entries:
-            ledgers.replay(self.parameters, self.layout, [entry])
-            self.ledger.append(entry)
+        if entries:
+            self._anchors.clear()
+            self.state.apply(entries)
 
     def _applied(self) -> tuple[type[Reply], dict]:
-        return Applied, {"position": len(self.ledger), "digest": self.ledger.digest()}
+        return Applied, {"position": self.state.position, "digest": self.state.digest}
+
+
+def _reply(batch: Batch, activations: Tensor) -> tuple[type[Reply], dict]:
+    return Activations, {
+        "activations": activations.cpu(),
+        "attention_mask": batch.attention_mask.bool(),
+        "labels": batch.labels,
+    }
+
+
+def new_state(submodel: ClientSubmodel, spec: ClientSpec) -> ClientState:
+    """The state of a freshly loaded client submodel: ledger position 0."""
+    parameters = trainable_parameters(submodel, spec.client_trainable)
+    return ClientState(parameters, spec.perturbation, spec.client_optimizer, spec.genesis)

@@ -1,6 +1,7 @@
 """The Flower ClientApp: unpack, let the client answer, pack. Runs on the edge device.
 
-Node config: partition-id (required), data-path, model-path and device (this node's own).
+Node config: partition-id (required), num-partitions, data-path, model-path and device (this
+node's own). `{partition}` in data-path stands for the client's number.
 """
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -10,6 +11,7 @@ from hosl_flower.client import Client
 from hosl_flower.errors import HoslError
 from hosl_flower.link.records import pack, unpack_requests
 from hosl_flower.messages import Failure
+from hosl_flower.partition import shared_between_partitions
 from hosl_flower.spec import ClientSpec, use_threads
 
 app = ClientApp()
@@ -22,21 +24,24 @@ _cached: dict[str, Client] = {}
 
 @app.query("node")
 def node(message: Message, context: Context) -> Message:
-    """Which partition this node serves."""
-    partition = context.node_config.get("partition-id", -1)
-    content = RecordDict({"config": ConfigRecord({"partition-id": partition})})
-    return Message(content, reply_to=message)
+    """What this node says about itself, see link/nodes.py."""
+    config = context.node_config
+    own = {key: config.get(key, -1) for key in ("partition-id", "num-partitions")}
+    one_data = shared_between_partitions(str(config.get("data-path", "")))
+    record = ConfigRecord({**own, "one-data": one_data})
+    return Message(RecordDict({"config": record}), reply_to=message)
 
 
 @app.train("exchange")
 def exchange(message: Message, context: Context) -> Message:
-    """Answer the requests of one exchange."""
+    """Answer the requests of one exchange, to each of the clients it is about in turn."""
     try:
-        spec, requests = unpack_requests(message.content)
-        content = pack(_client(spec, context).answer(requests))
+        spec, groups = unpack_requests(message.content)
+        client = _client(spec, context)
+        content = pack(client.answer(requests) for requests in groups)
     except HoslError as error:
         text = f"{type(error).__name__}: {error}"
-        content = pack([Failure(step=0, seconds=0.0, peak_bytes=0, error=text[:4000])])
+        content = pack([[Failure(step=0, seconds=0.0, peak_bytes=0, error=text[:4000])]])
     return Message(content, reply_to=message)
 
 

@@ -16,11 +16,15 @@ from hosl_flower.errors import ConfigError
 Scalar = bool | int | float | str
 Dtype = Literal["float32", "bfloat16", "float16"]
 Perturbation = Literal["rank1", "signs", "gaussian"]
-Trainable = Literal["full", "blocks"]
+Trainable = Literal["full", "blocks", "lora"]
+Optimizer = Literal["sgd", "adamw"]
+Partitioner = Literal["iid", "dirichlet", "natural-id"]
+Aggregation = Literal["weighted-mean", "mean", "median", "trimmed-mean"]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")]
 Natural = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Threads = Annotated[int, Field(ge=0, le=1024)]
+Alpha = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 Length = Annotated[int, Field(ge=8, lt=2**31)]
 
 
@@ -78,9 +82,28 @@ class RunConfig(BaseModel):
         description="without hub and cache: random weights and the bundled SMS data, with a banner",
     )
 
-    num_clients: Positive = Field(1, description="data partitions, each one client")
+    num_clients: Positive = Field(1, description="N, data partitions, each one client")
+    clients_per_step: Natural = Field(
+        0, description="K, clients drawn for each step (HO-SFL, FedAvg); 0 is all"
+    )
+    min_clients: Positive = Field(
+        1, description="a step goes on without failing clients as long as so many remain"
+    )
+    clients_per_node: Natural = Field(
+        0, description="clients one SuperNode serves; 0 spreads them over the nodes there are"
+    )
+    partitioner: Partitioner = Field(
+        "iid", description="how training examples are spread over the clients"
+    )
+    dirichlet_alpha: Alpha = Field(0.5, description="of dirichlet: smaller is more uneven labels")
+    partition_column: str = Field(
+        "", description="of natural-id: the column that says whose example it is"
+    )
+    min_partition_size: Positive = Field(
+        1, description="of dirichlet: fewest examples a client may get"
+    )
     turn_steps: Positive = Field(
-        1, description="steps a client takes before the next one's turn (relay)"
+        1, description="steps a client takes before the next one's turn (HOSL relay)"
     )
     steps: Positive = Field(200, description="training steps in all")
     batch_size: Positive = Field(8, description="examples per step")
@@ -90,18 +113,44 @@ class RunConfig(BaseModel):
         "split", description="through the client, or on the server from base weights and ledger"
     )
 
-    directions: int = Field(1, ge=1, le=10_000, description="Q, two-sided probes per step")
+    directions: int = Field(
+        1, ge=1, le=10_000, description="Q (HOSL, two-sided) or P (HO-SFL, one-sided) per step"
+    )
     epsilon: float = Field(1e-3, ge=1e-6, lt=1, description="probe distance")
     perturbation: Perturbation = Field("rank1", description="distribution of the directions")
+    client_seeds: Literal["shared", "per-client"] = Field(
+        "shared", description="per-client: K * P different directions per step (HO-SFL)"
+    )
+    local_steps: Positive = Field(
+        1, description="E, client updates between aggregations (HO-SFL, FedAvg)"
+    )
+    aggregation: Aggregation = Field(
+        "weighted-mean", description="of the clients' scalars; weights are numbers of examples"
+    )
+    trim_fraction: float = Field(
+        0.2, ge=0, lt=0.5, description="of trimmed-mean: share of clients left out at each end"
+    )
     client_trainable: Trainable = Field(
-        "full", description="full trains embeddings too (as HOSL), blocks freezes them"
+        "full",
+        description="full trains embeddings too (as HOSL), blocks freezes them, "
+        "lora trains adapters only",
     )
-    client_learning_rate: float = Field(
-        1e-6, ge=0, le=1e3, description="of the ZO-SGD client update"
+    client_optimizer: Optimizer = Field(
+        "sgd", description="of the reconstructed client gradient; adamw without weight decay"
     )
+    client_learning_rate: float = Field(1e-6, ge=0, le=1e3, description="of the client's optimizer")
+    server_trainable: Trainable = Field(
+        "full", description="full trains final norm and answer words too, blocks or lora as above"
+    )
+    server_optimizer: Optimizer = Field("sgd", description="adamw without weight decay")
     server_learning_rate: float = Field(1e-3, ge=0, le=1e3, description="of the server's optimizer")
-    server_optimizer: Literal["sgd", "adamw"] = Field(
-        "sgd", description="adamw without weight decay"
+    server_micro_batch: Natural = Field(
+        0, description="sequences the server back-propagates at a time; 0 is all of a step"
+    )
+    lora_rank: int = Field(8, ge=1, le=4096, description="r of the adapters, on either side")
+    lora_alpha: float = Field(16.0, gt=0, le=1e6, description="adapters act as alpha / r * B A x")
+    lora_targets: str = Field(
+        "q_proj,v_proj", description="modules that get adapters, comma separated"
     )
     seed: Natural = Field(0, description="of data order, directions and fresh weights")
 
@@ -111,7 +160,10 @@ class RunConfig(BaseModel):
         pattern=r"^([\w-][\w.-]*)?$",
         description="the run directory's name; default: a time stamp",
     )
-    save_model: bool = Field(True, description="write the merged model at the end")
+    save_model: bool = Field(True, description="write the trained model at the end")
+    save_format: Literal["merged", "adapters"] = Field(
+        "merged", description="plain weights, or LoRA adapters in peft's format"
+    )
     nodes_deadline: float = Field(
         60.0, gt=0, description="seconds to wait for enough SuperNodes at the start"
     )
@@ -128,16 +180,54 @@ class RunConfig(BaseModel):
                 f"num-clients = {self.num_clients} is more than train-examples = "
                 f"{self.train_examples}: some clients would have no data"
             )
+        if self.clients_per_step > self.num_clients:
+            raise ValueError(
+                f"clients-per-step = {self.clients_per_step} is more than num-clients = "
+                f"{self.num_clients}"
+            )
+        if self.min_clients > self.sampled_clients:
+            raise ValueError(
+                f"min-clients = {self.min_clients} is more than the {self.sampled_clients} "
+                "clients of a step"
+            )
+        if self.client_seeds == "per-client" and self.aggregation in ("median", "trimmed-mean"):
+            raise ValueError(
+                f"aggregation = {self.aggregation} compares the clients' scalars along the same "
+                "directions; it needs client-seeds = shared"
+            )
+        if self.partitioner == "natural-id" and not self.partition_column:
+            raise ValueError("partitioner = natural-id needs partition-column")
+        if "lora" in (self.client_trainable, self.server_trainable) and not split_words(
+            self.lora_targets
+        ):
+            raise ValueError("lora-targets: names no module")
+        if self.save_format == "adapters" and not (
+            self.client_trainable == self.server_trainable == "lora"
+        ):
+            raise ValueError(
+                "save-format = adapters needs client-trainable = server-trainable = lora: "
+                "adapters cannot hold other changes"
+            )
         return self
+
+    @property
+    def sampled_clients(self) -> int:
+        """K, the clients of a step."""
+        return self.clients_per_step or self.num_clients
 
     @property
     def verbalizer_list(self) -> list[str]:
         """The overriding answer words; empty when the task's own are used."""
-        return [word.strip() for word in self.verbalizers.split(",") if word.strip()]
+        return list(split_words(self.verbalizers))
 
     def as_keys(self) -> dict[str, Scalar]:
         """All keys with their values, as a run-config."""
         return self.model_dump(by_alias=True)
+
+
+def split_words(text: str) -> tuple[str, ...]:
+    """The words of a comma-separated list."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 def parse_config(values: Mapping[str, Any], origin: str = "the run config") -> RunConfig:

@@ -1,12 +1,10 @@
-"""Examples: where they come from, who holds which, and in which order they are visited.
+"""Examples and where they come from: the hub, the package, or a local file.
 
-A source has a training part, partitioned among the clients, and a held-out part. A node with
-a `data-path` of its own trains on all of that file instead of a partition.
+A source has a training part, which partition.py spreads over the clients, and a held-out part.
 """
 
 import csv
 import json
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -14,20 +12,22 @@ from typing import Any, Literal
 import datasets
 import pyarrow.parquet
 from datasets import Dataset
-from flwr_datasets.partitioner import IidPartitioner
 
 from hosl_flower import hub
 from hosl_flower.errors import DataError, first_line
 from hosl_flower.perturb import derive_seed, permutation
-from hosl_flower.tasks import BUNDLED, Batch, Encoder, Task, parse_label
+from hosl_flower.tasks import BUNDLED, Task, parse_label
 
 HELD_OUT_FRACTION = 0.2  # of a source that comes without a held-out part
 _HELD_OUT_NAMES = ("validation", "val", "dev", "test")
 _SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet", ".arrow", ".txt")
 
 
-def load_source(source: str, task: Task, seed: int) -> tuple[Dataset, Dataset]:
-    """(training, held-out) examples: the columns of the prompt and an integer "label".
+def load_source(
+    source: str, task: Task, seed: int, partition_column: str = ""
+) -> tuple[Dataset, Dataset]:
+    """(training, held-out) examples: the columns of the prompt, an integer "label" and, for the
+    training part, the partition column as text, if one is given.
 
     source: "hub:<repository>/<configuration>", "bundled:<folder>", or a local path. Without a
     held-out part of its own, a fifth of the source, drawn with `seed`, is held out.
@@ -38,7 +38,7 @@ def load_source(source: str, task: Task, seed: int) -> tuple[Dataset, Dataset]:
         bundled = source.startswith("bundled:")
         path = BUNDLED / source.removeprefix("bundled:") if bundled else Path(source).expanduser()
         train, held_out = _from_path(path)
-    train = _normalise(train, task, f"{source} (train)")
+    train = _normalise(train, task, f"{source} (train)", partition_column)
     if held_out is not None:
         return train, _normalise(held_out, task, f"{source} (held-out)")
     order = permutation(len(train), derive_seed(seed, "held-out"))
@@ -155,8 +155,13 @@ def _json_lines(path: Path) -> Dataset:
     return Dataset.from_dict({key: [row.get(key) for row in rows] for key in columns})
 
 
-def _normalise(data: Dataset, task: Task, where: str) -> Dataset:
+def _normalise(data: Dataset, task: Task, where: str, partition_column: str = "") -> Dataset:
     """Keep the prompt's columns, parse the label; DataError names what is missing."""
+    if partition_column and partition_column not in data.column_names:
+        raise DataError(
+            f"{where} has no column {partition_column!r} (partition-column); the data has "
+            f"{', '.join(data.column_names)}"
+        )
     missing = [name for name in (*task.fields, task.label_column) if name not in data.column_names]
     if missing:
         raise DataError(
@@ -175,7 +180,8 @@ def _normalise(data: Dataset, task: Task, where: str) -> Dataset:
         empty = next((row for row, text in enumerate(data[name], start=1) if text is None), None)
         if empty is not None:
             raise DataError(f"{where}, row {empty}: {name} is missing")
-    return Dataset.from_dict({**columns, "label": labels})
+    ids = {partition_column: list(map(str, data[partition_column]))} if partition_column else {}
+    return Dataset.from_dict({**ids, **columns, "label": labels})
 
 
 def take(data: Dataset, limit: int, seed: int) -> Dataset:
@@ -183,75 +189,3 @@ def take(data: Dataset, limit: int, seed: int) -> Dataset:
     if not 0 < limit < len(data):
         return data
     return data.select(permutation(len(data), seed)[:limit])
-
-
-def partition(train: Dataset, number: int, of: int, seed: int) -> Dataset:
-    """The IID share of client `number` among `of`."""
-    if of > len(train):
-        raise DataError(
-            f"{of} clients but only {len(train)} training examples: lower num-clients or raise "
-            "train-examples"
-        )
-    partitioner = IidPartitioner(num_partitions=of)
-    partitioner.dataset = train.select(permutation(len(train), derive_seed(seed, "partition")))
-    return partitioner.load_partition(number)
-
-
-class ClientData:
-    """What one client holds: its partition of the training data and the held-out part."""
-
-    def __init__(self, train: Dataset, held_out: Dataset, encoder: Encoder, order_seed: int):
-        if len(train) == 0:
-            raise DataError("this client's partition is empty; lower num-clients")
-        self.train = train
-        # Like lengths together: fewer padding tokens to forward, the same metrics.
-        lengths = [sum(len(row[name]) for name in encoder.task.fields) for row in held_out]
-        self.held_out = held_out.select(sorted(range(len(lengths)), key=lengths.__getitem__))
-        self.encoder = encoder
-        self.order_seed = order_seed
-        self._order: tuple[int, list[int]] = (-1, [])
-
-    def train_batch(self, number: int, size: int) -> Batch:
-        """Mini-batch `number` (0, 1, ...) of an endless sequence of shuffled epochs."""
-        size = min(size, len(self.train))
-        rows = [self.train[self._row(i)] for i in range(number * size, (number + 1) * size)]
-        return self.encoder.collate(rows)
-
-    def _row(self, position: int) -> int:
-        epoch, offset = divmod(position, len(self.train))
-        if self._order[0] != epoch:
-            seed = derive_seed(self.order_seed, "epoch", epoch)
-            self._order = (epoch, permutation(len(self.train), seed))
-        return self._order[1][offset]
-
-    def held_out_batch(self, number: int, size: int) -> Batch:
-        """Held-out examples number * size onwards; DataError past the end."""
-        rows = range(number * size, min((number + 1) * size, len(self.held_out)))
-        if not rows:
-            raise DataError(f"held-out batch {number} is past {len(self.held_out)} examples")
-        return self.encoder.collate([self.held_out[row] for row in rows])
-
-    def label_counts(self) -> list[int]:
-        """Training examples per label."""
-        counts = Counter(self.train["label"])
-        return [counts[label] for label in range(len(self.encoder.task.verbalizers))]
-
-
-def load_client_data(
-    source: str,
-    own: str,
-    task: Task,
-    encoder: Encoder,
-    number: int,
-    of: int,
-    train_examples: int,
-    eval_examples: int,
-    seed: int,
-) -> ClientData:
-    """A client's data: its share of `source`, or everything in `own`, its node's data-path."""
-    train, held_out = load_source(own or source, task, seed)
-    train = take(train, train_examples, derive_seed(seed, "train-examples"))
-    held_out = take(held_out, eval_examples, derive_seed(seed, "eval-examples"))
-    if not own:
-        train = partition(train, number, of, seed)
-    return ClientData(train, held_out, encoder, derive_seed(seed, "order", number))

@@ -35,6 +35,10 @@ class ClientError(HoslError):
     """A client failed, did not answer in time, or answered with an error."""
 
 
+class AbsentError(ClientError):
+    """A client is not connected or does not answer: it may be there later."""
+
+
 class DriftError(HoslError):
     """A client submodel is not the one its ledger describes."""
 

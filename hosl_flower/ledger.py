@@ -16,18 +16,18 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from hosl_flower.errors import CheckpointError, DriftError
-from hosl_flower.perturb import Layout
+from hosl_flower.errors import CheckpointError
 from hosl_flower.tensors import raw_bytes
-from hosl_flower.zo import apply_update, to_float32
+from hosl_flower.zo import to_float32
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One update: theta -= learning_rate * sum_q scalars[q] * s(seeds[q]).
+    """One update by the gradient estimate sum_q scalars[q] * s(seeds[q]).
 
     scalars are exact float32 values, so every medium carries them unchanged.
     """
@@ -52,59 +52,129 @@ class Entry:
         return head + struct.pack(f"<{count}Q{count}f", *self.seeds, *self.scalars)
 
 
+def chain(digest: str, content: bytes) -> str:
+    """The digest (16 hex digits) of a history with one more update at its end."""
+    return hashlib.sha256(digest.encode() + content).hexdigest()[:16]
+
+
+def chain_entries(digest: str, entries: Iterable[Entry]) -> list[str]:
+    """Digests after each of the entries, the given one first."""
+    digests = [digest]
+    for entry in entries:
+        digests.append(chain(digests[-1], entry.pack()))
+    return digests
+
+
+def first_digest(genesis: str) -> str:
+    """The digest of a history without updates."""
+    return hashlib.sha256(genesis.encode()).hexdigest()[:16]
+
+
 class Ledger:
-    """An append-only list of entries with a running digest.
+    """An append-only history with a running digest, of which old entries may be let go.
 
     genesis: names what the history starts from (base model, cut, distribution ...), so that
-    ledgers of different runs never look alike.
+    ledgers of different runs never look alike. A position counts updates from the beginning;
+    entries and digests are held from position `start` on. Whoever is further back than that
+    gets a snapshot (history.py).
     """
 
     def __init__(self, genesis: str):
         self.genesis = genesis
+        self.start = 0
         self.entries: list[Entry] = []
-        self._digests = [hashlib.sha256(genesis.encode()).hexdigest()[:16]]
+        self._digests = [first_digest(genesis)]
+        self._bytes = 0
+        self._path: Path | None = None
+        self._unwritten: list[dict[str, Any]] = []
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return self.start + len(self.entries)
 
     def append(self, entry: Entry) -> None:
         """Add one update at the end."""
-        chained = self._digests[-1].encode() + entry.pack()
-        self._digests.append(hashlib.sha256(chained).hexdigest()[:16])
+        content = entry.pack()
+        self._digests.append(chain(self._digests[-1], content))
         self.entries.append(entry)
+        self._bytes += len(content)
+        self._write(asdict(entry))
+
+    def jump(self, step: int, weights: str) -> None:
+        """Add an update that is no entry: new weights, known by their fingerprint. Nobody can
+        replay it, so nothing before it is held any longer."""
+        digest = chain(self._digests[-1], f"{step}|{weights}".encode())
+        self.start = len(self) + 1
+        self.entries, self._digests, self._bytes = [], [digest], 0
+        self._write({"step": step, "weights": weights})
+
+    def compact(self, limit: int) -> None:
+        """Let go of the oldest entries until the rest is at most `limit` bytes."""
+        dropped = 0
+        while self._bytes > limit:
+            self._bytes -= len(self.entries[dropped].pack())
+            dropped += 1
+        if dropped:
+            self.start += dropped
+            del self.entries[:dropped], self._digests[:dropped]
+
+    def knows(self, position: int, digest: str) -> bool:
+        """Whether `digest` is this history's at `position`, and all since is held."""
+        return self.start <= position <= len(self) and self.digest(position) == digest
 
     def digest(self, position: int | None = None) -> str:
-        """Digest (16 hex digits) of the first `position` entries; all of them by default."""
-        return self._digests[len(self) if position is None else position]
+        """Digest (16 hex digits) at a position, the end by default; "" where it is let go."""
+        index = (len(self) if position is None else position) - self.start
+        return self._digests[index] if 0 <= index < len(self._digests) else ""
 
-    def write(self, path: Path) -> None:
-        """One JSON line for the genesis, one per entry, one with the final digest."""
-        lines = [{"genesis": self.genesis}, *map(asdict, self.entries), {"digest": self.digest()}]
-        part = path.with_name(f".{path.name}.part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        part.replace(path)
+    def since(self, position: int, stop: int | None = None) -> list[Entry]:
+        """Entries from a position that is held on."""
+        return self.entries[position - self.start : None if stop is None else stop - self.start]
+
+    def record(self, path: Path) -> None:
+        """Keep the whole history in a file too: JSON lines, added to at every `seal`."""
+        path.write_text(json.dumps({"genesis": self.genesis}) + "\n")
+        self._path, self._unwritten = path, [asdict(entry) for entry in self.entries]
+
+    def seal(self) -> None:
+        """Write what is new to the file, and a line with the digest up to here."""
+        if self._path is None:
+            return
+        rows = [*self._unwritten, {"position": len(self), "digest": self.digest()}]
+        with self._path.open("a") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        self._unwritten = []
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self._path is not None:
+            self._unwritten.append(row)
 
     @classmethod
     def read(cls, path: Path) -> "Ledger":
         """The ledger of a run directory; CheckpointError when it is damaged or cut short."""
         try:
-            head, *rows, tail = map(json.loads, path.read_text().splitlines())
+            head, *rows = map(json.loads, path.read_text().splitlines())
             ledger = cls(head["genesis"])
+            intact = False
             for row in rows:
-                seeds, scalars = tuple(row["seeds"]), tuple(row["scalars"])
-                ledger.append(Entry(row["step"], seeds, scalars, row["learning_rate"]))
-            intact = tail["digest"] == ledger.digest()
+                intact = ledger._take(row)
         except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
             raise CheckpointError(f"{path} is not a complete ledger ({error!r})") from error
         if not intact:
-            raise CheckpointError(f"{path} is damaged: its digest does not fit its entries")
+            raise CheckpointError(f"{path} is not a complete ledger: its end is missing")
         return ledger
 
-
-def replay(parameters: Mapping[str, Tensor], layout: Layout, entries: Iterable[Entry]) -> None:
-    """Apply entries in order, in place: the same arithmetic as in training, bit for bit."""
-    for entry in entries:
-        apply_update(parameters, layout, entry.seeds, entry.scalars, entry.learning_rate)
+    def _take(self, row: dict[str, Any]) -> bool:
+        """One line of a file; whether it seals what came before. ValueError if it does not fit."""
+        if "digest" in row:
+            if (row["position"], row["digest"]) != (len(self), self.digest()):
+                raise ValueError(f"digest at position {row['position']} does not fit the entries")
+            return True
+        if "weights" in row:
+            self.jump(row["step"], row["weights"])
+        else:
+            seeds, scalars = tuple(row["seeds"]), tuple(row["scalars"])
+            self.append(Entry(row["step"], seeds, scalars, row["learning_rate"]))
+        return False
 
 
 def fingerprint(parameters: Mapping[str, Tensor]) -> str:
@@ -114,15 +184,6 @@ def fingerprint(parameters: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}|{list(parameter.shape)}|{parameter.dtype}|".encode())
         digest.update(raw_bytes(parameter))
     return digest.hexdigest()[:16]
-
-
-def check_fingerprint(expected: str, found: str, who: str, position: int) -> None:
-    """DriftError unless the two fingerprints agree."""
-    if expected != found:
-        raise DriftError(
-            f"{who}: the client submodel at ledger position {position} has fingerprint {found}, "
-            f"the ledger gives {expected}; its base checkpoint or arithmetic differs"
-        )
 
 
 def entries_from_columns(

@@ -1,35 +1,33 @@
 """The protocol: what the server asks a client, what the client answers.
 
 Messages are frozen dataclasses whose fields pydantic checks when they are made, also when
-they are made from what arrived. On the wire a message is a JSON header plus raw tensors; each
-link carries that pair in its own way (link/records.py puts it into a Flower RecordDict), so
-every link speaks the same protocol and counts the same bytes.
+they are made from what arrived; wire.py turns them into bytes and back.
 
-    Describe   what data do you have?                        -> Described
-    Forward    activations of a training batch at theta      -> Activations
-    Probe      the same at theta + c * s(seed)               -> Activations
-    Evaluate   activations of a held-out batch               -> Activations
-    Losses     the true losses of your probes: update theta  -> Applied
-    CatchUp    ledger entries you have missed                -> Applied
-    Fingerprint  hash of your submodel                       -> Fingerprinted
+    Describe     what data do you have?                             -> Described
+    Forward      activations of a training batch at theta           -> Activations
+    Probe        the same at theta + c * s(seed)                    -> Activations
+    Evaluate     activations of a held-out batch                    -> Activations
+    Losses       the true losses of your probes: update theta       -> Applied
+    CutGradient  the loss gradient at the cut: probe your half      -> Scalars
+    LocalTrain   the same, but train on it and send the change      -> Change
+    CatchUp      ledger entries you have missed                     -> Applied
+    Restore      the same as weights, where those are fewer bytes   -> Applied
+    Fingerprint  hashes of your submodel                            -> Fingerprinted
 
 Any request may be answered by Behind (the client's ledger is shorter or another one: send
-CatchUp) or Failure.
+CatchUp or Restore) or Failure.
 """
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from hosl_flower.errors import ProtocolError
 from hosl_flower.ledger import Entry, Ledger, entries_from_columns
-from hosl_flower.tensors import dtype_name, raw_bytes
+from hosl_flower.state import Snapshot
 from hosl_flower.zo import Point
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -103,6 +101,43 @@ class Losses(Request):
 
 
 @dataclass(frozen=True, config=_STRICT)
+class CutGradient(Request):
+    """Loss gradient lambda [B, S, H] at the client's activations of mini-batch `batch`: probe
+    <lambda, f_c> with `directions` seeds in each of len(seeds) / directions local steps.
+
+    gradient: lambda / scale, in the dtype of the activations. learning_rate: of the local
+    updates between the steps, which the client takes back at the end.
+    """
+
+    kind: ClassVar[str] = "cut-gradient"
+    batch: Count
+    directions: Annotated[int, Field(ge=1, lt=2**31)]
+    seeds: tuple[Count, ...]
+    epsilon: Finite
+    learning_rate: Finite
+    gradient: Tensor
+    scale: Finite
+
+    @property
+    def local_seeds(self) -> list[tuple[int, ...]]:
+        """Seeds of each local step; ProtocolError when they do not fit."""
+        steps, rest = divmod(len(self.seeds), self.directions)
+        if rest or not steps:
+            raise ProtocolError(
+                f"{self.kind}: {len(self.seeds)} seeds are no steps of {self.directions} directions"
+            )
+        size = self.directions
+        return [self.seeds[i * size : (i + 1) * size] for i in range(steps)]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class LocalTrain(CutGradient):
+    """As CutGradient; the client sends how its weights changed, then takes the change back."""
+
+    kind: ClassVar[str] = "local-train"
+
+
+@dataclass(frozen=True, config=_STRICT)
 class CatchUp(Request):
     """Entries from `position` on, as columns: seeds int64 [n], scalars float32 [n] ..."""
 
@@ -116,7 +151,7 @@ class CatchUp(Request):
     @classmethod
     def of(cls, ledger: Ledger, start: int, stop: int, cause: Request) -> "CatchUp":
         """The request that carries entries start..stop, so that `cause` can be answered."""
-        entries = ledger.entries[start:stop]
+        entries = ledger.since(start, stop)
         return cls(
             step=cause.step,
             partition=cause.partition,
@@ -145,10 +180,31 @@ class CatchUp(Request):
 
 
 @dataclass(frozen=True, config=_STRICT)
+class Restore(Request):
+    """The client state at `position` as weights [n] and optimizer moments [k, n] (state.py)."""
+
+    kind: ClassVar[str] = "restore"
+    updates: Count
+    weights: Tensor
+    moments: Tensor
+
+    @classmethod
+    def of(cls, snapshot: Snapshot, cause: Request) -> "Restore":
+        """The request that carries a snapshot, so that `cause` can be answered."""
+        return cls(step=cause.step, partition=cause.partition, **vars(snapshot))
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The state carried."""
+        return Snapshot(self.position, self.digest, self.updates, self.weights, self.moments)
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Fingerprint(Request):
-    """Asks for the hash of the trainable client parameters."""
+    """Asks for the hashes of the trainable client parameters from position `since` on."""
 
     kind: ClassVar[str] = "fingerprint"
+    since: Count
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -192,11 +248,29 @@ class Applied(Reply):
 
 
 @dataclass(frozen=True, config=_STRICT)
+class Scalars(Reply):
+    """Projected gradients float32 [E, P] of the client's own surrogate, the 1/P inside."""
+
+    kind: ClassVar[str] = "scalars"
+    scalars: Tensor
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Change(Reply):
+    """Trainable weights after local training minus those before: float32 [n], in name order."""
+
+    kind: ClassVar[str] = "change"
+    change: Tensor
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Fingerprinted(Reply):
-    """fingerprint: see ledger.fingerprint."""
+    """Fingerprints (ledger.fingerprint) at the ledger positions the client has kept them of,
+    in order, that of the request last."""
 
     kind: ClassVar[str] = "fingerprinted"
-    fingerprint: Digest
+    positions: tuple[Count, ...]
+    fingerprints: tuple[Digest, ...]
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -218,113 +292,30 @@ class Failure(Reply):
 
 Message = Request | Reply
 REQUESTS: dict[str, type[Request]] = {
-    cls.kind: cls for cls in (Describe, Forward, Probe, Evaluate, Losses, CatchUp, Fingerprint)
+    cls.kind: cls
+    for cls in (
+        Describe,
+        Forward,
+        Probe,
+        Evaluate,
+        Losses,
+        CutGradient,
+        LocalTrain,
+        CatchUp,
+        Restore,
+        Fingerprint,
+    )
 }
 REPLIES: dict[str, type[Reply]] = {
-    cls.kind: cls for cls in (Described, Activations, Applied, Fingerprinted, Behind, Failure)
+    cls.kind: cls
+    for cls in (
+        Described,
+        Activations,
+        Applied,
+        Scalars,
+        Change,
+        Fingerprinted,
+        Behind,
+        Failure,
+    )
 }
-
-
-def to_wire(message: Message) -> tuple[str, dict[str, Tensor]]:
-    """A message as (JSON header, tensors by field name)."""
-    header: dict[str, Any] = {"kind": message.kind}
-    tensors: dict[str, Tensor] = {}
-    for field in fields(message):
-        value = getattr(message, field.name)
-        (tensors if isinstance(value, Tensor) else header)[field.name] = value
-    return json.dumps(header, allow_nan=False), tensors
-
-
-def from_wire(header: str, tensors: Mapping[str, Tensor], known: Mapping[str, type]) -> Any:
-    """The message that arrived, of one of the `known` kinds.
-
-    Raises ProtocolError for anything that is not exactly such a message.
-    """
-    try:
-        values = json.loads(header)
-    except ValueError as error:
-        raise ProtocolError(f"message header is not JSON: {header[:60]!r}") from error
-    kind = values.pop("kind", "") if isinstance(values, dict) else ""
-    if not isinstance(kind, str) or kind not in known:
-        raise ProtocolError(f"expected a message of kind {', '.join(known)}, got {kind!r}")
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    if overlap := values.keys() & tensors.keys():
-        raise ProtocolError(f"{kind}: {', '.join(overlap)} came twice")
-    try:
-        return known[kind](**values, **tensors)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"])) or "message"
-        raise ProtocolError(f"{kind}: {place}: {first['msg'].lower()}") from error
-
-
-def wire_bytes(message: Message) -> int:
-    """Bytes of the header and the tensors; the transport's own envelope is not counted."""
-    header, tensors = to_wire(message)
-    return len(header) + sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What activations may look like in a run: at most `batch` sequences of `length` tokens,
-    of width `hidden` and `dtype`, with labels of `classes` classes."""
-
-    batch: int
-    length: int
-    hidden: int
-    dtype: str
-    classes: int
-
-
-def check_activations(reply: Activations, limits: Limits) -> None:
-    """ProtocolError unless the reply is a batch this run can use: shapes, dtypes, finite."""
-    h, mask, labels = reply.activations, reply.attention_mask, reply.labels
-    if h.dim() != 3 or dtype_name(h) != limits.dtype or h.shape[2] != limits.hidden:
-        raise ProtocolError(
-            f"activations: expected {limits.dtype}[B, S, {limits.hidden}], "
-            f"got {dtype_name(h)}{list(h.shape)}"
-        )
-    batch, length = h.shape[:2]
-    if not (0 < batch <= limits.batch and 0 < length <= limits.length):
-        raise ProtocolError(
-            f"activations: expected at most {limits.batch} sequences of {limits.length} tokens, "
-            f"got {batch} of {length}"
-        )
-    if mask.dtype != torch.bool or mask.shape != h.shape[:2] or not mask[:, -1].all():
-        raise ProtocolError(
-            f"attention_mask: expected bool{[batch, length]}, left-padded, "
-            f"got {dtype_name(mask)}{list(mask.shape)}"
-        )
-    if labels.dtype != torch.int64 or labels.shape != (batch,):
-        raise ProtocolError(
-            f"labels: expected int64[{batch}], got {dtype_name(labels)}{list(labels.shape)}"
-        )
-    if int(labels.min()) < 0 or int(labels.max()) >= limits.classes:
-        raise ProtocolError(
-            f"labels: expected 0..{limits.classes - 1}, got {labels.unique().tolist()}"
-        )
-    if not torch.isfinite(h).all():
-        bad = int((~torch.isfinite(h)).sum())
-        raise ProtocolError(f"activations: {bad} of {h.numel()} values are not finite")
-
-
-class BatchKey(NamedTuple):
-    """What the replies about one mini-batch have in common."""
-
-    shape: tuple[int, ...]
-    mask: bytes
-    labels: tuple[int, ...]
-
-    @classmethod
-    def of(cls, reply: Activations) -> "BatchKey":
-        """The key of a reply, which need not be kept for it."""
-        mask = bytes(raw_bytes(reply.attention_mask))
-        return cls(tuple(reply.activations.shape), mask, tuple(reply.labels.tolist()))
-
-
-def check_same_batch(keys: Sequence[BatchKey], step: int) -> None:
-    """ProtocolError unless all replies of a step are about the same mini-batch."""
-    if len(set(keys)) > 1:
-        raise ProtocolError(
-            f"step {step}: the client's activations are of {len(set(keys))} different mini-batches"
-        )

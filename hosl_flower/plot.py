@@ -1,6 +1,7 @@
-"""The learning curve of a run directory, from its metrics.jsonl."""
+"""The pictures of a run directory: its learning curve, and who holds which data."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -43,3 +44,29 @@ def draw_curve(directory: Path, title: str) -> Path:
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
+
+
+def draw_partition(
+    path: Path, label_counts: Sequence[Sequence[int]], label_names: Sequence[str]
+) -> None:
+    """Training examples per client, stacked by label: for one client as for a thousand.
+
+    label_counts: [clients][labels].
+    """
+    clients = range(len(label_counts))
+    totals = [sum(counts) for counts in label_counts]
+    figure, axes = pyplot.subplots(figsize=(11, 4), layout="constrained")
+    bottom = [0] * len(label_counts)
+    for label, name in enumerate(label_names):
+        heights = [counts[label] for counts in label_counts]
+        # bars that touch: with many clients gaps would be all one sees
+        width = 0.8 if len(label_counts) <= 50 else 1.0
+        axes.bar(clients, heights, bottom=bottom, width=width, label=name, linewidth=0)
+        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    axes.set(xlabel="client (partition)", ylabel="training examples")
+    axes.set_title(f"{len(totals)} client(s) with {min(totals)} to {max(totals)} examples")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.margins(x=0.01)
+    axes.legend(title="label")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -4,8 +4,9 @@ config.json     every key, package versions, the machine
 metrics.jsonl   one line per training step and per evaluation
 results.json    the outcome; written last, so its absence means the run did not finish
 curve.png       loss and accuracy against steps
+partition.png   training examples per client and label
 ledger.jsonl    the client submodel's history
-model/          the merged model, for transformers
+model/          the merged model, for transformers, or the LoRA adapters, for peft
 """
 
 import json
@@ -25,9 +26,8 @@ from rich.table import Table
 
 from hosl_flower.config import RunConfig
 from hosl_flower.errors import ConfigError
-from hosl_flower.ledger import Ledger
 from hosl_flower.link.base import Traffic
-from hosl_flower.plot import draw_curve
+from hosl_flower.plot import draw_curve, draw_partition
 from hosl_flower.server import Score
 from hosl_flower.session import Session
 
@@ -60,6 +60,7 @@ class Results:
     bytes_down: dict[str, dict[str, int]]
     client_peak_memory: dict[str, Any]
     client_parameters: dict[str, int]
+    clients: dict[str, Any]
     fingerprint: str
     ledger_digest: str
 
@@ -97,12 +98,24 @@ class Report:
         }
         self._write("config.json", json.dumps(record, indent=2))
         (self.directory / "metrics.jsonl").write_text("")
+        session.history.ledger.record(self.directory / "ledger.jsonl")
+        counts = [client.label_counts for _, client in sorted(session.clients.items())]
+        names = session.spec.task.label_names or session.spec.task.verbalizers
+        draw_partition(self.directory / "partition.png", counts, names)
         for line in _plan(method, session):
             log.info(line)
         log.info("run directory: %s", self.directory)
         self._started = self._last_line = time.perf_counter()
 
-    def stepped(self, step: int, loss: float, wall: float, waited: float, client: float) -> None:
+    def stepped(
+        self,
+        step: int,
+        loss: float,
+        session: Session,
+        wall: float,
+        waited: float,
+        client: float,
+    ) -> None:
         """Record one training step. seconds: transport is what neither side computed."""
         seconds = {
             "client": client,
@@ -113,13 +126,17 @@ class Report:
         for part, value in seconds.items():
             self._seconds[part] += value
         self._last_loss = loss
-        self._append({"step": step, "train_loss": loss, "seconds": seconds})
+        row: dict[str, Any] = {"step": step, "train_loss": loss}
+        dropped = {d.partition: d.reason for d in session.dropped if d.step == step}
+        if dropped:
+            row["dropped"] = dropped
+        self._append({**row, "seconds": seconds})
         if time.perf_counter() - self._last_line > _PROGRESS_SECONDS:
             self._progress(step)
 
-    def evaluated(self, step: int, score: Score, ledger: Ledger) -> None:
+    def evaluated(self, step: int, score: Score, session: Session) -> None:
         """Record one evaluation, and the client submodel's history up to it."""
-        ledger.write(self.directory / "ledger.jsonl")
+        session.history.ledger.seal()
         row = {
             "loss": score.loss,
             "accuracy": score.accuracy,
@@ -140,8 +157,9 @@ class Report:
         )
         self._last_line = time.perf_counter()
 
-    def close(self, method: Any, session: Session, traffic: Traffic, fingerprint: str) -> Results:
-        """Write curve, ledger and, last, results; log the table."""
+    def close(self, method: Any, session: Session, traffic: Traffic, checked: list[int]) -> Results:
+        """Write curve and, last, results; log the table. checked: clients whose fingerprint is
+        the one in the results."""
         assert self.final is not None
         draw_curve(self.directory, f"{method.name}: {session.spec.model}, {session.spec.task.name}")
         held, trained = session.client_counts()
@@ -166,11 +184,17 @@ class Report:
             bytes_down=_by_kind(traffic.down),
             client_peak_memory={
                 "bytes": traffic.peak_bytes,
-                "meter": session.clients[0].memory_meter,
+                "meter": next(iter(session.clients.values())).memory_meter,
             },
             client_parameters={"held": held, "trained": trained},
-            fingerprint=fingerprint,
-            ledger_digest=session.ledger.digest(),
+            clients={
+                "number": self.config.num_clients,
+                "steps_taken_part": {str(p): n for p, n in sorted(session.batches.items())},
+                "dropped": [drop._asdict() for drop in session.dropped],
+                "fingerprint_checked": checked,
+            },
+            fingerprint=session.history.state.mark().fingerprint,
+            ledger_digest=session.history.ledger.digest(),
         )
         self._write("results.json", json.dumps(asdict(results), indent=2))
         for line in _table(results, traffic).splitlines():
@@ -234,7 +258,7 @@ def _plan(method: Any, session: Session) -> Iterable[str]:
     examples = [client.train_examples for client in session.clients.values()]
     yield (
         f"{len(examples)} client(s) with {min(examples)} to {max(examples)} training examples; "
-        f"{session.clients[0].held_out_examples} held out"
+        f"{next(iter(session.clients.values())).held_out_examples} held out"
     )
     most = spec.batch_size * spec.max_length * session.activation_bytes_per_token
     up, down = method.activations_per_step()
@@ -259,6 +283,8 @@ def _table(results: Results, traffic: Traffic) -> str:
         "client peak memory": f"{results.client_peak_memory['bytes'] / 2**20:.0f} MiB "
         f"({results.client_peak_memory['meter']})",
     }
+    if results.clients["dropped"]:
+        rows["dropped"] = f"{len(results.clients['dropped'])} times a step went on without a client"
     for name, value in rows.items():
         table.add_row(name, value)
     console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115

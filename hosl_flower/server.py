@@ -3,13 +3,14 @@ scores. No Flower here. The server always computes in float32: optimizer steps a
 for 16-bit weights, and it is not the side that is short of memory.
 
 The loss is the cross-entropy over the answer words' logits at the last position (tasks.py).
-Of the LM head only those words' rows ever get a gradient, so only they are trained; the rest
-of the head stays as it is. With SGD, or AdamW without weight decay, that is the same update
-as training the whole head, without a vocabulary-sized gradient.
+Of the LM head only those words' rows ever get a gradient, so only they are trained (by
+server-trainable = full); the rest of the head stays as it is. With SGD, or AdamW without weight
+decay, that is the same update as training the whole head, without a vocabulary-sized gradient.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from hosl_flower.errors import DivergedError
 from hosl_flower.messages import Activations
-from hosl_flower.split import HEAD, ServerSubmodel
+from hosl_flower.split import HEAD, ServerSubmodel, trainable_parameters
 
 
 @dataclass
@@ -66,10 +67,19 @@ class Score:
         return float(self.confusion.sum(1).max()) / self.examples
 
 
+class Piece(NamedTuple):
+    """Some sequences of one client's mini-batch: rows start..stop of batch number `client`."""
+
+    client: int
+    start: int
+    stop: int
+
+
 class Server:
     """The server submodel and its optimizer.
 
     verbalizer_ids: token ids of the answer words, by label. optimizer: "sgd" or "adamw".
+    trainable: "full", "blocks" or "lora", see split.trainable_parameters.
     """
 
     def __init__(
@@ -78,25 +88,34 @@ class Server:
         verbalizer_ids: Sequence[int],
         optimizer: str,
         learning_rate: float,
+        trainable: str = "full",
     ):
         self.submodel = submodel
         self.verbalizer_ids = torch.tensor(verbalizer_ids)
-        submodel.lm_head.requires_grad_(False)
         head = submodel.lm_head.weight
         self.device = head.device
-        self.answer_rows = nn.Parameter(head.detach()[self.verbalizer_ids.to(self.device)].clone())
-        trained = [p for p in submodel.parameters() if p.requires_grad] + [self.answer_rows]
+        rows = head.detach()[self.verbalizer_ids.to(self.device)].clone()
+        self.answer_rows = nn.Parameter(rows, requires_grad=trainable == "full")
+        trained = trainable_parameters(submodel, trainable)
+        trained.pop(HEAD, None)
+        submodel.requires_grad_(False)
+        for parameter in trained.values():
+            parameter.requires_grad_(True)
+        own = [*trained.values()] + ([self.answer_rows] if trainable == "full" else [])
         self.optimizer: torch.optim.Optimizer
         if optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(trained, lr=learning_rate)
+            self.optimizer = torch.optim.SGD(own, lr=learning_rate)
         else:
-            self.optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
+            self.optimizer = torch.optim.AdamW(own, lr=learning_rate, weight_decay=0.0)
 
-    def _logits(self, batch: Activations) -> Tensor:
-        """Answer logits [B, C], float32. Raises DivergedError when they are not finite."""
-        activations = batch.activations.to(self.device, torch.float32)
-        mask = batch.attention_mask.to(self.device, torch.int64)
-        logits = self.submodel.answer_logits(activations, mask, self.answer_rows)
+    def _logits(self, activations: Tensor, mask: Tensor) -> Tensor:
+        """activations [B, S, H], mask [B, S] -> answer logits [B, C], float32.
+
+        Raises DivergedError when they are not finite.
+        """
+        h = activations.to(self.device, torch.float32)
+        mask = mask.to(self.device, torch.int64)
+        logits = self.submodel.answer_logits(h, mask, self.answer_rows)
         if not torch.isfinite(logits).all():
             raise DivergedError(
                 "the server's logits are not finite, training has diverged; lower "
@@ -107,25 +126,63 @@ class Server:
     @torch.no_grad()
     def loss(self, batch: Activations) -> float:
         """Mean loss of a batch; the submodel stays as it is (HOSL Alg. 2, L11)."""
-        return float(F.cross_entropy(self._logits(batch), batch.labels.to(self.device)))
+        logits = self._logits(batch.activations, batch.attention_mask)
+        return float(F.cross_entropy(logits, batch.labels.to(self.device)))
 
     def train_step(self, batch: Activations) -> float:
         """One first-order step on a batch (HOSL Alg. 1, L27-30); the loss before it."""
+        losses, _ = self.train_jointly([batch], [1.0], cut_gradients=False)
+        return losses[0]
+
+    def train_jointly(
+        self,
+        batches: Sequence[Activations],
+        weights: Sequence[float],
+        micro_batch: int = 0,
+        cut_gradients: bool = True,
+    ) -> tuple[list[float], list[Tensor]]:
+        """One first-order step on sum_m weights[m] * loss_m over clients' mini-batches.
+
+        Returns the losses [K] before it and, where asked for, the cut gradients lambda_m =
+        d loss_m / d activations_m, float32 [B, S, H] on the CPU: each client's own, without its
+        weight. At most `micro_batch` sequences (0: all) are propagated at a time.
+        """
         self.optimizer.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(self._logits(batch), batch.labels.to(self.device))
-        loss.backward()
+        losses = [0.0] * len(batches)
+        gradients = [torch.empty(0)] * len(batches)
+        if cut_gradients:
+            gradients = [torch.zeros(b.activations.shape) for b in batches]
+        for pieces in _micro_batches([len(b.labels) for b in batches], micro_batch):
+            h, mask = _stack(batches, pieces)
+            h = h.to(self.device, torch.float32).requires_grad_(cut_gradients)
+            logits = self._logits(h, mask)
+            total, row = torch.zeros((), device=self.device), 0
+            for piece in pieces:
+                batch = batches[piece.client]
+                labels = batch.labels[piece.start : piece.stop].to(self.device)
+                own = F.cross_entropy(logits[row : row + len(labels)], labels)
+                share = len(labels) / len(batch.labels)
+                total = total + own * (weights[piece.client] * share)
+                losses[piece.client] += float(own.detach()) * share
+                row += len(labels)
+            total.backward()
+            if cut_gradients:
+                assert h.grad is not None
+                _unstack(h.grad.cpu(), pieces, weights, gradients)
         self.optimizer.step()
-        return float(loss.detach())
+        return losses, gradients
 
     @torch.no_grad()
     def score(self, batch: Activations, score: Score) -> None:
         """Add a held-out batch to a score."""
-        score.add(self._logits(batch), batch.labels.to(self.device))
+        logits = self._logits(batch.activations, batch.attention_mask)
+        score.add(logits, batch.labels.to(self.device))
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Tensor]:
-        """All server tensors by canonical name, the trained answer rows put back into the head."""
-        tensors: dict[str, Tensor] = dict(self.submodel.canonical_parameters())
+        """All server tensors by canonical name: adapters merged into the weights they adapt, the
+        answer rows put back into the head."""
+        tensors: dict[str, Tensor] = self.submodel.merged_parameters()
         head = tensors[HEAD].clone()
         head[self.verbalizer_ids.to(self.device)] = self.answer_rows
         return {**tensors, HEAD: head}
@@ -133,3 +190,47 @@ class Server:
     def trained_count(self) -> int:
         """Number of trained elements."""
         return sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
+
+
+def _micro_batches(sizes: Sequence[int], limit: int) -> Iterator[list[Piece]]:
+    """The sequences of all mini-batches, in order, in groups of at most `limit` (0: one group)."""
+    limit = limit or sum(sizes)
+    pieces: list[Piece] = []
+    room = limit
+    for index, size in enumerate(sizes):
+        start = 0
+        while start < size:
+            stop = min(size, start + room)
+            pieces.append(Piece(index, start, stop))
+            room -= stop - start
+            start = stop
+            if not room:
+                yield pieces
+                pieces, room = [], limit
+    if pieces:
+        yield pieces
+
+
+def _stack(batches: Sequence[Activations], pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
+    """Activations [n, S, H] and mask [n, S] of the pieces, left-padded to the longest S. Masked
+    positions change nothing at the others."""
+    length = max(batches[piece.client].activations.shape[1] for piece in pieces)
+    hs, masks = [], []
+    for index, start, stop in pieces:
+        batch = batches[index]
+        pad = length - batch.activations.shape[1]
+        hs.append(F.pad(batch.activations[start:stop], (0, 0, pad, 0)))
+        masks.append(F.pad(batch.attention_mask[start:stop], (pad, 0)))
+    return torch.cat(hs), torch.cat(masks)
+
+
+def _unstack(
+    gradient: Tensor, pieces: Sequence[Piece], weights: Sequence[float], out: Sequence[Tensor]
+) -> None:
+    """Write each piece's rows of the gradient [n, S, H], less padding and client weight."""
+    row = 0
+    for index, start, stop in pieces:
+        own = out[index]
+        rows = gradient[row : row + stop - start, -own.shape[1] :]
+        own[start:stop] = rows if weights[index] == 1.0 else rows / weights[index]
+        row += stop - start

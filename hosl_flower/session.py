@@ -3,22 +3,35 @@
 import logging
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from hosl_flower.client import Client
+from hosl_flower.checks import Limits
+from hosl_flower.client import new_state
 from hosl_flower.config import RunConfig
 from hosl_flower.errors import CheckpointError
-from hosl_flower.ledger import Ledger
-from hosl_flower.messages import Described, Limits
+from hosl_flower.history import History
+from hosl_flower.messages import Described
+from hosl_flower.perturb import derive_seed, permutation
 from hosl_flower.server import Server
-from hosl_flower.spec import ClientSpec, Resolved, pick_device, resolve, torch_dtype, use_threads
+from hosl_flower.spec import (
+    ClientSpec,
+    Resolved,
+    pick_device,
+    resolve,
+    server_lora,
+    torch_dtype,
+    use_threads,
+)
 from hosl_flower.split import (
     Base,
+    ClientSubmodel,
     check_cut,
     client_skeleton,
     count,
+    load_client,
     load_server,
     open_base,
     trainable_parameters,
@@ -28,9 +41,18 @@ from hosl_flower.tasks import Encoder, load_tokenizer
 log = logging.getLogger("hosl_flower")
 
 
+class Drop(NamedTuple):
+    """A client that was left out of a step."""
+
+    step: int
+    partition: int
+    reason: str
+
+
 @dataclass
 class Session:
-    """State of a run. batches: mini-batches served so far, by partition."""
+    """State of a run. batches: mini-batches served so far, by partition; clients: those that
+    have described themselves; dropped: clients left out of a step, and why."""
 
     config: RunConfig
     spec: ClientSpec
@@ -38,9 +60,13 @@ class Session:
     base: Base
     encoder: Encoder
     server: Server
-    ledger: Ledger
+    history: History
+    required_clients: int
     clients: dict[int, Described] = field(default_factory=dict)
     batches: Counter[int] = field(default_factory=Counter)
+    unchecked: set[int] = field(default_factory=set)  # took part since the last fingerprints
+    checked_at: int = 0  # ledger position of the last fingerprints
+    dropped: list[Drop] = field(default_factory=list)
 
     @property
     def limits(self) -> Limits:
@@ -64,35 +90,56 @@ class Session:
         return {
             "step": step,
             "partition": partition,
-            "position": len(self.ledger),
-            "digest": self.ledger.digest(),
+            "position": len(self.history.ledger),
+            "digest": self.history.ledger.digest(),
         }
 
+    def to_wire_dtype(self, gradient: Tensor) -> tuple[Tensor, float]:
+        """A cut gradient as it travels: in the dtype of the activations, with its scale. Cut
+        gradients are small; scaled to at most 1 they do not underflow in 16 bits."""
+        dtype = torch_dtype(self.spec.dtype)
+        if dtype == torch.float32:
+            return gradient, 1.0
+        scale = float(gradient.abs().max()) or 1.0
+        return (gradient / scale).to(dtype), scale
+
     def next_batch(self, partition: int) -> int:
-        """Number of the client's next mini-batch."""
+        """Number of the client's next mini-batch: the client takes part."""
         number = self.batches[partition]
         self.batches[partition] += 1
+        self.unchecked.add(partition)
         return number
 
     def turn(self, step: int) -> int:
         """The partition that works at this step: clients take turns of turn-steps (relay)."""
         return (max(step, 1) - 1) // self.config.turn_steps % self.config.num_clients
 
+    def sample(self, step: int) -> list[int]:
+        """The K partitions of a step, ascending: drawn without replacement, by the step alone."""
+        count = self.config.num_clients
+        order = permutation(count, derive_seed(self.config.seed, "clients", step))
+        return sorted(order[: self.config.sampled_clients])
+
     def client_counts(self) -> tuple[int, int]:
         """(all, trainable) elements of the client submodel, without loading it."""
-        skeleton = client_skeleton(self.base.config, self.spec.cut_layer)
+        skeleton = client_skeleton(self.base.config, self.spec.cut_layer, self.spec.lora)
         trainable = trainable_parameters(skeleton, self.spec.client_trainable)
         return count(skeleton.canonical_parameters()), count(trainable)
 
-    def own_client(self) -> Client:
-        """A client on the server, for central evaluation and merging. It starts from the base
-        checkpoint; the first exchange brings it to the ledger's end."""
-        return Client(self.spec)
+    def trained_client(self) -> ClientSubmodel:
+        """The client submodel as it is now, made from the base checkpoint and the history."""
+        submodel = _load_client(self.base, self.spec)
+        new_state(submodel, self.spec).restore(self.history.snapshot())
+        return submodel
 
 
-def open_session(config: RunConfig, run: str) -> Session:
+def _load_client(base: Base, spec: ClientSpec) -> ClientSubmodel:
+    return load_client(base, spec.cut_layer, torch_dtype(spec.dtype), "cpu", spec.lora)
+
+
+def open_session(config: RunConfig, run: str, required_clients: int) -> Session:
     """Settle, check and load everything on the server's side; raises a HoslError before any
-    client is asked for anything."""
+    client is asked for anything. required_clients: without so many the run does not start."""
     use_threads(config.threads)
     resolved: Resolved = resolve(config, run)
     spec = resolved.spec
@@ -106,9 +153,14 @@ def open_session(config: RunConfig, run: str) -> Session:
         raise CheckpointError(f"max-length = {spec.max_length}, but {spec.model} has {positions}")
     encoder = Encoder(spec.task, load_tokenizer(spec.model), spec.max_length)
     encoder.check_vocabulary(base.config.vocab_size)
-    submodel = load_server(base, spec.cut_layer, torch.float32, device)
+    submodel = load_server(base, spec.cut_layer, torch.float32, device, server_lora(config))
     server = Server(
-        submodel, encoder.verbalizer_ids, config.server_optimizer, config.server_learning_rate
+        submodel,
+        encoder.verbalizer_ids,
+        config.server_optimizer,
+        config.server_learning_rate,
+        config.server_trainable,
     )
-    ledger = Ledger(spec.genesis)
-    return Session(config, spec, resolved.notice, base, encoder, server, ledger)
+    # only the trainable parameters outlive this line: the rest of the submodel is let go
+    history = History(new_state(_load_client(base, spec), spec), spec.genesis)
+    return Session(config, spec, resolved.notice, base, encoder, server, history, required_clients)

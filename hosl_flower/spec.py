@@ -9,18 +9,23 @@ from pydantic.dataclasses import dataclass
 
 from hosl_flower import hub
 from hosl_flower.config import (
+    Alpha,
     Device,
     Dtype,
     Length,
     Natural,
+    Optimizer,
+    Partitioner,
     Perturbation,
     Positive,
     RunConfig,
     Threads,
     Trainable,
+    split_words,
 )
 from hosl_flower.errors import CheckpointError, ConfigError, ProtocolError
 from hosl_flower.families import ARCHITECTURES
+from hosl_flower.lora import Lora
 from hosl_flower.split import RANDOM, check_cut, open_base
 from hosl_flower.tasks import TASKS, Task, task_from_config
 
@@ -42,10 +47,18 @@ class ClientSpec:
     device: Device
     threads: Threads
     client_trainable: Trainable
+    client_optimizer: Optimizer
+    lora_rank: Positive
+    lora_alpha: Alpha
+    lora_targets: str
     perturbation: Perturbation
     task: Task
     source: str
     num_clients: Positive
+    partitioner: Partitioner
+    dirichlet_alpha: Alpha
+    partition_column: str
+    min_partition_size: Positive
     train_examples: Natural
     eval_examples: Natural
     batch_size: Positive
@@ -69,10 +82,19 @@ class ClientSpec:
     @property
     def genesis(self) -> str:
         """What a ledger of this run starts from: all that decides the client submodel's bits."""
-        weights = f"{self.model}|{self.seed}" if self.model.startswith(RANDOM) else self.model
-        return "|".join(
-            (weights, str(self.cut_layer), self.dtype, self.client_trainable, self.perturbation)
-        )
+        random, lora = self.model.startswith(RANDOM), self.client_trainable == "lora"
+        parts = [self.model, self.cut_layer, self.dtype, self.client_trainable, self.perturbation]
+        parts += [self.client_optimizer, self.seed if random or lora else ""]
+        if lora:
+            parts += [self.lora_rank, self.lora_alpha, self.lora_targets]
+        return "|".join(map(str, parts))
+
+    @property
+    def lora(self) -> Lora | None:
+        """The client's adapters, where it trains such."""
+        if self.client_trainable != "lora":
+            return None
+        return Lora(self.lora_rank, self.lora_alpha, split_words(self.lora_targets), self.seed)
 
 
 _ADAPTER = TypeAdapter(ClientSpec)
@@ -163,6 +185,14 @@ def _banner(notes: list[str]) -> str:
     width = max(map(len, lines)) + 4
     body = [f"* {line.ljust(width - 4)} *" for line in lines]
     return "\n".join(["*" * width, *body, "*" * width])
+
+
+def server_lora(config: RunConfig) -> Lora | None:
+    """The server's adapters, where it trains such."""
+    if config.server_trainable != "lora":
+        return None
+    targets = split_words(config.lora_targets)
+    return Lora(config.lora_rank, config.lora_alpha, targets, config.seed)
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -20,6 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from hosl_flower import hub
 from hosl_flower.errors import CheckpointError, ConfigError, first_line
 from hosl_flower.families import Family, architecture, family_of
+from hosl_flower.lora import Lora, attach, is_adapter, merged
+from hosl_flower.lora import canonical as lora_canonical
 from hosl_flower.weights import Checkpoint, RandomWeights, WeightSource
 
 HEAD = "lm_head.weight"
@@ -30,19 +32,25 @@ class Submodel(nn.Module):
     """One side of the split. Dropout is off on both sides, always: the probes of one step and
     the server's gradient must see the same function."""
 
-    def __init__(self, decoder: nn.Module, family: Family):
+    def __init__(self, decoder: nn.Module, family: Family, lora: Lora | None = None):
         super().__init__()
         self.decoder = decoder
+        self.lora = lora
         self._prefix = family.decoder_prefix
         self.eval()
 
     def canonical(self, name: str) -> str:
-        """Own parameter name -> name in the unsplit model's state dict."""
+        """Own parameter name -> name in the unsplit model's state dict, or of an adapter."""
+        name = lora_canonical(name)
         return f"{self._prefix}{name[8:]}" if name.startswith("decoder.") else name
 
     def canonical_parameters(self) -> dict[str, nn.Parameter]:
         """Every parameter of this side by its name in the unsplit model, sorted by name."""
-        return {self.canonical(n): p for n, p in sorted(self.named_parameters())}
+        return dict(sorted((self.canonical(n), p) for n, p in self.named_parameters()))
+
+    def merged_parameters(self) -> dict[str, Tensor]:
+        """As canonical_parameters, with LoRA adapters folded into the weights they adapt."""
+        return merged(self.canonical_parameters(), self.lora)
 
 
 class ClientSubmodel(Submodel):
@@ -57,8 +65,10 @@ class ClientSubmodel(Submodel):
 class ServerSubmodel(Submodel):
     """The blocks after the cut, final norm and LM head."""
 
-    def __init__(self, decoder: nn.Module, head: nn.Linear, family: Family):
-        super().__init__(decoder, family)
+    def __init__(
+        self, decoder: nn.Module, head: nn.Linear, family: Family, lora: Lora | None = None
+    ):
+        super().__init__(decoder, family, lora)
         self.lm_head = head
 
     def hidden(self, activations: Tensor, attention_mask: Tensor) -> Tensor:
@@ -150,33 +160,41 @@ def _skeleton(config: PretrainedConfig, cut: int) -> tuple[nn.Module, nn.Module,
     return model, family.decoder(model), family
 
 
-def client_skeleton(config: PretrainedConfig, cut: int) -> ClientSubmodel:
+def client_skeleton(config: PretrainedConfig, cut: int, lora: Lora | None = None) -> ClientSubmodel:
     """The client submodel on the meta device: names and shapes, no memory."""
     _, decoder, family = _skeleton(config, cut)
     family.keep_client(decoder, cut)
-    return ClientSubmodel(decoder, family)
+    if lora is not None:
+        attach(decoder, lora, "client")
+    return ClientSubmodel(decoder, family, lora)
 
 
-def server_skeleton(config: PretrainedConfig, cut: int) -> ServerSubmodel:
+def server_skeleton(config: PretrainedConfig, cut: int, lora: Lora | None = None) -> ServerSubmodel:
     """The server submodel on the meta device, with a head of its own."""
     model, decoder, family = _skeleton(config, cut)
     family.keep_server(decoder, cut)
+    if lora is not None:
+        attach(decoder, lora, "server")
     head: Any = model.lm_head
     with torch.device("meta"):  # a fresh parameter: the old one may be the embedding's
         head.weight = nn.Parameter(torch.empty(head.weight.shape))
-    return ServerSubmodel(decoder, head, family)
+    return ServerSubmodel(decoder, head, family, lora)
 
 
-def load_client(base: Base, cut: int, dtype: torch.dtype, device: str) -> ClientSubmodel:
-    """The client submodel with its tensors, and no other's, on `device`."""
-    submodel = client_skeleton(base.config, cut)
+def load_client(
+    base: Base, cut: int, dtype: torch.dtype, device: str, lora: Lora | None = None
+) -> ClientSubmodel:
+    """The client submodel with its tensors, and no other's, on `device`; fresh adapters."""
+    submodel = client_skeleton(base.config, cut, lora)
     _materialise(submodel, base, dtype, device)
     return submodel
 
 
-def load_server(base: Base, cut: int, dtype: torch.dtype, device: str) -> ServerSubmodel:
-    """The server submodel with its tensors, and no other's, on `device`."""
-    submodel = server_skeleton(base.config, cut)
+def load_server(
+    base: Base, cut: int, dtype: torch.dtype, device: str, lora: Lora | None = None
+) -> ServerSubmodel:
+    """The server submodel with its tensors, and no other's, on `device`; fresh adapters."""
+    submodel = server_skeleton(base.config, cut, lora)
     _materialise(submodel, base, dtype, device)
     return submodel
 
@@ -186,11 +204,14 @@ def _materialise(submodel: Submodel, base: Base, dtype: torch.dtype, device: str
     embedding = _embedding_name(base.config)
     for name, empty in list(submodel.named_parameters()):
         wanted = submodel.canonical(name)
-        # A tied head is usually not stored: it is the embedding.
-        tied = wanted == HEAD and HEAD not in base.source and base.config.tie_word_embeddings
-        stored = embedding if tied else wanted
-        value = torch.empty(empty.shape, dtype=dtype, device=device)
-        value.copy_(base.source.read(stored, empty.shape))
+        if submodel.lora is not None and is_adapter(wanted):
+            value = submodel.lora.start(wanted, empty.shape).to(device)
+        else:
+            # A tied head is usually not stored: it is the embedding.
+            tied = wanted == HEAD and HEAD not in base.source and base.config.tie_word_embeddings
+            stored = embedding if tied else wanted
+            value = torch.empty(empty.shape, dtype=dtype, device=device)
+            value.copy_(base.source.read(stored, empty.shape))
         owner, _, attribute = name.rpartition(".")
         setattr(submodel.get_submodule(owner), attribute, nn.Parameter(value))
 
@@ -199,15 +220,18 @@ def _embedding_name(config: PretrainedConfig) -> str:
     return f"{family_of(config).decoder_prefix}embed_tokens.weight"
 
 
-def trainable_parameters(submodel: ClientSubmodel, trainable: str) -> dict[str, nn.Parameter]:
-    """The client parameters ZO perturbs and updates, by canonical name.
+def trainable_parameters(submodel: Submodel, trainable: str) -> dict[str, nn.Parameter]:
+    """The parameters of a side that are trained, by canonical name, in name order.
 
-    trainable: "full" (embeddings and blocks, as in HOSL) or "blocks" (embeddings frozen,
-    which leaves roughly half the dimensions to estimate for OPT-125M cut at 5).
+    trainable: "full" (all of it, as in HOSL), "blocks" (embeddings, final norm and head
+    frozen, which on a client of OPT-125M cut at 5 leaves half the dimensions to estimate) or
+    "lora" (adapters only).
     """
     parameters = submodel.canonical_parameters()
     if trainable == "full":
         return parameters
+    if trainable == "lora":
+        return {name: p for name, p in parameters.items() if is_adapter(name)}
     return {name: p for name, p in parameters.items() if ".layers." in name}
 
 

@@ -11,23 +11,43 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+from hosl_flower.client import Client
 from hosl_flower.config import RunConfig, parse_config
-from hosl_flower.errors import HoslError
+from hosl_flower.errors import ConfigError, HoslError
 from hosl_flower.link.base import Link
 from hosl_flower.link.grid import GridLink
 from hosl_flower.link.inprocess import InProcessLink
+from hosl_flower.link.nodes import Nodes
 from hosl_flower.report import Report, Results, log
 from hosl_flower.session import Session, open_session
 from hosl_flower.training import train
 
 
 class SplitStrategy(Strategy):
-    """Subclass it with a `name`, `step` and `activations_per_step`; see strategies/hosl.py."""
+    """Subclass it with a `name`, `step` and `activations_per_step`; see strategies/hosl.py.
+
+    unused: run-config keys the method does not look at; setting one is an error, not a wish
+    silently ignored. tolerates_absence: steps go on without clients that are not there.
+    """
 
     name = "split"
+    unused: tuple[str, ...] = ()
+    tolerates_absence = False
 
     def __init__(self, config: RunConfig):
         self.config = config
+        defaults = parse_config({}).as_keys()
+        idle = [k for k in self.unused if config.as_keys()[k] != defaults[k]]
+        if idle:
+            raise ConfigError(
+                f"{self.name} does not use {', '.join(idle)}: leave it at its default"
+            )
+
+    @property
+    def required_clients(self) -> int:
+        """How many clients must be there for the run to start."""
+        config = self.config
+        return config.min_clients if self.tolerates_absence else config.num_clients
 
     @abstractmethod
     def step(self, session: Session, link: Link, step: int) -> float:
@@ -43,15 +63,13 @@ class SplitStrategy(Strategy):
         """Run on Flower. Model, steps and deadlines come from the run config; the weights stay
         in the run directory, so `initial_arrays` and `Result.arrays` are not used."""
         report = Report(self.config)
-        session = open_session(self.config, run)
+        session = open_session(self.config, run, self.required_clients)
         self.summary()
+        config = self.config
+        nodes = Nodes(grid, config.num_clients, config.clients_per_node, config.reply_deadline)
+        nodes.wait(config.nodes_deadline, self.required_clients)
         link = GridLink(
-            grid,
-            session.spec,
-            session.ledger,
-            session.limits,
-            self.config.reply_deadline,
-            self.config.nodes_deadline,
+            grid, session.spec, session.history, session.limits, config.reply_deadline, nodes
         )
         results = train(self, session, link, report)
         return _flower_result(results)
@@ -59,9 +77,9 @@ class SplitStrategy(Strategy):
     def run_in_process(self) -> Results:
         """The same run without Flower, clients called directly: same numbers, no network."""
         report = Report(self.config)
-        session = open_session(self.config, "in-process")
+        session = open_session(self.config, "in-process", self.required_clients)
         self.summary()
-        link = InProcessLink(session.own_client(), session.ledger, session.limits)
+        link = InProcessLink(Client(session.spec), session.history, session.limits)
         return train(self, session, link, report)
 
     def summary(self) -> None:

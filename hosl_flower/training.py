@@ -6,13 +6,15 @@ A method is anything with a `name` and a `step`; strategies/ has one per file.
 import logging
 import math
 import time
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Protocol
 
 from hosl_flower.client import Client
-from hosl_flower.errors import DivergedError
-from hosl_flower.ledger import check_fingerprint
+from hosl_flower.errors import AbsentError, ClientError, DivergedError, ProtocolError
 from hosl_flower.link.base import Link
 from hosl_flower.link.inprocess import InProcessLink
+from hosl_flower.lora import save_adapters
 from hosl_flower.merge import save_merged
 from hosl_flower.messages import (
     Activations,
@@ -25,6 +27,7 @@ from hosl_flower.messages import (
 from hosl_flower.report import Report, Results
 from hosl_flower.server import Score
 from hosl_flower.session import Session
+from hosl_flower.split import trainable_parameters
 
 log = logging.getLogger("hosl_flower")
 
@@ -44,17 +47,13 @@ class Method(Protocol):
 def train(method: Method, session: Session, link: Link, report: Report) -> Results:
     """Run a method from the first step to the saved model; what is in results.json."""
     config = session.config
-    for partition in range(config.num_clients):
-        session.clients[partition] = describe(session, link, partition)
-    own = session.own_client()
-    check_clients(session, link, own, 0)
+    describe_all(session, link)
+    check_clients(session, link, session.clients, 0)
     judge = link
     if config.evaluation == "central":
-        judge = InProcessLink(own, session.ledger, session.limits)
-    else:
-        del own
+        judge = InProcessLink(Client(session.spec), session.history, session.limits)
     report.open(method, session)
-    report.evaluated(0, evaluate(session, judge, 0), session.ledger)
+    report.evaluated(0, evaluate(session, judge, 0), session)
     for step in range(1, config.steps + 1):
         started = time.perf_counter()
         waited, computed = link.traffic.waited_seconds, link.traffic.client_seconds
@@ -65,63 +64,113 @@ def train(method: Method, session: Session, link: Link, report: Report) -> Resul
         report.stepped(
             step,
             loss,
+            session,
             wall=time.perf_counter() - started,
             waited=link.traffic.waited_seconds - waited,
             client=link.traffic.client_seconds - computed,
         )
         if step % config.eval_every == 0 or step == config.steps:
             link.flush()
-            report.evaluated(step, evaluate(session, judge, step), session.ledger)
+            check_clients(session, link, session.unchecked, step)
+            session.unchecked.clear()
+            report.evaluated(step, evaluate(session, judge, step), session)
     return finish(method, session, link, report)
 
 
-def describe(session: Session, link: Link, partition: int) -> Described:
-    """What a client has; it shows by the way that it can load model, tokenizer and data."""
-    (reply,) = link.exchange({partition: [Describe(**session.at(0, partition))]})[partition]
-    assert isinstance(reply, Described)  # Link has checked it
-    return reply
+def describe_all(session: Session, link: Link) -> None:
+    """What every client has; they show by the way that they can load model, tokenizer and data.
+
+    A client that is there but cannot take part ends the run before it starts; one that is not
+    there may come later, if enough others are.
+    """
+    partitions = range(session.config.num_clients)
+    requests = {p: [Describe(**session.at(0, p))] for p in partitions}
+    absent: list[str] = []
+    for partition, replies in link.exchange(requests).items():
+        try:
+            (reply,) = replies
+        except AbsentError as error:
+            absent.append(str(error))
+            continue
+        assert isinstance(reply, Described)  # Link has checked it
+        session.clients[partition] = reply
+    if len(session.clients) < session.required_clients:
+        raise ClientError(f"{len(session.clients)} client(s) are there; {'; '.join(absent[:3])}")
+
+
+def check_clients(session: Session, link: Link, partitions: Iterable[int], step: int) -> list[int]:
+    """Compare clients' submodels with the history's; the partitions that were compared.
+
+    DriftError names a client that differs and the step at which it began. One that does not
+    answer is left out, if the run can do without it.
+    """
+    history, since = session.history, session.checked_at
+    history.state.mark()
+    requests = {p: [Fingerprint(**session.at(step, p), since=since)] for p in sorted(partitions)}
+    compared = []
+    for partition, replies in link.exchange(requests).items():
+        try:
+            (reply,) = replies
+        except (ClientError, ProtocolError) as error:
+            if session.config.num_clients == 1:
+                raise
+            log.warning("step %d: the submodel of a client is not checked: %s", step, error)
+            continue
+        assert isinstance(reply, Fingerprinted)  # Link has checked it
+        history.check(reply, link.describe_client(partition))
+        compared.append(partition)
+    session.checked_at = len(history.ledger)
+    return compared
 
 
 def evaluate(session: Session, link: Link, step: int) -> Score:
-    """Score the held-out part through the split: client 0's, so that every evaluation of a run
-    is about the same examples, also where clients have data of their own."""
+    """Score the held-out part through the split, always on the same client's if it is there, so
+    that the evaluations of a run are about the same examples where clients have their own."""
     spec = session.spec
-    batches = math.ceil(describe(session, link, 0).held_out_examples / spec.eval_batch_size)
-    score = Score(len(spec.task.verbalizers))
-    requests = [Evaluate(**session.at(step, 0), batch=number) for number in range(batches)]
-    for reply in link.exchange({0: requests})[0]:
-        assert isinstance(reply, Activations)  # Link has checked it
-        session.server.score(reply, score)
-    return score
-
-
-def check_clients(session: Session, link: Link, own: Client, step: int) -> str:
-    """Compare every client's submodel with the one base and ledger give on the server; the
-    fingerprint they share. DriftError names the first that differs."""
-    requests = {
-        partition: [Fingerprint(**session.at(step, partition))]
-        for partition in range(session.config.num_clients)
-    }
-    (expected,) = InProcessLink(own, session.ledger, session.limits).exchange({0: requests[0]})[0]
-    assert isinstance(expected, Fingerprinted)  # Link has checked it
-    for partition, replies in link.exchange(requests).items():
-        (reply,) = replies
-        assert isinstance(reply, Fingerprinted)
-        who = link.describe_client(partition)
-        check_fingerprint(expected.fingerprint, reply.fingerprint, who, len(session.ledger))
-    return expected.fingerprint
+    failures: list[str] = []
+    for partition in sorted(session.clients):
+        size = session.clients[partition].held_out_examples
+        score = Score(len(spec.task.verbalizers))
+        at = session.at(step, partition)
+        requests = [Evaluate(**at, batch=b) for b in range(math.ceil(size / spec.eval_batch_size))]
+        try:
+            for reply in link.exchange({partition: requests})[partition]:
+                assert isinstance(reply, Activations)  # Link has checked it
+                session.server.score(reply, score)
+        except (ClientError, ProtocolError) as error:
+            failures.append(str(error))
+            log.warning("evaluation at step %d: %s; asking the next client", step, error)
+            continue
+        return score
+    raise ClientError(f"no client could evaluate step {step}: {'; '.join(failures[:3])}")
 
 
 def finish(method: Method, session: Session, link: Link, report: Report) -> Results:
-    """Check the client submodels against the ledger, merge, write what the run leaves behind."""
-    own = session.own_client()
-    fingerprint = check_clients(session, link, own, session.config.steps)
-    if session.config.save_model:
-        save_merged(
-            report.directory / "model",
-            session.base,
-            own.submodel.canonical_parameters(),
-            session.server.state_dict(),
-            session.encoder.tokenizer,
+    """Check the client submodels against the history, save, write what the run leaves behind."""
+    config = session.config
+    checked = check_clients(session, link, range(config.num_clients), config.steps)
+    if config.save_model:
+        save_model(report.directory / "model", session)
+    return report.close(method, session, link.traffic, checked)
+
+
+def save_model(directory: Path, session: Session) -> None:
+    """Write the trained model, as plain weights or as adapters."""
+    client, server = session.trained_client(), session.server
+    if session.config.save_format == "adapters":
+        assert client.lora is not None  # the config has been checked
+        adapters = {
+            **trainable_parameters(client, "lora"),
+            **trainable_parameters(server.submodel, "lora"),
+        }
+        save_adapters(
+            directory, session.spec.model, client.lora, adapters, session.encoder.tokenizer
         )
-    return report.close(method, session, link.traffic, fingerprint)
+        return
+    save_merged(
+        directory,
+        session.base,
+        client.merged_parameters(),
+        server.state_dict(),
+        session.encoder.tokenizer,
+    )

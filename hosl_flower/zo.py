@@ -1,25 +1,21 @@
-"""The zeroth-order estimator and its update (MeZO's SPSA; HOSL Def. 3, Eq. 6-7).
+"""The zeroth-order estimator (MeZO's SPSA; HOSL Def. 3, Eq. 6-7).
 
 One estimator serves every method; methods differ in the scalar they probe, the surrogate:
 HOSL asks the server for the true loss, HO-SFL takes an inner product with the cut gradient.
 
     two-sided  g_q = (f(theta + eps s_q) - f(theta - eps s_q)) / (2 eps Q)
     one-sided  g_q = (f(theta + eps s_q) - f(theta)) / (eps Q)
-    update     theta <- theta - eta * sum_q g_q s_q
+    gradient   sum_q g_q s_q, which the client's optimizer applies (optimizer.py)
 
 The 1/Q sits in the scalar, as in HOSL's Alg. 1, so a ledger of (seed, g) pairs is complete.
 """
 
 import math
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from hosl_flower.errors import DivergedError
-from hosl_flower.perturb import Layout, as_matrix_shape, row_chunks
 
 
 @dataclass(frozen=True)
@@ -87,30 +83,3 @@ def estimate(
     """
     values = list(surrogate(probe_points(seeds, epsilon, two_sided)))
     return projected_gradients(values, epsilon, two_sided)
-
-
-@torch.no_grad()
-def apply_update(
-    parameters: Mapping[str, Tensor],
-    layout: Layout,
-    seeds: Sequence[int],
-    scalars: Sequence[float],
-    learning_rate: float,
-) -> None:
-    """theta -= learning_rate * sum_q scalars[q] * s(seeds[q]), in place, directions regenerated.
-
-    No gradient buffer: a chunk of rows of one parameter is updated by all directions in turn.
-    Bit-identical on every device for sign directions: each coefficient is rounded to float32
-    first, then added in the order given; a 16-bit parameter is rounded once, at the end.
-    """
-    device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
-    directions = [layout.draw(seed, device) for seed in seeds]
-    coefficients = [to_float32(learning_rate * scalar) for scalar in scalars]
-    for name, parameter in parameters.items():
-        matrix = parameter.detach().view(as_matrix_shape(parameter.shape))
-        for start, block in row_chunks(matrix):
-            work = block if block.dtype == torch.float32 else block.float()
-            for direction, coefficient in zip(directions, coefficients, strict=True):
-                direction.subtract_(work, name, start, coefficient)
-            if work is not block:
-                block.copy_(work)

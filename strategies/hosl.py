@@ -19,9 +19,10 @@ entries, never as weights.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from hosl_flower.checks import BatchKey, check_same_batch
 from hosl_flower.ledger import Entry
 from hosl_flower.link.base import Link
-from hosl_flower.messages import BatchKey, Forward, Losses, Probe, check_same_batch
+from hosl_flower.messages import Forward, Losses, Probe
 from hosl_flower.perturb import derive_seed
 from hosl_flower.session import Session
 from hosl_flower.strategy import SplitStrategy
@@ -36,10 +37,19 @@ class Hosl(SplitStrategy):
     """
 
     name = "hosl"
+    unused = (
+        "clients-per-step",
+        "min-clients",
+        "client-seeds",
+        "local-steps",
+        "aggregation",
+        "trim-fraction",
+        "server-micro-batch",
+    )
 
     def step(self, session: Session, link: Link, step: int) -> float:
         """One step of Algorithm 1; the loss of the clean forward."""
-        config, server, ledger = session.config, session.server, session.ledger
+        config, server, history = session.config, session.server, session.history
         client = session.turn(step)
         batch = session.next_batch(client)
         at = session.at(step, client)
@@ -73,7 +83,7 @@ class Hosl(SplitStrategy):
 
         # 3: losses to the client, which updates itself; the ledger records the same update
         rate = config.client_learning_rate
-        ledger.append(Entry(step, tuple(seeds), tuple(scalars), rate))
+        history.commit([Entry(step, tuple(seeds), tuple(scalars), rate)])
         link.post(
             Losses(
                 **at,
@@ -81,7 +91,7 @@ class Hosl(SplitStrategy):
                 losses=tuple(losses),
                 epsilon=config.epsilon,
                 learning_rate=rate,
-                digest_after=ledger.digest(),
+                digest_after=history.ledger.digest(),
             )
         )
         return loss

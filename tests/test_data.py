@@ -1,4 +1,4 @@
-"""data.py: every file format, labels, splits, partitions and the order of visits."""
+"""data.py: every file format, labels and splits."""
 
 import json
 
@@ -6,9 +6,9 @@ import datasets
 import pandas
 import pytest
 
-from hosl_flower.data import ClientData, load_client_data, load_source, partition, take
+from hosl_flower.data import load_source, take
 from hosl_flower.errors import DataError
-from hosl_flower.tasks import TASKS, Encoder, Task, load_tokenizer
+from hosl_flower.tasks import TASKS, Task
 
 TASK = Task("own", "{text} It was", ("terrible", "great"), ("no", "yes"))
 FRAME = pandas.DataFrame({"label": [0, 1, 1], "text": ["one", "two", "three"]})
@@ -27,11 +27,6 @@ def numbered(count):
     return datasets.Dataset.from_dict(
         {"text": [f"number {i}" for i in range(count)], "label": [i % 2 for i in range(count)]}
     )
-
-
-@pytest.fixture(scope="module")
-def encoder():
-    return Encoder(TASK, load_tokenizer("random:opt-tiny"), 32)
 
 
 WRITERS = {
@@ -187,64 +182,19 @@ def test_take_draws_by_seed():
     assert [one == drawn[0] for one in drawn] == [True, True, False]
 
 
-@pytest.mark.parametrize(("count", "clients"), [(20, 1), (20, 3), (5, 5)])
-def test_partitions_cover_without_overlap(count, clients):
-    shares = [partition(numbered(count), n, clients, seed=7) for n in range(clients)]
-    assert examples(*shares) == examples(numbered(count))
-    assert {len(share) for share in shares} <= {count // clients, count // clients + 1}
-    assert examples(partition(numbered(count), 0, clients, seed=7)) == examples(shares[0])
+def test_a_partition_column_is_kept_as_text(tmp_path):
+    path = tmp_path / "d.csv"
+    path.write_text("text,label,who\na,0,7\nb,1,8\nc,0,7\n")
+    train, held_out = load_source(str(path), TASK, 0, "who")
+    assert set(train["who"]) <= {"7", "8"}
+    assert held_out.column_names == train.column_names
+    with pytest.raises(DataError, match=r"no column 'speaker' \(partition-column\).*label, who"):
+        load_source(str(path), TASK, 0, "speaker")
 
 
-def test_more_clients_than_examples_are_refused():
-    with pytest.raises(DataError, match=r"6 clients .* 5 training examples.*num-clients"):
-        partition(numbered(5), 0, 6, seed=0)
-
-
-def visits(data, batches, size):
-    """Which training examples a client sees, in order."""
-    seen = []
-    for number in range(batches):
-        batch = data.train_batch(number, size)
-        for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True):
-            seen.append(tuple(ids[mask.bool()].tolist()))
-    index = {tuple(data.encoder.encode(row)): i for i, row in enumerate(data.train)}
-    return [index[row] for row in seen]
-
-
-@pytest.mark.parametrize("size", [1, 4, 7, 12, 20])
-def test_every_epoch_visits_each_example_once(encoder, size):
-    order = visits(ClientData(numbered(12), numbered(4), encoder, 3), 24, size)
-    epochs = [order[i : i + 12] for i in range(0, len(order) - 11, 12)]
-    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
-    assert epochs[0] != epochs[1]
-    assert order == visits(ClientData(numbered(12), numbered(4), encoder, 3), 24, size)
-
-
-def test_clients_with_data_of_their_own_visit_it_in_their_own_order(tmp_path, encoder):
-    numbered(20).to_csv(tmp_path / "own.csv")
-    own = [
-        load_client_data("unused", str(tmp_path / "own.csv"), TASK, encoder, n, 9, 0, 0, seed=0)
-        for n in (0, 0, 1)
-    ]
-    assert [len(data.train) for data in own] == [16, 16, 16]
-    first, again, other = (visits(data, 4, 4) for data in own)
-    assert first == again != other
-    assert sum(own[0].label_counts()) == 16
-
-
-def test_clients_of_one_run_share_what_is_drawn(tmp_path, encoder):
-    source = str(tmp_path / "all.csv")
-    numbered(30).to_csv(source)
-    clients = [load_client_data(source, "", TASK, encoder, n, 3, 15, 4, 0) for n in range(3)]
-    assert len(set(examples(*(client.train for client in clients)))) == 15
-    assert [len(client.held_out) for client in clients] == [4, 4, 4]
-
-
-def test_held_out_batches_cover_everything_once(encoder):
-    data = ClientData(numbered(4), numbered(11), encoder, 0)
-    labels = [data.held_out_batch(n, 4).labels.tolist() for n in range(3)]
-    assert [len(batch) for batch in labels] == [4, 4, 3]
-    assert sum(map(sum, labels)) == sum(numbered(11)["label"])
-    assert examples(data.held_out) == examples(numbered(11))
-    with pytest.raises(DataError, match="batch 3 is past 11 examples"):
-        data.held_out_batch(3, 4)
+def test_a_partition_column_may_be_the_text_or_the_label(tmp_path):
+    path = tmp_path / "d.csv"
+    path.write_text("text,label\na,0\nb,1\nc,0\n")
+    for column in ("text", "label"):
+        train, _ = load_source(str(path), TASK, 0, column)
+        assert set(train["label"]) <= {0, 1}

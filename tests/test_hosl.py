@@ -6,57 +6,19 @@ import json
 import pytest
 import torch
 from reference_hosl import hosl as reference
+from runs import PROMPT, metrics, run_factory
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hosl_flower.config import parse_config
 from hosl_flower.errors import ConfigError, DivergedError, DriftError
 from hosl_flower.ledger import Ledger, fingerprint
-from hosl_flower.perturb import permutation
 from strategies.hosl import Hosl
-
-PROMPT = "{text} It was"
-WORDS = {0: ["awful", "dull", "bad", "boring"], 1: ["lovely", "great", "fine", "superb"]}
-
-
-def write_reviews(directory, train=40, held_out=24):
-    directory.mkdir(exist_ok=True)
-    for name, count, salt in (("train", train, 0), ("validation", held_out, 1)):
-        with (directory / f"{name}.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["text", "label"])
-            for i, k in enumerate(permutation(count, salt)):
-                word = WORDS[i % 2][k % 4]
-                writer.writerow([f"a {word} film, number {k} of {i * 'very '}many", i % 2])
-    return directory
 
 
 @pytest.fixture
 def make(tiny_opt, tmp_path):
     """Factory of finished runs: make(**config) -> (results, run directory, config)."""
-    model, _ = tiny_opt(vocab_size=50272, max_position_embeddings=128)
-    data = write_reviews(tmp_path / "reviews")
-    defaults = {
-        "model": str(model), "data-path": str(data), "task": "reviews", "prompt": PROMPT,
-        "verbalizers": "terrible,great", "cut-layer": 2, "steps": 4, "eval-every": 2,
-        "batch-size": 5, "eval-batch-size": 7, "directions": 2, "max-length": 100,
-        "client-learning-rate": 1e-3, "server-learning-rate": 1e-2, "threads": 1, "seed": 3,
-        "output-dir": str(tmp_path / "runs"), "device": "cpu",
-    }  # fmt: skip
-
-    def run(**changes):
-        keys = {key.replace("_", "-"): value for key, value in changes.items()}
-        name = f"run{len(list(tmp_path.glob('runs/*')))}"
-        config = parse_config({**defaults, "run-name": name, **keys})
-        results = Hosl(config).run_in_process()
-        return results, tmp_path / "runs" / name, config
-
-    return run
-
-
-def metrics(directory):
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    return run_factory(Hosl, tiny_opt, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["signs", "rank1"])
@@ -136,10 +98,10 @@ def test_a_client_with_another_base_is_found_before_training(make, monkeypatch, 
         def __init__(self, client, *rest):
             super().__init__(client, *rest)
             with torch.no_grad():
-                next(iter(client.parameters.values())).add_(0.01)
+                next(iter(client.state.parameters.values())).add_(0.01)
 
     monkeypatch.setitem(Hosl.run_in_process.__globals__, "InProcessLink", OtherBase)
-    with pytest.raises(DriftError, match=r"client 0.*position 0.*base checkpoint"):
+    with pytest.raises(DriftError, match=r"client 0.*before the first step.*base checkpoint"):
         make(num_clients=2)
     assert not (tmp_path / "runs").exists()
 

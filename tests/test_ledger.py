@@ -5,24 +5,15 @@ import json
 import pytest
 import torch
 
-from hosl_flower.errors import CheckpointError, DriftError
-from hosl_flower.ledger import Entry, Ledger, check_fingerprint, fingerprint, replay
-from hosl_flower.perturb import DISTRIBUTIONS, Layout
-from hosl_flower.zo import apply_update, to_float32
+from hosl_flower.errors import CheckpointError
+from hosl_flower.ledger import Entry, Ledger, chain_entries, fingerprint
+from hosl_flower.zo import to_float32
 
 ENTRIES = [
     Entry(1, (11, 12), (0.5, -0.25), 1e-2),
     Entry(2, (13,), (to_float32(0.3),), 3e-3),
     Entry(5, (), (), 1e-2),
 ]
-
-
-def weights(dtype):
-    generator = torch.Generator().manual_seed(0)
-    return {
-        "w": torch.randn(8, 6, generator=generator).to(dtype),
-        "b": torch.randn(8, generator=generator).to(dtype),
-    }
 
 
 def ledger_of(entries):
@@ -32,28 +23,62 @@ def ledger_of(entries):
     return ledger
 
 
-@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_replay_is_training_bit_for_bit(distribution, dtype, tmp_path):
-    trained = weights(dtype)
-    layout = Layout({n: t.shape for n, t in trained.items()}, distribution)
-    for e in ENTRIES:
-        apply_update(trained, layout, e.seeds, e.scalars, e.learning_rate)
-    ledger_of(ENTRIES).write(tmp_path / "ledger.jsonl")
-    replayed = weights(dtype)
-    replay(replayed, layout, Ledger.read(tmp_path / "ledger.jsonl").entries)
-    assert all(torch.equal(trained[name], replayed[name]) for name in trained)
-    assert fingerprint(trained) == fingerprint(replayed) != fingerprint(weights(dtype))
+def recorded(entries, path):
+    ledger = Ledger("base")
+    ledger.record(path)
+    for entry in entries:
+        ledger.append(entry)
+    ledger.seal()
+    return ledger
 
 
-def test_relay_of_scalars_is_relay_of_weights():
-    # two halves of a history, the second replayed on top of the first one's weights
-    straight, relayed = weights(torch.float32), weights(torch.float32)
-    layout = Layout({n: t.shape for n, t in straight.items()})
-    replay(straight, layout, ENTRIES)
-    replay(relayed, layout, ENTRIES[:1])
-    replay(relayed, layout, ENTRIES[1:])
-    assert fingerprint(straight) == fingerprint(relayed)
+def test_a_file_holds_the_whole_history(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    ledger = recorded(ENTRIES[:2], path)
+    first = path.read_text()
+    ledger.append(ENTRIES[2])
+    assert path.read_text() == first, "written at the next seal"
+    ledger.seal()
+    assert path.read_text().startswith(first), "only ever added to"
+    back = Ledger.read(path)
+    assert back.entries == ENTRIES
+    assert back.digest() == ledger.digest() == ledger_of(ENTRIES).digest()
+
+
+def test_a_file_remembers_new_weights_by_their_fingerprint(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    ledger = recorded(ENTRIES[:1], path)
+    ledger.jump(2, "f" * 16)
+    ledger.append(ENTRIES[2])
+    ledger.seal()
+    back = Ledger.read(path)
+    assert (len(back), back.start, back.digest()) == (3, 2, ledger.digest())
+
+
+def test_compaction_lets_go_of_what_a_snapshot_would_say_shorter():
+    ledger = ledger_of(ENTRIES)  # 44, 32 and 20 bytes
+    whole = [ledger.digest(i) for i in range(4)]
+    ledger.compact(96)
+    assert ledger.start == 0
+    ledger.compact(60)
+    assert (ledger.start, len(ledger)) == (1, 3)
+    assert [ledger.digest(i) for i in range(4)] == ["", *whole[1:]]
+    assert ledger.since(1) == ENTRIES[1:]
+    assert ledger.since(2, 3) == ENTRIES[2:]
+    assert not ledger.knows(0, whole[0])
+    assert ledger.knows(1, whole[1])
+    assert not ledger.knows(2, whole[1])
+    ledger.compact(0)
+    assert ledger.digest() == whole[3]
+    ledger.append(Entry(6, (1,), (0.5,), 1.0))
+    assert len(ledger) == 4
+    straight = ledger_of([*ENTRIES, Entry(6, (1,), (0.5,), 1.0)])
+    assert ledger.digest() == straight.digest()
+
+
+def test_digests_can_be_followed_without_a_ledger():
+    ledger = ledger_of(ENTRIES)
+    assert chain_entries(ledger.digest(1), ENTRIES[1:]) == [ledger.digest(i) for i in (1, 2, 3)]
 
 
 def test_digests_name_histories():
@@ -87,17 +112,11 @@ def damaged(lines):
 @pytest.mark.parametrize("kind", range(6))
 def test_a_damaged_file_is_one_clear_error(tmp_path, kind):
     path = tmp_path / "ledger.jsonl"
-    ledger_of(ENTRIES).write(path)
+    recorded(ENTRIES, path)
     lines = list(damaged(path.read_text().splitlines()))[kind]
     path.write_text("\n".join(lines))
     with pytest.raises(CheckpointError, match=r"ledger\.jsonl"):
         Ledger.read(path)
-
-
-def test_a_different_fingerprint_is_drift():
-    check_fingerprint("a" * 16, "a" * 16, "client 0", 3)
-    with pytest.raises(DriftError, match=r"client 0.*position 3"):
-        check_fingerprint("a" * 16, "b" * 16, "client 0", 3)
 
 
 def test_a_fingerprint_covers_names_shapes_dtypes_and_bits():

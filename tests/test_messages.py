@@ -5,7 +5,17 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from specs import client_spec
 
+from hosl_flower.checks import (
+    BatchKey,
+    Limits,
+    check_activations,
+    check_change,
+    check_fingerprints,
+    check_same_batch,
+    check_scalars,
+)
 from hosl_flower.errors import ProtocolError
 from hosl_flower.ledger import Entry, Ledger
 from hosl_flower.link.records import pack, unpack_replies, unpack_requests
@@ -14,9 +24,10 @@ from hosl_flower.messages import (
     REQUESTS,
     Activations,
     Applied,
-    BatchKey,
     Behind,
     CatchUp,
+    Change,
+    CutGradient,
     Describe,
     Described,
     Evaluate,
@@ -24,18 +35,14 @@ from hosl_flower.messages import (
     Fingerprint,
     Fingerprinted,
     Forward,
-    Limits,
+    LocalTrain,
     Losses,
     Probe,
-    check_activations,
-    check_same_batch,
-    from_wire,
-    to_wire,
-    wire_bytes,
+    Restore,
+    Scalars,
 )
-from hosl_flower.spec import ClientSpec
-from hosl_flower.tasks import TASKS
 from hosl_flower.tensors import DTYPES, raw_bytes, tensor_from_bytes
+from hosl_flower.wire import from_wire, to_wire, wire_bytes
 
 D = "0123456789abcdef"
 AT = {"step": 3, "partition": 1, "position": 2, "digest": D}
@@ -58,6 +65,11 @@ def activations(**changes):
     return Activations(**DONE, **{**values, **changes})
 
 
+CUT = {
+    **AT, "batch": 4, "directions": 2, "seeds": (1, 2, 3, 4), "epsilon": 1e-3,
+    "learning_rate": 1e-5, "gradient": torch.randn(2, 3, 4).bfloat16(), "scale": 0.5,
+}  # fmt: skip
+
 ALL = [
     Describe(**AT),
     Forward(**AT, batch=4),
@@ -68,7 +80,10 @@ ALL = [
         digest_after=D,
     ),
     CatchUp.of(ledger(), 0, 2, Forward(**AT, batch=4)),
-    Fingerprint(**AT),
+    CutGradient(**CUT),
+    LocalTrain(**CUT),
+    Restore(**AT, updates=2, weights=torch.randn(5).bfloat16(), moments=torch.randn(2, 5)),
+    Fingerprint(**AT, since=1),
     Described(
         **DONE, train_examples=5, held_out_examples=2, label_counts=(3, 2),
         memory_meter="process_rss",
@@ -76,7 +91,9 @@ ALL = [
     activations(),
     activations(activations=torch.randn(2, 3, 4).bfloat16()),
     Applied(**DONE, position=2, digest=D),
-    Fingerprinted(**DONE, fingerprint=D),
+    Scalars(**DONE, scalars=torch.randn(2, 3)),
+    Change(**DONE, change=torch.randn(5)),
+    Fingerprinted(**DONE, positions=(1, 2), fingerprints=(D, D)),
     Behind(**DONE, position=0, digest=D),
     Failure(**DONE, error="DataError: no"),
 ]  # fmt: skip
@@ -183,6 +200,43 @@ def test_replies_about_different_batches_are_noticed(other):
         check_same_batch([first, BatchKey.of(activations(**other))], 3)
 
 
+def test_local_seeds_are_those_of_each_step():
+    assert CutGradient(**CUT).local_seeds == [(1, 2), (3, 4)]
+    with pytest.raises(ProtocolError, match="4 seeds are no steps of 3 directions"):
+        CutGradient(**{**CUT, "directions": 3}).local_seeds  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "scalars",
+    [
+        torch.zeros(2, 3),
+        torch.zeros(4),
+        torch.zeros(2, 2).double(),
+        torch.full((2, 2), float("inf")),
+    ],
+)
+def test_scalars_that_do_not_fit_the_request_are_refused(scalars):
+    check_scalars(Scalars(**DONE, scalars=torch.zeros(2, 2)), CutGradient(**CUT))
+    with pytest.raises(ProtocolError, match="scalars: "):
+        check_scalars(Scalars(**DONE, scalars=scalars), CutGradient(**CUT))
+
+
+@pytest.mark.parametrize(
+    "change", [torch.zeros(4), torch.zeros(5).half(), torch.full((5,), float("inf"))]
+)
+def test_a_change_that_does_not_fit_the_model_is_refused(change):
+    check_change(Change(**DONE, change=torch.zeros(5)), 5)
+    with pytest.raises(ProtocolError, match="change: "):
+        check_change(Change(**DONE, change=change), 5)
+
+
+@pytest.mark.parametrize("positions", [(), (1,), (2, 1, 2), (2, 3)])
+def test_fingerprints_of_other_positions_are_refused(positions):
+    reply = Fingerprinted(**DONE, positions=positions, fingerprints=(D,) * len(positions))
+    with pytest.raises(ProtocolError, match="fingerprints: expected positions up to 2"):
+        check_fingerprints(reply, Fingerprint(**AT, since=0))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(), (0, 3), (5,), (2, 3, 4)])
 def test_tensors_survive_as_bytes(dtype, shape):
@@ -207,29 +261,31 @@ def test_bytes_that_do_not_fit_are_refused_before_memory_is_taken(data, dtype, s
         tensor_from_bytes(data, dtype, shape)
 
 
-SPEC = ClientSpec(
-    run="r", model="random:opt-tiny", cut_layer=1, dtype="float32", device="cpu", threads=1,
-    client_trainable="full", perturbation="rank1", task=TASKS["sms-spam"],
-    source="bundled:sms_spam", num_clients=1, train_examples=0, eval_examples=0, batch_size=2,
-    eval_batch_size=2, max_length=32, seed=0,
-)  # fmt: skip
+SPEC = client_spec()
 
 
 def test_record_dicts_carry_requests_with_the_spec_and_replies():
     requests = [m for m in ALL if m.kind in REQUESTS]
     replies = [m for m in ALL if m.kind in REPLIES]
-    spec, received = unpack_requests(pack(requests, SPEC))
+    groups = [requests[:3], [], requests[3:]]
+    spec, received = unpack_requests(pack(groups, SPEC))
     assert spec == SPEC
-    assert all(map(same, requests, received))
-    assert all(map(same, replies, unpack_replies(pack(replies))))
+    assert [len(group) for group in received] == [len(group) for group in groups]
+    for sent, arrived in zip(groups, received, strict=True):
+        assert all(map(same, sent, arrived))
+    assert all(map(same, replies, unpack_replies(pack([replies]))[0]))
 
 
 def broken_records():
-    good = pack([activations()])
+    good = pack([[activations()]])
+    headers = good["config"]["headers"]
     yield RecordDict({"config": good["config"]})
     yield RecordDict({**good, "more": ConfigRecord({})})
     yield RecordDict({**good, "config": ConfigRecord({"headers": "x"})})
-    yield RecordDict({**good, "config": ConfigRecord({"headers": [1]})})
+    yield RecordDict({**good, "config": ConfigRecord({"headers": [1], "sizes": [1]})})
+    yield RecordDict({**good, "config": ConfigRecord({"headers": headers})})
+    yield RecordDict({**good, "config": ConfigRecord({"headers": headers, "sizes": [2]})})
+    yield RecordDict({**good, "config": ConfigRecord({"headers": headers, "sizes": [2, -1]})})
     yield RecordDict({**good, "arrays": ArrayRecord({})})
     npy = Array("float32", (1,), "numpy.ndarray", b"1234")
     yield RecordDict({**good, "arrays": ArrayRecord({"0.activations": npy})})
@@ -240,7 +296,7 @@ def broken_records():
     yield RecordDict({**good, "arrays": ArrayRecord({"0.activations": short})})
 
 
-@pytest.mark.parametrize("index", range(9))
+@pytest.mark.parametrize("index", range(12))
 def test_other_record_dicts_are_refused(index):
     with pytest.raises(ProtocolError):
         unpack_replies(list(broken_records())[index])
@@ -248,4 +304,4 @@ def test_other_record_dicts_are_refused(index):
 
 def test_requests_without_a_spec_are_refused():
     with pytest.raises(ProtocolError, match="spec"):
-        unpack_requests(pack([Describe(**AT)]))
+        unpack_requests(pack([[Describe(**AT)]]))

@@ -11,13 +11,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from hosl_flower.checks import (
+    Limits,
+    check_activations,
+    check_change,
+    check_fingerprints,
+    check_scalars,
+)
 from hosl_flower.errors import ClientError, DriftError, ProtocolError
-from hosl_flower.ledger import Ledger
+from hosl_flower.history import History
 from hosl_flower.messages import (
     Activations,
     Applied,
     Behind,
     CatchUp,
+    Change,
+    CutGradient,
     Describe,
     Described,
     Evaluate,
@@ -25,15 +34,16 @@ from hosl_flower.messages import (
     Fingerprint,
     Fingerprinted,
     Forward,
-    Limits,
+    LocalTrain,
     Losses,
     Message,
     Probe,
     Reply,
     Request,
-    check_activations,
-    wire_bytes,
+    Restore,
+    Scalars,
 )
+from hosl_flower.wire import wire_bytes
 
 _ANSWERS: dict[type[Request], type[Reply]] = {
     Describe: Described,
@@ -41,7 +51,10 @@ _ANSWERS: dict[type[Request], type[Reply]] = {
     Probe: Activations,
     Evaluate: Activations,
     Losses: Applied,
+    CutGradient: Scalars,
+    LocalTrain: Change,
     CatchUp: Applied,
+    Restore: Applied,
     Fingerprint: Fingerprinted,
 }
 
@@ -71,12 +84,13 @@ class Traffic:
 
 
 class Link(ABC):
-    """Base of all links. ledger: the server's, to catch clients up from."""
+    """Base of all links. history: the server's, to catch clients up from."""
 
-    def __init__(self, ledger: Ledger, limits: Limits):
-        self.ledger, self.limits = ledger, limits
+    def __init__(self, history: History, limits: Limits):
+        self.history, self.limits = history, limits
         self.traffic = Traffic()
         self._outbox: dict[int, list[Request]] = {}
+        self._positions: dict[int, tuple[int, str]] = {}  # from each client's last receipt
 
     @abstractmethod
     def _deliver(self, requests: Mapping[int, Sequence[Request]]) -> dict[int, Iterator[Reply]]:
@@ -100,21 +114,36 @@ class Link(ABC):
     def exchange(self, requests: Mapping[int, Sequence[Request]]) -> dict[int, Iterator[Reply]]:
         """Send each client its requests; per client, an iterator of checked replies.
 
-        requests: by partition. The iterators must be consumed: a lazy link computes a reply
-        when it is asked for. They raise ClientError, ProtocolError or DriftError.
+        requests: by partition. A client that is behind gets what it lacks first. The iterators
+        must be consumed: a lazy link computes a reply when it is asked for. They raise
+        ClientError, ProtocolError or DriftError.
         """
-        posted = {partition: self._still_useful(partition) for partition in requests}
-        sent = {p: [*posted[p], *own] for p, own in requests.items() if posted[p] or own}
+        sent: dict[int, list[Request]] = {}
+        leads: dict[int, int] = {}
+        for partition, own in requests.items():
+            work = [*self._still_useful(partition), *own]
+            if work:
+                lead = self._lead(partition, work)
+                leads[partition] = len(lead) + len(work) - len(own)
+                sent[partition] = [*lead, *work]
         return {
-            partition: self._checked(partition, sent[partition], len(posted[partition]), stream)
+            partition: self._checked(partition, sent[partition], leads[partition], stream)
             for partition, stream in self._send(sent).items()
         }
 
     def _still_useful(self, partition: int) -> list[Request]:
         """What was posted to a client, less the updates that others have gone past since: it
-        gets those as ledger entries when it is next asked for something."""
+        gets those as ledger entries."""
         posted = self._outbox.pop(partition, [])
-        return [request for request in posted if request.position + 1 == len(self.ledger)]
+        return [r for r in posted if r.position + 1 == len(self.history.ledger)]
+
+    def _lead(self, partition: int, work: Sequence[Request]) -> list[Request]:
+        """What a client lacks, as far as is known, to answer its work."""
+        first = next((request for request in work if not isinstance(request, Describe)), None)
+        position, digest = self._positions.get(partition, (0, self.history.ledger.digest(0)))
+        if first is None or position >= first.position:
+            return []
+        return [self.history.catch_up(position, digest, first.position, first)]
 
     def _send(self, requests: Mapping[int, Sequence[Request]]) -> dict[int, Iterator[Reply]]:
         """_deliver, timed and counted."""
@@ -127,37 +156,37 @@ class Link(ABC):
         return streams
 
     def _checked(
-        self, partition: int, sent: Sequence[Request], posted: int, stream: Iterator[Reply]
+        self, partition: int, sent: Sequence[Request], lead: int, stream: Iterator[Reply]
     ) -> Iterator[Reply]:
-        for index, request in enumerate(sent):
-            reply = self._next(partition, request, stream)
-            for attempt in range(_CATCH_UPS):
-                if not isinstance(reply, Behind):
-                    break
-                stream, reply = self._resend(partition, sent[index:], reply, attempt)
-            self._check(partition, request, reply)
-            if index >= posted:
+        """Replies to what follows the first `lead` requests, all of them checked."""
+        index = attempts = 0
+        while index < len(sent):
+            reply = self._next(partition, sent[index], stream)
+            if isinstance(reply, Behind) and attempts < _CATCH_UPS:
+                index += isinstance(sent[index], CatchUp | Restore)  # another will replace it
+                rest, lead = sent[index:], max(0, lead - index) + 1
+                sent, stream = self._resend(partition, rest, reply, attempts)
+                index, attempts = 0, attempts + 1
+                continue
+            self._check(partition, sent[index], reply)
+            if index >= lead:
+                attempts = 0
                 yield reply
+            index += 1
 
     def _resend(
-        self, partition: int, sent: Sequence[Request], behind: Behind, attempt: int
-    ) -> tuple[Iterator[Reply], Reply]:
-        """The rest of an exchange once more, after the ledger entries the client lacks.
+        self, partition: int, rest: Sequence[Request], behind: Behind, attempt: int
+    ) -> tuple[list[Request], Iterator[Reply]]:
+        """The rest of an exchange once more, after what the client lacks.
 
         Whoever answers may be another process than the one that was behind, at another
-        position: then it is behind again, and the next attempt sends the whole ledger, of
+        position: then it is behind again, and the next attempt sends the whole history, of
         which a client takes what it lacks.
         """
-        start, stop = behind.position, sent[0].position
-        if attempt or start > stop or self.ledger.digest(start) != behind.digest:
-            start = 0
-        catch_up = CatchUp.of(self.ledger, start, stop, sent[0])
-        stream = self._send({partition: [catch_up, *sent]})[partition]
-        reply = self._next(partition, catch_up, stream)
-        if not isinstance(reply, Behind):
-            self._check(partition, catch_up, reply)
-            reply = self._next(partition, sent[0], stream)
-        return stream, reply
+        stop = rest[0].position
+        known = (0, "") if attempt or behind.position > stop else (behind.position, behind.digest)
+        sent = [self.history.catch_up(*known, stop, rest[0]), *rest]
+        return sent, self._send({partition: sent})[partition]
 
     def _next(self, partition: int, request: Request, stream: Iterator[Reply]) -> Reply:
         """The next reply, counted."""
@@ -176,25 +205,37 @@ class Link(ABC):
     def _check(self, partition: int, request: Request, reply: Reply) -> None:
         where = self._where(partition, request)
         if isinstance(reply, Failure):
-            raise ClientError(f"{where}: {reply.error}")
+            drifted = reply.error.startswith(DriftError.__name__)
+            raise (DriftError if drifted else ClientError)(f"{where}: {reply.error}")
         expected = _ANSWERS[type(request)]
         if not isinstance(reply, expected) or reply.step != request.step:
             raise ProtocolError(
                 f"{where}: expected {expected.kind} of step {request.step}, "
                 f"got {reply.kind} of step {reply.step}"
             )
-        if isinstance(reply, Activations):
-            try:
-                check_activations(reply, self.limits)
-            except ProtocolError as error:
-                raise ProtocolError(f"{where}: {error}") from error
+        try:
+            self._check_content(request, reply)
+        except ProtocolError as error:
+            raise ProtocolError(f"{where}: {error}") from error
         if isinstance(reply, Applied):
-            position = reply.position
-            if position > len(self.ledger) or self.ledger.digest(position) != reply.digest:
+            position, ledger = reply.position, self.history.ledger
+            if position > len(ledger) or ledger.digest(position) != reply.digest:
                 raise DriftError(
                     f"{where}: the client's ledger at position {position} is {reply.digest}, "
                     "which is not the server's; restart the client"
                 )
+            self._positions[partition] = (position, reply.digest)
+
+    def _check_content(self, request: Request, reply: Reply) -> None:
+        match request, reply:
+            case _, Activations():
+                check_activations(reply, self.limits)
+            case CutGradient(), Scalars():
+                check_scalars(reply, request)
+            case _, Change():
+                check_change(reply, self.history.state.elements)
+            case Fingerprint(), Fingerprinted():
+                check_fingerprints(reply, request)
 
     def _where(self, partition: int, request: Request) -> str:
         return f"{self.describe_client(partition)}, step {request.step}, {request.kind}"

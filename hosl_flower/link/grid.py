@@ -1,203 +1,186 @@
-"""The link over Flower messages: one message per client and exchange.
+"""The link over Flower messages: one message per SuperNode and exchange.
 
-Each exchange is one `train.exchange` message with all of its requests, answered by one with
-all replies. It works wherever Flower works, and costs what Flower's mailbox costs: 0.1 s per
-exchange in simulation, seconds in deployment.
+Each exchange is one `train.exchange` message per node with all requests to the clients it
+serves, answered by one with all replies. It works wherever Flower works, and costs what
+Flower's mailbox costs: 0.1 s per exchange in simulation, seconds in deployment.
 """
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Message
 from flwr.serverapp import Grid
 
-from hosl_flower.errors import ClientError, ConfigError, HoslError, ProtocolError
-from hosl_flower.ledger import Ledger
+from hosl_flower.checks import Limits
+from hosl_flower.errors import AbsentError, ClientError, HoslError, ProtocolError
+from hosl_flower.history import History
 from hosl_flower.link.base import Link
+from hosl_flower.link.nodes import Node, Nodes
 from hosl_flower.link.records import pack, unpack_replies
-from hosl_flower.messages import Evaluate, Forward, Limits, Reply, Request
+from hosl_flower.messages import CutGradient, Evaluate, Failure, Forward, Reply, Request
 from hosl_flower.spec import ClientSpec
 from hosl_flower.tensors import DTYPES
 
 EXCHANGE = "train.exchange"
-NODE = "query.node"
 _FIRST_POLL_SECONDS, _LAST_POLL_SECONDS = 0.002, 0.25
 _MESSAGE_BYTES = 64 << 20  # activations that one message may carry, if it carries several
+_TRIES = 3  # of a message whose process died: what it asks for is the same whoever answers
+
+Part = dict[int, list[Request]]  # by partition: what one message asks
 
 
 class GridLink(Link):
-    """deadline: seconds a client may take to answer one exchange; nodes_deadline: seconds to
-    wait for as many SuperNodes as there are clients."""
+    """deadline: seconds a node may take to answer one exchange; nodes: who serves whom."""
 
     def __init__(
         self,
         grid: Grid,
         spec: ClientSpec,
-        ledger: Ledger,
+        history: History,
         limits: Limits,
         deadline: float,
-        nodes_deadline: float,
+        nodes: Nodes,
     ):
-        super().__init__(ledger, limits)
-        self.grid, self.spec, self.deadline = grid, spec, deadline
-        self.nodes = self._find_nodes(nodes_deadline)  # partition -> node id
+        super().__init__(history, limits)
+        self.grid, self.spec, self.deadline, self.nodes = grid, spec, deadline, nodes
 
     def describe_client(self, partition: int) -> str:
-        return f"client {partition} (node {self.nodes.get(partition, 'unknown')})"
+        node = self.nodes.of(partition)
+        return f"client {partition} ({f'node {node.id}' if node else 'without a node'})"
 
     def _deliver(self, requests: Mapping[int, Sequence[Request]]) -> dict[int, Iterator[Reply]]:
-        """The first message to every client at once; what does not fit follows when wanted."""
-        parts = {partition: self._cut(own) for partition, own in requests.items()}
-        answers = self._exchange({partition: own[0] for partition, own in parts.items()})
-        return {p: self._read(p, own, answers.get(p)) for p, own in parts.items()}
+        """The first message to every node at once; what does not fit follows when wanted."""
+        if not self.nodes.complete:
+            self.nodes.refresh()
+        by_node: dict[Node, Part] = {}
+        streams: dict[int, Iterator[Reply]] = {}
+        for partition, own in requests.items():
+            node = self.nodes.of(partition)
+            if node is None:
+                streams[partition] = self._absent(partition)
+            else:
+                by_node.setdefault(node, {})[partition] = list(own)
+        exchanges = {node: self._cut(own) for node, own in by_node.items()}
+        answers = self._send_and_wait({node: parts[0] for node, parts in exchanges.items()})
+        for node, parts in exchanges.items():
+            exchange = _NodeExchange(self, node, parts, answers.get(node))
+            streams |= {partition: exchange.read(partition) for partition in by_node[node]}
+        return streams
 
-    def _cut(self, requests: Sequence[Request]) -> list[list[Request]]:
-        """Requests in groups whose replies fit a message, so that neither side ever holds
-        many activations at once."""
+    def _absent(self, partition: int) -> Iterator[Reply]:
+        raise AbsentError(f"client {partition}: its SuperNode is not connected")
+        yield  # a generator: the error belongs to this client, not to the exchange
+
+    def _cut(self, requests: Part) -> list[Part]:
+        """Requests in messages whose tensors fit, so that neither side ever holds many."""
         limits = self.limits
         item = DTYPES[limits.dtype].itemsize
         largest = limits.batch * limits.length * limits.hidden * item
         most = max(1, _MESSAGE_BYTES // largest)
-        groups: list[list[Request]] = [[]]
+        parts: list[Part] = [{}]
         heavy = 0
-        for request in requests:
-            heavy += isinstance(request, (Forward, Evaluate))  # Probe is a Forward
-            if heavy > most:
-                groups.append([])
-                heavy = 1
-            groups[-1].append(request)
-        return groups
+        for partition, own in requests.items():
+            for request in own:
+                # a Probe is a Forward: activations come back. A CutGradient carries a tensor
+                heavy += isinstance(request, Forward | Evaluate | CutGradient)
+                if heavy > most:
+                    parts.append({})
+                    heavy = 1
+                parts[-1].setdefault(partition, []).append(request)
+        return parts
 
-    def _exchange(self, requests: Mapping[int, Sequence[Request]]) -> dict[int, Message]:
-        messages = {
-            partition: Message(
-                content=pack(own, self.spec),
-                dst_node_id=self.nodes[partition],
-                message_type=EXCHANGE,
-                ttl=self.deadline,
-                group_id=str(own[0].step),
-            )
-            for partition, own in requests.items()
-        }
-        return self._send_and_wait(messages)
+    def _send_and_wait(self, parts: Mapping[Node, Part]) -> dict[Node, Message]:
+        """Push a message per node, pull until all are answered or the deadline passes.
 
-    def _read(
-        self, partition: int, parts: Sequence[Sequence[Request]], answer: Message | None
-    ) -> Iterator[Reply]:
-        """Replies, from the first answer and then from those still to be asked for."""
-        for index, part in enumerate(parts):
-            if index:
-                answer = self._exchange({partition: part}).get(partition)
-            replies = self._unpack(partition, answer)
-            answer = None
-            complete = len(replies) == len(part)
-            while replies:  # let go of each as it is taken: activations are large
-                yield replies.pop(0)
-            if not complete:  # Behind or Failure: the rest would be refused too
-                return
-
-    def _unpack(self, partition: int, answer: Message | None) -> list[Reply]:
-        who = self.describe_client(partition)
-        if answer is None:
-            raise ClientError(
-                f"{who} did not answer within {self.deadline:g} s; is its SuperNode alive? "
-                "(reply-deadline allows more)"
-            )
-        if answer.has_error():
-            raise ClientError(f"{who} failed: {answer.error.reason or answer.error.code}")
-        try:
-            return unpack_replies(answer.content)
-        except ProtocolError as error:
-            raise ProtocolError(f"{who}: {error}") from error
-
-    def _send_and_wait(self, messages: Mapping[int, Message]) -> dict[int, Message]:
-        """Push messages, pull until all are answered or the deadline passes.
-
-        Grid.send_and_receive polls every 3 s in deployment; this polls as often as pays.
+        Grid.send_and_receive polls every 3 s in deployment; this polls as often as pays. A node
+        whose ClientApp process died is asked again.
         """
-        partitions = list(messages)
-        ids = list(self.grid.push_messages([messages[partition] for partition in partitions]))
-        waiting = {i: partition for i, partition in zip(ids, partitions, strict=True) if i}
-        answers: dict[int, Message] = {}
+        waiting = self._push(parts)
+        tries = dict.fromkeys(parts, 1)
+        answers: dict[Node, Message] = {}
         give_up = time.monotonic() + self.deadline
         pause = _FIRST_POLL_SECONDS
         while waiting and time.monotonic() < give_up:
             for answer in self.grid.pull_messages(list(waiting)):
-                partition = waiting.pop(answer.metadata.reply_to_message_id, None)
-                if partition is not None:
-                    answers[partition] = answer
+                node = waiting.pop(answer.metadata.reply_to_message_id, None)
+                if node is None:
+                    continue
+                answers[node] = answer
+                if answer.has_error() and tries[node] < _TRIES:
+                    tries[node] += 1
+                    waiting |= self._push({node: parts[node]})
             if waiting:
                 time.sleep(pause)
                 pause = min(pause * 1.3, _LAST_POLL_SECONDS)
+        for node in parts:
+            if node not in answers or answers[node].has_error():
+                self.nodes.forget(node)
         return answers
 
-    def _find_nodes(self, deadline: float) -> dict[int, int]:
-        """Ask every SuperNode which partition it serves (node ids are new in every run) until
-        the wanted ones are there. Nodes beyond those are left alone."""
-        wanted = set(range(self.spec.num_clients))
-        asked: dict[str, int] = {}  # message id -> node, not answered yet
-        seen: set[int] = set()
-        nodes: dict[int, int] = {}
-        unfit: list[str] = []
-        started = time.monotonic()
-        while not wanted <= nodes.keys():
-            new = [node for node in self.grid.get_node_ids() if node not in seen]
-            seen.update(new)
-            ids = self.grid.push_messages([_question(node, self.deadline) for node in new])
-            asked.update(zip(ids, new, strict=True))
-            for answer in self.grid.pull_messages(list(asked)) if asked else ():
-                node = asked.pop(answer.metadata.reply_to_message_id)
-                try:
-                    partition = _partition_of(node, answer)
-                except HoslError as error:
-                    unfit.append(str(error))
-                    continue
-                if partition in nodes:
-                    raise ConfigError(
-                        f"SuperNodes {nodes[partition]} and {node} both serve partition "
-                        f"{partition}; give each its own partition-id"
-                    )
-                nodes[partition] = node
-            waited = time.monotonic() - started
-            starting = asked and len(seen) >= len(wanted)  # there, but still loading
-            if waited > (self.deadline if starting else deadline):
-                raise ConfigError(_why_missing(wanted, nodes, len(seen), unfit))
-            time.sleep(_FIRST_POLL_SECONDS if wanted <= nodes.keys() else 0.1)
-        return {partition: nodes[partition] for partition in wanted}
-
-
-def _question(node: int, deadline: float) -> Message:
-    content = RecordDict({"config": ConfigRecord({})})
-    return Message(content, dst_node_id=node, message_type=NODE, ttl=deadline)
-
-
-def _why_missing(
-    wanted: set[int], nodes: Mapping[int, int], connected: int, unfit: Sequence[str]
-) -> str:
-    if connected < len(wanted):
-        return (
-            f"num-clients = {len(wanted)} needs {len(wanted)} SuperNodes, {connected} are "
-            "connected; start more, or in simulation add --federation-config "
-            f'"num-supernodes={len(wanted)}"'
-        )
-    missing = ", ".join(map(str, sorted(wanted - nodes.keys())))
-    return "; ".join(
-        [
-            f"no SuperNode answered for partition {missing} of num-clients = {len(wanted)}; "
-            f"those that did serve {sorted(nodes) or 'none'}",
-            *unfit,
+    def _push(self, parts: Mapping[Node, Part]) -> dict[str, Node]:
+        """Message ids of what was sent."""
+        messages = [
+            Message(
+                content=pack(part.values(), self.spec),
+                dst_node_id=node.id,
+                message_type=EXCHANGE,
+                ttl=self.deadline,
+                group_id=str(next(iter(part.values()))[0].step),
+            )
+            for node, part in parts.items()
         ]
-    )
+        ids = self.grid.push_messages(messages)
+        return {i: node for i, node in zip(ids, parts, strict=True) if i}
 
 
-def _partition_of(node: int, answer: Message) -> int:
-    if answer.has_error():
-        raise ClientError(f"SuperNode {node} failed: {answer.error.reason or answer.error.code}")
-    config = answer.content.config_records.get("config", ConfigRecord())
-    partition = config.get("partition-id")
-    if not isinstance(partition, int) or partition < 0:
-        raise ConfigError(
-            f"SuperNode {node} has no partition-id; start it with "
-            "--node-config 'partition-id=0' (its own number)"
-        )
-    return partition
+class _NodeExchange:
+    """The messages of one exchange with one node, and the replies taken from them so far."""
+
+    def __init__(self, link: GridLink, node: Node, parts: list[Part], first: Message | None):
+        self.link, self.node, self.parts = link, node, parts
+        self.ended: set[int] = set()  # partitions that get nothing more
+        self.replies: list[dict[int, list[Reply]] | HoslError] = [self._unpack(parts[0], first)]
+
+    def read(self, partition: int) -> Iterator[Reply]:
+        """Replies of one partition, later messages sent when they are wanted."""
+        for index, part in enumerate(self.parts):
+            if partition not in part:
+                continue
+            while len(self.replies) <= index:
+                self._fetch()
+            found = self.replies[index]
+            if isinstance(found, HoslError):
+                raise found
+            own = found.pop(partition)
+            complete = len(own) == len(part[partition])
+            while own:  # let go of each as it is taken: activations are large
+                yield own.pop(0)
+            if not complete:  # Behind or Failure: the rest would be refused too
+                self.ended.add(partition)
+                return
+
+    def _fetch(self) -> None:
+        """Send the next message, without what is no longer of use."""
+        part = self.parts[len(self.replies)]
+        wanted = {p: own for p, own in part.items() if p not in self.ended}
+        answer = self.link._send_and_wait({self.node: wanted}).get(self.node) if wanted else None
+        self.replies.append(self._unpack(wanted, answer) if wanted else {})
+
+    def _unpack(self, part: Part, answer: Message | None) -> dict[int, list[Reply]] | HoslError:
+        who = self.link.describe_client(next(iter(part)))
+        if answer is None:
+            return AbsentError(
+                f"{who} did not answer within {self.link.deadline:g} s; is its SuperNode alive? "
+                "(reply-deadline allows more)"
+            )
+        if answer.has_error():
+            return ClientError(f"{who} failed: {answer.error.reason or answer.error.code}")
+        try:
+            groups = unpack_replies(answer.content)
+            if len(groups) == 1 and groups[0] and isinstance(groups[0][0], Failure):
+                groups *= len(part)  # the process could not even start
+            if len(groups) != len(part):
+                raise ProtocolError(f"{len(part)} clients were asked, {len(groups)} answered")
+        except ProtocolError as error:
+            return ProtocolError(f"{who}: {error}")
+        return {p: list(group) for p, group in zip(part, groups, strict=True)}

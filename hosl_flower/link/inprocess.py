@@ -2,17 +2,18 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from hosl_flower.checks import Limits
 from hosl_flower.client import Client
-from hosl_flower.ledger import Ledger
+from hosl_flower.history import History
 from hosl_flower.link.base import Link
-from hosl_flower.messages import Limits, Reply, Request
+from hosl_flower.messages import Reply, Request
 
 
 class InProcessLink(Link):
     """One Client object serves every partition, one reply at a time, computed when asked for."""
 
-    def __init__(self, client: Client, ledger: Ledger, limits: Limits):
-        super().__init__(ledger, limits)
+    def __init__(self, client: Client, history: History, limits: Limits):
+        super().__init__(history, limits)
         self.client = client
 
     def describe_client(self, partition: int) -> str:

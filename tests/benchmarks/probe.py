@@ -14,11 +14,11 @@ import time
 
 import torch
 
+from hosl_flower.optimizer import Sgd
 from hosl_flower.perturb import DISTRIBUTIONS, Layout
 from hosl_flower.probe import perturbed
 from hosl_flower.spec import use_threads
 from hosl_flower.split import load_client, open_base
-from hosl_flower.zo import apply_update
 
 REPETITIONS = 5 if "--quick" in sys.argv else 25
 
@@ -50,7 +50,7 @@ def main() -> None:
                 client(ids, mask)
 
         def update(layout: Layout = layout) -> None:
-            apply_update(parameters, layout, [1], [1e-6], 1e-6)
+            Sgd().step(parameters, layout, [1], [1e-6], 1e-6)
 
         work |= {f"probe_{distribution}": probe, f"update_{distribution}": update}
     times: dict[str, list[float]] = {name: [] for name in work}

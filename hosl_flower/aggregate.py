@@ -1,0 +1,53 @@
+"""Ways to make one scalar per direction of several clients' scalars.
+
+One signature: scalars [K, ...] and weights [K], which sum to 1, to aggregate [...]. The
+robust ones ignore the weights, or a client could buy influence with claimed examples.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+Aggregate = Callable[[Tensor, Sequence[float]], Tensor]
+
+
+def make_aggregate(name: str, trim_fraction: float) -> Aggregate:
+    """The rule of a config name."""
+    rules: dict[str, Aggregate] = {
+        "weighted-mean": weighted_mean,
+        "mean": mean,
+        "median": median,
+        "trimmed-mean": partial(trimmed_mean, fraction=trim_fraction),
+    }
+    return rules[name]
+
+
+def weighted_mean(scalars: Tensor, weights: Sequence[float]) -> Tensor:
+    """FedAvg's rule: clients count by their numbers of examples."""
+    shares = torch.tensor(weights, dtype=torch.float64).view(-1, *[1] * (scalars.dim() - 1))
+    return (scalars.double() * shares).sum(0)
+
+
+def mean(scalars: Tensor, weights: Sequence[float]) -> Tensor:
+    """Every client counts the same (HO-SFL)."""
+    return scalars.double().mean(0)
+
+
+def median(scalars: Tensor, weights: Sequence[float]) -> Tensor:
+    """Of an even number, the mean of the middle two. Bounded whatever a minority sends."""
+    ordered = scalars.double().sort(0).values
+    count = len(ordered)
+    return (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
+
+
+def trimmed_mean(scalars: Tensor, weights: Sequence[float], fraction: float = 0.2) -> Tensor:
+    """Mean without the lowest and the highest `fraction` of the clients, of three or more at
+    least one each (unless fraction is 0), but always of some."""
+    count = len(scalars)
+    cut = int(count * fraction)
+    if fraction > 0 and count >= 3:
+        cut = max(1, cut)
+    cut = min(cut, (count - 1) // 2)
+    return scalars.double().sort(0).values[cut : count - cut].mean(0)

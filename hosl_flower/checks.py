@@ -1,0 +1,119 @@
+"""What replies must be beyond their form: shapes, ranges, finite numbers, one mini-batch."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from pydantic.dataclasses import dataclass
+
+from hosl_flower.errors import ProtocolError
+from hosl_flower.messages import (
+    Activations,
+    Change,
+    CutGradient,
+    Fingerprint,
+    Fingerprinted,
+    Scalars,
+)
+from hosl_flower.tensors import dtype_name, raw_bytes
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What activations may look like in a run: at most `batch` sequences of `length` tokens,
+    of width `hidden` and `dtype`, with labels of `classes` classes."""
+
+    batch: int
+    length: int
+    hidden: int
+    dtype: str
+    classes: int
+
+
+def check_activations(reply: Activations, limits: Limits) -> None:
+    """ProtocolError unless the reply is a batch this run can use: shapes, dtypes, finite."""
+    h, mask, labels = reply.activations, reply.attention_mask, reply.labels
+    if h.dim() != 3 or dtype_name(h) != limits.dtype or h.shape[2] != limits.hidden:
+        raise ProtocolError(
+            f"activations: expected {limits.dtype}[B, S, {limits.hidden}], "
+            f"got {dtype_name(h)}{list(h.shape)}"
+        )
+    batch, length = h.shape[:2]
+    if not (0 < batch <= limits.batch and 0 < length <= limits.length):
+        raise ProtocolError(
+            f"activations: expected at most {limits.batch} sequences of {limits.length} tokens, "
+            f"got {batch} of {length}"
+        )
+    if mask.dtype != torch.bool or mask.shape != h.shape[:2] or not mask[:, -1].all():
+        raise ProtocolError(
+            f"attention_mask: expected bool{[batch, length]}, left-padded, "
+            f"got {dtype_name(mask)}{list(mask.shape)}"
+        )
+    if labels.dtype != torch.int64 or labels.shape != (batch,):
+        raise ProtocolError(
+            f"labels: expected int64[{batch}], got {dtype_name(labels)}{list(labels.shape)}"
+        )
+    if int(labels.min()) < 0 or int(labels.max()) >= limits.classes:
+        raise ProtocolError(
+            f"labels: expected 0..{limits.classes - 1}, got {labels.unique().tolist()}"
+        )
+    if not torch.isfinite(h).all():
+        bad = int((~torch.isfinite(h)).sum())
+        raise ProtocolError(f"activations: {bad} of {h.numel()} values are not finite")
+
+
+def check_scalars(reply: Scalars, request: CutGradient) -> None:
+    """ProtocolError unless there is one finite float32 per local step and direction."""
+    expected = [len(request.local_seeds), request.directions]
+    found = reply.scalars
+    if found.dtype != torch.float32 or list(found.shape) != expected:
+        raise ProtocolError(
+            f"scalars: expected float32{expected}, got {dtype_name(found)}{list(found.shape)}"
+        )
+    if not torch.isfinite(found).all():
+        raise ProtocolError(f"scalars: not finite: {found.tolist()}")
+
+
+def check_change(reply: Change, elements: int) -> None:
+    """ProtocolError unless there is one finite float32 per trainable element."""
+    found = reply.change
+    if found.dtype != torch.float32 or list(found.shape) != [elements]:
+        raise ProtocolError(
+            f"change: expected float32[{elements}], got {dtype_name(found)}{list(found.shape)}"
+        )
+    if not torch.isfinite(found).all():
+        bad = int((~torch.isfinite(found)).sum())
+        raise ProtocolError(f"change: {bad} of {found.numel()} values are not finite")
+
+
+def check_fingerprints(reply: Fingerprinted, request: Fingerprint) -> None:
+    """ProtocolError unless they are of positions since.., in order, the request's last."""
+    positions = list(reply.positions)
+    fits = len(positions) == len(reply.fingerprints) and positions == sorted(set(positions))
+    if not fits or not positions or positions[-1] != request.position:
+        raise ProtocolError(
+            f"fingerprints: expected positions up to {request.position}, got {positions[-3:]} "
+            f"with {len(reply.fingerprints)} fingerprints"
+        )
+
+
+class BatchKey(NamedTuple):
+    """What the replies about one mini-batch have in common."""
+
+    shape: tuple[int, ...]
+    mask: bytes
+    labels: tuple[int, ...]
+
+    @classmethod
+    def of(cls, reply: Activations) -> "BatchKey":
+        """The key of a reply, which need not be kept for it."""
+        mask = bytes(raw_bytes(reply.attention_mask))
+        return cls(tuple(reply.activations.shape), mask, tuple(reply.labels.tolist()))
+
+
+def check_same_batch(keys: Sequence[BatchKey], step: int) -> None:
+    """ProtocolError unless all replies of a step are about the same mini-batch."""
+    if len(set(keys)) > 1:
+        raise ProtocolError(
+            f"step {step}: the client's activations are of {len(set(keys))} different mini-batches"
+        )

@@ -1,0 +1,69 @@
+"""The clients of one step, of which some may fail."""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from hosl_flower.errors import ClientError, ProtocolError
+from hosl_flower.link.base import Link
+from hosl_flower.messages import Describe, Described, Request
+from hosl_flower.session import Drop, Session
+
+log = logging.getLogger("hosl_flower")
+
+
+class Cohort:
+    """The sampled partitions of a step, less those that fail: a client that errs, times out or
+    sends what it should not is left out of the rest of the step, and the step goes on with the
+    others as long as min-clients remain."""
+
+    def __init__(self, session: Session, link: Link, step: int, partitions: Iterable[int]):
+        self.session, self.link, self.step = session, link, step
+        self.partitions = list(partitions)
+
+    def ask(self, requests: Callable[[int], Sequence[Request]]) -> dict[int, list[Any]]:
+        """Replies by partition, of those who answered everything; the others are dropped.
+
+        A client that has not been met yet describes itself first. Raises ClientError when too
+        few are left, DriftError when one is not what its ledger says.
+        """
+        wanted = {partition: list(requests(partition)) for partition in self.partitions}
+        met = self.session.clients.keys()
+        sent = {
+            p: own if p in met else [Describe(**self.session.at(self.step, p)), *own]
+            for p, own in wanted.items()
+        }
+        replies: dict[int, list[Any]] = {}
+        for partition, stream in self.link.exchange(sent).items():
+            try:
+                own = list(stream)
+            except (ClientError, ProtocolError) as error:
+                self._drop(partition, error)
+                continue
+            if partition not in met:
+                described = own.pop(0)
+                assert isinstance(described, Described)  # Link has checked it
+                self.session.clients[partition] = described
+            replies[partition] = own
+        self._check_enough()
+        return {partition: replies[partition] for partition in self.partitions}
+
+    @property
+    def weights(self) -> list[float]:
+        """Share of each remaining client, by its number of training examples; they sum to 1."""
+        examples = [self.session.clients[p].train_examples for p in self.partitions]
+        return [count / sum(examples) for count in examples]
+
+    def _drop(self, partition: int, error: Exception) -> None:
+        self.partitions.remove(partition)
+        self.session.dropped.append(Drop(self.step, partition, str(error)))
+        log.warning("step %d goes on without client %d: %s", self.step, partition, error)
+
+    def _check_enough(self) -> None:
+        least = self.session.config.min_clients
+        if len(self.partitions) < least:
+            reasons = [d.reason for d in self.session.dropped if d.step == self.step]
+            raise ClientError(
+                f"step {self.step}: {len(self.partitions)} client(s) left, min-clients = {least}; "
+                f"{'; '.join(reasons)}"
+            )

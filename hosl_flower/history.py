@@ -1,0 +1,92 @@
+"""The server's record of the client submodel: the ledger of the run, the state it gives, and
+how to bring a client there."""
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from hosl_flower.errors import DriftError
+from hosl_flower.ledger import Entry, Ledger, fingerprint
+from hosl_flower.messages import CatchUp, Fingerprinted, Request, Restore
+from hosl_flower.state import ClientState, Snapshot
+from hosl_flower.wire import wire_bytes
+
+_REQUEST_BYTES = 400  # header of a Restore, roughly
+
+
+class History:
+    """state: the server's own copy of what clients train, at the end of the ledger.
+
+    The ledger is compacted as it grows: entries that together are longer than a snapshot
+    help nobody, so a long run holds no more than twice the client's trainable weights.
+    """
+
+    def __init__(self, state: ClientState, genesis: str):
+        self.state = state
+        self.ledger = Ledger(genesis)
+        self._snapshot: Snapshot | None = None
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Bytes of a client state as weights and moments."""
+        weights = self.state.weights_like()
+        moments = self.state.moments * 4
+        return _REQUEST_BYTES + weights.numel() * (weights.dtype.itemsize + moments)
+
+    def commit(self, entries: Iterable[Entry]) -> None:
+        """Make updates part of the run."""
+        for entry in entries:
+            self.state.apply([entry])
+            self.ledger.append(entry)
+        self.ledger.compact(self.snapshot_bytes)
+
+    def jump(self, step: int, weights: Tensor) -> None:
+        """Make new weights [n], which no seeds and scalars can say, part of the run."""
+        self.state.set_weights(weights)
+        self.ledger.jump(step, fingerprint(self.state.parameters))
+        self.state.arrive(len(self.ledger), self.ledger.digest(), step)
+
+    def catch_up(self, position: int, digest: str, stop: int, cause: Request) -> Request:
+        """What brings a client that is at `position` to `stop` (or, as a snapshot, to the end),
+        so that it can answer `cause`: the entries it lacks or a snapshot, whichever is fewer
+        bytes. A client with another history starts over from its base checkpoint."""
+        if not self.ledger.knows(position, digest):
+            position = 0
+        if self.ledger.start <= position:
+            replay = CatchUp.of(self.ledger, position, stop, cause)
+            if wire_bytes(replay) <= self.snapshot_bytes:
+                return replay
+        return Restore.of(self.snapshot(), cause)
+
+    def snapshot(self) -> Snapshot:
+        """The state at the end of the ledger; made once per position."""
+        if self._snapshot is None or self._snapshot.digest != self.state.digest:
+            self._snapshot = self.state.snapshot()
+        return self._snapshot
+
+    def check(self, reply: Fingerprinted, who: str) -> None:
+        """DriftError unless the client's submodel is this one wherever both know it; it says
+        at which step the client went its own way."""
+        agreed: int | None = None
+        for position, found in zip(reply.positions, reply.fingerprints, strict=True):
+            mark = self.state.trail.get(position)
+            if mark is None:
+                continue
+            if mark.fingerprint == found:
+                agreed = position
+                continue
+            raise DriftError(
+                f"{who}: the client submodel drifted {self._where(position, agreed)}: at ledger "
+                f"position {position} it has fingerprint {found}, the ledger gives "
+                f"{mark.fingerprint}; its base checkpoint, memory or arithmetic differs"
+            )
+
+    def _where(self, position: int, agreed: int | None) -> str:
+        step = self.state.trail[position].step
+        if position == 0:
+            return "before the first step"
+        if agreed is None:
+            return f"at or before step {step}"
+        if agreed == position - 1:
+            return f"at step {step}"
+        return f"after step {self.state.trail[agreed].step} and by step {step}"

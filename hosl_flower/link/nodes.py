@@ -1,0 +1,171 @@
+"""Which SuperNode serves which client. Node ids are new in every run, so clients are known by
+their partition; one node may serve many (a Ray worker, an edge gateway)."""
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from hosl_flower.errors import ClientError, ConfigError
+
+log = logging.getLogger("hosl_flower")
+
+NODE = "query.node"
+_POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Node:
+    """What a SuperNode says about itself. number: its partition-id; of: its num-partitions, 0
+    where it was given none; one_data_set: its data-path is one file for whatever it serves."""
+
+    id: int
+    number: int
+    of: int
+    one_data_set: bool
+
+
+class Nodes:
+    """The SuperNodes of a run: node `number` of M serves clients number, number + M, ...
+
+    clients: N. per_node: clients one node serves at most; 0 spreads the clients over as many
+    nodes as they say there are (num-partitions), or takes one node for each. deadline: seconds
+    a node may take to answer.
+    """
+
+    def __init__(self, grid: Grid, clients: int, per_node: int, deadline: float):
+        self.grid, self.clients, self.per_node, self.deadline = grid, clients, per_node, deadline
+        self._known: dict[int, Node] = {}  # by number
+        self._asked: dict[str, int] = {}  # message id -> node, not answered yet
+        self._seen: set[int] = set()
+        self._unfit: list[str] = []
+
+    @property
+    def count(self) -> int:
+        """M, the nodes the clients are spread over."""
+        if self.per_node:
+            return math.ceil(self.clients / self.per_node)
+        announced = max((node.of for node in self._known.values()), default=0)
+        return min(self.clients, announced or self.clients)
+
+    def of(self, partition: int) -> Node | None:
+        """The node that serves a client, if it is there."""
+        return self._known.get(partition % self.count)
+
+    def served(self) -> list[int]:
+        """Clients whose node is there."""
+        return [p for p in range(self.clients) if self.of(p)]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every client has its node."""
+        return all(number in self._known for number in range(self.count))
+
+    def wait(self, seconds: float, required: int) -> None:
+        """Until every client has its node; after `seconds`, `required` clients are enough."""
+        started = time.monotonic()
+        while not self.complete:
+            self.refresh()
+            waited = time.monotonic() - started
+            starting = self._asked and len(self._seen) >= self.count  # there, but still loading
+            if waited > (self.deadline if starting else seconds):
+                break
+            time.sleep(_POLL_SECONDS)
+        served = self.served()
+        if len(served) < required:
+            raise ConfigError(self._why_missing(required))
+        self._check_data()
+        log.info(self._plan(served))
+
+    def refresh(self) -> None:
+        """Ask nodes that are new, take answers that have come. Does not wait."""
+        new = [node for node in self.grid.get_node_ids() if node not in self._seen]
+        self._seen.update(new)
+        if new:
+            ids = self.grid.push_messages([_question(node, self.deadline) for node in new])
+            self._asked.update(zip(ids, new, strict=True))
+        for answer in self.grid.pull_messages(list(self._asked)) if self._asked else ():
+            node_id = self._asked.pop(answer.metadata.reply_to_message_id)
+            try:
+                self._add(_read(node_id, answer))
+            except ClientError as error:
+                self._unfit.append(str(error))
+
+    def forget(self, node: Node) -> None:
+        """Let go of a node that failed, if it is gone: another may come in its place."""
+        if node.id not in set(self.grid.get_node_ids()):
+            self._seen.discard(node.id)
+            if self._known.get(node.number) == node:
+                del self._known[node.number]
+
+    def _add(self, node: Node) -> None:
+        other = self._known.get(node.number)
+        if other is not None and other.id != node.id:
+            raise ConfigError(
+                f"SuperNodes {other.id} and {node.id} both serve partition {node.number}; give "
+                "each its own partition-id"
+            )
+        self._known[node.number] = node
+
+    def _check_data(self) -> None:
+        for node in self._known.values():
+            own = [p for p in self.served() if self.of(p) == node]
+            if node.one_data_set and len(own) > 1:
+                raise ConfigError(
+                    f"SuperNode {node.id} serves clients {_some(own)} with one data-path; put "
+                    "{partition} into it, or set clients-per-node = 1"
+                )
+
+    def _plan(self, served: Sequence[int]) -> str:
+        count = min(self.count, len(self._known))
+        most = math.ceil(self.clients / self.count)
+        spread = f", up to {most} clients on each" if most > 1 else ""
+        late = self.clients - len(served)
+        missing = f"; {late} client(s) have no node yet and may join later" if late else ""
+        return f"{len(served)} client(s) on {count} SuperNode(s){spread}{missing}"
+
+    def _why_missing(self, required: int) -> str:
+        wanted, connected = self.count, len(self._seen)
+        if connected < wanted:
+            return (
+                f"num-clients = {self.clients} needs {wanted} SuperNodes, {connected} are "
+                "connected; start more, set clients-per-node, or in simulation add "
+                f'--federation-config "num-supernodes={wanted}"'
+            )
+        missing = [number for number in range(wanted) if number not in self._known]
+        return "; ".join(
+            [
+                f"no SuperNode answered for partition {_some(missing)}; those that did have "
+                f"partition-id {_some(sorted(self._known))}, {required} client(s) are needed",
+                *self._unfit,
+            ]
+        )
+
+
+def _some(numbers: Sequence[int]) -> str:
+    head = ", ".join(map(str, numbers[:8]))
+    return (head or "none") if len(numbers) <= 8 else f"{head}, ... ({len(numbers)} in all)"
+
+
+def _question(node: int, deadline: float) -> Message:
+    content = RecordDict({"config": ConfigRecord({})})
+    return Message(content, dst_node_id=node, message_type=NODE, ttl=deadline)
+
+
+def _read(node: int, answer: Message) -> Node:
+    if answer.has_error():
+        raise ClientError(f"SuperNode {node} failed: {answer.error.reason or answer.error.code}")
+    config = answer.content.config_records.get("config", ConfigRecord())
+    number, of = config.get("partition-id"), config.get("num-partitions")
+    if not isinstance(number, int) or number < 0:
+        raise ClientError(
+            f"SuperNode {node} has no partition-id; start it with "
+            "--node-config 'partition-id=0' (its own number)"
+        )
+    return Node(
+        node, number, max(of, 0) if isinstance(of, int) else 0, bool(config.get("one-data"))
+    )

@@ -1,0 +1,127 @@
+"""LoRA adapters on one side of the split, through peft (Hu et al. 2021).
+
+    W x  ->  W x + alpha / r * B A x,   A [r, in], B [out, r], only A and B are trained
+
+Adapters are float32 whatever the dtype of the weights they adapt. They start the same on
+every machine: A from its own generator, B zero, so at first nothing changes.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hosl_flower.errors import ConfigError
+from hosl_flower.perturb import derive_seed
+
+_NAME = re.compile(r"\.(lora_[AB])\.default\.")
+_ADAPTER = re.compile(r"\.lora_[AB]\.weight$")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """rank: r. targets: names of the linear modules that get adapters. seed: of A."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    seed: int
+
+    def start(self, name: str, shape: torch.Size) -> Tensor:
+        """Fresh float32 values of an adapter, by canonical name: A uniform in +-1/sqrt(in), as
+        peft draws it, B zero. numpy's uniform float32 is the same on every machine."""
+        if ".lora_B." in name:
+            return torch.zeros(shape)
+        generator = numpy.random.default_rng(derive_seed(self.seed, "lora", name))
+        uniform = torch.from_numpy(generator.random(tuple(shape), dtype=numpy.float32))
+        return uniform.mul_(2).sub_(1).div_(math.sqrt(shape[1]))
+
+
+def attach(decoder: nn.Module, lora: Lora, side: str) -> None:
+    """Put adapters beside the decoder's target modules; all other parameters are frozen.
+
+    decoder: on the meta device, where peft's own initialisation draws nothing. side: "client"
+    or "server", for the ConfigError that is raised when no target is there.
+    """
+    from peft import inject_adapter_in_model
+
+    linear = {n.rpartition(".")[2] for n, m in decoder.named_modules() if isinstance(m, nn.Linear)}
+    if not linear & set(lora.targets):
+        there = (
+            f"it has {', '.join(sorted(linear))}" if linear else "it holds no blocks at this cut"
+        )
+        raise ConfigError(
+            f"lora-targets = {','.join(lora.targets)!r} matches no module of the {side} "
+            f"submodel; {there}"
+        )
+    inject_adapter_in_model(_peft_config(lora), decoder, low_cpu_mem_usage=True)
+
+
+def _peft_config(lora: Lora, **more: Any) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=list(lora.targets),
+        lora_dropout=0.0,
+        bias="none",
+        **more,
+    )
+
+
+def canonical(name: str) -> str:
+    """peft's name of a parameter -> that of the plain model, or of the adapter without the
+    adapter's own name: `...q_proj.lora_A.weight`."""
+    return _NAME.sub(r".\1.", name).replace(".base_layer.", ".")
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a canonical name is an adapter's."""
+    return _ADAPTER.search(name) is not None
+
+
+@torch.no_grad()
+def merged(parameters: Mapping[str, Tensor], lora: Lora | None) -> dict[str, Tensor]:
+    """Canonical parameters with the adapters folded in: W + alpha / r * B A, float32 where
+    there is an adapter. Without adapters, the parameters as they are."""
+    tensors = {name: t.detach() for name, t in parameters.items() if not is_adapter(name)}
+    for name, a in parameters.items():
+        if not name.endswith(".lora_A.weight") or lora is None:
+            continue
+        b = parameters[name.replace(".lora_A.", ".lora_B.")]
+        weight = name.replace(".lora_A.", ".")
+        tensors[weight] = tensors[weight].float() + (b @ a) * (lora.alpha / lora.rank)
+    return tensors
+
+
+def save_adapters(
+    directory: Path, model: str, lora: Lora, adapters: Mapping[str, Tensor], tokenizer: Any
+) -> None:
+    """Write both sides' adapters for `PeftModel.from_pretrained(base, directory)`.
+
+    model: the base model they belong to. adapters: canonical name -> tensor.
+    """
+    tensors = {
+        f"base_model.model.{name}": tensor.detach().cpu().contiguous()
+        for name, tensor in adapters.items()
+    }
+    part = directory.with_name(f".{directory.name}.part")  # half-written adapters have no name
+    part.mkdir(parents=True)
+    config = _peft_config(lora, task_type="CAUSAL_LM", base_model_name_or_path=model)
+    config.inference_mode = True
+    config.save_pretrained(part)
+    written = json.loads((part / "adapter_config.json").read_text())
+    written["target_modules"] = sorted(written["target_modules"])  # a set: no order of its own
+    (part / "adapter_config.json").write_text(json.dumps(written, indent=2) + "\n")
+    tokenizer.save_pretrained(part)
+    save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
+    part.rename(directory)

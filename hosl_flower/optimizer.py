@@ -1,0 +1,160 @@
+"""The client's optimizer: from seeds and scalars to new weights.
+
+A ledger entry gives the client's gradient estimate, g = sum_q scalars[q] * s(seeds[q]); the
+optimizer turns it into an update. Its state follows from the entries applied, so replaying
+a ledger rebuilds it, and a snapshot carries it (state.py).
+
+    sgd    theta <- theta - eta g                                (HOSL Alg. 3; no state)
+    adamw  m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2     (HO-SFL; 2 values per element)
+           theta <- theta - eta (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+
+adamw has no weight decay, betas (0.9, 0.999) and eps 1e-8, and computes in float32. Each line
+is made of single IEEE operations on float32 (no fused multiply-add), in a fixed order, so with
+sign directions a replay gives the same bits on every device.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hosl_flower.perturb import Direction, Layout, as_matrix_shape, row_chunks
+from hosl_flower.zo import to_float32
+
+_BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
+
+
+class Optimizer(Protocol):
+    """What the state of a client submodel asks of its optimizer."""
+
+    def step(
+        self,
+        parameters: Mapping[str, Tensor],
+        layout: Layout,
+        seeds: Sequence[int],
+        scalars: Sequence[float],
+        learning_rate: float,
+    ) -> None:
+        """One update of the parameters, in place, directions regenerated from their seeds."""
+
+    def save(self, order: Iterable[str]) -> Tensor:
+        """State as float32 [k, n], elements of the parameters in the given order; k may be 0."""
+
+    def load(self, moments: Tensor, steps: int, parameters: Mapping[str, Tensor]) -> None:
+        """State as `save` gave it, after `steps` updates; empty moments are a fresh start."""
+
+
+def make_optimizer(name: str) -> Optimizer:
+    """The optimizer of a config name."""
+    return Sgd() if name == "sgd" else AdamW()
+
+
+def moments_of(name: str) -> int:
+    """Values of state per trained element."""
+    return {"sgd": 0, "adamw": 2}[name]
+
+
+def _draw(
+    parameters: Mapping[str, Tensor], layout: Layout, seeds: Sequence[int]
+) -> list[Direction]:
+    device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
+    return [layout.draw(seed, device) for seed in seeds]
+
+
+class Sgd:
+    """theta -= learning_rate * sum_q scalars[q] * s(seeds[q]). No gradient buffer.
+
+    A chunk of rows of one parameter is updated by all directions in turn. Each coefficient is
+    rounded to float32 first, then added in the order given; a 16-bit parameter is rounded
+    once, at the end.
+    """
+
+    @torch.no_grad()
+    def step(
+        self,
+        parameters: Mapping[str, Tensor],
+        layout: Layout,
+        seeds: Sequence[int],
+        scalars: Sequence[float],
+        learning_rate: float,
+    ) -> None:
+        directions = _draw(parameters, layout, seeds)
+        coefficients = [to_float32(learning_rate * scalar) for scalar in scalars]
+        for name, parameter in parameters.items():
+            for start, block in row_chunks(_matrix(parameter)):
+                work = block if block.dtype == torch.float32 else block.float()
+                for direction, coefficient in zip(directions, coefficients, strict=True):
+                    direction.subtract_(work, name, start, coefficient)
+                if work is not block:
+                    block.copy_(work)
+
+    def save(self, order: Iterable[str]) -> Tensor:
+        return torch.empty((0, 0))
+
+    def load(self, moments: Tensor, steps: int, parameters: Mapping[str, Tensor]) -> None:
+        return
+
+
+class AdamW:
+    """Adam on the reconstructed gradient, a chunk of rows at a time: no gradient buffer, two
+    moments per element."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.moments: dict[str, tuple[Tensor, Tensor]] = {}  # float32, in parameter shape
+
+    @torch.no_grad()
+    def step(
+        self,
+        parameters: Mapping[str, Tensor],
+        layout: Layout,
+        seeds: Sequence[int],
+        scalars: Sequence[float],
+        learning_rate: float,
+    ) -> None:
+        self.steps += 1
+        directions = _draw(parameters, layout, seeds)
+        rate = learning_rate / (1 - _BETA1**self.steps)
+        spread = 1 / math.sqrt(1 - _BETA2**self.steps)
+        for name, parameter in parameters.items():
+            m, v = (_matrix(moment) for moment in self._moments(name, parameter))
+            for start, block in row_chunks(_matrix(parameter)):
+                rows = slice(start, start + block.shape[0])
+                gradient = torch.zeros_like(block, dtype=torch.float32)
+                for direction, scalar in zip(directions, scalars, strict=True):
+                    direction.subtract_(gradient, name, start, -scalar)
+                m[rows].mul_(_BETA1).add_(gradient.mul(1 - _BETA1))
+                v[rows].mul_(_BETA2).add_(gradient.mul_(gradient).mul_(1 - _BETA2))
+                scale = v[rows].sqrt().mul_(spread).add_(_EPSILON)
+                work = block if block.dtype == torch.float32 else block.float()
+                work.sub_(m[rows].mul(rate).div_(scale))
+                if work is not block:
+                    block.copy_(work)
+
+    def _moments(self, name: str, parameter: Tensor) -> tuple[Tensor, Tensor]:
+        if name not in self.moments:
+            first, second = (torch.zeros_like(parameter, dtype=torch.float32) for _ in range(2))
+            self.moments[name] = first.detach(), second.detach()
+        return self.moments[name]
+
+    def save(self, order: Iterable[str]) -> Tensor:
+        pairs = [self.moments[name] for name in order if name in self.moments]
+        if not pairs:
+            return torch.empty((0, 0))
+        return torch.stack([torch.cat([p[i].reshape(-1) for p in pairs]).cpu() for i in range(2)])
+
+    def load(self, moments: Tensor, steps: int, parameters: Mapping[str, Tensor]) -> None:
+        self.steps = steps if moments.numel() else 0
+        self.moments = {}
+        start = 0
+        for name, parameter in parameters.items() if moments.numel() else ():
+            stop = start + parameter.numel()
+            own = moments[:, start:stop].to(parameter.device, copy=True)
+            self.moments[name] = (own[0].view(parameter.shape), own[1].view(parameter.shape))
+            start = stop
+
+
+def _matrix(parameter: Tensor) -> Tensor:
+    return parameter.detach().view(as_matrix_shape(parameter.shape))

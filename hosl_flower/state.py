@@ -1,0 +1,150 @@
+"""What training changes on a client: its trainable parameters, and where in the ledger they
+are. Everything else a client holds follows from its base checkpoint and its data.
+
+The same object serves the device, which must be brought to a position, and the server, which
+says what every client must be (history.py).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hosl_flower.ledger import Entry, chain, fingerprint, first_digest
+from hosl_flower.optimizer import make_optimizer, moments_of
+from hosl_flower.perturb import Layout
+
+_TRAIL_ELEMENTS = 1 << 20  # up to so many, every update is fingerprinted (milliseconds)
+_TRAIL_LENGTH = 4096
+
+
+class Mark(NamedTuple):
+    """The submodel at one ledger position: the step that led to it, its fingerprint."""
+
+    step: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A client state without its history.
+
+    weights [n]: trainable parameters in name order, in their dtype; moments float32 [k, n]:
+    optimizer state, empty where there is none; updates: how many the optimizer has made.
+    """
+
+    position: int
+    digest: str
+    updates: int
+    weights: Tensor
+    moments: Tensor
+
+
+class ClientState:
+    """Trainable parameters, optimizer and ledger position of a client submodel.
+
+    parameters: canonical name -> tensor, changed in place. genesis: of the run's ledger.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        distribution: str,
+        optimizer: str,
+        genesis: str,
+    ):
+        self.parameters = dict(sorted(parameters.items()))
+        self.layout = Layout({n: p.shape for n, p in self.parameters.items()}, distribution)
+        self.optimizer_name = optimizer
+        self.optimizer = make_optimizer(optimizer)
+        self.position, self.digest = 0, first_digest(genesis)
+        self.updates = 0
+        self.trail: dict[int, Mark] = {}  # by position, the latest last
+        self._step = 0
+
+    @property
+    def moments(self) -> int:
+        """Values of optimizer state per trainable element."""
+        return moments_of(self.optimizer_name)
+
+    @property
+    def elements(self) -> int:
+        """Number of trainable elements."""
+        return sum(parameter.numel() for parameter in self.parameters.values())
+
+    def apply(self, entries: Iterable[Entry]) -> None:
+        """Make the updates of ledger entries, bit for bit as everywhere else."""
+        for entry in entries:
+            self.update(entry.seeds, entry.scalars, entry.learning_rate)
+            self.position, self.digest = self.position + 1, chain(self.digest, entry.pack())
+            self._step = entry.step
+            if self.elements <= _TRAIL_ELEMENTS:
+                self.mark()
+
+    def update(self, seeds: Sequence[int], scalars: Sequence[float], learning_rate: float) -> None:
+        """One optimizer step that is in no ledger (yet)."""
+        self.optimizer.step(self.parameters, self.layout, seeds, scalars, learning_rate)
+        self.updates += 1
+
+    def mark(self) -> Mark:
+        """The fingerprint here, computed once per position and kept in the trail."""
+        if self.position not in self.trail:
+            self.trail[self.position] = Mark(self._step, fingerprint(self.parameters))
+            if len(self.trail) > _TRAIL_LENGTH:
+                del self.trail[next(iter(self.trail))]
+        return self.trail[self.position]
+
+    def weights(self) -> Tensor:
+        """All trainable parameters as one vector [n], on the CPU."""
+        if not self.parameters:
+            return torch.empty(0)
+        return torch.cat([p.detach().reshape(-1).cpu() for p in self.parameters.values()])
+
+    @torch.no_grad()
+    def set_weights(self, weights: Tensor) -> None:
+        """The inverse of `weights`. Raises ValueError when the length or dtype is another."""
+        own = self.weights_like()
+        if weights.shape != own.shape or weights.dtype != own.dtype:
+            raise ValueError(
+                f"expected {own.numel()} weights of {own.dtype}, got {weights.numel()} of "
+                f"{weights.dtype}"
+            )
+        start = 0
+        for parameter in self.parameters.values():
+            stop = start + parameter.numel()
+            parameter.detach().copy_(weights[start:stop].view(parameter.shape))
+            start = stop
+
+    def weights_like(self) -> Tensor:
+        """Shape and dtype of `weights`, without memory."""
+        dtypes = {parameter.dtype for parameter in self.parameters.values()}
+        return torch.empty(self.elements, dtype=next(iter(dtypes), None), device="meta")
+
+    def snapshot(self) -> Snapshot:
+        """A copy of this state."""
+        moments = self.optimizer.save(self.parameters)
+        return Snapshot(self.position, self.digest, self.updates, self.weights(), moments)
+
+    def restore(self, snapshot: Snapshot, step: int = 0) -> None:
+        """Become what the snapshot holds; ValueError when it is of another submodel."""
+        count, n = self.moments, self.elements
+        if snapshot.moments.numel() and snapshot.moments.shape != (count, n):
+            raise ValueError(
+                f"expected optimizer state [{count}, {n}], got {list(snapshot.moments.shape)}"
+            )
+        self.roll_back(snapshot)
+        self.position, self.digest, self._step = snapshot.position, snapshot.digest, step
+        self.trail = {}
+
+    def roll_back(self, snapshot: Snapshot) -> None:
+        """Undo updates that are in no ledger, made since a snapshot of this very position."""
+        self.set_weights(snapshot.weights)
+        self.optimizer.load(snapshot.moments, snapshot.updates, self.parameters)
+        self.updates = snapshot.updates
+
+    def arrive(self, position: int, digest: str, step: int) -> None:
+        """The weights as they are now belong to this ledger position."""
+        self.position, self.digest, self._step = position, digest, step
+        self.mark()

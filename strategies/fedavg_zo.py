@@ -1,0 +1,44 @@
+"""FedAvg-ZO: the clients of HO-SFL, their weights averaged as FedAvg does.
+
+The baseline that HO-SFL's aggregation of scalars is measured against. Steps 0 to 3 are those of
+strategies/ho_sfl.py (arXiv 2603.14773), but each client trains on its surrogate for E local
+zeroth-order steps and uploads the change of its trainable weights; the server averages the
+changes by numbers of examples (McMahan et al. 2017, Alg. 1) and sends the new weights down:
+
+    theta_c <- theta_c + sum_m w_m (theta_c,m - theta_c)
+
+With SGD and E = 1 the result is HO-SFL's, since averaging weights that moved along seeded
+directions is averaging scalars; it costs d_c values up and down instead of P. The local
+optimizer starts afresh in every step.
+"""
+
+import torch
+
+from hosl_flower.cohort import Cohort
+from hosl_flower.link.base import Link
+from hosl_flower.messages import LocalTrain
+from hosl_flower.session import Session
+from strategies.ho_sfl import HoSfl
+
+
+class FedAvgZo(HoSfl):
+    """Per step and client: activations up, their gradient down, trainable weights up and down.
+
+    Run-config keys: as HO-SFL's, but aggregation is always the weighted mean.
+    """
+
+    name = "fedavg-zo"
+    unused = ("turn-steps", "aggregation", "trim-fraction")
+    request = LocalTrain
+
+    def step(self, session: Session, link: Link, step: int) -> float:
+        """One step; the weighted loss of the clean forwards."""
+        cohort = Cohort(session, link, step, session.sample(step))
+        loss, replies = self.probe(session, cohort)
+        state = session.history.state
+        weights = state.weights()
+        moved = torch.zeros(weights.shape, dtype=torch.float64)
+        for m, share in zip(cohort.partitions, cohort.weights, strict=True):
+            moved.add_(replies.pop(m).change, alpha=share)
+        session.history.jump(step, weights.double().add_(moved).to(weights.dtype))
+        return loss

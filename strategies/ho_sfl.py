@@ -1,0 +1,134 @@
+"""HO-SFL: many zeroth-order clients, one first-order server, aggregation of scalars.
+
+Hybrid-order split federated learning, arXiv 2603.14773, https://arxiv.org/abs/2603.14773. One
+step, client parameters theta_c (the same on every client), server parameters theta_s:
+
+    0  the server draws K of the N clients; those that missed steps are brought up to date
+    1  each client m uploads clean activations z_m = f_c(x_m; theta_c), no graph
+    2  the server takes one step on theta_s by sum_m w_m L_m, L_m = loss(f_s(z_m), y_m), and
+       sends each client the gradient at the cut, lambda_m = dL_m / dz_m
+    3  each client probes its own half, forward passes only, with P seeded directions:
+       v_mp = <lambda_m, f_c(x_m; theta_c + eps s_p) - z_m> / (P eps)        (one-sided)
+       and uploads P scalars
+    4  v_p = sum_m w_m v_mp goes into the ledger; every client's optimizer takes the gradient
+       sum_p v_p s_p, the sampled ones now, the others when they are next asked
+
+lambda_m and the probes belong to the weights before step 2. lambda_m is the gradient of client
+m's own loss: its weight enters once, in 4. (The published code divides by K in 2 and in 4, which
+makes the client gradient K times too small.) No weights are ever sent.
+
+local-steps = E > 1: in 3 each client takes E local steps on its surrogate, lambda_m kept, and
+uploads E * P scalars; each local step is aggregated and entered on its own. client-seeds =
+per-client: every client has its own directions, and a step has K * P of them for the same
+number of forward passes; the ledger gets (seed, w_m v_mp).
+"""
+
+from typing import Any
+
+import torch
+
+from hosl_flower.aggregate import make_aggregate
+from hosl_flower.cohort import Cohort
+from hosl_flower.ledger import Entry
+from hosl_flower.link.base import Link
+from hosl_flower.messages import CutGradient, Forward
+from hosl_flower.perturb import derive_seed
+from hosl_flower.session import Session
+from hosl_flower.strategy import SplitStrategy
+from hosl_flower.zo import to_float32
+
+
+class HoSfl(SplitStrategy):
+    """Per step and client: activations up, their gradient down, E * P scalars up and down.
+
+    Run-config keys: num-clients (N), clients-per-step (K), min-clients, directions (P),
+    epsilon, perturbation, client-seeds, local-steps (E), aggregation, client-optimizer,
+    server-micro-batch, and all that HOSL has except turn-steps.
+    """
+
+    name = "ho-sfl"
+    unused: tuple[str, ...] = ("turn-steps",)
+    tolerates_absence = True
+    request: type[CutGradient] = CutGradient
+
+    def step(self, session: Session, link: Link, step: int) -> float:
+        """One step; the weighted loss of the clean forwards."""
+        cohort = Cohort(session, link, step, session.sample(step))
+        loss, replies = self.probe(session, cohort)
+
+        # 4: one ledger entry per local step
+        scalars = torch.stack([replies[m].scalars for m in cohort.partitions])  # [K, E, P]
+        session.history.commit(self.entries(session, cohort, scalars))
+        return loss
+
+    def probe(self, session: Session, cohort: Cohort) -> tuple[float, dict[int, Any]]:
+        """Phases 1 to 3: the loss, and what each client made of its cut gradient."""
+        config, step = session.config, cohort.step
+        batches = {m: session.next_batch(m) for m in cohort.partitions}
+
+        # 1: clean activations
+        clean = cohort.ask(lambda m: [Forward(**session.at(step, m), batch=batches[m])])
+        clients, weights = list(cohort.partitions), cohort.weights
+
+        # 2: one step of the server on all clients' activations
+        losses, gradients = session.server.train_jointly(
+            [clean.pop(m)[0] for m in clients], weights, config.server_micro_batch
+        )
+        cut = dict(zip(clients, gradients, strict=True))
+
+        # 3: each client probes <lambda, f_c>
+        def request(m: int) -> list[CutGradient]:
+            gradient, scale = session.to_wire_dtype(cut.pop(m))
+            return [
+                self.request(
+                    **session.at(step, m),
+                    batch=batches[m],
+                    directions=config.directions,
+                    seeds=tuple(s for own in self.seeds(session, step, m) for s in own),
+                    epsilon=config.epsilon,
+                    learning_rate=config.client_learning_rate,
+                    gradient=gradient,
+                    scale=scale,
+                )
+            ]
+
+        replies = {m: own[0] for m, own in cohort.ask(request).items()}
+        return sum(w * x for w, x in zip(weights, losses, strict=True)), replies
+
+    def seeds(self, session: Session, step: int, partition: int) -> list[list[int]]:
+        """Seeds [E][P] of a client's local steps."""
+        config = session.config
+        own = () if config.client_seeds == "shared" else (partition,)
+        return [
+            [
+                derive_seed(config.seed, "direction", step, e, p, *own)
+                for p in range(config.directions)
+            ]
+            for e in range(config.local_steps)
+        ]
+
+    def entries(self, session: Session, cohort: Cohort, scalars: torch.Tensor) -> list[Entry]:
+        """Ledger entries [E] of the clients' scalars [K, E, P]."""
+        config, step, weights = session.config, cohort.step, cohort.weights
+        seeds = {m: self.seeds(session, step, m) for m in cohort.partitions}
+        aggregate = make_aggregate(config.aggregation, config.trim_fraction)
+        entries = []
+        for e in range(config.local_steps):
+            own = scalars[:, e]  # [K, P]
+            if config.client_seeds == "shared":
+                directions = seeds[cohort.partitions[0]][e]
+                values = aggregate(own, weights)
+            else:
+                directions = [seed for m in cohort.partitions for seed in seeds[m][e]]
+                # the mean of K vectors along different directions is one longer list
+                shares = (
+                    weights if config.aggregation == "weighted-mean" else [1 / len(own)] * len(own)
+                )
+                values = (own.double() * torch.tensor(shares).double().unsqueeze(1)).reshape(-1)
+            rounded = tuple(map(to_float32, values.tolist()))
+            entries.append(Entry(step, tuple(directions), rounded, config.client_learning_rate))
+        return entries
+
+    def activations_per_step(self) -> tuple[int, int]:
+        """K up, K cut gradients of the same size down."""
+        return self.config.sampled_clients, self.config.sampled_clients

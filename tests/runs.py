@@ -1,0 +1,50 @@
+"""Whole runs in process: reviews a tiny OPT can be trained on, and a factory of finished runs."""
+
+import csv
+import json
+
+from hosl_flower.config import parse_config
+from hosl_flower.perturb import permutation
+
+PROMPT = "{text} It was"
+WORDS = {0: ["awful", "dull", "bad", "boring"], 1: ["lovely", "great", "fine", "superb"]}
+
+
+def write_reviews(directory, train=40, held_out=24):
+    directory.mkdir(exist_ok=True)
+    for name, count, salt in (("train", train, 0), ("validation", held_out, 1)):
+        with (directory / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "label"])
+            for i, k in enumerate(permutation(count, salt)):
+                word = WORDS[i % 2][k % 4]
+                writer.writerow([f"a {word} film, number {k} of {i * 'very '}many", i % 2])
+    return directory
+
+
+def run_factory(strategy, tiny_opt, tmp_path, **own):
+    """make(**config) -> (results, run directory, config); own: defaults of this factory."""
+    model, _ = tiny_opt(vocab_size=50272, max_position_embeddings=128)
+    data = write_reviews(tmp_path / "reviews")
+    defaults = {
+        "model": str(model), "data-path": str(data), "task": "reviews", "prompt": PROMPT,
+        "verbalizers": "terrible,great", "cut-layer": 2, "steps": 4, "eval-every": 2,
+        "batch-size": 5, "eval-batch-size": 7, "directions": 2, "max-length": 100,
+        "client-learning-rate": 1e-3, "server-learning-rate": 1e-2, "threads": 1, "seed": 3,
+        "output-dir": str(tmp_path / "runs"), "device": "cpu", **own,
+    }  # fmt: skip
+
+    def run(method=strategy, **changes):
+        keys = {key.replace("_", "-"): value for key, value in changes.items()}
+        name = f"run{len(list(tmp_path.glob('runs/*')))}"
+        config = parse_config({**defaults, "run-name": name, **keys})
+        results = method(config).run_in_process()
+        return results, tmp_path / "runs" / name, config
+
+    return run
+
+
+def metrics(directory):
+    """What a run measured, without the seconds."""
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]

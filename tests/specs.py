@@ -1,0 +1,33 @@
+"""A ClientSpec for tests: a tiny random model on the bundled data."""
+
+from typing import Any
+
+import torch
+
+from hosl_flower.client import new_state
+from hosl_flower.history import History
+from hosl_flower.spec import ClientSpec
+from hosl_flower.split import load_client, open_base
+from hosl_flower.tasks import TASKS
+
+_DEFAULTS: dict[str, Any] = {
+    "run": "r", "model": "random:opt-tiny", "cut_layer": 1, "dtype": "float32", "device": "cpu",
+    "threads": 1, "client_trainable": "blocks", "client_optimizer": "sgd", "lora_rank": 4,
+    "lora_alpha": 16.0, "lora_targets": "q_proj,v_proj", "perturbation": "rank1",
+    "task": TASKS["sms-spam"], "source": "bundled:sms_spam", "num_clients": 2,
+    "partitioner": "iid", "dirichlet_alpha": 0.5, "partition_column": "", "min_partition_size": 1,
+    "train_examples": 50, "eval_examples": 20, "batch_size": 3, "eval_batch_size": 8,
+    "max_length": 32, "seed": 0,
+}  # fmt: skip
+
+
+def client_spec(**changes: Any) -> ClientSpec:
+    """The defaults above with some fields changed."""
+    return ClientSpec(**{**_DEFAULTS, **changes})
+
+
+def history_for(spec: ClientSpec) -> History:
+    """The server's record of a run that has not started."""
+    base = open_base(spec.model, spec.seed)
+    submodel = load_client(base, spec.cut_layer, torch.float32, "cpu", spec.lora)
+    return History(new_state(submodel, spec), spec.genesis)
