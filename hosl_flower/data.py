@@ -30,7 +30,8 @@ def load_source(
     training part, the partition column as text, if one is given.
 
     source: "hub:<repository>/<configuration>", "bundled:<folder>", or a local path. Without a
-    held-out part of its own, a fifth of the source, drawn with `seed`, is held out.
+    held-out part of its own, a fifth of the source, drawn with `seed`, is held out. A partition
+    column that is the label column too is the integer "label".
     """
     if source.startswith("hub:"):
         train, held_out = _from_hub(source.removeprefix("hub:"))
@@ -169,6 +170,7 @@ def _normalise(data: Dataset, task: Task, where: str, partition_column: str = ""
             f"{', '.join((*task.fields, task.label_column))}, the data has "
             f"{', '.join(data.column_names)} (set prompt and label-column)"
         )
+    _check_label_name(task, where, partition_column)
     if len(data) == 0:
         raise DataError(f"{where} has no examples")
     labels = [
@@ -180,8 +182,30 @@ def _normalise(data: Dataset, task: Task, where: str, partition_column: str = ""
         empty = next((row for row, text in enumerate(data[name], start=1) if text is None), None)
         if empty is not None:
             raise DataError(f"{where}, row {empty}: {name} is missing")
-    ids = {partition_column: list(map(str, data[partition_column]))} if partition_column else {}
+    ids = _ids(data, partition_column, where) if partition_column else {}
     return Dataset.from_dict({**ids, **columns, "label": labels})
+
+
+def _check_label_name(task: Task, where: str, partition_column: str) -> None:
+    """Parsed labels are kept as column "label": no other column of that name can be kept too."""
+    taken = partition_column == "label" and task.label_column != "label"
+    if taken or "label" in task.fields:
+        use = "partition-column" if taken else "prompt"
+        raise DataError(
+            f"{where}: column 'label' cannot be used by {use}, the labels of "
+            f"{task.label_column!r} are kept under that name; rename it in the data"
+        )
+
+
+def _ids(data: Dataset, column: str, where: str) -> dict[str, list[str]]:
+    """The partition column as text. A row that is nobody's would make one more client."""
+    ids = ["" if value is None else str(value) for value in data[column]]
+    if "" in ids:
+        raise DataError(
+            f"{where}, row {ids.index('') + 1}: {column} (partition-column) is missing; say "
+            "whose example it is, or remove the row"
+        )
+    return {column: ids}
 
 
 def take(data: Dataset, limit: int, seed: int) -> Dataset:

@@ -45,24 +45,50 @@ class Lora:
         return uniform.mul_(2).sub_(1).div_(math.sqrt(shape[1]))
 
 
-def attach(decoder: nn.Module, lora: Lora, side: str) -> None:
-    """Put adapters beside the decoder's target modules; all other parameters are frozen.
+def check_targets(decoder: nn.Module, lora: Lora) -> None:
+    """ConfigError unless every target names linear modules, and only such, of the whole decoder.
 
-    decoder: on the meta device, where peft's own initialisation draws nothing. side: "client"
-    or "server", for the ConfigError that is raised when no target is there.
+    Before the decoder is cut, so that a module of one side only, such as OPT-350M's project_in,
+    may be a target. peft itself ignores a misspelt target beside a good one, and adapts
+    embeddings too, whose adapters have other names, shapes and merging than ours.
     """
-    from peft import inject_adapter_in_model
+    linear = _linear_names(decoder)
+    for target in lora.targets:
+        matches = [m for n, m in decoder.named_modules() if _matches(n, target)]
+        if not matches or not all(isinstance(module, nn.Linear) for module in matches):
+            raise ConfigError(
+                f"lora-targets = {','.join(lora.targets)!r}: {target!r} matches no linear module "
+                f"of this model; there are {', '.join(linear)}"
+            )
 
-    linear = {n.rpartition(".")[2] for n, m in decoder.named_modules() if isinstance(m, nn.Linear)}
-    if not linear & set(lora.targets):
-        there = (
-            f"it has {', '.join(sorted(linear))}" if linear else "it holds no blocks at this cut"
-        )
+
+def attach(decoder: nn.Module, lora: Lora, side: str) -> None:
+    """Put adapters beside the target modules of one side; all other parameters are frozen.
+
+    decoder: cut, and on the meta device, where peft's own initialisation draws nothing. side:
+    "client" or "server", for the ConfigError that is raised when no target is left there.
+    """
+    from peft import inject_adapter_in_model  # slow to import, and most runs need none
+
+    names = [n for n, _ in decoder.named_modules()]
+    if not any(_matches(name, target) for name in names for target in lora.targets):
         raise ConfigError(
-            f"lora-targets = {','.join(lora.targets)!r} matches no module of the {side} "
-            f"submodel; {there}"
+            f"lora-targets = {','.join(lora.targets)!r} matches no module of the {side} submodel, "
+            f"which at this cut-layer has {', '.join(_linear_names(decoder)) or 'no blocks'}; "
+            f"choose another cut-layer or {side}-trainable"
         )
     inject_adapter_in_model(_peft_config(lora), decoder, low_cpu_mem_usage=True)
+
+
+def _matches(name: str, target: str) -> bool:
+    """Whether a target means the module of this name: peft's rule."""
+    return name == target or name.endswith(f".{target}")
+
+
+def _linear_names(decoder: nn.Module) -> list[str]:
+    """Last parts of the names of the linear modules, each once."""
+    named = decoder.named_modules()
+    return sorted({n.rpartition(".")[2] for n, m in named if isinstance(m, nn.Linear)})
 
 
 def _peft_config(lora: Lora, **more: Any) -> Any:

@@ -4,6 +4,8 @@ All partitions of a run are made from one loaded source; a process that serves a
 clients loads it once and keeps only the partitions used last.
 """
 
+import contextlib
+import io
 import warnings
 from collections import Counter, OrderedDict
 
@@ -31,53 +33,75 @@ def shared_between_partitions(own: str) -> bool:
 
 
 def make_partitioner(train: Dataset, spec: ClientSpec) -> Partitioner:
-    """The partitioner of a run, with its training examples; DataError when they cannot be spread
-    over so many clients."""
-    of = spec.num_clients
-    if of > len(train):
+    """The partitioner of a run, with its training examples, already drawn.
+
+    iid: equal parts to within one example. dirichlet: see flwr-datasets; every client gets
+    min-partition-size or more. natural-id: client n holds the examples of the n-th id, in the
+    order of their text ("10" before "2"); ids beyond num-clients are not used.
+    DataError when the examples cannot be spread over so many clients.
+    """
+    if spec.num_clients > len(train):
         raise DataError(
-            f"{of} clients but only {len(train)} training examples: lower num-clients or raise "
-            "train-examples"
+            f"{spec.num_clients} clients but only {len(train)} training examples: lower "
+            "num-clients or raise train-examples"
         )
     seed = derive_seed(spec.seed, "partition")
-    if spec.partitioner == "iid":
-        partitioner: Partitioner = IidPartitioner(num_partitions=of)
-        partitioner.dataset = train.select(permutation(len(train), seed))
-        return partitioner
     if spec.partitioner == "dirichlet":
-        partitioner = DirichletPartitioner(
-            num_partitions=of,
-            partition_by="label",
-            alpha=float(spec.dirichlet_alpha),
-            min_partition_size=spec.min_partition_size,
-            self_balancing=False,
-            seed=seed % 2**32,
+        return _dirichlet(train, spec, seed)
+    if spec.partitioner == "natural-id":
+        return _natural_id(train, spec)
+    partitioner = IidPartitioner(num_partitions=spec.num_clients)
+    partitioner.dataset = train.select(permutation(len(train), seed))
+    return partitioner
+
+
+def _dirichlet(train: Dataset, spec: ClientSpec, seed: int) -> Partitioner:
+    clients, least = spec.num_clients, spec.min_partition_size
+    if clients * least > len(train):
+        raise DataError(
+            f"{clients} clients with min-partition-size = {least} need {clients * least} training "
+            f"examples, there are {len(train)}; lower num-clients or min-partition-size"
         )
-        partitioner.dataset = train
-        _check_dirichlet(partitioner, train, spec)
-        return partitioner
+    partitioner = DirichletPartitioner(
+        num_partitions=clients,
+        partition_by="label",
+        alpha=float(spec.dirichlet_alpha),
+        min_partition_size=least,
+        self_balancing=False,
+        shuffle=True,
+        seed=seed % 2**32,
+    )
+    partitioner.dataset = train
+    try:
+        _draw(partitioner)
+    except ValueError as error:  # after eleven draws; it does not say how far off they were
+        raise DataError(
+            f"dirichlet-alpha = {spec.dirichlet_alpha:g} leaves one of {clients} clients "
+            f"with fewer than min-partition-size = {least} of {len(train)} "
+            "examples; raise dirichlet-alpha or lower num-clients or min-partition-size"
+        ) from error
+    return partitioner
+
+
+def _natural_id(train: Dataset, spec: ClientSpec) -> Partitioner:
     partitioner = NaturalIdPartitioner(partition_by=spec.partition_column)
     partitioner.dataset = train
-    if partitioner.num_partitions < of:
+    _draw(partitioner)
+    if partitioner.num_partitions < spec.num_clients:
         raise DataError(
-            f"num-clients = {of}, but column {spec.partition_column!r} names only "
-            f"{partitioner.num_partitions} of them; lower num-clients"
+            f"num-clients = {spec.num_clients}, but column {spec.partition_column!r} names only "
+            f"{partitioner.num_partitions} of them in {len(train)} training examples; lower "
+            "num-clients"
         )
     return partitioner
 
 
-def _check_dirichlet(partitioner: Partitioner, train: Dataset, spec: ClientSpec) -> None:
-    """Draw the partition; flwr-datasets tries eleven times to reach the least size."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it warns at every try
-            assert partitioner.num_partitions == spec.num_clients
-    except ValueError as error:
-        raise DataError(
-            f"dirichlet-alpha = {spec.dirichlet_alpha:g} leaves one of {spec.num_clients} clients "
-            f"with fewer than min-partition-size = {spec.min_partition_size} of {len(train)} "
-            "examples; raise dirichlet-alpha or lower num-clients or min-partition-size"
-        ) from error
+def _draw(partitioner: Partitioner) -> None:
+    """Have the examples spread now, not at the first client's request, and without the progress
+    bars and the warning per draw that would fill the log of every worker."""
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        partitioner.load_partition(0)
 
 
 class ClientData:
@@ -153,7 +177,8 @@ class DataPool:
 
     def _partition(self, number: int) -> ClientData:
         if self._shared is None:
-            train, held_out = self._load(self.spec.source)
+            column = self.spec.partition_column if self.spec.partitioner == "natural-id" else ""
+            train, held_out = self._load(self.spec.source, column)
             self._shared = make_partitioner(train, self.spec), held_out
         partitioner, held_out = self._shared
         return self._made(number, partitioner.load_partition(number), held_out)
@@ -168,10 +193,9 @@ class DataPool:
             self._served = number
         return self._made(number, *self._load(self.own.replace(PLACEHOLDER, str(number))))
 
-    def _load(self, source: str) -> tuple[Dataset, Dataset]:
+    def _load(self, source: str, partition_column: str = "") -> tuple[Dataset, Dataset]:
         spec = self.spec
-        column = spec.partition_column if spec.partitioner == "natural-id" else ""
-        train, held_out = load_source(source, spec.task, spec.seed, column)
+        train, held_out = load_source(source, spec.task, spec.seed, partition_column)
         train = take(train, spec.train_examples, derive_seed(spec.seed, "train-examples"))
         held_out = take(held_out, spec.eval_examples, derive_seed(spec.seed, "eval-examples"))
         return train, by_length(held_out, self.encoder)

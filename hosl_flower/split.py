@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from hosl_flower import hub
 from hosl_flower.errors import CheckpointError, ConfigError, first_line
 from hosl_flower.families import Family, architecture, family_of
-from hosl_flower.lora import Lora, attach, is_adapter, merged
+from hosl_flower.lora import Lora, attach, check_targets, is_adapter, merged
 from hosl_flower.lora import canonical as lora_canonical
 from hosl_flower.weights import Checkpoint, RandomWeights, WeightSource
 
@@ -145,7 +145,9 @@ def check_cut(config: PretrainedConfig, cut: int) -> None:
         )
 
 
-def _skeleton(config: PretrainedConfig, cut: int) -> tuple[nn.Module, nn.Module, Family]:
+def _skeleton(
+    config: PretrainedConfig, cut: int, lora: Lora | None = None
+) -> tuple[nn.Module, nn.Module, Family]:
     """(causal LM, its decoder, family) without memory: every tensor on the meta device."""
     check_cut(config, cut)
     try:
@@ -157,12 +159,15 @@ def _skeleton(config: PretrainedConfig, cut: int) -> tuple[nn.Module, nn.Module,
             f"model: {first_line(error)}"
         ) from error
     family = family_of(config)
-    return model, family.decoder(model), family
+    decoder = family.decoder(model)
+    if lora is not None:
+        check_targets(decoder, lora)
+    return model, decoder, family
 
 
 def client_skeleton(config: PretrainedConfig, cut: int, lora: Lora | None = None) -> ClientSubmodel:
     """The client submodel on the meta device: names and shapes, no memory."""
-    _, decoder, family = _skeleton(config, cut)
+    _, decoder, family = _skeleton(config, cut, lora)
     family.keep_client(decoder, cut)
     if lora is not None:
         attach(decoder, lora, "client")
@@ -171,13 +176,14 @@ def client_skeleton(config: PretrainedConfig, cut: int, lora: Lora | None = None
 
 def server_skeleton(config: PretrainedConfig, cut: int, lora: Lora | None = None) -> ServerSubmodel:
     """The server submodel on the meta device, with a head of its own."""
-    model, decoder, family = _skeleton(config, cut)
+    model, decoder, family = _skeleton(config, cut, lora)
     family.keep_server(decoder, cut)
     if lora is not None:
         attach(decoder, lora, "server")
     head: Any = model.lm_head
     with torch.device("meta"):  # a fresh parameter: the old one may be the embedding's
-        head.weight = nn.Parameter(torch.empty(head.weight.shape))
+        own = torch.empty(head.weight.shape)
+        head.weight = nn.Parameter(own, requires_grad=lora is None)
     return ServerSubmodel(decoder, head, family, lora)
 
 
@@ -213,7 +219,8 @@ def _materialise(submodel: Submodel, base: Base, dtype: torch.dtype, device: str
             value = torch.empty(empty.shape, dtype=dtype, device=device)
             value.copy_(base.source.read(stored, empty.shape))
         owner, _, attribute = name.rpartition(".")
-        setattr(submodel.get_submodule(owner), attribute, nn.Parameter(value))
+        parameter = nn.Parameter(value, requires_grad=empty.requires_grad)  # frozen under LoRA
+        setattr(submodel.get_submodule(owner), attribute, parameter)
 
 
 def _embedding_name(config: PretrainedConfig) -> str:

@@ -18,7 +18,7 @@ def write_reviews(directory, train=40, held_out=24):
             writer.writerow(["text", "label"])
             for i, k in enumerate(permutation(count, salt)):
                 word = WORDS[i % 2][k % 4]
-                writer.writerow([f"a {word} film, number {k} of {i * 'very '}many", i % 2])
+                writer.writerow([f"a {word} film, number {k} of {i % 40 * 'very '}many", i % 2])
     return directory
 
 

@@ -1,6 +1,7 @@
 """data.py: every file format, labels and splits."""
 
 import json
+from dataclasses import replace
 
 import datasets
 import pandas
@@ -198,3 +199,24 @@ def test_a_partition_column_may_be_the_text_or_the_label(tmp_path):
     for column in ("text", "label"):
         train, _ = load_source(str(path), TASK, 0, column)
         assert set(train["label"]) <= {0, 1}
+
+
+def test_a_second_column_called_label_is_refused(tmp_path):
+    path = tmp_path / "d.csv"
+    path.write_text("text,Label,label\na,0,p\nb,1,q\nc,0,p\n")
+    assert len(load_source(str(path), replace(TASK, label_column="Label"), 0)[0]) == 2
+    for task, column, use in [
+        (replace(TASK, label_column="Label"), "label", "partition-column"),
+        (replace(TASK, label_column="Label", prompt="{label} {text}"), "", "prompt"),
+    ]:
+        with pytest.raises(DataError, match=f"'label' cannot be used by {use}.*'Label'.*rename"):
+            load_source(str(path), task, 0, column)
+
+
+@pytest.mark.parametrize("nobody", ["null", '""'])
+def test_an_example_of_nobody_is_refused(tmp_path, nobody):
+    path = tmp_path / "d.jsonl"
+    rows = [f'{{"text": "a", "label": 1, "who": {who}}}' for who in ("7", nobody, "8")]
+    path.write_text("\n".join(rows).replace("7", '"7"').replace("8", '"8"'))
+    with pytest.raises(DataError, match=r"row 2: who \(partition-column\) is missing"):
+        load_source(str(path), TASK, 0, "who")

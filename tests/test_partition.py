@@ -86,6 +86,15 @@ def test_natural_ids_are_whole_and_in_order():
     assert [set(share["who"]) for share in own] == [{"person 0"}, {"person 1"}]
 
 
+@pytest.mark.parametrize("partitioner", ["dirichlet", "natural-id"])
+def test_drawing_prints_nothing(capfd, partitioner):
+    data = numbered(80, who=[f"person {i % 4}" for i in range(80)]).select(range(0, 80, 2))
+    # 15 of 40 for each of 2 clients: some draws fail, and flwr-datasets warns of each
+    settings = {"dirichlet_alpha": 1.0, "min_partition_size": 15, "partition_column": "who"}
+    shares(data, num_clients=2, partitioner=partitioner, **settings)
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
@@ -95,12 +104,16 @@ def test_natural_ids_are_whole_and_in_order():
             r"alpha = 0.01 leaves one of 30 clients with fewer than min-partition-size = 1",
         ),
         (
+            {"num_clients": 5, "partitioner": "dirichlet", "min_partition_size": 8},
+            r"min-partition-size = 8 of 40 examples; raise dirichlet-alpha or lower num-clients",
+        ),
+        (
             {"num_clients": 5, "partitioner": "dirichlet", "min_partition_size": 9},
-            r"min-partition-size = 9 of 40 examples; raise dirichlet-alpha or lower num-clients",
+            r"5 clients with min-partition-size = 9 need 45 training examples, there are 40; lower",
         ),
         (
             {"num_clients": 5, "partitioner": "natural-id", "partition_column": "who"},
-            r"num-clients = 5, but column 'who' names only 4 of them",
+            r"num-clients = 5, but column 'who' names only 4 of them in 40 training",
         ),
     ],
 )
@@ -147,6 +160,24 @@ def test_a_file_for_each_client_of_a_node(tmp_path, encoder):
     assert not shared_between_partitions(path)
     pool = DataPool(spec, encoder, path)
     assert [len(pool.client(n).train) for n in range(3)] == [8, 16, 24]
+
+
+def test_a_file_of_its_own_needs_no_partition_column(tmp_path, encoder):
+    numbered(10).to_csv(tmp_path / "own.csv")
+    settings = {"partitioner": "natural-id", "partition_column": "who", "train_examples": 0}
+    pool = DataPool(client_spec(task=TASK, **settings), encoder, str(tmp_path / "own.csv"))
+    assert len(pool.client(1).train) == 8
+
+
+def test_natural_ids_are_read_from_the_source(tmp_path, encoder):
+    source = str(tmp_path / "all.csv")
+    numbered(40, **WHO).to_csv(source)
+    settings = {"partitioner": "natural-id", "partition_column": "who", "num_clients": 4}
+    spec = client_spec(task=TASK, source=source, train_examples=0, **settings)
+    pool = DataPool(spec, encoder)
+    clients = [pool.client(n) for n in range(4)]
+    assert [set(client.train["who"]) for client in clients] == [{f"person {n}"} for n in range(4)]
+    assert sum(len(client.train) for client in clients) == 32
 
 
 def test_one_file_is_not_quietly_given_to_two_clients(tmp_path, encoder):

@@ -65,7 +65,7 @@ class GridLink(Link):
         for node, parts in exchanges.items():
             exchange = _NodeExchange(self, node, parts, answers.get(node))
             streams |= {partition: exchange.read(partition) for partition in by_node[node]}
-        return streams
+        return {partition: streams[partition] for partition in requests}
 
     def _absent(self, partition: int) -> Iterator[Reply]:
         raise AbsentError(f"client {partition}: its SuperNode is not connected")

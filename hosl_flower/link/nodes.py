@@ -71,7 +71,8 @@ class Nodes:
         while not self.complete:
             self.refresh()
             waited = time.monotonic() - started
-            starting = self._asked and len(self._seen) >= self.count  # there, but still loading
+            enough = not self._known or len(self._seen) >= self.count
+            starting = self._asked and enough  # there, but still loading
             if waited > (self.deadline if starting else seconds):
                 break
             time.sleep(_POLL_SECONDS)

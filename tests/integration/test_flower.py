@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+from reference_ho_sfl import ho_sfl
+from runs import PROMPT, write_reviews
 
 from hosl_flower.cli import read_app_config
 from hosl_flower.server_app import load_strategy
@@ -81,6 +83,48 @@ def test_flower_and_in_process_give_the_same_bits(tmp_path):
     assert descendants() == []
 
 
+def test_ten_clients_a_hundred_steps_over_flower_in_process_and_in_the_reference(
+    tmp_path, tiny_opt
+):
+    model, _ = tiny_opt(vocab_size=50272, max_position_embeddings=128)
+    data = write_reviews(tmp_path / "reviews", train=120)
+    common = {
+        "strategy": "strategies.ho_sfl:HoSfl", "model": model, "data_path": data, "task": "reviews",
+        "prompt": PROMPT, "verbalizers": "terrible,great", "cut_layer": 2, "steps": 100,
+        "eval_every": 50, "eval_examples": 0, "num_clients": 10, "clients_per_step": 3,
+        "batch_size": 5, "directions": 2, "client_trainable": "lora", "server_trainable": "lora",
+        "lora_rank": 2, "client_learning_rate": 1e-2, "server_learning_rate": 1e-2,
+        "server_optimizer": "sgd", "max_length": 100, "threads": 1, "seed": 3,
+        "output_dir": tmp_path,
+    }  # fmt: skip
+    code, output = simulate(QUICK, *keys(**common, run_name="flower"))  # 2 SuperNodes, as typed
+    assert code == 0, output
+    arguments = keys(**common, run_name="plain")[1::2]
+    load_strategy(read_app_config(QUICK, arguments)).run_in_process()
+
+    assert history(tmp_path / "flower") == history(tmp_path / "plain")
+    over_flower, plain = (
+        json.loads((tmp_path / name / "results.json").read_text()) for name in ("flower", "plain")
+    )
+    for same in ("loss", "fingerprint", "ledger_digest", "bytes_down", "clients"):
+        assert over_flower[same] == plain[same], same
+    assert over_flower["clients"]["fingerprint_checked"] == list(range(10))
+    assert "10 client(s) on 2 SuperNode(s), up to 5 clients on each" in output
+    assert (tmp_path / "flower" / "partition.png").is_file()
+
+    losses, _, accuracy, _, _ = ho_sfl(
+        model, data, 2, PROMPT, ["terrible", "great"],
+        {
+            "steps": 100, "batch": 5, "clients": 10, "sampled": 3, "directions": 2,
+            "epsilon": 1e-3, "lr": 1e-2, "optimizer": "sgd", "lora": True, "rank": 2,
+            "alpha": 16.0, "seed": 3, "kind": "rank1",
+        },
+    )  # fmt: skip
+    ours = [row["train_loss"] for row in history(tmp_path / "flower") if "train_loss" in row]
+    assert ours == pytest.approx(losses, rel=2e-3)
+    assert over_flower["accuracy"] == accuracy
+
+
 def test_the_main_simulation_falls_back_loudly_without_a_hub(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))  # nothing cached
@@ -97,7 +141,8 @@ def test_the_main_simulation_falls_back_loudly_without_a_hub(tmp_path, monkeypat
 
 
 def test_a_failed_run_fails_with_the_reason_and_leaves_nothing(tmp_path):
-    arguments = keys(num_clients=3, nodes_deadline=1.0, output_dir=tmp_path / "out")
+    arguments = keys(num_clients=3, clients_per_node=1, nodes_deadline=1.0)
+    arguments += keys(output_dir=tmp_path / "out")
     code, output = simulate(QUICK, *arguments)
     assert code == 1
     assert "num-clients = 3 needs 3 SuperNodes, 2 are connected" in output

@@ -61,7 +61,7 @@ class ProcessGrid(LocalGrid):
             process.join()
         try:
             return pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             del self.workers[node]
             return Message(Error(code=2, reason="the ClientApp was killed"), reply_to=message)
 
