@@ -41,10 +41,12 @@ def simulate(
 ) -> None:
     """`flwr run` with a SuperLink of its own: fails when the run failed, leaves nothing behind."""
     from hosl_flower.local_flower import run_flower_app
+    from hosl_flower.server_app import load_strategy
 
     try:
         overrides = dict(map(_key_value, config or []))
         checked = read_app_config(app, config or [])
+        load_strategy(checked)  # what it refuses, it refuses before anything is started
         results = run_flower_app(app, overrides, federation, Path(checked.output_dir))
     except HoslError as error:
         _fail(error)

@@ -81,8 +81,6 @@ def private_superlink() -> Iterator[dict[str, str]]:
         "FLWR_TELEMETRY_ENABLED": os.environ.get("FLWR_TELEMETRY_ENABLED", "0"),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-        # server and clients compute in turns: whoever waits must not spin on the cores
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
     }
     if len(str(home)) < 40:  # Ray puts sockets there, whose paths may have 107 characters
         environment["RAY_TMPDIR"] = str(home)

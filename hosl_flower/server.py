@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hosl_flower.errors import DivergedError
+from hosl_flower.errors import ConfigError, DivergedError
 from hosl_flower.messages import Activations
 from hosl_flower.split import HEAD, ServerSubmodel, trainable_parameters
 
@@ -79,7 +79,8 @@ class Server:
     """The server submodel and its optimizer.
 
     verbalizer_ids: token ids of the answer words, by label. optimizer: "sgd" or "adamw".
-    trainable: "full", "blocks" or "lora", see split.trainable_parameters.
+    trainable: "full", "blocks" or "lora", see split.trainable_parameters. Raises ConfigError when
+    that is nothing.
     """
 
     def __init__(
@@ -102,6 +103,11 @@ class Server:
         for parameter in trained.values():
             parameter.requires_grad_(True)
         own = [*trained.values()] + ([self.answer_rows] if trainable == "full" else [])
+        if not own:
+            raise ConfigError(
+                f"server-trainable = {trainable} leaves the server nothing to train at this cut: "
+                "it has no blocks; lower cut-layer or use full"
+            )
         self.optimizer: torch.optim.Optimizer
         if optimizer == "sgd":
             self.optimizer = torch.optim.SGD(own, lr=learning_rate)

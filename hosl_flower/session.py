@@ -11,7 +11,7 @@ from torch import Tensor
 from hosl_flower.checks import Limits
 from hosl_flower.client import new_state
 from hosl_flower.config import RunConfig
-from hosl_flower.errors import CheckpointError
+from hosl_flower.errors import CheckpointError, ConfigError
 from hosl_flower.history import History
 from hosl_flower.messages import Described
 from hosl_flower.perturb import derive_seed, permutation
@@ -161,6 +161,16 @@ def open_session(config: RunConfig, run: str, required_clients: int) -> Session:
         config.server_learning_rate,
         config.server_trainable,
     )
+    if config.save_format == "adapters" and not base.pretrained:
+        raise ConfigError(
+            f"save-format = adapters needs a base model that can be loaded again, {spec.model} has "
+            "random weights; use merged"
+        )
     # only the trainable parameters outlive this line: the rest of the submodel is let go
     history = History(new_state(_load_client(base, spec), spec), spec.genesis)
+    if not history.state.elements:
+        raise ConfigError(
+            f"client-trainable = {config.client_trainable} leaves the client nothing to train at "
+            f"cut-layer = {spec.cut_layer}"
+        )
     return Session(config, spec, resolved.notice, base, encoder, server, history, required_clients)

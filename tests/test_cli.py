@@ -60,6 +60,21 @@ def test_mistakes_are_one_line_and_no_traceback(arguments, complaint):
     assert isinstance(done.exception, SystemExit), "no traceback"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["-c", "steps=0"], "steps = 0"),
+        (["-c", "local-steps=2"], "hosl does not use local-steps"),
+        (["-c", "strategy=strategies.nope:Nope"], "cannot be loaded"),
+    ],
+)
+def test_simulate_refuses_mistakes_before_it_starts_anything(arguments, complaint, monkeypatch):
+    monkeypatch.setattr("hosl_flower.local_flower.private_superlink", None)
+    done = CliRunner().invoke(cli, ["simulate", QUICKSTART, *arguments])
+    assert done.exit_code == 1
+    assert complaint in " ".join(done.stderr.split())
+
+
 def test_a_directory_that_is_no_app_is_refused():
     done = CliRunner().invoke(cli, ["run", str(ROOT / "docs")])
     assert done.exit_code == 1

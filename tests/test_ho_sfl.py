@@ -20,7 +20,7 @@ KEYS = {
     "num-clients": 7, "clients-per-step": 3, "client-trainable": "blocks", "perturbation": "signs",
     "client-learning-rate": 1e-2, "server-learning-rate": 1e-2,
 }  # fmt: skip
-LORA = {"client-trainable": "lora", "server-trainable": "lora", "lora-rank": 2}
+LORA = {"client_trainable": "lora", "server_trainable": "lora", "lora_rank": 2}
 
 
 @pytest.fixture
@@ -293,6 +293,12 @@ def test_drift_is_found_at_the_next_evaluation_and_names_the_step(make, monkeypa
         ({"client_trainable": "lora", "lora_targets": "nothing"}, "nothing"),
         ({"server_trainable": "lora", "lora_targets": "nothing"}, "nothing"),
         ({"save_format": "adapters"}, "save-format = adapters needs"),
+        ({"client_trainable": "blocks", "cut_layer": 0}, "leaves the client nothing to train"),
+        ({"server_trainable": "blocks", "cut_layer": 3}, "leaves the server nothing to train"),
+        (
+            {**LORA, "save_format": "adapters", "model": "random:opt-tiny", "cut_layer": 1},
+            "random weights; use merged",
+        ),
         ({"turn_steps": 2}, "ho-sfl does not use turn-steps"),
     ],
 )
