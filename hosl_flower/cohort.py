@@ -4,9 +4,11 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from hosl_flower.errors import ClientError, ProtocolError
+from torch import Tensor
+
+from hosl_flower.errors import ClientError, ProtocolError, UnusableBatchError
 from hosl_flower.link.base import Link
-from hosl_flower.messages import Describe, Described, Request
+from hosl_flower.messages import Activations, Describe, Described, Request
 from hosl_flower.session import Drop, Session
 
 log = logging.getLogger("hosl_flower")
@@ -53,6 +55,28 @@ class Cohort:
         """Share of each remaining client, by its number of training examples; they sum to 1."""
         examples = [self.session.clients[p].train_examples for p in self.partitions]
         return [count / sum(examples) for count in examples]
+
+    def train_server(self, clean: dict[int, Activations]) -> tuple[float, dict[int, Tensor]]:
+        """One step of the server on the clients' activations, weighted: the loss before it, and
+        each client's own cut gradient. A client whose batch gives no finite logits is dropped;
+        when it is everybody's, training has diverged. Empties `clean`."""
+        server, micro_batch = self.session.server, self.session.config.server_micro_batch
+        while True:
+            clients, weights = list(self.partitions), self.weights
+            try:
+                losses, gradients = server.train_jointly(
+                    [clean[m] for m in clients], weights, micro_batch
+                )
+            except UnusableBatchError as error:
+                if len(error.indices) == len(clients):
+                    raise
+                for index in error.indices:
+                    self._drop(clients[index], ClientError("its activations give no finite logits"))
+                self._check_enough()
+                continue
+            clean.clear()
+            loss = sum(w * x for w, x in zip(weights, losses, strict=True))
+            return loss, dict(zip(clients, gradients, strict=True))
 
     def _drop(self, partition: int, error: Exception) -> None:
         self.partitions.remove(partition)

@@ -45,3 +45,14 @@ class DriftError(HoslError):
 
 class DivergedError(HoslError):
     """Training left the finite numbers."""
+
+
+class UnusableBatchError(DivergedError):
+    """Some of the mini-batches given together lead out of the finite numbers.
+
+    indices: which.
+    """
+
+    def __init__(self, message: str, indices: list[int]):
+        super().__init__(message)
+        self.indices = indices

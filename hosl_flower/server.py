@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hosl_flower.errors import ConfigError, DivergedError
+from hosl_flower.errors import ConfigError, DivergedError, UnusableBatchError
 from hosl_flower.messages import Activations
 from hosl_flower.split import HEAD, ServerSubmodel, trainable_parameters
 
@@ -65,6 +65,12 @@ class Score:
     def majority(self) -> float:
         """Accuracy of always answering the most frequent label."""
         return float(self.confusion.sum(1).max()) / self.examples
+
+
+_DIVERGED = (
+    "the server's logits are not finite, training has diverged; lower server-learning-rate or "
+    "client-learning-rate"
+)
 
 
 class Piece(NamedTuple):
@@ -119,15 +125,14 @@ class Server:
 
         Raises DivergedError when they are not finite.
         """
-        h = activations.to(self.device, torch.float32)
-        mask = mask.to(self.device, torch.int64)
-        logits = self.submodel.answer_logits(h, mask, self.answer_rows)
+        logits = self._raw_logits(activations, mask)
         if not torch.isfinite(logits).all():
-            raise DivergedError(
-                "the server's logits are not finite, training has diverged; lower "
-                "server-learning-rate or client-learning-rate"
-            )
+            raise DivergedError(_DIVERGED)
         return logits
+
+    def _raw_logits(self, activations: Tensor, mask: Tensor) -> Tensor:
+        h = activations.to(self.device, torch.float32)
+        return self.submodel.answer_logits(h, mask.to(self.device, torch.int64), self.answer_rows)
 
     @torch.no_grad()
     def loss(self, batch: Activations) -> float:
@@ -151,7 +156,8 @@ class Server:
 
         Returns the losses [K] before it and, where asked for, the cut gradients lambda_m =
         d loss_m / d activations_m, float32 [B, S, H] on the CPU: each client's own, without its
-        weight. At most `micro_batch` sequences (0: all) are propagated at a time.
+        weight. At most `micro_batch` sequences (0: all) are propagated at a time. Raises
+        UnusableBatchError, before anything is changed, for batches that give no finite logits.
         """
         self.optimizer.zero_grad(set_to_none=True)
         losses = [0.0] * len(batches)
@@ -161,7 +167,8 @@ class Server:
         for pieces in _micro_batches([len(b.labels) for b in batches], micro_batch):
             h, mask = _stack(batches, pieces)
             h = h.to(self.device, torch.float32).requires_grad_(cut_gradients)
-            logits = self._logits(h, mask)
+            logits = self._raw_logits(h, mask)
+            _check_usable(logits, pieces)
             total, row = torch.zeros((), device=self.device), 0
             for piece in pieces:
                 batch = batches[piece.client]
@@ -196,6 +203,13 @@ class Server:
     def trained_count(self) -> int:
         """Number of trained elements."""
         return sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
+
+
+def _check_usable(logits: Tensor, pieces: Sequence[Piece]) -> None:
+    finite = torch.isfinite(logits).all(1).split([p.stop - p.start for p in pieces])
+    bad = sorted({p.client for p, own in zip(pieces, finite, strict=True) if not own.all()})
+    if bad:
+        raise UnusableBatchError(_DIVERGED, bad)
 
 
 def _micro_batches(sizes: Sequence[int], limit: int) -> Iterator[list[Piece]]:

@@ -68,13 +68,9 @@ class HoSfl(SplitStrategy):
 
         # 1: clean activations
         clean = cohort.ask(lambda m: [Forward(**session.at(step, m), batch=batches[m])])
-        clients, weights = list(cohort.partitions), cohort.weights
 
         # 2: one step of the server on all clients' activations
-        losses, gradients = session.server.train_jointly(
-            [clean.pop(m)[0] for m in clients], weights, config.server_micro_batch
-        )
-        cut = dict(zip(clients, gradients, strict=True))
+        loss, cut = cohort.train_server({m: clean.pop(m)[0] for m in cohort.partitions})
 
         # 3: each client probes <lambda, f_c>
         def request(m: int) -> list[CutGradient]:
@@ -92,8 +88,7 @@ class HoSfl(SplitStrategy):
                 )
             ]
 
-        replies = {m: own[0] for m, own in cohort.ask(request).items()}
-        return sum(w * x for w, x in zip(weights, losses, strict=True)), replies
+        return loss, {m: own[0] for m, own in cohort.ask(request).items()}
 
     def seeds(self, session: Session, step: int, partition: int) -> list[list[int]]:
         """Seeds [E][P] of a client's local steps."""

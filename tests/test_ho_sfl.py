@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from hosl_flower.errors import ClientError, ConfigError, DriftError, ProtocolError
 from hosl_flower.ledger import Ledger
-from hosl_flower.messages import Failure, Scalars
+from hosl_flower.messages import Activations, Failure, Scalars
 from strategies.fedavg_zo import FedAvgZo
 from strategies.ho_sfl import HoSfl
 
@@ -223,6 +223,11 @@ def fails(step, partition, how):
     def change(own, request, reply):
         if own != partition or request.step != step or request.kind in ("evaluate", "fingerprint"):
             return reply
+        if how == "huge":
+            if isinstance(reply, Activations):
+                huge = torch.full_like(reply.activations, 3e38)
+                return Activations(**{**vars(reply), "activations": huge})
+            return reply
         if how == "garbage":
             return Scalars(
                 step=step, seconds=0.0, peak_bytes=0, scalars=torch.full((1, 2), float("nan"))
@@ -232,7 +237,7 @@ def fails(step, partition, how):
     return change
 
 
-@pytest.mark.parametrize("how", ["error", "garbage"])
+@pytest.mark.parametrize("how", ["error", "garbage", "huge"])
 def test_a_failing_client_is_left_out_and_the_weights_renormalised(make, monkeypatch, how, caplog):
     caplog.set_level("WARNING", logger="hosl_flower")
     _healthy, a, _config = make(num_clients=3, clients_per_step=3)
@@ -240,7 +245,7 @@ def test_a_failing_client_is_left_out_and_the_weights_renormalised(make, monkeyp
     results, b, _ = make(num_clients=3, clients_per_step=3, min_clients=2)
     (drop,) = results.clients["dropped"]
     assert (drop["step"], drop["partition"]) == (3, 1)
-    assert "client 1" in drop["reason"]
+    assert "client 1" in drop["reason"] or "no finite logits" in drop["reason"]
     rows = {row["step"]: row for row in metrics(b) if "train_loss" in row}
     assert list(rows[3]["dropped"]) == ["1"]
     assert "dropped" not in rows[2]
