@@ -4,12 +4,15 @@ Node config: partition-id (required), num-partitions, data-path, model-path and 
 node's own). `{partition}` in data-path stands for the client's number.
 """
 
+import sys
+
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from hosl_flower.client import Client
 from hosl_flower.errors import HoslError
-from hosl_flower.link.records import pack, unpack_requests
+from hosl_flower.link.dial import serve
+from hosl_flower.link.records import pack, unpack_invitation, unpack_requests
 from hosl_flower.messages import Failure
 from hosl_flower.partition import shared_between_partitions
 from hosl_flower.spec import ClientSpec, use_threads
@@ -28,7 +31,9 @@ def node(message: Message, context: Context) -> Message:
     config = context.node_config
     own = {key: config.get(key, -1) for key in ("partition-id", "num-partitions")}
     one_data = shared_between_partitions(str(config.get("data-path", "")))
-    record = ConfigRecord({**own, "one-data": one_data})
+    ray = sys.modules.get("ray")  # the simulation engine's workers, and nobody else, have it up
+    simulated = ray is not None and ray.is_initialized()
+    record = ConfigRecord({**own, "one-data": one_data, "simulated": simulated})
     return Message(RecordDict({"config": record}), reply_to=message)
 
 
@@ -43,6 +48,18 @@ def exchange(message: Message, context: Context) -> Message:
         text = f"{type(error).__name__}: {error}"
         content = pack([[Failure(step=0, seconds=0.0, peak_bytes=0, error=text[:4000])]])
     return Message(content, reply_to=message)
+
+
+@app.train("session")
+def session(message: Message, context: Context) -> Message:
+    """Answer over a stream until the server closes it; see link/stream.py."""
+    error = ""
+    try:
+        spec, invitation = unpack_invitation(message.content)
+        serve(invitation, _client(spec, context).answer)
+    except HoslError as problem:
+        error = f"{type(problem).__name__}: {problem}"[:4000]
+    return Message(RecordDict({"config": ConfigRecord({"error": error})}), reply_to=message)
 
 
 def _client(spec: ClientSpec, context: Context) -> Client:

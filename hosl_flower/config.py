@@ -171,6 +171,31 @@ class RunConfig(BaseModel):
         600.0, gt=0, description="seconds a client may take for one exchange"
     )
 
+    link: Literal["auto", "stream", "grid"] = Field(
+        "auto",
+        description="how requests travel: auto streams in simulation and where there is a "
+        "stream-endpoint, else Flower messages (grid)",
+    )
+    stream_endpoint: str = Field(
+        "", description="host:port of the ServerApp that SuperNodes dial; not for simulation"
+    )
+    stream_bind: str = Field(
+        "", description="host:port the ServerApp listens on; default: the endpoint's port"
+    )
+    stream_certificate: str = Field(
+        "", description="PEM file: certificate chain of the ServerApp's stream"
+    )
+    stream_key: str = Field("", description="PEM file: its private key")
+    stream_authority: str = Field(
+        "", description="PEM file: the CA clients trust; default: the certificate itself"
+    )
+    stream_insecure: bool = Field(
+        False, description="allow a stream without TLS beyond this machine"
+    )
+    stream_lifetime: float = Field(
+        604800.0, gt=0, description="seconds a stream session may last at most"
+    )
+
     @model_validator(mode="after")
     def _check_together(self) -> "RunConfig":
         if self.verbalizers and len(self.verbalizer_list) < 2:

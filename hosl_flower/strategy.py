@@ -15,9 +15,8 @@ from hosl_flower.client import Client
 from hosl_flower.config import RunConfig, parse_config
 from hosl_flower.errors import ConfigError, HoslError
 from hosl_flower.link.base import Link
-from hosl_flower.link.grid import GridLink
+from hosl_flower.link.choose import open_link
 from hosl_flower.link.inprocess import InProcessLink
-from hosl_flower.link.nodes import Nodes
 from hosl_flower.report import Report, Results, log
 from hosl_flower.session import Session, open_session
 from hosl_flower.training import train
@@ -65,14 +64,18 @@ class SplitStrategy(Strategy):
         report = Report(self.config)
         session = open_session(self.config, run, self.required_clients)
         self.summary()
-        config = self.config
-        nodes = Nodes(grid, config.num_clients, config.clients_per_node, config.reply_deadline)
-        nodes.wait(config.nodes_deadline, self.required_clients)
-        link = GridLink(
-            grid, session.spec, session.history, session.limits, config.reply_deadline, nodes
+        link = open_link(
+            grid,
+            self.config,
+            session.spec,
+            session.history,
+            session.limits,
+            self.required_clients,
         )
-        results = train(self, session, link, report)
-        return _flower_result(results)
+        try:
+            return _flower_result(train(self, session, link, report))
+        finally:
+            link.close()
 
     def run_in_process(self) -> Results:
         """The same run without Flower, clients called directly: same numbers, no network."""

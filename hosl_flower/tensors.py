@@ -25,7 +25,7 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def tensor_from_bytes(data: bytes, dtype: str, shape: tuple[int, ...]) -> Tensor:
+def tensor_from_bytes(data: bytes | memoryview, dtype: str, shape: tuple[int, ...]) -> Tensor:
     """A tensor in memory of its own; ProtocolError when bytes, dtype and shape do not fit.
 
     A copy, not a view of `data`: kernels may round differently on unaligned memory.

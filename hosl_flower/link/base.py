@@ -105,6 +105,9 @@ class Link(ABC):
         """Send with the client's next exchange: for requests whose answer is only a receipt."""
         self._outbox.setdefault(request.partition, []).append(request)
 
+    def close(self) -> None:  # noqa: B027  # most links hold nothing open
+        """Let go of everything held open; the link is not used again."""
+
     def flush(self) -> None:
         """Deliver everything posted."""
         for replies in self.exchange({partition: [] for partition in self._outbox}).values():

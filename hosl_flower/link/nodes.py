@@ -21,12 +21,14 @@ _POLL_SECONDS = 0.05
 @dataclass(frozen=True)
 class Node:
     """What a SuperNode says about itself. number: its partition-id; of: its num-partitions, 0
-    where it was given none; one_data_set: its data-path is one file for whatever it serves."""
+    where it was given none; one_data_set: its data-path is one file for whatever it serves;
+    simulated: it is a worker of Flower's simulation engine, which can serve any client."""
 
     id: int
     number: int
     of: int
     one_data_set: bool
+    simulated: bool
 
 
 class Nodes:
@@ -64,6 +66,15 @@ class Nodes:
     def complete(self) -> bool:
         """Whether every client has its node."""
         return all(number in self._known for number in range(self.count))
+
+    @property
+    def simulated(self) -> bool:
+        """Whether this is a simulation."""
+        return any(node.simulated for node in self._known.values())
+
+    def all(self) -> list[Node]:
+        """The nodes that are there and serve a client, by number."""
+        return [node for number, node in sorted(self._known.items()) if number < self.count]
 
     def wait(self, seconds: float, required: int) -> None:
         """Until every client has its node; after `seconds`, `required` clients are enough."""
@@ -168,5 +179,9 @@ def _read(node: int, answer: Message) -> Node:
             "--node-config 'partition-id=0' (its own number)"
         )
     return Node(
-        node, number, max(of, 0) if isinstance(of, int) else 0, bool(config.get("one-data"))
+        id=node,
+        number=number,
+        of=max(of, 0) if isinstance(of, int) else 0,
+        one_data_set=bool(config.get("one-data")),
+        simulated=bool(config.get("simulated")),
     )

@@ -15,6 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 from hosl_flower.errors import ProtocolError
+from hosl_flower.link.dial import Invitation
 from hosl_flower.messages import REPLIES, REQUESTS, Message, Reply, Request
 from hosl_flower.spec import ClientSpec
 from hosl_flower.tensors import dtype_name, raw_bytes, tensor_from_bytes
@@ -53,6 +54,21 @@ def unpack_requests(content: RecordDict) -> tuple[ClientSpec, list[list[Request]
     if not isinstance(spec, str):
         raise ProtocolError("requests came without a client spec")
     return ClientSpec.from_json(spec), _unpack(content, REQUESTS)
+
+
+def pack_invitation(invitation: Invitation, spec: ClientSpec) -> RecordDict:
+    """What opens a stream: where to dial, and what to know."""
+    own = ConfigRecord({"spec": spec.to_json(), "invitation": invitation.to_json()})
+    return RecordDict({"config": own})
+
+
+def unpack_invitation(content: RecordDict) -> tuple[ClientSpec, Invitation]:
+    """What a client received; ProtocolError when it is anything else."""
+    config = content.config_records.get("config", ConfigRecord())
+    spec, invitation = config.get("spec"), config.get("invitation")
+    if not isinstance(spec, str) or not isinstance(invitation, str):
+        raise ProtocolError("expected a client spec and an invitation")
+    return ClientSpec.from_json(spec), Invitation.from_json(invitation)
 
 
 def unpack_replies(content: RecordDict) -> list[list[Reply]]:

@@ -1,0 +1,122 @@
+"""Which link a run uses, and whether its stream is allowed to be open as it is configured."""
+
+import ipaddress
+from pathlib import Path
+
+from flwr.serverapp import Grid
+
+from hosl_flower.checks import Limits
+from hosl_flower.config import RunConfig
+from hosl_flower.errors import ConfigError
+from hosl_flower.history import History
+from hosl_flower.link.base import Link
+from hosl_flower.link.grid import GridLink
+from hosl_flower.link.nodes import Nodes
+from hosl_flower.link.stream import StreamLink
+from hosl_flower.spec import ClientSpec
+
+
+def open_link(
+    grid: Grid,
+    config: RunConfig,
+    spec: ClientSpec,
+    history: History,
+    limits: Limits,
+    required_clients: int,
+) -> Link:
+    """Find the nodes, then talk to them as the config says.
+
+    link = auto is a stream in simulation, and on real SuperNodes where there is a
+    stream-endpoint; Flower messages otherwise. Raises ConfigError for a stream that would cross
+    a network unencrypted without that being asked for.
+    """
+    check_stream(config)
+    nodes = Nodes(grid, config.num_clients, config.clients_per_node, config.reply_deadline)
+    nodes.wait(config.nodes_deadline, required_clients)
+    stream = config.link == "stream" or (
+        config.link == "auto" and (nodes.simulated or bool(config.stream_endpoint))
+    )
+    if not stream:
+        return GridLink(grid, spec, history, limits, config.reply_deadline, nodes)
+    if not nodes.simulated and not config.stream_endpoint:
+        raise ConfigError(
+            "link = stream needs stream-endpoint, the host:port of this ServerApp that "
+            "SuperNodes can dial"
+        )
+    certificate, authority = _certificates(config)
+    bind = config.stream_bind or _bind(config.stream_endpoint)
+    return StreamLink(
+        grid,
+        spec,
+        history,
+        limits,
+        config.reply_deadline,
+        nodes,
+        lifetime=config.stream_lifetime,
+        endpoint=config.stream_endpoint,
+        bind=bind,
+        certificate=certificate,
+        authority=authority,
+    )
+
+
+def check_stream(config: RunConfig) -> None:
+    """ConfigError for stream keys that do not fit together."""
+    if bool(config.stream_certificate) != bool(config.stream_key):
+        raise ConfigError("stream-certificate and stream-key belong together: set both or none")
+    if config.stream_endpoint and config.link != "grid":
+        host = _host_and_port("stream-endpoint", config.stream_endpoint)[0]
+        if not (config.stream_certificate or config.stream_insecure or _is_loopback(host)):
+            raise ConfigError(
+                f"stream-endpoint = {config.stream_endpoint!r} is not this machine: activations "
+                "would cross the network unencrypted. Set stream-certificate and stream-key, or "
+                "stream-insecure = true if that network is trusted"
+            )
+    if config.stream_bind:
+        _host_and_port("stream-bind", config.stream_bind)
+
+
+def _certificates(config: RunConfig) -> tuple[tuple[bytes, bytes] | None, str]:
+    """((key, certificate chain), the authority that clients trust), PEM."""
+    if not config.stream_certificate:
+        return None, ""
+    key = _pem("stream-key", config.stream_key)
+    chain = _pem("stream-certificate", config.stream_certificate)
+    authority = chain
+    if config.stream_authority:
+        authority = _pem("stream-authority", config.stream_authority)
+    return (key, chain), authority.decode("ascii", errors="replace")
+
+
+def _pem(name: str, path: str) -> bytes:
+    try:
+        content = Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{name} = {path!r} cannot be read: {error.strerror}") from error
+    if b"-----BEGIN" not in content:
+        raise ConfigError(f"{name} = {path!r} is no PEM file")
+    return content
+
+
+def _bind(endpoint: str) -> str:
+    """Where to listen for an endpoint: on every interface, or on this machine only."""
+    if not endpoint:
+        return "127.0.0.1:0"
+    host, port = _host_and_port("stream-endpoint", endpoint)
+    return f"127.0.0.1:{port}" if _is_loopback(host) else f"[::]:{port}"
+
+
+def _host_and_port(name: str, value: str) -> tuple[str, int]:
+    host, colon, port = value.rpartition(":")
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"{name} = {value!r}: expected host:port")
+    return host.strip("[]"), int(port)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,157 @@
+"""The client's end of a stream: dial, answer, dial again when the connection breaks."""
+
+import logging
+import queue
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import grpc
+from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from hosl_flower.errors import ClientError, ProtocolError
+from hosl_flower.link.frames import Key, decode, encode, encode_word, read_word
+from hosl_flower.link.sessions import METHOD, channel_options
+from hosl_flower.messages import REQUESTS, Behind, Failure, Reply, Request
+
+log = logging.getLogger("hosl_flower")
+
+_FIRST_PAUSE, _LAST_PAUSE = 0.2, 5.0
+_REFUSED = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)
+
+Answer = Callable[[Iterable[Request]], Iterator[Reply]]
+
+
+@dataclass(frozen=True)
+class Invitation:
+    """What the Flower message that opens a session says.
+
+    endpoint: "host:port". token: good for one connection. authority: the CA certificate, PEM, or
+    "" for a connection without TLS. limit: bytes of the longest frame. patience: seconds
+    without a connection after which the client gives up.
+    """
+
+    endpoint: str
+    token: str
+    authority: str
+    limit: int
+    patience: float
+
+    def to_json(self) -> str:
+        """For the Flower message."""
+        return _ADAPTER.dump_json(self).decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> "Invitation":
+        """From the Flower message; ProtocolError when it is not one."""
+        try:
+            return _ADAPTER.validate_json(text)
+        except ValidationError as error:
+            raise ProtocolError("the invitation to a stream is not one") from error
+
+
+_ADAPTER = TypeAdapter(Invitation)
+
+
+def serve(invitation: Invitation, answer: Answer) -> None:
+    """Answer requests until the server closes the session.
+
+    answer: Client.answer. Raises ClientError when there was no connection for `patience` seconds,
+    or the server refused it.
+    """
+    caller = _Caller(invitation, answer)
+    pause, last_contact = _FIRST_PAUSE, time.monotonic()
+    while not caller.closed:
+        connections = caller.connections
+        try:
+            caller.connect()
+        except grpc.RpcError as error:
+            if caller.connections > connections:
+                pause, last_contact = _FIRST_PAUSE, time.monotonic()
+            reason = f"{error.code().name}: {error.details()}"
+            if error.code() in _REFUSED:
+                raise ClientError(f"stream {invitation.endpoint}: refused: {reason}") from None
+            if time.monotonic() - last_contact > invitation.patience:
+                raise ClientError(
+                    f"stream {invitation.endpoint}: no connection for {invitation.patience:g} s "
+                    f"({reason})"
+                ) from None
+            time.sleep(pause)
+            pause = min(2 * pause, _LAST_PAUSE)
+
+
+class _Caller:
+    """One session, over one connection after the other."""
+
+    def __init__(self, invitation: Invitation, answer: Answer):
+        self.invitation, self.answer = invitation, answer
+        self.token = invitation.token
+        self.closed = False
+        self.connections = 0
+        self._refused: set[tuple[int, int]] = set()  # (exchange, partition) that ended early
+
+    def connect(self) -> None:
+        """Dial and answer until the server closes the session or the connection breaks."""
+        own = self.invitation
+        options = channel_options(own.limit)
+        if own.authority:
+            credentials = grpc.ssl_channel_credentials(own.authority.encode())
+            channel = grpc.secure_channel(own.endpoint, credentials, options=options)
+        else:
+            channel = grpc.insecure_channel(own.endpoint, options=options)
+        # one reply waits to be sent while the next is computed, never more
+        outbox: queue.Queue[bytes | None] = queue.Queue(maxsize=1)
+        with channel:
+            call = channel.stream_stream(METHOD)(self._outgoing(outbox))
+            try:
+                for frame in call:
+                    if not self._take(frame, call, outbox):
+                        return
+            finally:
+                call.cancel()
+                _end(outbox)
+
+    def _outgoing(self, outbox: "queue.Queue[bytes | None]") -> Iterator[bytes]:
+        yield encode_word("hello", token=self.token)
+        while (frame := outbox.get()) is not None:
+            yield frame
+
+    def _take(self, frame: bytes, call: grpc.Call, outbox: "queue.Queue[bytes | None]") -> bool:
+        """Handle one frame from the server; whether the session goes on."""
+        word = read_word(frame)
+        if word is not None:
+            self.closed = word["word"] == "close"
+            if word["word"] == "welcome":
+                self.token, self.connections = str(word["token"]), self.connections + 1
+            return not self.closed
+        key, request = decode(frame, REQUESTS)
+        if key[:2] in self._refused:
+            return True
+        (reply,) = self.answer([request])
+        if isinstance(reply, Behind | Failure):
+            self._refused.add((key.exchange, key.partition))
+        return _put(outbox, encode(Key(*key), reply), call)
+
+
+def _put(outbox: "queue.Queue[bytes | None]", frame: bytes, call: grpc.Call) -> bool:
+    """Hand over a reply; False when the connection has gone meanwhile."""
+    while call.is_active():
+        try:
+            outbox.put(frame, timeout=1.0)
+        except queue.Full:
+            continue
+        return True
+    return True  # the loop over the call raises what ended it
+
+
+def _end(outbox: "queue.Queue[bytes | None]") -> None:
+    """Let the thread that sends go."""
+    while True:
+        try:
+            outbox.put_nowait(None)
+            return
+        except queue.Full:
+            try:
+                outbox.get_nowait()
+            except queue.Empty:
+                continue

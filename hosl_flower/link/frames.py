@@ -1,0 +1,90 @@
+"""Protocol messages as frames of a byte stream: what link/stream.py and link/dial.py exchange.
+
+    frame = length of the envelope, 4 bytes little endian | envelope, JSON | tensors, raw
+
+The envelope holds the exchange, the partition and the place the message belongs to, its JSON
+header (wire.py) and, for each tensor, name, dtype and shape. A frame that carries no message has
+a "word" instead: the handshake and the end of a session.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from hosl_flower.errors import ProtocolError
+from hosl_flower.messages import Message
+from hosl_flower.tensors import DTYPES, dtype_name, raw_bytes, tensor_from_bytes
+from hosl_flower.wire import from_wire, to_wire
+
+_LENGTH = struct.Struct("<I")
+_MAX_ENVELOPE = 1 << 24
+
+
+class Key(NamedTuple):
+    """Which message of a session this is, or answers: the same in request and reply. place: in
+    the partition's part of the exchange."""
+
+    exchange: int
+    partition: int
+    place: int
+
+
+def encode(key: Key, message: Message) -> bytes:
+    """A protocol message as a frame; tensors are copied once, into it."""
+    header, tensors = to_wire(message)
+    listed = [[name, dtype_name(t), list(t.shape)] for name, t in tensors.items()]
+    envelope = json.dumps({"key": key, "header": header, "tensors": listed}).encode()
+    return b"".join([_LENGTH.pack(len(envelope)), envelope, *map(raw_bytes, tensors.values())])
+
+
+def encode_word(word: str, **values: Any) -> bytes:
+    """A frame that is no protocol message."""
+    envelope = json.dumps({"word": word, **values}).encode()
+    return _LENGTH.pack(len(envelope)) + envelope
+
+
+def read_word(frame: bytes) -> dict[str, Any] | None:
+    """The values of a word frame, with its "word"; None for a message. Raises ProtocolError."""
+    envelope, _ = _open(frame)
+    return envelope if "word" in envelope else None
+
+
+def decode(frame: bytes, known: Mapping[str, type]) -> tuple[Key, Any]:
+    """Key and message of a frame, of one of the `known` kinds; ProtocolError for anything else."""
+    envelope, start = _open(frame)
+    try:
+        key = Key(*envelope["key"])
+        header, listed = envelope["header"], [(n, d, tuple(s)) for n, d, s in envelope["tensors"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ProtocolError("frame: its envelope is not of this protocol") from error
+    if not all(isinstance(part, int) and part >= 0 for part in key) or not isinstance(header, str):
+        raise ProtocolError("frame: its envelope is not of this protocol")
+    body, tensors = memoryview(frame)[start:], {}
+    for name, dtype, shape in listed:
+        sizes = all(isinstance(size, int) and size >= 0 for size in shape)
+        if dtype not in DTYPES or not sizes or name in tensors:
+            raise ProtocolError(f"frame: tensor {name!r} {dtype} {shape} is not valid")
+        size = math.prod(shape) * DTYPES[dtype].itemsize
+        tensors[name] = tensor_from_bytes(body[:size], dtype, shape)
+        body = body[size:]
+    if body:
+        raise ProtocolError(f"frame: {len(body)} bytes too many")
+    return key, from_wire(header, tensors, known)
+
+
+def _open(frame: bytes) -> tuple[dict[str, Any], int]:
+    if len(frame) < _LENGTH.size:
+        raise ProtocolError(f"frame: {len(frame)} bytes are too few")
+    (length,) = _LENGTH.unpack_from(frame)
+    stop = _LENGTH.size + length
+    if length > _MAX_ENVELOPE or stop > len(frame):
+        raise ProtocolError(f"frame: an envelope of {length} bytes does not fit {len(frame)}")
+    try:
+        envelope = json.loads(frame[_LENGTH.size : stop])
+    except ValueError as error:
+        raise ProtocolError("frame: its envelope is not JSON") from error
+    if not isinstance(envelope, dict):
+        raise ProtocolError("frame: its envelope is no object")
+    return envelope, stop

@@ -1,0 +1,230 @@
+"""The server's end of streams: one long conversation per SuperNode, over connections that may
+break and come back.
+
+A client process dials with a token it got in a Flower message, which SuperLink has
+authenticated; a token is good for one connection, and every welcome carries the next one. What
+was asked and is not answered is asked again on a new connection, under the same key, so a broken
+connection repeats work but loses and doubles none.
+"""
+
+import hmac
+import secrets
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Mapping
+from concurrent import futures
+from typing import Any
+
+import grpc
+
+from hosl_flower.errors import ClientError, ConfigError, ProtocolError
+from hosl_flower.link.frames import Key, decode, encode, encode_word, read_word
+from hosl_flower.messages import REPLIES, Behind, Failure, Reply, Request
+
+METHOD = "/hosl.Stream/Session"
+_WINDOW = 4  # replies that may wait unread before the client is held back
+_KEEPALIVE = [("grpc.keepalive_time_ms", 20_000), ("grpc.keepalive_timeout_ms", 20_000)]
+
+
+def channel_options(limit: int) -> list[tuple[str, Any]]:
+    """gRPC options of both ends. limit: bytes of the longest frame."""
+    return [
+        ("grpc.max_send_message_length", limit),
+        ("grpc.max_receive_message_length", limit),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        *_KEEPALIVE,
+    ]
+
+
+class Session:
+    """A conversation with one client process. node: for messages to people."""
+
+    def __init__(self, node: str):
+        self.node = node
+        self.token = secrets.token_urlsafe(32)
+        self._changed = threading.Condition()
+        self._unanswered: OrderedDict[Key, bytes] = OrderedDict()
+        self._unsent: deque[Key] = deque()
+        self._replies: dict[Key, Reply] = {}
+        self._waiting_for: Key | None = None
+        self._connection = 0  # number of the connection that is up; 0 is none
+        self._connections = 0
+        self._closing = False
+        self.lost_at: float | None = None  # since when there is no connection
+        self.ever_connected = threading.Event()
+
+    @property
+    def connected(self) -> bool:
+        return self._connection > 0
+
+    def ask(self, requests: Mapping[Key, Request]) -> None:
+        """Send requests, in order, as soon as the client can take them."""
+        with self._changed:
+            for key, request in requests.items():
+                self._unanswered[key] = encode(key, request)
+                self._unsent.append(key)
+            self._changed.notify_all()
+
+    def reply(self, key: Key, seconds: float) -> Reply | None:
+        """The reply to a request, waited for; None when it has not come in time."""
+        give_up = time.monotonic() + seconds
+        with self._changed:
+            self._waiting_for = key
+            self._changed.notify_all()
+            while key not in self._replies:
+                left = give_up - time.monotonic()
+                if left <= 0 or not self._changed.wait(left):
+                    break
+            self._waiting_for = None
+            reply = self._replies.pop(key, None)
+            self._changed.notify_all()
+        return reply
+
+    def withdraw(self, exchange: int, partition: int) -> None:
+        """Forget what is still open of one client's part of an exchange."""
+        with self._changed:
+            self._withdraw(exchange, partition)
+
+    def invite(self) -> str:
+        """A token for a new process to take this conversation up with."""
+        with self._changed:
+            self.token = secrets.token_urlsafe(32)
+            return self.token
+
+    def close(self) -> None:
+        """Tell the client that the conversation is over."""
+        with self._changed:
+            self._closing, self.token = True, ""
+            self._changed.notify_all()
+
+    def _withdraw(self, exchange: int, partition: int) -> None:
+        for key in [k for k in self._unanswered if k[:2] == (exchange, partition)]:
+            del self._unanswered[key]
+        for key in [k for k in self._replies if k[:2] == (exchange, partition)]:
+            del self._replies[key]
+
+    def open(self) -> tuple[int, str]:
+        """A new connection, which replaces any other: its number and the next token."""
+        with self._changed:
+            self._connections += 1
+            self._connection, self.lost_at = self._connections, None
+            self._unsent = deque(self._unanswered)
+            self.token = secrets.token_urlsafe(32)
+            self._changed.notify_all()
+            self.ever_connected.set()
+            return self._connection, self.token
+
+    def lost(self, connection: int) -> None:
+        """A connection has ended."""
+        with self._changed:
+            if connection == self._connection:
+                self._connection, self.lost_at = 0, time.monotonic()
+            self._changed.notify_all()
+
+    def outgoing(self, connection: int) -> Iterator[bytes]:
+        """Frames for the client, until the connection or the session ends."""
+        while True:
+            with self._changed:
+                while connection == self._connection and not self._unsent and not self._closing:
+                    self._changed.wait()
+                if connection != self._connection:
+                    return
+                key = self._unsent.popleft() if self._unsent else None
+                frame = self._unanswered.get(key) if key else encode_word("close")
+            if frame is not None:  # else it has been withdrawn; nothing is held while gRPC sends
+                yield frame
+            if key is None:
+                return
+
+    def incoming(self, frame: bytes) -> None:
+        """A frame from the client; held back while too many replies wait to be read."""
+        key, reply = decode(frame, REPLIES)
+        with self._changed:
+            if self._unanswered.pop(key, None) is None:
+                return  # answered already, over another connection, or withdrawn
+            if isinstance(reply, Behind | Failure):
+                for later in [k for k in self._unanswered if k[:2] == key[:2]]:
+                    del self._unanswered[later]  # the client refuses the rest
+            self._replies[key] = reply
+            self._changed.notify_all()
+            while len(self._replies) > _WINDOW and self._waiting_for is None and self.connected:
+                self._changed.wait(1.0)
+
+
+class StreamServer:
+    """Listens for client processes. bind: "host:port", port 0 for any. limit: bytes of the
+    longest frame. certificate: (private key, certificate chain), PEM; None is without TLS."""
+
+    def __init__(
+        self, bind: str, limit: int, workers: int, certificate: tuple[bytes, bytes] | None = None
+    ):
+        self._sessions: list[Session] = []
+        # a connection takes one thread for each direction
+        self._pool = futures.ThreadPoolExecutor(workers)
+        self._server = grpc.server(self._pool, options=channel_options(limit))
+        handler = grpc.stream_stream_rpc_method_handler(self._serve)
+        service, method = METHOD.strip("/").split("/")
+        generic = grpc.method_handlers_generic_handler(service, {method: handler})
+        self._server.add_generic_rpc_handlers((generic,))
+        try:
+            if certificate is None:
+                self.port = self._server.add_insecure_port(bind)
+            else:
+                credentials = grpc.ssl_server_credentials([certificate])
+                self.port = self._server.add_secure_port(bind, credentials)
+        except RuntimeError as error:
+            raise ConfigError(f"stream-bind: cannot listen on {bind}: {error}") from error
+        self._server.start()
+
+    def session(self, node: str) -> Session:
+        """A new session, to be dialled with its token."""
+        session = Session(node)
+        self._sessions.append(session)
+        return session
+
+    def stop(self) -> None:
+        """Close every session and the port."""
+        for session in self._sessions:
+            session.close()
+        self._server.stop(grace=2.0).wait(5.0)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _serve(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        """One connection, as gRPC calls it."""
+        session = self._admit(frames)
+        if session is None:
+            context.abort(grpc.StatusCode.PERMISSION_DENIED, "unknown or used token")
+            return
+        connection, token = session.open()
+        context.add_callback(lambda: session.lost(connection))
+        reader = threading.Thread(
+            target=self._read, args=(session, connection, frames), daemon=True
+        )
+        reader.start()
+        yield encode_word("welcome", token=token)
+        yield from session.outgoing(connection)
+
+    def _admit(self, frames: Iterator[bytes]) -> Session | None:
+        """The session whose token the first frame shows."""
+        try:
+            hello = read_word(next(frames)) or {}
+        except (StopIteration, ProtocolError, grpc.RpcError):
+            return None
+        shown = str(hello.get("token", "")).encode()
+        # every session is compared, so that time tells nothing about any
+        matches = [s for s in self._sessions if hmac.compare_digest(s.token.encode(), shown)]
+        return matches[0] if matches and shown else None
+
+    def _read(self, session: Session, connection: int, frames: Iterator[bytes]) -> None:
+        try:
+            for frame in frames:
+                session.incoming(frame)
+        except (ProtocolError, ClientError, grpc.RpcError):
+            pass  # a client that breaks the protocol has its connection cut
+        except Exception as error:  # grpc raises a bare Exception when a call is cancelled
+            if type(error) is not Exception:
+                raise
+        finally:
+            session.lost(connection)

@@ -1,0 +1,336 @@
+"""link/stream.py, sessions.py, dial.py, frames.py: the same replies over a stream, also over one
+that breaks; strangers stay out; nothing is left behind."""
+
+import threading
+import time
+
+import grpc
+import pytest
+import torch
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from grids import LocalGrid
+from specs import client_spec, history_for
+
+from hosl_flower import client_app
+from hosl_flower.checks import Limits
+from hosl_flower.client import Client
+from hosl_flower.errors import AbsentError, ClientError, ProtocolError
+from hosl_flower.ledger import Entry
+from hosl_flower.link.frames import Key, decode, encode, encode_word, read_word
+from hosl_flower.link.inprocess import InProcessLink
+from hosl_flower.link.nodes import Nodes
+from hosl_flower.link.sessions import METHOD
+from hosl_flower.link.stream import SESSION, StreamLink
+from hosl_flower.messages import REPLIES, REQUESTS, Describe, Fingerprint, Forward, Probe
+
+SPEC = client_spec(num_clients=5)
+LIMITS = Limits(batch=8, length=32, hidden=64, dtype="float32", classes=2)
+TWO = {"num-partitions": 2}
+NODES = {7: {"partition-id": 0, **TWO}, 8: {"partition-id": 1, **TWO}}
+
+
+@pytest.fixture(autouse=True)
+def _inside_a_flower_process(monkeypatch):
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+@pytest.fixture(autouse=True)
+def _a_client_for_each_thread(monkeypatch):
+    """ClientApps are processes; here they are threads, which must not share a Client."""
+    local = threading.local()
+
+    def client(spec, context):
+        own = getattr(local, "client", None)
+        if own is None or own.spec != spec:
+            local.client = Client(spec)
+        return local.client
+
+    monkeypatch.setattr(client_app, "_client", client)
+
+
+class ThreadGrid(LocalGrid):
+    """Sessions run in threads, as ClientApps run in processes."""
+
+    def __init__(self, nodes):
+        super().__init__(nodes)
+        self.threads = []
+
+    def push_messages(self, messages):
+        ids = []
+        for message in messages:
+            config = self.nodes.get(message.metadata.dst_node_id)
+            if message.metadata.message_type != SESSION or config is None:
+                ids += super().push_messages([message])
+                continue
+            message.metadata._message_id = f"m{len(self.sent)}"
+            self.sent.append(message)
+            ids.append(message.metadata.message_id)
+            self.threads.append(threading.Thread(target=self.run, args=(message, config)))
+            self.threads[-1].start()
+        return ids
+
+    def run(self, message, config):
+        context = Context(1, message.metadata.dst_node_id, config, RecordDict(), {})
+        self.answers[message.metadata.message_id] = client_app.session(message, context)
+
+
+@pytest.fixture
+def history():
+    return history_for(SPEC)
+
+
+@pytest.fixture
+def make(history):
+    """Factory of stream links, closed at the end."""
+    links = []
+
+    def stream(nodes=NODES, deadline=20.0, grid=None):
+        grid = grid or ThreadGrid(dict(nodes))
+        found = Nodes(grid, SPEC.num_clients, 0, deadline)
+        found.wait(0.1, 1)
+        links.append(StreamLink(grid, SPEC, history, LIMITS, deadline, found, lifetime=600.0))
+        return links[-1]
+
+    yield stream
+    for link in links:
+        link.close()
+        for thread in link.grid.threads:
+            thread.join(20.0)
+            assert not thread.is_alive(), "a session outlived its link"
+
+
+def at(history, step=1, partition=0):
+    where = {"position": len(history.ledger), "digest": history.ledger.digest()}
+    return {"step": step, "partition": partition, **where}
+
+
+def work(history, partitions=range(5), step=1):
+    return {
+        p: [
+            Describe(**at(history, step, p)),
+            Forward(**at(history, step, p), batch=0),
+            Probe(**at(history, step, p), batch=0, seed=5, coefficient=1e-3),
+        ]
+        for p in partitions
+    }
+
+
+def check_same(history, link, partitions=range(5)):
+    """The stream's replies are those of a plain function call."""
+    plain = InProcessLink(Client(SPEC), history, LIMITS)
+    expected = plain.exchange(work(history, partitions))
+    for partition, replies in link.exchange(work(history, partitions)).items():
+        (described, *mine), (same, *theirs) = list(replies), list(expected[partition])
+        assert described.label_counts == same.label_counts
+        for one, other in zip(mine, theirs, strict=True):
+            assert torch.equal(one.activations, other.activations)
+    return plain
+
+
+def test_the_replies_are_those_of_the_in_process_link(history, make):
+    link = make()
+    plain = check_same(history, link)
+    assert link.traffic.down == plain.traffic.down
+    assert sum(m.metadata.message_type == SESSION for m in link.grid.sent) == 2, "one per node"
+    history.commit([Entry(1, (5,), (0.5,), 1e-3)])
+    for partition, replies in link.exchange(
+        {p: [Fingerprint(**at(history, 2, p), since=0)] for p in range(5)}
+    ).items():
+        assert next(replies).fingerprints[-1] == history.state.mark().fingerprint, partition
+    assert sum(m.metadata.message_type == SESSION for m in link.grid.sent) == 2
+
+
+def test_replies_may_be_read_in_any_order_and_not_at_all(history, make):
+    link = make()
+    streams = link.exchange(work(history))
+    for partition in (4, 1, 3):
+        assert len(list(streams[partition])) == 3
+    next(streams[0])
+    del streams  # 2 was never looked at, 0 not to the end
+    check_same(history, link)
+
+
+def test_a_failing_client_does_not_stop_the_others(history, make):
+    link = make()
+    requests = work(history, (0, 2, 4))
+    requests[2].insert(1, Probe(**at(history, 1, 2), batch=0, seed=1, coefficient=1e30))
+    streams = link.exchange(requests)
+    assert len(list(streams[0])) == 3
+    with pytest.raises(ProtocolError, match=r"client 2 \(node 7\).*not finite"):
+        list(streams[2])
+    assert len(list(streams[4])) == 3
+    check_same(history, link)
+
+
+def cut_connections(link):
+    for line in link._lines.values():
+        line.session.lost(line.session._connection)
+
+
+def test_a_connection_that_breaks_goes_on_at_the_same_request(history, make):
+    link = make()
+    plain = InProcessLink(Client(SPEC), history, LIMITS)
+    expected = plain.exchange(work(history))
+    streams = link.exchange(work(history))
+    for partition, replies in streams.items():
+        next(expected[partition])
+        next(replies)
+        cut_connections(link)
+        mine, theirs = list(replies), list(expected[partition])
+        for one, other in zip(mine, theirs, strict=True):
+            assert torch.equal(one.activations, other.activations)
+    assert sum(m.metadata.message_type == SESSION for m in link.grid.sent) == 2, "only redialled"
+
+
+class DyingGrid(ThreadGrid):
+    """The ClientApp of node 8 dies after its third reply, once; Flower reports it."""
+
+    def __init__(self, nodes):
+        super().__init__(nodes)
+        self.died = False
+
+    def run(self, message, config):
+        if message.metadata.dst_node_id != 8 or self.died:
+            super().run(message, config)
+            return
+        self.died = True
+        spec, invitation = client_app.unpack_invitation(message.content)
+        client, count = Client(spec), 0
+
+        def answer(requests):
+            nonlocal count
+            count += 1
+            if count > 3:
+                raise SystemExit
+            return client.answer(requests)
+
+        try:
+            client_app.serve(invitation, answer)
+        except SystemExit:
+            self.answers[message.metadata.message_id] = Message(
+                Error(code=2, reason="killed"), reply_to=message
+            )
+
+
+def test_a_client_whose_process_died_is_called_again(history, make):
+    history.commit([Entry(1, (5,), (0.5,), 1e-3)])
+    link = make(grid=DyingGrid(dict(NODES)))
+    check_same(history, link)
+    assert link.grid.died
+    assert sum(m.metadata.message_type == SESSION for m in link.grid.sent) == 3
+
+
+def test_a_client_that_stalls_is_absent_after_the_deadline(history, make, monkeypatch):
+    link = make(deadline=30.0)
+    original, stall = Client._handle, threading.Event()
+
+    def stalls(self, request):
+        if request.partition == 1:
+            stall.wait(20.0)
+        return original(self, request)
+
+    monkeypatch.setattr(Client, "_handle", stalls)
+    list(link.exchange(work(history, (0,)))[0])  # it has loaded its data
+    link.deadline = 1.0
+    streams = link.exchange(work(history, (0, 1)))
+    assert len(list(streams[0])) == 3
+    started = time.monotonic()
+    with pytest.raises(AbsentError, match=r"client 1 \(node 8\) did not answer within 1 s"):
+        list(streams[1])
+    assert time.monotonic() - started < 5
+    stall.set()
+    monkeypatch.setattr(Client, "_handle", original)
+    link.deadline = 30.0
+    check_same(history, link)  # what it still had to say about the old exchange is not mixed up
+
+
+def test_a_client_that_cannot_start_says_why(make, monkeypatch):
+    def refuses(spec, context):
+        raise ClientError("no such model here")
+
+    monkeypatch.setattr(client_app, "_client", refuses)
+    with pytest.raises(ClientError, match=r"no SuperNode came.*no such model here"):
+        make()
+
+
+def test_the_window_keeps_a_fast_client_from_running_ahead(history, make):
+    link = make({7: {"partition-id": 0, "num-partitions": 1}})
+    many = [Forward(**at(history), batch=number % 3) for number in range(20)]
+    replies = link.exchange({0: many})[0]
+    next(replies)
+    time.sleep(1.0)
+    (line,) = link._lines.values()
+    assert len(line.session._replies) <= 5
+    assert len(list(replies)) == 19
+
+
+def dial(link, *frames):
+    """What a stranger gets."""
+    with grpc.insecure_channel(link.endpoint) as channel:
+        return list(channel.stream_stream(METHOD)(iter(frames), timeout=10))
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [],
+        [b""],
+        [b"\xff" * 100],
+        [encode_word("hello")],
+        [encode_word("hello", token="")],
+        [encode_word("hello", token="guess")],
+        [encode_word("hello", token=["x"])],
+    ],
+)
+def test_strangers_stay_out(make, frames):
+    link = make({7: {"partition-id": 0, "num-partitions": 1}})
+    with pytest.raises(grpc.RpcError) as refused:
+        dial(link, *frames)
+    assert refused.value.code() == grpc.StatusCode.PERMISSION_DENIED
+
+
+def test_a_token_is_good_once_and_never_after_the_end(history, make):
+    link = make({7: {"partition-id": 0, "num-partitions": 1}})
+    (message,) = [m for m in link.grid.sent if m.metadata.message_type == SESSION]
+    _, invitation = client_app.unpack_invitation(message.content)
+    with pytest.raises(grpc.RpcError) as refused:
+        dial(link, encode_word("hello", token=invitation.token))
+    assert refused.value.code() == grpc.StatusCode.PERMISSION_DENIED
+    check_same(history, link)
+    link.close()
+    with pytest.raises(grpc.RpcError) as gone:
+        dial(link, encode_word("hello", token=invitation.token))
+    assert gone.value.code() == grpc.StatusCode.UNAVAILABLE, "the port is closed"
+
+
+def test_frames_carry_messages_unchanged():
+    forward = Forward(step=1, partition=2, position=0, digest="0" * 16, batch=3)
+    key, back = decode(encode(Key(4, 2, 1), forward), REQUESTS)
+    assert (key, back) == (Key(4, 2, 1), forward)
+    assert read_word(encode(Key(4, 2, 1), forward)) is None
+    assert read_word(encode_word("close", a=1)) == {"word": "close", "a": 1}
+
+
+def broken_frames():
+    good = encode(Key(0, 0, 0), Forward(step=1, partition=2, position=0, digest="0" * 16, batch=3))
+    yield b""
+    yield good[:10]
+    yield good + b"x"
+    yield b"\xff\xff\xff\xff" + good[4:]
+    yield good.replace(b'"key": [0', b'"key": [-1')
+    yield good.replace(b'"key"', b'"kez"')
+    yield good.replace(b'"tensors": []', b'"tensors": [["x", "float32", [9]]]')
+    yield good.replace(b'"tensors": []', b'"tensors": [["x", "object", [1]]]')
+    yield good.replace(b'"tensors": []', b'"tensors": [[1]]')
+
+
+@pytest.mark.parametrize("index", range(9))
+def test_broken_frames_are_one_protocol_error(index):
+    frame = list(broken_frames())[index]
+    if index in (5, 6, 7, 8):  # keep the length right
+        body = frame[4:]
+        frame = len(body).to_bytes(4, "little") + body
+    with pytest.raises(ProtocolError):
+        decode(frame, {**REQUESTS, **REPLIES})
