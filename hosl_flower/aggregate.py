@@ -1,7 +1,7 @@
 """Ways to make one scalar per direction of several clients' scalars.
 
-One signature: scalars [K, ...] and weights [K], which sum to 1, to aggregate [...]. The
-robust ones ignore the weights, or a client could buy influence with claimed examples.
+One signature: scalars [K, ...] and weights [K], which sum to 1, to aggregate [...]. All but
+the weighted mean count every client the same: claimed examples buy no influence.
 """
 
 from collections.abc import Callable, Sequence

@@ -11,23 +11,43 @@ from hosl_flower.messages import (
     Activations,
     Change,
     CutGradient,
+    Described,
     Fingerprint,
     Fingerprinted,
     Scalars,
 )
 from hosl_flower.tensors import dtype_name, raw_bytes
 
+LARGEST_SCALAR = 1e12  # its square, in Adam's second moment, is far from float32's end
+_MOST_EXAMPLES = 10**9
+
 
 @dataclass(frozen=True)
 class Limits:
     """What activations may look like in a run: at most `batch` sequences of `length` tokens,
-    of width `hidden` and `dtype`, with labels of `classes` classes."""
+    of width `hidden` and `dtype`, with labels of `classes` classes, of at most `held_out` held-out
+    examples."""
 
     batch: int
     length: int
     hidden: int
     dtype: str
     classes: int
+    held_out: int = _MOST_EXAMPLES
+
+
+def check_described(reply: Described, limits: Limits) -> None:
+    """ProtocolError unless a client's numbers of examples fit each other and the run."""
+    train, held_out, counts = reply.train_examples, reply.held_out_examples, reply.label_counts
+    if len(counts) != limits.classes or sum(counts) != train or not 0 < train <= _MOST_EXAMPLES:
+        raise ProtocolError(
+            f"described: expected {limits.classes} label counts that sum to the number of training "
+            f"examples, 1 or more; got {list(counts[:8])} and {train}"
+        )
+    if not 0 < held_out <= limits.held_out:
+        raise ProtocolError(
+            f"described: expected 1 to {limits.held_out} held-out examples, got {held_out}"
+        )
 
 
 def check_activations(reply: Activations, limits: Limits) -> None:
@@ -70,8 +90,8 @@ def check_scalars(reply: Scalars, request: CutGradient) -> None:
         raise ProtocolError(
             f"scalars: expected float32{expected}, got {dtype_name(found)}{list(found.shape)}"
         )
-    if not torch.isfinite(found).all():
-        raise ProtocolError(f"scalars: not finite: {found.tolist()}")
+    if not (found.abs() <= LARGEST_SCALAR).all():  # also false for what is not a number
+        raise ProtocolError(f"scalars: expected at most +-{LARGEST_SCALAR:g}, got {found.tolist()}")
 
 
 def check_change(reply: Change, elements: int) -> None:

@@ -52,8 +52,11 @@ class Cohort:
 
     @property
     def weights(self) -> list[float]:
-        """Share of each remaining client, by its number of training examples; they sum to 1."""
+        """Share of each remaining client, by its number of training examples where aggregation is
+        weighted-mean, else the same for all; they sum to 1. Server and clients use the same."""
         examples = [self.session.clients[p].train_examples for p in self.partitions]
+        if self.session.config.aggregation != "weighted-mean":
+            examples = [1] * len(examples)
         return [count / sum(examples) for count in examples]
 
     def train_server(self, clean: dict[int, Activations]) -> tuple[float, dict[int, Tensor]]:
@@ -77,6 +80,10 @@ class Cohort:
             clean.clear()
             loss = sum(w * x for w, x in zip(weights, losses, strict=True))
             return loss, dict(zip(clients, gradients, strict=True))
+
+    def done(self) -> None:
+        """The step is complete: those still here took part in it."""
+        self.session.took_part.update(self.partitions)
 
     def _drop(self, partition: int, error: Exception) -> None:
         self.partitions.remove(partition)

@@ -205,6 +205,7 @@ class RunConfig(BaseModel):
                 f"num-clients = {self.num_clients} is more than train-examples = "
                 f"{self.train_examples}: some clients would have no data"
             )
+        self._check_used()
         if self.clients_per_step > self.num_clients:
             raise ValueError(
                 f"clients-per-step = {self.clients_per_step} is more than num-clients = "
@@ -234,6 +235,24 @@ class RunConfig(BaseModel):
                 "adapters cannot hold other changes"
             )
         return self
+
+    def _check_used(self) -> None:
+        """A value that would change nothing is a mistake."""
+        lora = "lora" in (self.client_trainable, self.server_trainable)
+        needs = {
+            "trim_fraction": ("aggregation = trimmed-mean", self.aggregation == "trimmed-mean"),
+            "dirichlet_alpha": ("partitioner = dirichlet", self.partitioner == "dirichlet"),
+            "min_partition_size": ("partitioner = dirichlet", self.partitioner == "dirichlet"),
+            "partition_column": ("partitioner = natural-id", self.partitioner == "natural-id"),
+            **{
+                f"lora_{name}": ("client-trainable or server-trainable = lora", lora)
+                for name in ("rank", "alpha", "targets")
+            },
+        }
+        for name, (setting, used) in needs.items():
+            field = type(self).model_fields[name]
+            if not used and getattr(self, name) != field.default:
+                raise ValueError(f"{field.alias} has no use without {setting}")
 
     @property
     def sampled_clients(self) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from hosl_flower.errors import DriftError
+from hosl_flower.errors import DivergedError, DriftError
 from hosl_flower.ledger import Entry, Ledger, fingerprint
 from hosl_flower.messages import CatchUp, Fingerprinted, Request, Restore
 from hosl_flower.state import ClientState, Snapshot
@@ -34,10 +34,11 @@ class History:
         return _REQUEST_BYTES + weights.numel() * (weights.dtype.itemsize + moments)
 
     def commit(self, entries: Iterable[Entry]) -> None:
-        """Make updates part of the run."""
+        """Make updates part of the run. Raises DivergedError when they lead out of the numbers."""
         for entry in entries:
             self.state.apply([entry])
             self.ledger.append(entry)
+        self._check_finite()
         self.ledger.compact(self.snapshot_bytes)
 
     def jump(self, step: int, weights: Tensor) -> None:
@@ -45,6 +46,15 @@ class History:
         self.state.set_weights(weights)
         self.ledger.jump(step, fingerprint(self.state.parameters))
         self.state.arrive(len(self.ledger), self.ledger.digest(), step)
+        self._check_finite()
+
+    def _check_finite(self) -> None:
+        if not self.state.is_finite():
+            raise DivergedError(
+                "the client submodel's weights or optimizer state are not finite any more, "
+                "training has diverged; lower client-learning-rate, or use aggregation = median "
+                "if a client may be sending nonsense"
+            )
 
     def catch_up(self, position: int, digest: str, stop: int, cause: Request) -> Request:
         """What brings a client that is at `position` to `stop` (or, as a snapshot, to the end),

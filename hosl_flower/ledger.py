@@ -150,7 +150,8 @@ class Ledger:
 
     @classmethod
     def read(cls, path: Path) -> "Ledger":
-        """The ledger of a run directory; CheckpointError when it is damaged or cut short."""
+        """The ledger of a run directory. CheckpointError when it is damaged or does not end with a
+        digest; that nothing is missing after it shows in the `ledger_digest` of results.json."""
         try:
             head, *rows = map(json.loads, path.read_text().splitlines())
             ledger = cls(head["genesis"])

@@ -39,6 +39,9 @@ class Optimizer(Protocol):
     ) -> None:
         """One update of the parameters, in place, directions regenerated from their seeds."""
 
+    def tensors(self) -> list[Tensor]:
+        """The state, tensor by tensor."""
+
     def save(self, order: Iterable[str]) -> Tensor:
         """State as float32 [k, n], elements of the parameters in the given order; k may be 0."""
 
@@ -90,6 +93,9 @@ class Sgd:
                 if work is not block:
                     block.copy_(work)
 
+    def tensors(self) -> list[Tensor]:
+        return []
+
     def save(self, order: Iterable[str]) -> Tensor:
         return torch.empty((0, 0))
 
@@ -138,6 +144,9 @@ class AdamW:
             first, second = (torch.zeros_like(parameter, dtype=torch.float32) for _ in range(2))
             self.moments[name] = first.detach(), second.detach()
         return self.moments[name]
+
+    def tensors(self) -> list[Tensor]:
+        return [moment for pair in self.moments.values() for moment in pair]
 
     def save(self, order: Iterable[str]) -> Tensor:
         pairs = [self.moments[name] for name in order if name in self.moments]

@@ -189,7 +189,7 @@ class Report:
             client_parameters={"held": held, "trained": trained},
             clients={
                 "number": self.config.num_clients,
-                "steps_taken_part": {str(p): n for p, n in sorted(session.batches.items())},
+                "steps_taken_part": {str(p): n for p, n in sorted(session.took_part.items())},
                 "dropped": [drop._asdict() for drop in session.dropped],
                 "fingerprint_checked": checked,
             },

@@ -164,11 +164,15 @@ class Server:
         gradients = [torch.empty(0)] * len(batches)
         if cut_gradients:
             gradients = [torch.zeros(b.activations.shape) for b in batches]
+        bad: set[int] = set()
         for pieces in _micro_batches([len(b.labels) for b in batches], micro_batch):
             h, mask = _stack(batches, pieces)
             h = h.to(self.device, torch.float32).requires_grad_(cut_gradients)
-            logits = self._raw_logits(h, mask)
-            _check_usable(logits, pieces)
+            with torch.set_grad_enabled(not bad):  # once one is bad, the rest is only looked at
+                logits = self._raw_logits(h, mask)
+            bad |= _unusable(logits, pieces)
+            if bad:
+                continue
             total, row = torch.zeros((), device=self.device), 0
             for piece in pieces:
                 batch = batches[piece.client]
@@ -182,6 +186,8 @@ class Server:
             if cut_gradients:
                 assert h.grad is not None
                 _unstack(h.grad.cpu(), pieces, weights, gradients)
+        if bad:
+            raise UnusableBatchError(_DIVERGED, sorted(bad))
         self.optimizer.step()
         return losses, gradients
 
@@ -205,11 +211,10 @@ class Server:
         return sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
 
 
-def _check_usable(logits: Tensor, pieces: Sequence[Piece]) -> None:
+def _unusable(logits: Tensor, pieces: Sequence[Piece]) -> set[int]:
+    """Clients with logits that are not finite."""
     finite = torch.isfinite(logits).all(1).split([p.stop - p.start for p in pieces])
-    bad = sorted({p.client for p, own in zip(pieces, finite, strict=True) if not own.all()})
-    if bad:
-        raise UnusableBatchError(_DIVERGED, bad)
+    return {p.client for p, own in zip(pieces, finite, strict=True) if not own.all()}
 
 
 def _micro_batches(sizes: Sequence[int], limit: int) -> Iterator[list[Piece]]:

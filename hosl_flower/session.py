@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -64,6 +65,8 @@ class Session:
     required_clients: int
     clients: dict[int, Described] = field(default_factory=dict)
     batches: Counter[int] = field(default_factory=Counter)
+    took_part: Counter[int] = field(default_factory=Counter)  # steps completed, by partition
+    evaluator: int | None = None  # the client whose held-out part the curve is about
     unchecked: set[int] = field(default_factory=set)  # took part since the last fingerprints
     checked_at: int = 0  # ledger position of the last fingerprints
     dropped: list[Drop] = field(default_factory=list)
@@ -78,6 +81,7 @@ class Session:
             hidden=self.base.config.hidden_size,
             dtype=spec.dtype,
             classes=len(spec.task.verbalizers),
+            **({"held_out": spec.eval_examples} if spec.eval_examples else {}),
         )
 
     @property
@@ -114,11 +118,13 @@ class Session:
         """The partition that works at this step: clients take turns of turn-steps (relay)."""
         return (max(step, 1) - 1) // self.config.turn_steps % self.config.num_clients
 
-    def sample(self, step: int) -> list[int]:
-        """The K partitions of a step, ascending: drawn without replacement, by the step alone."""
+    def sample(self, step: int, absent: Collection[int] = ()) -> list[int]:
+        """The K partitions of a step, ascending: drawn without replacement, by the seed and the
+        step alone; the next in the draw stands in for one that is absent."""
         count = self.config.num_clients
         order = permutation(count, derive_seed(self.config.seed, "clients", step))
-        return sorted(order[: self.config.sampled_clients])
+        there = [partition for partition in order if partition not in absent]
+        return sorted(there[: self.config.sampled_clients])
 
     def client_counts(self) -> tuple[int, int]:
         """(all, trainable) elements of the client submodel, without loading it."""

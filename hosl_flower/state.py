@@ -122,6 +122,11 @@ class ClientState:
         dtypes = {parameter.dtype for parameter in self.parameters.values()}
         return torch.empty(self.elements, dtype=next(iter(dtypes), None), device="meta")
 
+    def is_finite(self) -> bool:
+        """Whether all weights and optimizer moments are numbers."""
+        tensors = [*self.parameters.values(), *self.optimizer.tensors()]
+        return all(bool(torch.isfinite(t.detach().float().sum())) for t in tensors)
+
     def snapshot(self) -> Snapshot:
         """A copy of this state."""
         moments = self.optimizer.save(self.parameters)

@@ -32,7 +32,7 @@ def tensor_from_bytes(data: bytes | memoryview, dtype: str, shape: tuple[int, ..
     """
     if dtype not in DTYPES:
         raise ProtocolError(f"tensor dtype {dtype!r} is none of {', '.join(DTYPES)}")
-    if len(shape) > MAX_DIMENSIONS or any(size < 0 for size in shape):
+    if len(shape) > MAX_DIMENSIONS or not all(0 <= size < 2**40 for size in shape):
         raise ProtocolError(f"tensor shape {shape} is not valid")
     expected = math.prod(shape) * DTYPES[dtype].itemsize  # Python integers do not overflow
     if len(data) != expected:

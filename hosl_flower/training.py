@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Protocol
 
 from hosl_flower.client import Client
-from hosl_flower.errors import AbsentError, ClientError, DivergedError, ProtocolError
+from hosl_flower.errors import (
+    AbsentError,
+    ClientError,
+    DivergedError,
+    HoslError,
+    ProtocolError,
+)
 from hosl_flower.link.base import Link
 from hosl_flower.link.inprocess import InProcessLink
 from hosl_flower.lora import save_adapters
@@ -123,26 +129,46 @@ def check_clients(session: Session, link: Link, partitions: Iterable[int], step:
     return compared
 
 
-def evaluate(session: Session, link: Link, step: int) -> Score:
-    """Score the held-out part through the split, always on the same client's if it is there, so
-    that the evaluations of a run are about the same examples where clients have their own."""
-    spec = session.spec
-    failures: list[str] = []
-    for partition in sorted(session.clients):
-        size = session.clients[partition].held_out_examples
-        score = Score(len(spec.task.verbalizers))
-        at = session.at(step, partition)
-        requests = [Evaluate(**at, batch=b) for b in range(math.ceil(size / spec.eval_batch_size))]
+def evaluate(session: Session, judge: Link, step: int) -> Score:
+    """Score the held-out part, through the split or centrally: always the same client's while it
+    is there, so that the evaluations of a run are about the same examples where clients have
+    their own."""
+    order = sorted(session.clients)
+    if session.evaluator in order:
+        order.remove(session.evaluator)
+        order.insert(0, session.evaluator)
+    failures: list[HoslError] = []
+    for partition in order:
         try:
-            for reply in link.exchange({partition: requests})[partition]:
-                assert isinstance(reply, Activations)  # Link has checked it
-                session.server.score(reply, score)
-        except (ClientError, ProtocolError) as error:
-            failures.append(str(error))
+            score = _evaluate_on(session, judge, step, partition)
+        except (ClientError, ProtocolError, DivergedError) as error:
+            failures.append(error)
             log.warning("evaluation at step %d: %s; asking the next client", step, error)
             continue
+        if session.evaluator not in (None, partition):
+            log.warning("from step %d on, client %d's held-out part is scored", step, partition)
+        session.evaluator = partition
         return score
-    raise ClientError(f"no client could evaluate step {step}: {'; '.join(failures[:3])}")
+    if failures and all(isinstance(error, DivergedError) for error in failures):
+        raise failures[0]
+    reasons = "; ".join(map(str, failures[:3]))
+    raise ClientError(f"no client could evaluate step {step}: {reasons}")
+
+
+def _evaluate_on(session: Session, judge: Link, step: int, partition: int) -> Score:
+    spec, at = session.spec, session.at(step, partition)
+    size = session.clients[partition].held_out_examples
+    if session.config.evaluation == "central":  # the server's own data, not the client's
+        (described,) = judge.exchange({partition: [Describe(**at)]})[partition]
+        assert isinstance(described, Described)  # Link has checked it
+        size = described.held_out_examples
+    batches = range(math.ceil(size / spec.eval_batch_size))
+    score = Score(len(spec.task.verbalizers))
+    requests = [Evaluate(**at, batch=number) for number in batches]
+    for reply in judge.exchange({partition: requests})[partition]:
+        assert isinstance(reply, Activations)  # Link has checked it
+        session.server.score(reply, score)
+    return score
 
 
 def finish(method: Method, session: Session, link: Link, report: Report) -> Results:

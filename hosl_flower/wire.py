@@ -33,7 +33,7 @@ def from_wire(header: str, tensors: Mapping[str, Tensor], known: Mapping[str, ty
     """
     try:
         values = json.loads(header)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ProtocolError(f"message header is not JSON: {header[:60]!r}") from error
     kind = values.pop("kind", "") if isinstance(values, dict) else ""
     if not isinstance(kind, str) or kind not in known:
@@ -41,6 +41,8 @@ def from_wire(header: str, tensors: Mapping[str, Tensor], known: Mapping[str, ty
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     if overlap := values.keys() & tensors.keys():
         raise ProtocolError(f"{kind}: {', '.join(overlap)} came twice")
+    if strange := {*values, *tensors} - {field.name for field in fields(known[kind])}:
+        raise ProtocolError(f"{kind}: {min(strange)[:40]!r}: unexpected field")
     try:
         return known[kind](**values, **tensors)
     except ValidationError as error:

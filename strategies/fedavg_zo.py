@@ -33,12 +33,13 @@ class FedAvgZo(HoSfl):
 
     def step(self, session: Session, link: Link, step: int) -> float:
         """One step; the weighted loss of the clean forwards."""
-        cohort = Cohort(session, link, step, session.sample(step))
+        cohort = Cohort(session, link, step, session.sample(step, link.absent()))
         loss, replies = self.probe(session, cohort)
         state = session.history.state
         weights = state.weights()
         moved = torch.zeros(weights.shape, dtype=torch.float64)
         for m, share in zip(cohort.partitions, cohort.weights, strict=True):
             moved.add_(replies.pop(m).change, alpha=share)
+        cohort.done()
         session.history.jump(step, weights.double().add_(moved).to(weights.dtype))
         return loss

@@ -53,12 +53,13 @@ class HoSfl(SplitStrategy):
 
     def step(self, session: Session, link: Link, step: int) -> float:
         """One step; the weighted loss of the clean forwards."""
-        cohort = Cohort(session, link, step, session.sample(step))
+        cohort = Cohort(session, link, step, session.sample(step, link.absent()))
         loss, replies = self.probe(session, cohort)
 
         # 4: one ledger entry per local step
         scalars = torch.stack([replies[m].scalars for m in cohort.partitions])  # [K, E, P]
         session.history.commit(self.entries(session, cohort, scalars))
+        cohort.done()
         return loss
 
     def probe(self, session: Session, cohort: Cohort) -> tuple[float, dict[int, Any]]:
@@ -116,10 +117,8 @@ class HoSfl(SplitStrategy):
             else:
                 directions = [seed for m in cohort.partitions for seed in seeds[m][e]]
                 # the mean of K vectors along different directions is one longer list
-                shares = (
-                    weights if config.aggregation == "weighted-mean" else [1 / len(own)] * len(own)
-                )
-                values = (own.double() * torch.tensor(shares).double().unsqueeze(1)).reshape(-1)
+                shares = torch.tensor(weights, dtype=torch.float64)
+                values = (own.double() * shares.unsqueeze(1)).reshape(-1)
             rounded = tuple(map(to_float32, values.tolist()))
             entries.append(Entry(step, tuple(directions), rounded, config.client_learning_rate))
         return entries

@@ -94,6 +94,7 @@ class Hosl(SplitStrategy):
                 digest_after=history.ledger.digest(),
             )
         )
+        session.took_part[client] += 1
         return loss
 
     def activations_per_step(self) -> tuple[int, int]:

@@ -143,7 +143,7 @@ def test_a_client_with_another_history_starts_over_from_its_base(link, history, 
 def test_an_update_that_disagrees_with_the_servers_is_drift(link, history):
     request = update(history)
     wrong = Losses(**{**vars(request), "losses": (0.5, 0.125)})
-    with pytest.raises(DriftError, match=r"client 0, step 1, losses.*the server's"):
+    with pytest.raises(ClientError, match=r"client 0, step 1, losses: DriftError.*the server's"):
         ask(link, wrong)
 
 

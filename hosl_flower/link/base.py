@@ -15,6 +15,7 @@ from hosl_flower.checks import (
     Limits,
     check_activations,
     check_change,
+    check_described,
     check_fingerprints,
     check_scalars,
 )
@@ -64,7 +65,8 @@ _CATCH_UPS = 4  # resends per request, each of which may land in another process
 
 @dataclass
 class Traffic:
-    """Messages and bytes by kind of request, and where the time of exchanges went."""
+    """Messages and bytes of requests that were answered and their replies, by kind of request, and
+    where the time of exchanges went."""
 
     up: dict[str, list[int]] = field(default_factory=dict)  # kind -> [messages, bytes]
     down: dict[str, list[int]] = field(default_factory=dict)
@@ -96,6 +98,10 @@ class Link(ABC):
     def _deliver(self, requests: Mapping[int, Sequence[Request]]) -> dict[int, Iterator[Reply]]:
         """Send; the iterators yield replies in order, as they come, and may end early after
         Behind or Failure. Raises ClientError from the iterator when a client does not answer."""
+
+    def absent(self) -> set[int]:
+        """Partitions that cannot be asked now: no node is there for them."""
+        return set()
 
     @abstractmethod
     def describe_client(self, partition: int) -> str:
@@ -149,13 +155,10 @@ class Link(ABC):
         return [self.history.catch_up(position, digest, first.position, first)]
 
     def _send(self, requests: Mapping[int, Sequence[Request]]) -> dict[int, Iterator[Reply]]:
-        """_deliver, timed and counted."""
+        """_deliver, timed."""
         started = time.perf_counter()
         streams = self._deliver(requests)
         self.traffic.waited_seconds += time.perf_counter() - started
-        for own in requests.values():
-            for request in own:
-                self.traffic.count(self.traffic.down, request.kind, request)
         return streams
 
     def _checked(
@@ -192,14 +195,16 @@ class Link(ABC):
         return sent, self._send({partition: sent})[partition]
 
     def _next(self, partition: int, request: Request, stream: Iterator[Reply]) -> Reply:
-        """The next reply, counted."""
+        """The next reply, counted with its request."""
         started = time.perf_counter()
+        traffic = self.traffic
         try:
             reply = next(stream)
         except StopIteration:
             raise ClientError(f"{self._where(partition, request)}: no reply") from None
-        traffic = self.traffic
-        traffic.waited_seconds += time.perf_counter() - started
+        finally:
+            traffic.waited_seconds += time.perf_counter() - started
+        traffic.count(traffic.down, request.kind, request)
         traffic.client_seconds += reply.seconds
         traffic.peak_bytes = max(traffic.peak_bytes, reply.peak_bytes)
         traffic.count(traffic.up, request.kind, reply)
@@ -208,8 +213,7 @@ class Link(ABC):
     def _check(self, partition: int, request: Request, reply: Reply) -> None:
         where = self._where(partition, request)
         if isinstance(reply, Failure):
-            drifted = reply.error.startswith(DriftError.__name__)
-            raise (DriftError if drifted else ClientError)(f"{where}: {reply.error}")
+            raise ClientError(f"{where}: {reply.error}")
         expected = _ANSWERS[type(request)]
         if not isinstance(reply, expected) or reply.step != request.step:
             raise ProtocolError(
@@ -231,6 +235,8 @@ class Link(ABC):
 
     def _check_content(self, request: Request, reply: Reply) -> None:
         match request, reply:
+            case _, Described():
+                check_described(reply, self.limits)
             case _, Activations():
                 check_activations(reply, self.limits)
             case CutGradient(), Scalars():

@@ -63,7 +63,7 @@ def decode(frame: bytes, known: Mapping[str, type]) -> tuple[Key, Any]:
         raise ProtocolError("frame: its envelope is not of this protocol")
     body, tensors = memoryview(frame)[start:], {}
     for name, dtype, shape in listed:
-        sizes = all(isinstance(size, int) and size >= 0 for size in shape)
+        sizes = all(isinstance(size, int) and 0 <= size < 2**40 for size in shape)
         if dtype not in DTYPES or not sizes or name in tensors:
             raise ProtocolError(f"frame: tensor {name!r} {dtype} {shape} is not valid")
         size = math.prod(shape) * DTYPES[dtype].itemsize
@@ -83,7 +83,7 @@ def _open(frame: bytes) -> tuple[dict[str, Any], int]:
         raise ProtocolError(f"frame: an envelope of {length} bytes does not fit {len(frame)}")
     try:
         envelope = json.loads(frame[_LENGTH.size : stop])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ProtocolError("frame: its envelope is not JSON") from error
     if not isinstance(envelope, dict):
         raise ProtocolError("frame: its envelope is no object")

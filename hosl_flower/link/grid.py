@@ -17,9 +17,10 @@ from hosl_flower.history import History
 from hosl_flower.link.base import Link
 from hosl_flower.link.nodes import Node, Nodes
 from hosl_flower.link.records import pack, unpack_replies
-from hosl_flower.messages import CutGradient, Evaluate, Failure, Forward, Reply, Request
+from hosl_flower.messages import Evaluate, Failure, Forward, LocalTrain, Reply, Request
 from hosl_flower.spec import ClientSpec
 from hosl_flower.tensors import DTYPES
+from hosl_flower.wire import to_wire
 
 EXCHANGE = "train.exchange"
 _FIRST_POLL_SECONDS, _LAST_POLL_SECONDS = 0.002, 0.25
@@ -43,6 +44,11 @@ class GridLink(Link):
     ):
         super().__init__(history, limits)
         self.grid, self.spec, self.deadline, self.nodes = grid, spec, deadline, nodes
+
+    def absent(self) -> set[int]:
+        if not self.nodes.complete:
+            self.nodes.refresh()
+        return set(range(self.spec.num_clients)) - set(self.nodes.served())
 
     def describe_client(self, partition: int) -> str:
         node = self.nodes.of(partition)
@@ -72,22 +78,31 @@ class GridLink(Link):
         yield  # a generator: the error belongs to this client, not to the exchange
 
     def _cut(self, requests: Part) -> list[Part]:
-        """Requests in messages whose tensors fit, so that neither side ever holds many."""
-        limits = self.limits
-        item = DTYPES[limits.dtype].itemsize
-        largest = limits.batch * limits.length * limits.hidden * item
-        most = max(1, _MESSAGE_BYTES // largest)
+        """Requests in messages whose tensors, and those of the replies, fit: neither side ever
+        holds many."""
         parts: list[Part] = [{}]
-        heavy = 0
+        used = 0
         for partition, own in requests.items():
             for request in own:
-                # a Probe is a Forward: activations come back. A CutGradient carries a tensor
-                heavy += isinstance(request, Forward | Evaluate | CutGradient)
-                if heavy > most:
+                size = self._tensor_bytes(request)
+                if used and used + size > _MESSAGE_BYTES:
                     parts.append({})
-                    heavy = 1
+                    used = 0
+                used += size
                 parts[-1].setdefault(partition, []).append(request)
         return parts
+
+    def _tensor_bytes(self, request: Request) -> int:
+        """Of a request or its reply, whichever is more."""
+        _, tensors = to_wire(request)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if isinstance(request, Forward | Evaluate):  # a Probe is a Forward
+            limits = self.limits
+            item = DTYPES[limits.dtype].itemsize
+            size = max(size, limits.batch * limits.length * limits.hidden * item)
+        if isinstance(request, LocalTrain):
+            size = max(size, 4 * self.history.state.elements)
+        return size
 
     def _send_and_wait(self, parts: Mapping[Node, Part]) -> dict[Node, Message]:
         """Push a message per node, pull until all are answered or the deadline passes.
@@ -139,6 +154,7 @@ class _NodeExchange:
     def __init__(self, link: GridLink, node: Node, parts: list[Part], first: Message | None):
         self.link, self.node, self.parts = link, node, parts
         self.ended: set[int] = set()  # partitions that get nothing more
+        self.silent = first is None  # nothing more is asked of it: every wait is a deadline
         self.replies: list[dict[int, list[Reply]] | HoslError] = [self._unpack(parts[0], first)]
 
     def read(self, partition: int) -> Iterator[Reply]:
@@ -150,6 +166,7 @@ class _NodeExchange:
                 self._fetch()
             found = self.replies[index]
             if isinstance(found, HoslError):
+                self.ended.add(partition)
                 raise found
             own = found.pop(partition)
             complete = len(own) == len(part[partition])
@@ -163,15 +180,18 @@ class _NodeExchange:
         """Send the next message, without what is no longer of use."""
         part = self.parts[len(self.replies)]
         wanted = {p: own for p, own in part.items() if p not in self.ended}
-        answer = self.link._send_and_wait({self.node: wanted}).get(self.node) if wanted else None
+        answer = None
+        if wanted and not self.silent:
+            answer = self.link._send_and_wait({self.node: wanted}).get(self.node)
+            self.silent = answer is None
         self.replies.append(self._unpack(wanted, answer) if wanted else {})
 
     def _unpack(self, part: Part, answer: Message | None) -> dict[int, list[Reply]] | HoslError:
         who = self.link.describe_client(next(iter(part)))
         if answer is None:
             return AbsentError(
-                f"{who} did not answer within {self.link.deadline:g} s; is its SuperNode alive? "
-                "(reply-deadline allows more)"
+                f"{who} did not answer within {self.link.deadline:g} s, or is gone; is its "
+                "SuperNode alive? (reply-deadline allows more)"
             )
         if answer.has_error():
             return ClientError(f"{who} failed: {answer.error.reason or answer.error.code}")

@@ -4,6 +4,7 @@ their partition; one node may serve many (a Ray worker, an edge gateway)."""
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ log = logging.getLogger("hosl_flower")
 
 NODE = "query.node"
 _POLL_SECONDS = 0.05
+_TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,15 @@ class Nodes:
         self._known: dict[int, Node] = {}  # by number
         self._asked: dict[str, int] = {}  # message id -> node, not answered yet
         self._seen: set[int] = set()
+        self._tries: Counter[int] = Counter()  # questions a node has failed to answer
         self._unfit: list[str] = []
+        self._fixed = 0  # M, once the run has started
 
     @property
     def count(self) -> int:
         """M, the nodes the clients are spread over."""
+        if self._fixed:
+            return self._fixed
         if self.per_node:
             return math.ceil(self.clients / self.per_node)
         announced = max((node.of for node in self._known.values()), default=0)
@@ -90,6 +96,7 @@ class Nodes:
         served = self.served()
         if len(served) < required:
             raise ConfigError(self._why_missing(required))
+        self._fixed = self.count  # a client's node stays the same number, whoever comes and goes
         self._check_data()
         log.info(self._plan(served))
 
@@ -99,13 +106,16 @@ class Nodes:
         self._seen.update(new)
         if new:
             ids = self.grid.push_messages([_question(node, self.deadline) for node in new])
-            self._asked.update(zip(ids, new, strict=True))
+            self._asked.update((i, node) for i, node in zip(ids, new, strict=True) if i)
         for answer in self.grid.pull_messages(list(self._asked)) if self._asked else ():
             node_id = self._asked.pop(answer.metadata.reply_to_message_id)
             try:
                 self._add(_read(node_id, answer))
             except ClientError as error:
                 self._unfit.append(str(error))
+                self._tries[node_id] += 1
+                if self._tries[node_id] < _TRIES:
+                    self._seen.discard(node_id)  # it is asked again
 
     def forget(self, node: Node) -> None:
         """Let go of a node that failed, if it is gone: another may come in its place."""
@@ -116,11 +126,17 @@ class Nodes:
 
     def _add(self, node: Node) -> None:
         other = self._known.get(node.number)
-        if other is not None and other.id != node.id:
-            raise ConfigError(
+        if other is not None and other.id in set(self.grid.get_node_ids()) - {node.id}:
+            text = (
                 f"SuperNodes {other.id} and {node.id} both serve partition {node.number}; give "
                 "each its own partition-id"
             )
+            if not self._fixed:
+                raise ConfigError(text)
+            # the first keeps it; a restarted node gets it back once its old id is gone
+            log.warning("%s; %d goes on", text, other.id)
+            self._seen.discard(node.id)
+            return
         self._known[node.number] = node
 
     def _check_data(self) -> None:

@@ -94,8 +94,9 @@ def _unpack(content: RecordDict, known: Mapping[str, type]) -> list[list[Any]]:
     tensors: list[dict[str, Tensor]] = [{} for _ in headers]
     for key, array in arrays.items():
         index, _, name = key.partition(".")
-        if not index.isdecimal() or int(index) >= len(headers) or array.stype != _STYPE:
-            raise ProtocolError(f"unexpected array {key!r} of kind {array.stype!r}")
+        known_index = index.isdecimal() and len(index) < 10 and int(index) < len(headers)
+        if not known_index or array.stype != _STYPE:
+            raise ProtocolError(f"unexpected array {key[:40]!r} of kind {array.stype!r}")
         tensors[int(index)][name] = tensor_from_bytes(array.data, array.dtype, tuple(array.shape))
     messages = (
         from_wire(header if isinstance(header, str) else "", own, known)

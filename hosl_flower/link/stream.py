@@ -82,6 +82,10 @@ class StreamLink(Link):
             self.close()
             raise
 
+    def absent(self) -> set[int]:
+        self._call_nodes()
+        return {p for p in range(self.spec.num_clients) if self._line_of(p) is None}
+
     def describe_client(self, partition: int) -> str:
         line = self._line_of(partition)
         return f"client {partition} ({f'node {line.node.id}' if line else 'without a node'})"
