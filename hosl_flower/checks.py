@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from pydantic.dataclasses import dataclass
 
-from hosl_flower.errors import ProtocolError
+from hosl_flower.errors import OutOfRangeError, ProtocolError
 from hosl_flower.messages import (
     Activations,
     Change,
@@ -79,7 +79,7 @@ def check_activations(reply: Activations, limits: Limits) -> None:
         )
     if not torch.isfinite(h).all():
         bad = int((~torch.isfinite(h)).sum())
-        raise ProtocolError(f"activations: {bad} of {h.numel()} values are not finite")
+        raise OutOfRangeError(f"activations: {bad} of {h.numel()} values are not finite")
 
 
 def check_scalars(reply: Scalars, request: CutGradient) -> None:
@@ -91,7 +91,9 @@ def check_scalars(reply: Scalars, request: CutGradient) -> None:
             f"scalars: expected float32{expected}, got {dtype_name(found)}{list(found.shape)}"
         )
     if not (found.abs() <= LARGEST_SCALAR).all():  # also false for what is not a number
-        raise ProtocolError(f"scalars: expected at most +-{LARGEST_SCALAR:g}, got {found.tolist()}")
+        raise OutOfRangeError(
+            f"scalars: expected at most +-{LARGEST_SCALAR:g}, got {found.tolist()}"
+        )
 
 
 def check_change(reply: Change, elements: int) -> None:
@@ -103,7 +105,7 @@ def check_change(reply: Change, elements: int) -> None:
         )
     if not torch.isfinite(found).all():
         bad = int((~torch.isfinite(found)).sum())
-        raise ProtocolError(f"change: {bad} of {found.numel()} values are not finite")
+        raise OutOfRangeError(f"change: {bad} of {found.numel()} values are not finite")
 
 
 def check_fingerprints(reply: Fingerprinted, request: Fingerprint) -> None:

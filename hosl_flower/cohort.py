@@ -6,7 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from hosl_flower.errors import ClientError, ProtocolError, UnusableBatchError
+from hosl_flower.errors import (
+    ClientError,
+    DivergedError,
+    OutOfRangeError,
+    ProtocolError,
+    UnusableBatchError,
+)
 from hosl_flower.link.base import Link
 from hosl_flower.messages import Activations, Describe, Described, Request
 from hosl_flower.session import Drop, Session
@@ -36,10 +42,12 @@ class Cohort:
             for p, own in wanted.items()
         }
         replies: dict[int, list[Any]] = {}
+        errors: list[Exception] = []
         for partition, stream in self.link.exchange(sent).items():
             try:
                 own = list(stream)
             except (ClientError, ProtocolError) as error:
+                errors.append(error)
                 self._drop(partition, error)
                 continue
             if partition not in met:
@@ -47,6 +55,11 @@ class Cohort:
                 assert isinstance(described, Described)  # Link has checked it
                 self.session.clients[partition] = described
             replies[partition] = own
+        if not replies and all(isinstance(error, OutOfRangeError) for error in errors):
+            raise DivergedError(
+                f"every client's numbers are out of range, training has diverged ({errors[0]}); "
+                "lower server-learning-rate or client-learning-rate"
+            )
         self._check_enough()
         return {partition: replies[partition] for partition in self.partitions}
 

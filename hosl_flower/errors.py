@@ -31,6 +31,11 @@ class ProtocolError(HoslError):
     """A message does not have the form the protocol asks for."""
 
 
+class OutOfRangeError(ProtocolError):
+    """Numbers in a message are not finite or absurdly large: a bad client or, when it is every
+    client, training that has diverged."""
+
+
 class ClientError(HoslError):
     """A client failed, did not answer in time, or answered with an error."""
 

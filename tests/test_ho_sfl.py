@@ -10,9 +10,15 @@ from runs import PROMPT, metrics, run_factory
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hosl_flower.errors import ClientError, ConfigError, DriftError, ProtocolError
+from hosl_flower.errors import (
+    ClientError,
+    ConfigError,
+    DivergedError,
+    DriftError,
+    ProtocolError,
+)
 from hosl_flower.ledger import Ledger
-from hosl_flower.messages import Activations, Failure, Scalars
+from hosl_flower.messages import Activations, Described, Failure, Scalars
 from strategies.fedavg_zo import FedAvgZo
 from strategies.ho_sfl import HoSfl
 
@@ -255,6 +261,63 @@ def test_a_failing_client_is_left_out_and_the_weights_renormalised(make, monkeyp
     assert results.clients["fingerprint_checked"] == [0, 1, 2], "it is back and caught up"
 
 
+def test_a_client_that_is_not_there_is_stood_in_for(make, monkeypatch):
+    original = HoSfl.run_in_process.__globals__["InProcessLink"]
+    monkeypatch.setattr(original, "absent", lambda self: {0, 1, 2}, raising=False)
+    results, _, _ = make(num_clients=7, clients_per_step=2, steps=6, eval_every=6)
+    assert set(results.clients["steps_taken_part"]) <= {"3", "4", "5", "6"}
+    assert sum(results.clients["steps_taken_part"].values()) == 12
+
+
+def test_a_client_that_cannot_evaluate_is_passed_over(make, monkeypatch, caplog):
+    def huge(partition, request, reply):
+        if request.kind == "evaluate" and partition == 0:
+            h = torch.full_like(reply.activations, 3e38)
+            return Activations(**{**vars(reply), "activations": h})
+        return reply
+
+    expected, _, _ = make(num_clients=3, clients_per_step=3)
+    link_that(monkeypatch, huge)
+    results, _, _ = make(num_clients=3, clients_per_step=3)
+    assert results.loss == expected.loss
+    assert "asking the next client" in caplog.text
+
+
+@pytest.mark.parametrize("micro_batch", [0, 5, 1])
+def test_divergence_is_said_to_be_divergence(make, micro_batch):
+    keys = {"num_clients": 3, "clients_per_step": 3, "min_clients": 2, "steps": 40}
+    with pytest.raises(DivergedError, match="lower"):
+        make(**keys, server_learning_rate=1e3, server_micro_batch=micro_batch)
+
+
+def test_a_client_with_one_enormous_scalar_is_dropped_and_adam_goes_on(make, monkeypatch):
+    def enormous(partition, request, reply):
+        if isinstance(reply, Scalars) and request.step == 2 and partition == 0:
+            return Scalars(**{**vars(reply), "scalars": torch.full_like(reply.scalars, 1e20)})
+        return reply
+
+    link_that(monkeypatch, enormous)
+    results, _, _ = make(num_clients=2, clients_per_step=2, client_optimizer="adamw")
+    (drop,) = results.clients["dropped"]
+    assert (drop["step"], drop["partition"]) == (2, 0)
+    assert "scalars: expected at most" in drop["reason"]
+    assert results.clients["steps_taken_part"] == {"0": 3, "1": 4}
+
+
+def test_mean_counts_every_client_the_same_on_both_sides(make, monkeypatch):
+    def boasts(partition, request, reply):
+        if isinstance(reply, Described) and partition == 0:
+            counts = (10**6, 0)
+            return Described(**{**vars(reply), "train_examples": 10**6, "label_counts": counts})
+        return reply
+
+    keys = {"num_clients": 3, "clients_per_step": 3, "aggregation": "mean"}
+    _, honest, _ = make(**keys)
+    link_that(monkeypatch, boasts)
+    _, boasting, _ = make(**keys)
+    assert metrics(honest) == metrics(boasting)
+
+
 def test_too_few_clients_end_the_run_with_the_reasons(make, monkeypatch):
     link_that(monkeypatch, fails(2, 1, "error"))
     with pytest.raises(
@@ -305,6 +368,9 @@ def test_drift_is_found_at_the_next_evaluation_and_names_the_step(make, monkeypa
             "random weights; use merged",
         ),
         ({"turn_steps": 2}, "ho-sfl does not use turn-steps"),
+        ({"trim_fraction": 0.4}, "trim-fraction has no use without aggregation = trimmed-mean"),
+        ({"dirichlet_alpha": 7.0}, "dirichlet-alpha has no use without partitioner = dirichlet"),
+        ({"lora_rank": 99}, "lora-rank has no use without"),
     ],
 )
 def test_bad_input_is_one_clear_line_before_anything_is_written(make, tmp_path, changes, complaint):

@@ -501,6 +501,73 @@ def test_a_node_that_went_and_came_back_under_another_id_is_found(history):
     assert serving(link) == {0: 7, 1: 33}
 
 
+def test_a_node_that_claims_a_taken_number_later_changes_nothing(history, caplog):
+    there = {7: {"partition-id": 0}}
+    link = grid_link(there, history, required=1)
+    there[9] = {"partition-id": 0}  # and partition 1 is still missing
+    assert link.absent() == {1}
+    assert ask(link, Describe(**at(history)))[0].train_examples == 25
+    assert serving(link) == {0: 7}
+    assert "both serve partition 0" in caplog.text
+    del there[7]  # it was the same node, restarted: now its old id is gone
+    assert link.absent() == {1}
+    assert serving(link) == {0: 9}
+
+
+def test_a_node_whose_first_answer_fails_is_asked_again(history):
+    nodes = {7: {"partition-id": 0}, 8: {"partition-id": 1}}
+    grid, failed = LocalGrid(nodes), []
+    original = grid.answer
+
+    def fails_once(message, config):
+        if not failed:
+            failed.append(message)
+            return Message(Error(code=2, reason="busy"), reply_to=message)
+        return original(message, config)
+
+    grid.answer = fails_once
+    found = Nodes(grid, 2, 0, 20.0)
+    found.wait(5.0, 2)
+    assert found.served() == [0, 1]
+
+
+def test_a_silent_node_costs_one_deadline_however_much_it_was_asked(monkeypatch):
+    monkeypatch.setattr("hosl_flower.link.grid._MESSAGE_BYTES", 1)
+    history = history_for(FIVE)
+    link = grid_link({7: {"partition-id": 0, "num-partitions": 1}}, history, spec=FIVE)
+    link.grid.nodes[7], link.deadline = None, 0.3
+    asked, started = len(link.grid.sent), time.monotonic()
+    streams = link.exchange({p: [Forward(**at(history, 1, p), batch=0)] for p in range(5)})
+    for replies in streams.values():
+        with pytest.raises(ClientError, match=r"did not answer within 0\.3 s"):
+            list(replies)
+    assert time.monotonic() - started < 1.2
+    assert len(link.grid.sent) == asked + 1
+    assert link.traffic.down == {}, "what nobody answered is not counted"
+
+
+def test_snapshots_are_spread_over_messages_by_their_size(monkeypatch):
+    history = history_for(FIVE)
+    link = grid_link(NODES, history, spec=FIVE)
+    history.jump(1, torch.zeros(history.state.elements))
+    monkeypatch.setattr("hosl_flower.link.grid._MESSAGE_BYTES", 5 * history.state.elements)
+    asked = len(link.grid.sent)
+    streams = link.exchange({p: [Fingerprint(**at(history, 2, p), since=1)] for p in (0, 2, 4)})
+    for replies in streams.values():
+        assert next(replies).fingerprints[-1] == history.state.mark().fingerprint
+    assert len(link.grid.sent) == asked + 3, "one snapshot in each"
+
+
+def test_a_late_node_does_not_move_other_clients():
+    history = history_for(FIVE)
+    there = {7: {"partition-id": 0, "num-partitions": 3}, 8: {"partition-id": 1}}
+    link = grid_link(there, history, spec=FIVE, required=3)
+    before = serving(link)
+    there[9] = {"partition-id": 2, "num-partitions": 4}
+    link.absent()
+    assert serving(link) == {**before, 2: 9}
+
+
 def test_a_client_far_behind_gets_a_snapshot_when_that_is_fewer_bytes():
     lora = client_spec(client_trainable="lora", client_optimizer="adamw", lora_rank=1)
     history = history_for(lora)

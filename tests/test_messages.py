@@ -12,6 +12,7 @@ from hosl_flower.checks import (
     Limits,
     check_activations,
     check_change,
+    check_described,
     check_fingerprints,
     check_same_batch,
     check_scalars,
@@ -150,6 +151,8 @@ HEADER = '"step":3,"partition":1,"position":2,"digest":"0123456789abcdef"'
         ('{"kind":"forward",' + HEADER + ',"batch":1,"x":1}', "unexpected"),
         ('{"kind":"probe",' + HEADER + ',"batch":1,"seed":1,"coefficient":NaN}', "finite"),
         ('{"kind":"describe","step":3,"partition":1,"position":2,"digest":"x"}', "digest"),
+        ("[" * 100_000, "not JSON"),
+        ('{"kind":"describe",' + HEADER + ',"__dataclass_self__":1}', "unexpected field"),
     ],
 )
 def test_what_is_not_a_message_is_one_protocol_error(header, complaint):
@@ -212,6 +215,7 @@ def test_local_seeds_are_those_of_each_step():
         torch.zeros(2, 3),
         torch.zeros(4),
         torch.zeros(2, 2).double(),
+        torch.full((2, 2), 1e20),
         torch.full((2, 2), float("inf")),
     ],
 )
@@ -219,6 +223,25 @@ def test_scalars_that_do_not_fit_the_request_are_refused(scalars):
     check_scalars(Scalars(**DONE, scalars=torch.zeros(2, 2)), CutGradient(**CUT))
     with pytest.raises(ProtocolError, match="scalars: "):
         check_scalars(Scalars(**DONE, scalars=scalars), CutGradient(**CUT))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"label_counts": (5,)}, "expected 2 label counts"),
+        ({"label_counts": (3, 1)}, "that sum to the number of training examples"),
+        ({"train_examples": 0, "label_counts": (0, 0)}, "1 or more"),
+        ({"train_examples": 2**62, "label_counts": (2**62, 0)}, "1 or more"),
+        ({"held_out_examples": 0}, "expected 1 to 40 held-out examples, got 0"),
+        ({"held_out_examples": 41}, "got 41"),
+    ],
+)
+def test_a_description_that_cannot_be_is_refused(changes, complaint):
+    good = next(vars(m) for m in ALL if isinstance(m, Described))
+    limits = Limits(batch=8, length=16, hidden=4, dtype="float32", classes=2, held_out=40)
+    check_described(Described(**good), limits)
+    with pytest.raises(ProtocolError, match=complaint):
+        check_described(Described(**{**good, **changes}), limits)
 
 
 @pytest.mark.parametrize(
@@ -254,6 +277,7 @@ def test_tensors_survive_as_bytes(dtype, shape):
         (b"", "float32", (-1,)),
         (b"1234", "float32", (1, 1, 1, 1, 1)),
         (b"", "float32", (2**40, 2**40)),
+        (b"", "float32", (2**62, 2**62, 0)),
     ],
 )
 def test_bytes_that_do_not_fit_are_refused_before_memory_is_taken(data, dtype, shape):
@@ -292,11 +316,12 @@ def broken_records():
     raw = Array("float32", (1,), "hosl.raw", b"1234")
     yield RecordDict({**good, "arrays": ArrayRecord({"9.activations": raw})})
     yield RecordDict({**good, "arrays": ArrayRecord({"activations": raw})})
+    yield RecordDict({**good, "arrays": ArrayRecord({"9" * 5000 + ".x": raw})})
     short = Array("float32", (2, 3, 4), "hosl.raw", b"1234")
     yield RecordDict({**good, "arrays": ArrayRecord({"0.activations": short})})
 
 
-@pytest.mark.parametrize("index", range(12))
+@pytest.mark.parametrize("index", range(13))
 def test_other_record_dicts_are_refused(index):
     with pytest.raises(ProtocolError):
         unpack_replies(list(broken_records())[index])

@@ -223,7 +223,7 @@ class Link(ABC):
         try:
             self._check_content(request, reply)
         except ProtocolError as error:
-            raise ProtocolError(f"{where}: {error}") from error
+            raise type(error)(f"{where}: {error}") from error
         if isinstance(reply, Applied):
             position, ledger = reply.position, self.history.ledger
             if position > len(ledger) or ledger.digest(position) != reply.digest:
