@@ -1,6 +1,7 @@
 """link/stream.py, sessions.py, dial.py, frames.py: the same replies over a stream, also over one
 that breaks; strangers stay out; nothing is left behind."""
 
+import datetime
 import threading
 import time
 
@@ -22,6 +23,7 @@ from hosl_flower.link.inprocess import InProcessLink
 from hosl_flower.link.nodes import Nodes
 from hosl_flower.link.sessions import METHOD
 from hosl_flower.link.stream import SESSION, StreamLink
+from hosl_flower.local_flower import _free_port
 from hosl_flower.messages import REPLIES, REQUESTS, Describe, Fingerprint, Forward, Probe
 
 SPEC = client_spec(num_clients=5)
@@ -86,11 +88,11 @@ def make(history):
     """Factory of stream links, closed at the end."""
     links = []
 
-    def stream(nodes=NODES, deadline=20.0, grid=None):
+    def stream(nodes=NODES, deadline=20.0, grid=None, **more):
         grid = grid or ThreadGrid(dict(nodes))
         found = Nodes(grid, SPEC.num_clients, 0, deadline)
         found.wait(0.1, 1)
-        links.append(StreamLink(grid, SPEC, history, LIMITS, deadline, found, lifetime=600.0))
+        links.append(StreamLink(grid, SPEC, history, LIMITS, deadline, found, 600.0, **more))
         return links[-1]
 
     yield stream
@@ -264,6 +266,44 @@ def test_the_window_keeps_a_fast_client_from_running_ahead(history, make):
     (line,) = link._lines.values()
     assert len(line.session._replies) <= 5
     assert len(list(replies)) == 19
+
+
+@pytest.fixture(scope="module")
+def authority():
+    """A certificate for localhost, signed by itself: (key, certificate), PEM."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), False)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    own = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    return own, certificate.public_bytes(pem)
+
+
+def test_a_stream_with_tls(history, make, authority):
+    port = _free_port()
+    tls = {
+        "endpoint": f"localhost:{port}", "bind": f"127.0.0.1:{port}", "certificate": authority,
+    }  # fmt: skip
+    link = make(authority=authority[1].decode(), **tls)
+    check_same(history, link)
+    with pytest.raises(grpc.RpcError) as refused:
+        dial(link, encode_word("hello", token="guess"))
+    assert refused.value.code() == grpc.StatusCode.UNAVAILABLE, "without TLS there is no talking"
 
 
 def dial(link, *frames):

@@ -1,0 +1,66 @@
+"""link/choose.py: a stream does not leave the machine unencrypted by accident."""
+
+import pytest
+
+from hosl_flower.config import parse_config
+from hosl_flower.errors import ConfigError
+from hosl_flower.link.choose import _bind, _certificates, check_stream
+
+
+@pytest.mark.parametrize(
+    ("keys", "complaint"),
+    [
+        ({"stream-endpoint": "server:8443"}, "would cross the network unencrypted"),
+        ({"stream-endpoint": "10.0.0.7:8443"}, "would cross the network unencrypted"),
+        ({"stream-endpoint": "server"}, "expected host:port"),
+        ({"stream-endpoint": "server:99999", "stream-insecure": True}, "expected host:port"),
+        ({"stream-endpoint": ":8443", "stream-insecure": True}, "expected host:port"),
+        ({"stream-bind": "8443"}, "stream-bind = '8443': expected host:port"),
+        ({"stream-certificate": "a.pem"}, "stream-certificate and stream-key belong together"),
+        ({"stream-key": "a.pem"}, "stream-certificate and stream-key belong together"),
+    ],
+)
+def test_what_does_not_fit_is_refused(keys, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        check_stream(parse_config(keys))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"stream-endpoint": "127.0.0.1:8443"},
+        {"stream-endpoint": "[::1]:8443"},
+        {"stream-endpoint": "localhost:8443"},
+        {"stream-endpoint": "server:8443", "stream-insecure": True},
+        {"stream-endpoint": "server:8443", "stream-certificate": "a", "stream-key": "b"},
+        {"stream-endpoint": "server:8443", "link": "grid"},
+    ],
+)
+def test_what_fits_is_taken(keys):
+    check_stream(parse_config(keys))
+
+
+def test_the_port_is_that_of_the_endpoint():
+    assert _bind("") == "127.0.0.1:0"
+    assert _bind("localhost:8443") == "127.0.0.1:8443"
+    assert _bind("server:8443") == "[::]:8443"
+
+
+def test_certificates_are_read_from_pem_files(tmp_path):
+    files = {name: tmp_path / f"{name}.pem" for name in ("certificate", "key", "authority")}
+    for name, path in files.items():
+        path.write_text(f"-----BEGIN {name}-----\n")
+    own = {f"stream-{name}": str(path) for name, path in files.items()}
+    key, authority = _certificates(parse_config(own))
+    assert key == (b"-----BEGIN key-----\n", b"-----BEGIN certificate-----\n")
+    assert authority == "-----BEGIN authority-----\n"
+    del own["stream-authority"]
+    assert _certificates(parse_config(own))[1] == "-----BEGIN certificate-----\n"
+    assert _certificates(parse_config({})) == (None, "")
+    files["key"].write_text("no")
+    with pytest.raises(ConfigError, match=r"stream-key = .*is no PEM file"):
+        _certificates(parse_config(own))
+    files["certificate"].unlink()
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        _certificates(parse_config({**own, "stream-key": str(files["authority"])}))
