@@ -17,6 +17,7 @@ from hosl_flower.messages import REQUESTS, Behind, Failure, Reply, Request
 log = logging.getLogger("hosl_flower")
 
 _FIRST_PAUSE, _LAST_PAUSE = 0.2, 5.0
+_FIRST_CONTACT = 10.0  # seconds of trying before there was any connection
 _REFUSED = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)
 
 Answer = Callable[[Iterable[Request]], Iterator[Reply]]
@@ -71,10 +72,11 @@ def serve(invitation: Invitation, answer: Answer) -> None:
             reason = f"{error.code().name}: {error.details()}"
             if error.code() in _REFUSED:
                 raise ClientError(f"stream {invitation.endpoint}: refused: {reason}") from None
-            if time.monotonic() - last_contact > invitation.patience:
+            # the server listens before it invites: one that was never there will not come
+            patience = invitation.patience if caller.connections else _FIRST_CONTACT
+            if time.monotonic() - last_contact > min(patience, invitation.patience):
                 raise ClientError(
-                    f"stream {invitation.endpoint}: no connection for {invitation.patience:g} s "
-                    f"({reason})"
+                    f"stream {invitation.endpoint}: no connection for {patience:g} s ({reason})"
                 ) from None
             time.sleep(pause)
             pause = min(2 * pause, _LAST_PAUSE)

@@ -1,6 +1,10 @@
 """Real SuperLink, SuperNodes and ClientApp processes on loopback."""
 
 import json
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,21 +18,71 @@ from hosl_flower.server_app import load_strategy
 QUICK = Path(__file__).parents[2] / "simulations" / "quickstart"
 
 
+KEYS = {
+    "model": "random:opt-tiny", "task": "sms-spam", "cut-layer": 1, "steps": 12, "eval-every": 6,
+    "eval-examples": 40, "num-clients": 3, "batch-size": 4, "max-length": 32,
+    "server-optimizer": "adamw", "threads": 1, "save-model": False, "client-learning-rate": 1e-4,
+    "client-trainable": "blocks",
+}  # fmt: skip
+
+
+def run_plain(keys):
+    plain = [f"{key}={json.dumps(value)}" for key, value in {**keys, "run-name": "plain"}.items()]
+    load_strategy(read_app_config(QUICK, plain)).run_in_process()
+
+
 @pytest.mark.parametrize("strategy", ["strategies.hosl:Hosl", "strategies.ho_sfl:HoSfl"])
 def test_a_deployment_over_streams_gives_the_same_bits(tmp_path, strategy):
-    keys = {
-        "strategy": strategy, "model": "random:opt-tiny", "task": "sms-spam", "cut-layer": 1,
-        "steps": 12, "eval-every": 6, "eval-examples": 40, "num-clients": 3, "batch-size": 4,
-        "max-length": 32, "server-optimizer": "adamw", "threads": 1, "save-model": False,
-        "client-learning-rate": 1e-4, "client-trainable": "blocks",
-        "output-dir": str(tmp_path),
-    }  # fmt: skip
+    keys = {**KEYS, "strategy": strategy, "output-dir": str(tmp_path)}
     with deployment(nodes=2) as environment:
         over = {**keys, "run-name": "stream", "stream-endpoint": f"127.0.0.1:{_free_port()}"}
         log = run_deployed(environment, QUICK, over, 200.0)
-    plain = [f"{key}={json.dumps(value)}" for key, value in {**keys, "run-name": "plain"}.items()]
-    load_strategy(read_app_config(QUICK, plain)).run_in_process()
+    run_plain(keys)
     assert metrics(tmp_path / "stream") == metrics(tmp_path / "plain")
     results = json.loads((tmp_path / "stream" / "results.json").read_text())
     assert results["clients"]["fingerprint_checked"] == [0, 1, 2]
     assert "streams: 2 of 2 node(s) have come" in log
+
+
+def client_apps(environment):
+    """Pids of the ClientApp processes of a deployment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            own = f"FLWR_HOME={environment['FLWR_HOME']}".encode()
+            if own in (path / "environ").read_bytes().split(b"\0"):
+                command = (path / "cmdline").read_bytes()
+                if b"clientapp" in command.lower():
+                    found.append(int(path.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_a_clientapp_killed_in_the_middle_comes_back_with_the_same_numbers(tmp_path):
+    keys = {
+        **KEYS, "strategy": "strategies.ho_sfl:HoSfl", "steps": 150, "eval-every": 150,
+        "output-dir": str(tmp_path),
+    }  # fmt: skip
+    killed = []
+
+    def kill(environment):
+        log = tmp_path / "stream" / "metrics.jsonl"
+        give_up = time.monotonic() + 150
+        while time.monotonic() < give_up and not killed:
+            if log.is_file() and len(log.read_text().splitlines()) > 20:
+                killed.extend(client_apps(environment))
+                for pid in killed:
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
+
+    with deployment(nodes=1) as environment:
+        over = {**keys, "run-name": "stream", "stream-endpoint": f"127.0.0.1:{_free_port()}"}
+        killer = threading.Thread(target=kill, args=(environment,))
+        killer.start()
+        log = run_deployed(environment, QUICK, over, 300.0)
+        killer.join()
+    assert killed
+    assert "is called again" in log
+    run_plain(keys)
+    assert metrics(tmp_path / "stream") == metrics(tmp_path / "plain")
