@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from pydantic.dataclasses import dataclass
 
+from hosl_flower.codec import has_scales, wire_dtype
 from hosl_flower.errors import OutOfRangeError, ProtocolError
 from hosl_flower.messages import (
     Activations,
@@ -16,7 +17,7 @@ from hosl_flower.messages import (
     Fingerprinted,
     Scalars,
 )
-from hosl_flower.tensors import dtype_name, raw_bytes
+from hosl_flower.tensors import DTYPES, dtype_name, raw_bytes
 
 LARGEST_SCALAR = 1e12  # its square, in Adam's second moment, is far from float32's end
 _MOST_EXAMPLES = 10**9
@@ -24,9 +25,9 @@ _MOST_EXAMPLES = 10**9
 
 @dataclass(frozen=True)
 class Limits:
-    """What activations may look like in a run: at most `batch` sequences of `length` tokens,
-    of width `hidden` and `dtype`, with labels of `classes` classes, of at most `held_out` held-out
-    examples."""
+    """What a run's replies may look like: activations of at most `batch` sequences of `length`
+    tokens, of width `hidden` and `dtype`, written by `codec`, with labels of `classes` classes;
+    at most `held_out` held-out examples."""
 
     batch: int
     length: int
@@ -34,6 +35,7 @@ class Limits:
     dtype: str
     classes: int
     held_out: int = _MOST_EXAMPLES
+    codec: str = "exact"
 
 
 def check_described(reply: Described, limits: Limits) -> None:
@@ -53,10 +55,17 @@ def check_described(reply: Described, limits: Limits) -> None:
 def check_activations(reply: Activations, limits: Limits) -> None:
     """ProtocolError unless the reply is a batch this run can use: shapes, dtypes, finite."""
     h, mask, labels = reply.activations, reply.attention_mask, reply.labels
-    if h.dim() != 3 or dtype_name(h) != limits.dtype or h.shape[2] != limits.hidden:
+    wanted = str(wire_dtype(limits.codec, DTYPES[limits.dtype])).removeprefix("torch.")
+    if h.dim() != 3 or dtype_name(h) != wanted or h.shape[2] != limits.hidden:
         raise ProtocolError(
-            f"activations: expected {limits.dtype}[B, S, {limits.hidden}], "
-            f"got {dtype_name(h)}{list(h.shape)}"
+            f"activations: expected {wanted}[B, S, {limits.hidden}], got "
+            f"{dtype_name(h)}{list(h.shape)}"
+        )
+    scales = h.shape[:2] if has_scales(limits.codec) else torch.Size([0])
+    if reply.scales.dtype != torch.float32 or reply.scales.shape != scales:
+        raise ProtocolError(
+            f"scales: expected float32{list(scales)}, got {dtype_name(reply.scales)}"
+            f"{list(reply.scales.shape)}"
         )
     batch, length = h.shape[:2]
     if not (0 < batch <= limits.batch and 0 < length <= limits.length):
@@ -77,7 +86,7 @@ def check_activations(reply: Activations, limits: Limits) -> None:
         raise ProtocolError(
             f"labels: expected 0..{limits.classes - 1}, got {labels.unique().tolist()}"
         )
-    if not torch.isfinite(h).all():
+    if not (torch.isfinite(h).all() and torch.isfinite(reply.scales).all()):
         bad = int((~torch.isfinite(h)).sum())
         raise OutOfRangeError(f"activations: {bad} of {h.numel()} values are not finite")
 

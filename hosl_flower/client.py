@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hosl_flower.codec import decode, encode, has_scales
 from hosl_flower.errors import DriftError, HoslError, ProtocolError
 from hosl_flower.ledger import Entry, chain, chain_entries
 from hosl_flower.local import local_steps
@@ -177,8 +178,17 @@ class Client:
         with perturbed(self.state.parameters, direction, point.coefficient):
             return self.submodel(ids, mask)
 
+    def _reply(self, batch: Batch, activations: Tensor) -> tuple[type[Reply], dict]:
+        payload, scales = encode(activations, self.spec.codec)
+        return Activations, {
+            "activations": payload.cpu(),
+            "scales": scales.cpu(),
+            "attention_mask": batch.attention_mask.bool(),
+            "labels": batch.labels,
+        }
+
     def _activations(self, batch: Batch, point: Point = _HERE) -> tuple[type[Reply], dict]:
-        return _reply(batch, self._run(batch, point))
+        return self._reply(batch, self._run(batch, point))
 
     def _clean(self, request: Forward) -> tuple[type[Reply], dict]:
         """Activations at theta itself, remembered for the cut gradient that may come back."""
@@ -188,7 +198,7 @@ class Client:
         self._anchors[request.partition] = anchor
         while sum(a.activations.nbytes for a in self._anchors.values()) > _ANCHOR_BYTES:
             self._anchors.popitem(last=False)
-        return _reply(batch, anchor.activations)
+        return self._reply(batch, anchor.activations)
 
     def _anchor(self, request: CutGradient) -> _Anchor:
         """What a cut gradient is about: remembered, or computed again by a new process."""
@@ -196,6 +206,11 @@ class Client:
         if anchor is None or (anchor.digest, anchor.number) != (request.digest, request.batch):
             batch = self._train_batch(request)
             anchor = _Anchor(request.digest, request.batch, batch, self._run(batch))
+        scales = request.gradient.shape[:2] if has_scales(self.spec.codec) else (0,)
+        if request.scales.shape != torch.Size(scales):
+            raise ProtocolError(
+                f"cut gradient: expected scales {list(scales)}, got {list(request.scales.shape)}"
+            )
         if request.gradient.shape != anchor.activations.shape:
             raise ProtocolError(
                 f"cut gradient: expected {list(anchor.activations.shape)}, the shape of this "
@@ -206,7 +221,9 @@ class Client:
     def _local_steps(self, request: CutGradient) -> tuple[type[Reply], dict]:
         """Probe <lambda, f_c> (HO-SFL); see local.py."""
         anchor = self._anchor(request)
-        gradient = request.gradient.to(self.device, torch.float32).mul(request.scale)
+        gradient = decode(
+            request.gradient.to(self.device), request.scales.to(self.device), torch.float32
+        ).mul(request.scale)
         scalars, change = local_steps(
             self.state,
             lambda point: self._run(anchor.batch, point),
@@ -268,14 +285,6 @@ class Client:
 
     def _applied(self) -> tuple[type[Reply], dict]:
         return Applied, {"position": self.state.position, "digest": self.state.digest}
-
-
-def _reply(batch: Batch, activations: Tensor) -> tuple[type[Reply], dict]:
-    return Activations, {
-        "activations": activations.cpu(),
-        "attention_mask": batch.attention_mask.bool(),
-        "labels": batch.labels,
-    }
 
 
 def new_state(submodel: ClientSubmodel, spec: ClientSpec) -> ClientState:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from hosl_flower.codec import Codec
 from hosl_flower.errors import ConfigError
 
 Scalar = bool | int | float | str
@@ -175,6 +176,11 @@ class RunConfig(BaseModel):
         "auto",
         description="how requests travel: auto streams in simulation and where there is a "
         "stream-endpoint, else Flower messages (grid)",
+    )
+    codec: Codec = Field(
+        "exact",
+        description="of activations and cut gradients on the wire: exact, bf16, fp16, or int8 with "
+        "a scale per token",
     )
     stream_endpoint: str = Field(
         "", description="host:port of the ServerApp that SuperNodes dial; not for simulation"

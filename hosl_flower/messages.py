@@ -105,8 +105,8 @@ class CutGradient(Request):
     """Loss gradient lambda [B, S, H] at the client's activations of mini-batch `batch`: probe
     <lambda, f_c> with `directions` seeds in each of len(seeds) / directions local steps.
 
-    gradient: lambda / scale, in the dtype of the activations. learning_rate: of the local
-    updates between the steps, which the client takes back at the end.
+    gradient, scales: lambda / scale, as the run's codec writes it (codec.py). learning_rate: of
+    the local updates between the steps, which the client takes back at the end.
     """
 
     kind: ClassVar[str] = "cut-gradient"
@@ -116,6 +116,7 @@ class CutGradient(Request):
     epsilon: Finite
     learning_rate: Finite
     gradient: Tensor
+    scales: Tensor
     scale: Finite
 
     @property
@@ -230,10 +231,15 @@ class Described(Reply):
 
 @dataclass(frozen=True, config=_STRICT)
 class Activations(Reply):
-    """activations [B, S, H]; attention_mask [B, S] bool; labels [B] int64 in 0..C-1."""
+    """activations [B, S, H]; attention_mask [B, S] bool; labels [B] int64 in 0..C-1.
+
+    On the wire activations and scales are as the run's codec writes them; the link hands them
+    on decoded, without scales.
+    """
 
     kind: ClassVar[str] = "activations"
     activations: Tensor
+    scales: Tensor
     attention_mask: Tensor
     labels: Tensor
 

@@ -176,6 +176,11 @@ class DataPool:
         return self._clients[number]
 
     def _partition(self, number: int) -> ClientData:
+        if not self.spec.source:
+            raise DataError(
+                f"task {self.spec.task.name} has no data here: set data-path in the run config, "
+                "or in this node's --node-config"
+            )
         if self._shared is None:
             column = self.spec.partition_column if self.spec.partitioner == "natural-id" else ""
             train, held_out = self._load(self.spec.source, column)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hosl_flower.checks import Limits
 from hosl_flower.client import new_state
+from hosl_flower.codec import encode
 from hosl_flower.config import RunConfig
 from hosl_flower.errors import CheckpointError, ConfigError
 from hosl_flower.history import History
@@ -81,6 +82,7 @@ class Session:
             hidden=self.base.config.hidden_size,
             dtype=spec.dtype,
             classes=len(spec.task.verbalizers),
+            codec=spec.codec,
             **({"held_out": spec.eval_examples} if spec.eval_examples else {}),
         )
 
@@ -98,14 +100,16 @@ class Session:
             "digest": self.history.ledger.digest(),
         }
 
-    def to_wire_dtype(self, gradient: Tensor) -> tuple[Tensor, float]:
-        """A cut gradient as it travels: in the dtype of the activations, with its scale. Cut
-        gradients are small; scaled to at most 1 they do not underflow in 16 bits."""
-        dtype = torch_dtype(self.spec.dtype)
-        if dtype == torch.float32:
-            return gradient, 1.0
+    def for_wire(self, gradient: Tensor) -> dict[str, Any]:
+        """A cut gradient's fields in a request: written by the run's codec, else in the dtype of
+        the activations, with its scale. Cut gradients are small; scaled to at most 1 they do
+        not underflow in 16 bits."""
+        codec, dtype = self.spec.codec, torch_dtype(self.spec.dtype)
+        if codec != "exact" or dtype == torch.float32:
+            payload, scales = encode(gradient, codec)
+            return {"gradient": payload, "scales": scales, "scale": 1.0}
         scale = float(gradient.abs().max()) or 1.0
-        return (gradient / scale).to(dtype), scale
+        return {"gradient": (gradient / scale).to(dtype), "scales": torch.empty(0), "scale": scale}
 
     def next_batch(self, partition: int) -> int:
         """Number of the client's next mini-batch: the client takes part."""

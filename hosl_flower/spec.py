@@ -8,6 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from hosl_flower import hub
+from hosl_flower.codec import Codec
 from hosl_flower.config import (
     Alpha,
     Device,
@@ -44,6 +45,7 @@ class ClientSpec:
     model: str
     cut_layer: Natural
     dtype: Dtype
+    codec: Codec
     device: Device
     threads: Threads
     client_trainable: Trainable
@@ -141,7 +143,7 @@ def resolve(config: RunConfig, run: str) -> Resolved:
         run=run,
         model=model,
         task=config_task,
-        source=source if source.startswith(("hub:", "bundled:")) else _absolute(source),
+        source=source if _is_no_path(source) else _absolute(source),
         **{
             name: getattr(config, name)
             for name in ClientSpec.__dataclass_fields__
@@ -149,6 +151,11 @@ def resolve(config: RunConfig, run: str) -> Resolved:
         },
     )
     return Resolved(spec, _banner(notes))
+
+
+def _is_no_path(source: str) -> bool:
+    """Hub and bundled sources, and none at all where every node has its own data."""
+    return not source or source.startswith(("hub:", "bundled:"))
 
 
 def _absolute(path: str) -> str:

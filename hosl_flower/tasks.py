@@ -72,10 +72,10 @@ def task_from_config(config: RunConfig) -> Task:
     """The task a run asks for, with its overrides; ConfigError when it is incomplete."""
     base = TASKS.get(config.task)
     if base is None:
-        if not (config.prompt and config.verbalizers and config.data_path):
+        if not (config.prompt and config.verbalizers):
             raise ConfigError(
                 f"task = {config.task!r} is none of {', '.join(TASKS)}; a task of your own needs "
-                "data-path, prompt and verbalizers"
+                "prompt, verbalizers and data-path (in the run config, or each node's own)"
             )
         base = Task(config.task, config.prompt, tuple(config.verbalizer_list))
     task = replace(

@@ -9,7 +9,14 @@ from hosl_flower.errors import ProtocolError
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool)
+    for dtype in (
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+        torch.int64,
+        torch.int8,
+        torch.bool,
+    )
 }
 MAX_DIMENSIONS = 4
 

@@ -75,7 +75,6 @@ class HoSfl(SplitStrategy):
 
         # 3: each client probes <lambda, f_c>
         def request(m: int) -> list[CutGradient]:
-            gradient, scale = session.to_wire_dtype(cut.pop(m))
             return [
                 self.request(
                     **session.at(step, m),
@@ -84,8 +83,7 @@ class HoSfl(SplitStrategy):
                     seeds=tuple(s for own in self.seeds(session, step, m) for s in own),
                     epsilon=config.epsilon,
                     learning_rate=config.client_learning_rate,
-                    gradient=gradient,
-                    scale=scale,
+                    **session.for_wire(cut.pop(m)),
                 )
             ]
 

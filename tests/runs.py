@@ -1,7 +1,9 @@
 """Whole runs in process: reviews a tiny OPT can be trained on, and a factory of finished runs."""
 
+import contextlib
 import csv
 import json
+from unittest import mock
 
 from hosl_flower.config import parse_config
 from hosl_flower.perturb import permutation
@@ -34,11 +36,15 @@ def run_factory(strategy, tiny_opt, tmp_path, **own):
         "output-dir": str(tmp_path / "runs"), "device": "cpu", **own,
     }  # fmt: skip
 
-    def run(method=strategy, **changes):
+    def run(method=strategy, pictures=False, **changes):
         keys = {key.replace("_", "-"): value for key, value in changes.items()}
         name = f"run{len(list(tmp_path.glob('runs/*')))}"
         config = parse_config({**defaults, "run-name": name, **keys})
-        results = method(config).run_in_process()
+        with contextlib.ExitStack() as without:
+            for picture in () if pictures else ("draw_curve", "draw_partition"):
+                # drawing takes half of such a short run
+                without.enter_context(mock.patch(f"hosl_flower.report.{picture}"))
+            results = method(config).run_in_process()
         return results, tmp_path / "runs" / name, config
 
     return run

@@ -380,6 +380,18 @@ def test_bad_input_is_one_clear_line_before_anything_is_written(make, tmp_path, 
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(("codec", "share"), [("bf16", 0.5), ("fp16", 0.5), ("int8", 0.25)])
+def test_a_codec_saves_bytes_both_ways_and_changes_little(make, codec, share):
+    exact, a, _ = make()
+    coded, b, _ = make(codec=codec)
+    for way, kind in (("bytes_up", "forward"), ("bytes_down", "cut-gradient")):
+        before, after = (getattr(r, way)[kind]["bytes"] for r in (exact, coded))
+        assert share <= after / before < share + 0.25  # masks, labels, scales, headers
+    losses = [[row["train_loss"] for row in metrics(d) if "train_loss" in row] for d in (a, b)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert losses[0] != losses[1]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_clients_train_float32_adapters(make, dtype):
     results, directory, _ = make(dtype=dtype, **LORA, client_optimizer="adamw")

@@ -152,7 +152,7 @@ def test_bytes_are_two_q_plus_one_activations_up(make):
 
 
 def test_the_run_directory_is_complete(make):
-    results, directory, config = make()
+    results, directory, config = make(pictures=True)
     saved = json.loads((directory / "results.json").read_text())
     top = ("method", "model", "task", "pretrained", "seed", "steps", "accuracy")
     assert list(saved)[:10] == [*top, "balanced_accuracy", "loss", "wall_seconds"]
@@ -162,7 +162,8 @@ def test_the_run_directory_is_complete(make):
     assert [row["step"] for row in saved["evaluations"]] == [0, 2, 4]
     assert set(saved["seconds_per_step"]) == {"client", "server", "transport", "total"}
     assert saved["client_peak_memory"]["bytes"] > 2**20
-    assert (directory / "curve.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("curve.png", "partition.png"):
+        assert (directory / picture).read_bytes().startswith(b"\x89PNG")
     record = json.loads((directory / "config.json").read_text())
     assert record["config"] == config.as_keys()
     assert record["versions"]["torch"].startswith("2.")

@@ -60,6 +60,7 @@ def ledger():
 def activations(**changes):
     values = {
         "activations": torch.randn(2, 3, 4),
+        "scales": torch.empty(0),
         "attention_mask": torch.ones(2, 3, dtype=torch.bool),
         "labels": torch.tensor([0, 1]),
     }
@@ -68,7 +69,8 @@ def activations(**changes):
 
 CUT = {
     **AT, "batch": 4, "directions": 2, "seeds": (1, 2, 3, 4), "epsilon": 1e-3,
-    "learning_rate": 1e-5, "gradient": torch.randn(2, 3, 4).bfloat16(), "scale": 0.5,
+    "learning_rate": 1e-5, "gradient": torch.randn(2, 3, 4).bfloat16(),
+    "scales": torch.empty(0), "scale": 0.5,
 }  # fmt: skip
 
 ALL = [
@@ -130,6 +132,10 @@ def test_bytes_are_counted_as_sent():
     message = activations(activations=torch.zeros(2, 3, 4, dtype=torch.bfloat16))
     header, _ = to_wire(message)
     assert wire_bytes(message) == len(header) + 2 * 3 * 4 * 2 + 2 * 3 + 2 * 8
+    coded = activations(
+        activations=torch.zeros(2, 3, 4, dtype=torch.int8), scales=torch.zeros(2, 3)
+    )
+    assert wire_bytes(coded) == len(to_wire(coded)[0]) + 2 * 3 * 4 + 2 * 3 * 4 + 2 * 3 + 2 * 8
 
 
 LIMITS = Limits(batch=8, length=16, hidden=4, dtype="float32", classes=2)
@@ -179,6 +185,7 @@ def test_any_text_is_refused_with_a_protocol_error(header):
         ({"attention_mask": torch.ones(2, 3)}, "attention_mask"),
         ({"attention_mask": torch.tensor([[True, True, False]] * 2)}, "left-padded"),
         ({"activations": torch.zeros(2, 3, 4, dtype=torch.float16)}, "got float16"),
+        ({"scales": torch.zeros(2, 3)}, r"scales: expected float32\[0\]"),
         ({"labels": torch.tensor([0, 2])}, r"labels: expected 0\.\.1"),
         ({"labels": torch.tensor([0])}, "labels"),
         ({"labels": torch.tensor([-1, 0])}, "labels"),

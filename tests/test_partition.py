@@ -152,6 +152,12 @@ def test_clients_with_data_of_their_own_visit_it_in_their_own_order(tmp_path, en
     assert sum(own[0].label_counts()) == 16
 
 
+def test_no_data_anywhere_is_one_clear_error(encoder):
+    spec = client_spec(task=TASK, source="")
+    with pytest.raises(DataError, match=r"task own has no data here: set data-path .*node-config"):
+        DataPool(spec, encoder).client(0)
+
+
 def test_a_file_for_each_client_of_a_node(tmp_path, encoder):
     for n in range(3):
         numbered(10 + 10 * n).to_csv(tmp_path / f"{n}.csv")

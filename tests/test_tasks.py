@@ -110,7 +110,10 @@ def test_task_of_ones_own():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"task": "own"}, r"task = 'own' is none of sst2, sms-spam; .* data-path, prompt"),
+        (
+            {"task": "own"},
+            r"task = 'own' is none of sst2, sms-spam; .* prompt, verbalizers and data-path",
+        ),
         ({"task": "own", "prompt": "{a}", "data_path": "x"}, "verbalizers"),
         ({"prompt": "It was"}, "'It was' names no column"),
         ({"verbalizers": "a,b,c"}, r"sst2 has 2 labels \(negative, positive\), got 3 words"),

@@ -9,7 +9,9 @@ once for all links.
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import torch
 
 from hosl_flower.checks import (
     Limits,
@@ -19,6 +21,7 @@ from hosl_flower.checks import (
     check_fingerprints,
     check_scalars,
 )
+from hosl_flower.codec import decode
 from hosl_flower.errors import ClientError, DriftError, ProtocolError
 from hosl_flower.history import History
 from hosl_flower.messages import (
@@ -44,6 +47,7 @@ from hosl_flower.messages import (
     Restore,
     Scalars,
 )
+from hosl_flower.tensors import DTYPES
 from hosl_flower.wire import wire_bytes
 
 _ANSWERS: dict[type[Request], type[Reply]] = {
@@ -177,7 +181,7 @@ class Link(ABC):
             self._check(partition, sent[index], reply)
             if index >= lead:
                 attempts = 0
-                yield reply
+                yield self._decoded(reply)
             index += 1
 
     def _resend(
@@ -232,6 +236,13 @@ class Link(ABC):
                     "which is not the server's; restart the client"
                 )
             self._positions[partition] = (position, reply.digest)
+
+    def _decoded(self, reply: Reply) -> Reply:
+        """Activations as the client computed them, as far as the codec kept them."""
+        if not isinstance(reply, Activations) or self.limits.codec == "exact":
+            return reply
+        h = decode(reply.activations, reply.scales, DTYPES[self.limits.dtype])
+        return replace(reply, activations=h, scales=torch.empty(0))
 
     def _check_content(self, request: Request, reply: Reply) -> None:
         match request, reply:

@@ -94,6 +94,8 @@ class Nodes:
                 break
             time.sleep(_POLL_SECONDS)
         served = self.served()
+        if self.simulated:
+            required = self.clients  # nobody joins a simulation later
         if len(served) < required:
             raise ConfigError(self._why_missing(required))
         self._fixed = self.count  # a client's node stays the same number, whoever comes and goes

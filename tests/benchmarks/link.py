@@ -97,9 +97,10 @@ def transport(repeats: int) -> dict[str, float]:
     session.ever_connected.wait(60.0)
     at = {"step": 1, "partition": 0, "position": 0, "digest": "0" * 16}
     cut = {"batch": 0, "directions": 1, "seeds": (1,), "epsilon": 1e-3, "learning_rate": 0.0}
+    cut |= {"scales": torch.empty(0), "scale": 1.0}
     kinds = {
         "latency_ms": Describe(**at),
-        "roundtrip_12mib_ms": LocalTrain(**at, **cut, gradient=tensor, scale=1.0),
+        "roundtrip_12mib_ms": LocalTrain(**at, **cut, gradient=tensor),
     }
     found = {}
     for number, (name, request) in enumerate(kinds.items()):
