@@ -199,7 +199,9 @@ class RunConfig(BaseModel):
         False, description="allow a stream without TLS beyond this machine"
     )
     stream_lifetime: float = Field(
-        604800.0, gt=0, description="seconds a stream session may last at most"
+        604800.0,
+        gt=0,
+        description="seconds Flower keeps the message that opens a stream; longer than the run",
     )
 
     @model_validator(mode="after")
