@@ -18,6 +18,7 @@ from hosl_flower.checks import Limits
 from hosl_flower.client import Client
 from hosl_flower.errors import AbsentError, ClientError, ProtocolError
 from hosl_flower.ledger import Entry
+from hosl_flower.link import dial as dialling
 from hosl_flower.link.frames import Key, decode, encode, encode_word, read_word
 from hosl_flower.link.inprocess import InProcessLink
 from hosl_flower.link.nodes import Nodes
@@ -246,6 +247,22 @@ def test_a_client_that_stalls_is_absent_after_the_deadline(history, make, monkey
     monkeypatch.setattr(Client, "_handle", original)
     link.deadline = 30.0
     check_same(history, link)  # what it still had to say about the old exchange is not mixed up
+
+
+def test_a_client_that_sends_garbage_is_told_apart_at_once(history, make, monkeypatch):
+    link = make({7: {"partition-id": 0, "num-partitions": 1}})
+    original = dialling.encode
+
+    def garbage(key, message):
+        return b"garbage" if key.partition == 0 else original(key, message)
+
+    monkeypatch.setattr(dialling, "encode", garbage)
+    streams = link.exchange(work(history, (0, 1)))
+    started = time.monotonic()
+    with pytest.raises(ProtocolError, match=r"client 0 \(node 7\): frame: "):
+        list(streams[0])
+    assert time.monotonic() - started < 5
+    assert len(list(streams[1])) == 3, "it goes on over a new connection"
 
 
 def test_a_client_that_cannot_start_says_why(make, monkeypatch):

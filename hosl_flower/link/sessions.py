@@ -18,7 +18,7 @@ from typing import Any
 
 import grpc
 
-from hosl_flower.errors import ClientError, ConfigError, ProtocolError
+from hosl_flower.errors import ConfigError, ProtocolError
 from hosl_flower.link.frames import Key, decode, encode, encode_word, read_word
 from hosl_flower.messages import REPLIES, Behind, Failure, Reply, Request
 
@@ -54,6 +54,7 @@ class Session:
         self._closing = False
         self.lost_at: float | None = None  # since when there is no connection
         self.ever_connected = threading.Event()
+        self.fault = ""  # what the client has sent that it should not
 
     @property
     def connected(self) -> bool:
@@ -221,8 +222,10 @@ class StreamServer:
         try:
             for frame in frames:
                 session.incoming(frame)
-        except (ProtocolError, ClientError, grpc.RpcError):
-            pass  # a client that breaks the protocol has its connection cut
+        except ProtocolError as error:  # its connection is cut, whoever waits for it is told
+            session.fault = str(error)
+        except grpc.RpcError:
+            pass
         except Exception as error:  # grpc raises a bare Exception when a call is cancelled
             if type(error) is not Exception:
                 raise

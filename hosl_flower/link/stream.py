@@ -14,7 +14,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from hosl_flower.checks import Limits
-from hosl_flower.errors import AbsentError, ClientError
+from hosl_flower.errors import AbsentError, ClientError, ProtocolError
 from hosl_flower.history import History
 from hosl_flower.link.base import Link
 from hosl_flower.link.dial import Invitation
@@ -137,6 +137,9 @@ class StreamLink(Link):
             reply = line.session.reply(key, _POLL_SECONDS)
             if reply is not None:
                 return reply
+            if line.session.fault:
+                fault, line.session.fault = line.session.fault, ""
+                raise ProtocolError(f"client {partition} (node {line.node.id}): {fault}")
             if line.error:
                 raise ClientError(f"client {partition} (node {line.node.id}): {line.error}")
             if time.monotonic() > give_up:
