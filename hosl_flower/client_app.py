@@ -4,6 +4,12 @@ Node config: partition-id (required), num-partitions, data-path, model-path and 
 node's own). `{partition}` in data-path stands for the client's number.
 """
 
+import os
+
+# Read by OpenMP when torch is loaded: client and server often compute at the same time on one
+# machine, and threads that wait must not spin on the other's cores (tests/benchmarks/link.py).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import sys
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict

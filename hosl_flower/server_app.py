@@ -1,5 +1,11 @@
 """The Flower ServerApp: read the config, load the strategy it names, start it."""
 
+import os
+
+# Read by OpenMP when torch is loaded: client and server often compute at the same time on one
+# machine, and threads that wait must not spin on the other's cores (tests/benchmarks/link.py).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import importlib
 import inspect
 import logging
