@@ -55,7 +55,7 @@ class Cohort:
                 assert isinstance(described, Described)  # Link has checked it
                 self.session.clients[partition] = described
             replies[partition] = own
-        if not replies and all(isinstance(error, OutOfRangeError) for error in errors):
+        if errors and not replies and all(isinstance(error, OutOfRangeError) for error in errors):
             raise DivergedError(
                 f"every client's numbers are out of range, training has diverged ({errors[0]}); "
                 "lower server-learning-rate or client-learning-rate"
@@ -109,5 +109,5 @@ class Cohort:
             reasons = [d.reason for d in self.session.dropped if d.step == self.step]
             raise ClientError(
                 f"step {self.step}: {len(self.partitions)} client(s) left, min-clients = {least}; "
-                f"{'; '.join(reasons)}"
+                f"{'; '.join(reasons) or 'no other is connected: are their SuperNodes up?'}"
             )

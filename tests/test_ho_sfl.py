@@ -269,6 +269,13 @@ def test_a_client_that_is_not_there_is_stood_in_for(make, monkeypatch):
     assert sum(results.clients["steps_taken_part"].values()) == 12
 
 
+def test_a_step_that_finds_nobody_says_so(make, monkeypatch):
+    original = HoSfl.run_in_process.__globals__["InProcessLink"]
+    monkeypatch.setattr(original, "absent", lambda self: set(range(7)), raising=False)
+    with pytest.raises(ClientError, match=r"step 1: 0 client\(s\) left.*no other is connected"):
+        make()
+
+
 def test_a_client_that_cannot_evaluate_is_passed_over(make, monkeypatch, caplog):
     def huge(partition, request, reply):
         if request.kind == "evaluate" and partition == 0:
