@@ -163,18 +163,20 @@ def test_local_steps_move_along_each_clients_own_scalars(make):
 
 
 def test_fedavg_of_weights_is_the_ledgers_aggregation_with_sgd_and_one_step(make):
-    ledger, a, _ = make(steps=3, client_learning_rate=1e-1)
-    fedavg, b, _ = make(FedAvgZo, steps=3, client_learning_rate=1e-1)
-    base = AutoModelForCausalLM.from_pretrained(make(steps=1)[2].model).state_dict()
-    mine, theirs = weights_of(a), weights_of(b)
-    moved = 0.0
-    for name in mine:
-        if ".layers.0." in name or ".layers.1." in name:
-            moved = max(moved, float((mine[name] - base[name]).abs().max()))
-            assert torch.allclose(mine[name], theirs[name], atol=1e-6), name
-    assert moved > 1e-3
-    assert ledger.accuracy == fedavg.accuracy
-    assert ledger.loss == pytest.approx(fedavg.loss, rel=1e-5)
+    # one step: the same up to the rounding of one update. Later steps probe from weights that
+    # differ by that rounding, which finite differences magnify by 1 / epsilon.
+    for steps, share in ((1, 1e-5), (3, 1e-3)):
+        ledger, a, config = make(steps=steps, client_learning_rate=1e-1)
+        fedavg, b, _ = make(FedAvgZo, steps=steps, client_learning_rate=1e-1)
+        base = AutoModelForCausalLM.from_pretrained(config.model).state_dict()
+        mine, theirs = weights_of(a), weights_of(b)
+        names = [n for n in mine if ".layers.0." in n or ".layers.1." in n]
+        moved = max(float((mine[n] - base[n]).abs().max()) for n in names)
+        apart = max(float((mine[n] - theirs[n]).abs().max()) for n in names)
+        assert moved > 1e-3
+        assert apart <= share * moved + 1e-7
+        assert ledger.accuracy == fedavg.accuracy
+        assert ledger.loss == pytest.approx(fedavg.loss, rel=1e-5)
     # and what each of them costs
     trained = ledger.client_parameters["trained"]
     assert fedavg.bytes_up["local-train"]["bytes"] > 3 * 3 * 4 * trained
