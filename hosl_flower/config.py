@@ -125,6 +125,11 @@ class RunConfig(BaseModel):
     local_steps: Positive = Field(
         1, description="E, client updates between aggregations (HO-SFL, FedAvg)"
     )
+    steps_per_message: Positive = Field(
+        1,
+        description="S, steps whose client work is asked at once: more spare Flower messages, but "
+        "all S use the client weights before the first; 1 is exact",
+    )
     aggregation: Aggregation = Field(
         "weighted-mean", description="of the clients' scalars; weights are numbers of examples"
     )
@@ -197,6 +202,12 @@ class RunConfig(BaseModel):
     )
     stream_insecure: bool = Field(
         False, description="allow a stream without TLS beyond this machine"
+    )
+    max_session_seconds: float = Field(
+        0.0,
+        ge=0,
+        description="a stream that has been open so long is closed between two exchanges, and its "
+        "ClientApp called anew; 0 keeps it for the run",
     )
     stream_lifetime: float = Field(
         604800.0,

@@ -391,3 +391,21 @@ def test_broken_frames_are_one_protocol_error(index):
         frame = len(body).to_bytes(4, "little") + body
     with pytest.raises(ProtocolError):
         decode(frame, {**REQUESTS, **REPLIES})
+
+
+def test_a_session_that_has_lasted_long_enough_is_opened_anew(history, make):
+    link = make(longest=0.5)
+    streams = link.exchange(work(history))
+    next(streams[0])
+    time.sleep(0.6)
+    for partition, replies in link.exchange(work(history, (1,))).items():
+        assert len(list(replies)) == 3, partition  # node 8 was idle, node 7 is in the middle
+    calls = [m.metadata.dst_node_id for m in link.grid.sent if m.metadata.message_type == SESSION]
+    assert calls == [7, 8], "nothing is closed in the middle of an exchange"
+    for partition in range(5):
+        list(streams[partition])
+    time.sleep(0.6)
+    check_same(history, link)
+    calls = [m.metadata.dst_node_id for m in link.grid.sent if m.metadata.message_type == SESSION]
+    assert calls == [7, 8, 7, 8]
+    assert sum(thread.is_alive() for thread in link.grid.threads) == 2, "the old ones returned"

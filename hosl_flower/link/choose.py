@@ -57,6 +57,7 @@ def open_link(
         bind=bind,
         certificate=certificate,
         authority=authority,
+        longest=config.max_session_seconds,
     )
 
 

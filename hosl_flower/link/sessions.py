@@ -60,6 +60,12 @@ class Session:
     def connected(self) -> bool:
         return self._connection > 0
 
+    @property
+    def idle(self) -> bool:
+        """Whether everything asked has been answered, and every answer taken or withdrawn."""
+        with self._changed:
+            return not (self._unanswered or self._replies)
+
     def ask(self, requests: Mapping[Key, Request]) -> None:
         """Send requests, in order, as soon as the client can take them."""
         with self._changed:
@@ -184,6 +190,10 @@ class StreamServer:
         session = Session(node)
         self._sessions.append(session)
         return session
+
+    def forget(self, session: Session) -> None:
+        """Nobody dials this session any more."""
+        self._sessions.remove(session)
 
     def stop(self) -> None:
         """Close every session and the port."""

@@ -40,7 +40,12 @@ class _Line:
     """A node's session, and the Flower message that called it."""
 
     def __init__(self, node: Node, session: Session):
-        self.node, self.session = node, session
+        self.node = node
+        self.begin(session)
+
+    def begin(self, session: Session) -> None:
+        """A new conversation; nobody has been called to it yet."""
+        self.session, self.opened = session, time.monotonic()
         self.message = ""
         self.calls = 0
         self.answered = 0  # replies since the last call
@@ -50,7 +55,7 @@ class _Line:
 class StreamLink(Link):
     """endpoint: what clients dial, "" for this machine; bind: what the strategy listens on.
     deadline: seconds a client may take for one reply; lifetime: seconds Flower keeps the
-    message that opens a session."""
+    message that opens a session; longest: seconds a session may last, 0 for any."""
 
     def __init__(
         self,
@@ -65,10 +70,11 @@ class StreamLink(Link):
         bind: str = "127.0.0.1:0",
         certificate: tuple[bytes, bytes] | None = None,
         authority: str = "",
+        longest: float = 0.0,
     ):
         super().__init__(history, limits)
         self.grid, self.spec, self.deadline, self.nodes = grid, spec, deadline, nodes
-        self.lifetime, self.authority = lifetime, authority
+        self.lifetime, self.authority, self.longest = lifetime, authority, longest
         self.limit = longest_frame(limits, history)
         # each connection has a reading and a writing thread; a node may be dialling anew
         self.server = StreamServer(bind, self.limit, 4 * nodes.count + 8, certificate)
@@ -77,7 +83,7 @@ class StreamLink(Link):
         self._exchange = 0
         try:
             self._call_nodes()
-            self._wait_for_any()
+            self._wait_for_any(list(self._lines.values()))
         except BaseException:
             self.close()
             raise
@@ -92,16 +98,39 @@ class StreamLink(Link):
 
     def close(self) -> None:
         """End the sessions, wait for the ClientApps to return, close the port."""
-        lines = [line for line in self._lines.values() if line.session.ever_connected.is_set()]
+        lines = self._lines.values()
+        self._end([line for line in lines if line.session.ever_connected.is_set()])
+        self.server.stop()
+
+    def _end(self, lines: Sequence[_Line]) -> None:
+        """Close sessions and wait for their ClientApps to return, though not for long."""
         for line in lines:
             line.session.close()
         give_up = time.monotonic() + _CLOSE_SECONDS
-        while any(not line.error for line in lines) and time.monotonic() < give_up:
-            self._hear(lines, "closed")
+        while any(line.message for line in lines) and time.monotonic() < give_up:
+            self._hear(lines, closing=True)
             time.sleep(0.05)
-        self.server.stop()
+
+    def _renew(self) -> None:
+        """Close sessions that have lasted long enough, and call their ClientApps anew."""
+        now = time.monotonic()
+        old = [
+            line
+            for line in self._lines.values()
+            if line.session.connected and now - line.opened > self.longest and line.session.idle
+        ]
+        if not self.longest or not old:
+            return
+        log.info("%d session(s) have lasted %g s and are opened anew", len(old), self.longest)
+        self._end(old)  # a device is not asked to hold two processes
+        for line in old:
+            self.server.forget(line.session)
+            line.begin(self.server.session(f"node {line.node.id}"))
+            self._call(line)
+        self._wait_for_any(list(self._lines.values()))
 
     def _deliver(self, requests: Mapping[int, Sequence[Request]]) -> dict[int, Iterator[Reply]]:
+        self._renew()
         self._call_nodes()
         self._exchange += 1
         asked: dict[int, dict[Key, Request]] = {}
@@ -188,7 +217,7 @@ class StreamLink(Link):
         )
         (line.message,) = self.grid.push_messages([message])
 
-    def _hear(self, lines: Sequence[_Line], closing: str = "") -> None:
+    def _hear(self, lines: Sequence[_Line], closing: bool = False) -> None:
         """Take Flower's replies: a ClientApp that has returned is called again, unless the
         session is closing or it said that it cannot serve."""
         by_message = {line.message: line for line in lines if line.message}
@@ -202,8 +231,8 @@ class StreamLink(Link):
                 config = answer.content.config_records.get("config")
                 said = reason = str(config.get("error", "")) if config else "no record"
             if closing:
-                line.error = closing
-            elif said and not line.session.ever_connected.is_set():
+                continue
+            if said and not line.session.ever_connected.is_set():
                 line.error = said
             elif line.calls >= _CALLS:
                 line.error = f"its ClientApp ended {line.calls} times: {reason}"
@@ -211,10 +240,9 @@ class StreamLink(Link):
                 log.warning("node %d is called again: %s", line.node.id, reason or "it returned")
                 self._call(line)
 
-    def _wait_for_any(self) -> None:
+    def _wait_for_any(self, lines: Sequence[_Line]) -> None:
         """Until a session is up; the others have a moment more, and may join at any time."""
         give_up = time.monotonic() + self.deadline
-        lines = list(self._lines.values())
         while not any(line.session.connected for line in lines):
             self._hear(lines)
             errors = [f"node {line.node.id}: {line.error}" for line in lines if line.error]
