@@ -56,10 +56,9 @@ _ANCHOR_BYTES = 256 << 20  # clean activations kept for the cut gradient's retur
 
 
 class _Anchor(NamedTuple):
-    """A mini-batch and its activations, which the cut gradient will be about."""
+    """A mini-batch and its activations at the weights as they are, which the cut gradient will be
+    about. All are let go when the weights move."""
 
-    digest: str
-    number: int
     batch: Batch
     activations: Tensor
 
@@ -79,7 +78,8 @@ class Client:
         self.model = model or spec.model
         self.encoder = Encoder(spec.task, load_tokenizer(self.model), spec.max_length)
         self.pool = DataPool(spec, self.encoder, data_path)
-        self._anchors: OrderedDict[int, _Anchor] = OrderedDict()  # by partition
+        # by partition and number of the mini-batch
+        self._anchors: OrderedDict[tuple[int, int], _Anchor] = OrderedDict()
         self.reset()
 
     def reset(self) -> None:
@@ -193,19 +193,18 @@ class Client:
     def _clean(self, request: Forward) -> tuple[type[Reply], dict]:
         """Activations at theta itself, remembered for the cut gradient that may come back."""
         batch = self._train_batch(request)
-        anchor = _Anchor(self.state.digest, request.batch, batch, self._run(batch))
-        self._anchors.pop(request.partition, None)
-        self._anchors[request.partition] = anchor
+        anchor = _Anchor(batch, self._run(batch))
+        self._anchors[request.partition, request.batch] = anchor
         while sum(a.activations.nbytes for a in self._anchors.values()) > _ANCHOR_BYTES:
             self._anchors.popitem(last=False)
         return self._reply(batch, anchor.activations)
 
     def _anchor(self, request: CutGradient) -> _Anchor:
         """What a cut gradient is about: remembered, or computed again by a new process."""
-        anchor = self._anchors.pop(request.partition, None)
-        if anchor is None or (anchor.digest, anchor.number) != (request.digest, request.batch):
+        anchor = self._anchors.pop((request.partition, request.batch), None)
+        if anchor is None:
             batch = self._train_batch(request)
-            anchor = _Anchor(request.digest, request.batch, batch, self._run(batch))
+            anchor = _Anchor(batch, self._run(batch))
         scales = request.gradient.shape[:2] if has_scales(self.spec.codec) else (0,)
         if request.scales.shape != torch.Size(scales):
             raise ProtocolError(

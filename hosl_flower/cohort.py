@@ -1,7 +1,7 @@
 """The clients of one step, of which some may fail."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -25,43 +25,9 @@ class Cohort:
     sends what it should not is left out of the rest of the step, and the step goes on with the
     others as long as min-clients remain."""
 
-    def __init__(self, session: Session, link: Link, step: int, partitions: Iterable[int]):
-        self.session, self.link, self.step = session, link, step
+    def __init__(self, session: Session, step: int, partitions: Iterable[int]):
+        self.session, self.step = session, step
         self.partitions = list(partitions)
-
-    def ask(self, requests: Callable[[int], Sequence[Request]]) -> dict[int, list[Any]]:
-        """Replies by partition, of those who answered everything; the others are dropped.
-
-        A client that has not been met yet describes itself first. Raises ClientError when too
-        few are left, DriftError when one is not what its ledger says.
-        """
-        wanted = {partition: list(requests(partition)) for partition in self.partitions}
-        met = self.session.clients.keys()
-        sent = {
-            p: own if p in met else [Describe(**self.session.at(self.step, p)), *own]
-            for p, own in wanted.items()
-        }
-        replies: dict[int, list[Any]] = {}
-        errors: list[Exception] = []
-        for partition, stream in self.link.exchange(sent).items():
-            try:
-                own = list(stream)
-            except (ClientError, ProtocolError) as error:
-                errors.append(error)
-                self._drop(partition, error)
-                continue
-            if partition not in met:
-                described = own.pop(0)
-                assert isinstance(described, Described)  # Link has checked it
-                self.session.clients[partition] = described
-            replies[partition] = own
-        if errors and not replies and all(isinstance(error, OutOfRangeError) for error in errors):
-            raise DivergedError(
-                f"every client's numbers are out of range, training has diverged ({errors[0]}); "
-                "lower server-learning-rate or client-learning-rate"
-            )
-        self._check_enough()
-        return {partition: replies[partition] for partition in self.partitions}
 
     @property
     def weights(self) -> list[float]:
@@ -72,38 +38,51 @@ class Cohort:
             examples = [1] * len(examples)
         return [count / sum(examples) for count in examples]
 
-    def train_server(self, clean: dict[int, Activations]) -> tuple[float, dict[int, Tensor]]:
-        """One step of the server on the clients' activations, weighted: the loss before it, and
-        each client's own cut gradient. A client whose batch gives no finite logits is dropped;
-        when it is everybody's, training has diverged. Empties `clean`."""
+    def train_server(
+        self, clean: dict[int, Activations], send: Callable[[int, Tensor], None]
+    ) -> float:
+        """One step of the server on the clients' activations, weighted: the loss before it.
+
+        send: is given each client's own cut gradient as soon as there is one, so that clients
+        can probe while the server works on the others' activations and on its own step. A client
+        whose batch gives no finite logits is dropped and the rest is propagated again; when it
+        is everybody's, training has diverged. Empties `clean`.
+        """
         server, micro_batch = self.session.server, self.session.config.server_micro_batch
+        sent: set[int] = set()
         while True:
             clients, weights = list(self.partitions), self.weights
+            loss = 0.0
+            batches = [clean[m] for m in clients]
             try:
-                losses, gradients = server.train_jointly(
-                    [clean[m] for m in clients], weights, micro_batch
-                )
+                for m, own, gradient in server.propagate(batches, weights, micro_batch):
+                    loss += weights[m] * own
+                    if clients[m] not in sent:
+                        sent.add(clients[m])
+                        send(clients[m], gradient)
             except UnusableBatchError as error:
                 if len(error.indices) == len(clients):
                     raise
                 for index in error.indices:
-                    self._drop(clients[index], ClientError("its activations give no finite logits"))
-                self._check_enough()
+                    self.drop(clients[index], ClientError("its activations give no finite logits"))
+                self.check_enough()
                 continue
             clean.clear()
-            loss = sum(w * x for w, x in zip(weights, losses, strict=True))
-            return loss, dict(zip(clients, gradients, strict=True))
+            server.apply()
+            return loss
 
     def done(self) -> None:
         """The step is complete: those still here took part in it."""
         self.session.took_part.update(self.partitions)
 
-    def _drop(self, partition: int, error: Exception) -> None:
+    def drop(self, partition: int, error: Exception) -> None:
+        """Leave a client out of the rest of the step."""
         self.partitions.remove(partition)
         self.session.dropped.append(Drop(self.step, partition, str(error)))
         log.warning("step %d goes on without client %d: %s", self.step, partition, error)
 
-    def _check_enough(self) -> None:
+    def check_enough(self) -> None:
+        """ClientError when fewer than min-clients are left."""
         least = self.session.config.min_clients
         if len(self.partitions) < least:
             reasons = [d.reason for d in self.session.dropped if d.step == self.step]
@@ -111,3 +90,76 @@ class Cohort:
                 f"step {self.step}: {len(self.partitions)} client(s) left, min-clients = {least}; "
                 f"{'; '.join(reasons) or 'no other is connected: are their SuperNodes up?'}"
             )
+
+
+class Question:
+    """One request to each client of some cohorts, on its way; the replies are taken cohort by
+    cohort, in the order they were asked. A client that fails once answers no later cohort."""
+
+    def __init__(self, session: Session, link: Link):
+        self.session, self.link = session, link
+        self._queued: list[Request] = []
+        self._streams: dict[tuple[int, int], Iterator[Any]] = {}  # by (step, partition)
+        self._undescribed: set[int] = set()  # whose first reply is a description
+        self._failed: dict[int, Exception] = {}
+
+    def add(self, request: Request) -> None:
+        """Send a request with all others, when the first answer is wanted."""
+        self._queued.append(request)
+
+    def send(self, request: Request) -> None:
+        """Send a request now, where the link can do that at no extra cost."""
+        self.add(request)
+        if self.link.pipelined:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Send what is queued. A client that has not been met yet describes itself first."""
+        wanted: dict[int, list[Request]] = {}
+        for request in self._queued:
+            own = wanted.setdefault(request.partition, [])
+            if not (own or request.partition in self.session.clients.keys() | self._undescribed):
+                self._undescribed.add(request.partition)
+                own.append(Describe(**self.session.at(request.step, request.partition)))
+            own.append(request)
+        streams = self.link.exchange(wanted)
+        for request in self._queued:
+            self._streams[request.step, request.partition] = streams[request.partition]
+        self._queued.clear()
+
+    def answers(self, cohort: Cohort) -> dict[int, Any]:
+        """Replies by partition, of those who answered; the others are dropped.
+
+        Raises ClientError when too few are left, DriftError when one is not what its ledger
+        says, DivergedError when that is because their numbers are out of range.
+        """
+        self._flush()
+        replies: dict[int, Any] = {}
+        errors: list[Exception] = []
+        for partition in list(cohort.partitions):
+            try:
+                replies[partition] = self._next(cohort.step, partition)
+            except (ClientError, ProtocolError) as error:
+                self._failed[partition] = error
+                errors.append(error)
+                cohort.drop(partition, error)
+        too_few = len(cohort.partitions) < self.session.config.min_clients
+        if too_few and errors and all(isinstance(error, OutOfRangeError) for error in errors):
+            raise DivergedError(
+                f"the numbers of {len(errors)} of {len(errors) + len(replies)} clients are out of "
+                f"range, training has diverged ({errors[0]}); lower server-learning-rate or "
+                "client-learning-rate"
+            )
+        cohort.check_enough()
+        return replies
+
+    def _next(self, step: int, partition: int) -> Any:
+        if partition in self._failed:
+            raise self._failed[partition]
+        stream = self._streams.pop((step, partition))
+        if partition in self._undescribed:
+            described = next(stream)
+            assert isinstance(described, Described)  # Link has checked it
+            self.session.clients[partition] = described
+            self._undescribed.remove(partition)
+        return next(stream)

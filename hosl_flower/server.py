@@ -8,7 +8,7 @@ server-trainable = full); the rest of the head stays as it is. With SGD, or Adam
 decay, that is the same update as training the whole head, without a vocabulary-sized gradient.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -142,28 +142,28 @@ class Server:
 
     def train_step(self, batch: Activations) -> float:
         """One first-order step on a batch (HOSL Alg. 1, L27-30); the loss before it."""
-        losses, _ = self.train_jointly([batch], [1.0], cut_gradients=False)
-        return losses[0]
+        ((_, loss, _),) = self.propagate([batch], [1.0], cut_gradients=False)
+        self.apply()
+        return loss
 
-    def train_jointly(
+    def propagate(
         self,
         batches: Sequence[Activations],
         weights: Sequence[float],
         micro_batch: int = 0,
         cut_gradients: bool = True,
-    ) -> tuple[list[float], list[Tensor]]:
-        """One first-order step on sum_m weights[m] * loss_m over clients' mini-batches.
+    ) -> Iterator[tuple[int, float, Tensor]]:
+        """Back-propagate sum_m weights[m] * loss_m over clients' mini-batches; `apply` is the step.
 
-        Returns the losses [K] before it and, where asked for, the cut gradients lambda_m =
-        d loss_m / d activations_m, float32 [B, S, H] on the CPU: each client's own, without its
-        weight. At most `micro_batch` sequences (0: all) are propagated at a time. Raises
-        UnusableBatchError, before anything is changed, for batches that give no finite logits.
+        Yields (m, loss_m, lambda_m) in order, each as soon as client m's sequences are through:
+        lambda_m = d loss_m / d activations_m, float32 [B, S, H] on the CPU, the client's own,
+        without its weight (empty without cut_gradients). At most `micro_batch` sequences (0: all)
+        are propagated at a time. Raises UnusableBatchError at the end, with nothing to apply, when
+        batches give no finite logits; those, and all that come after one, are not yielded.
         """
         self.optimizer.zero_grad(set_to_none=True)
         losses = [0.0] * len(batches)
-        gradients = [torch.empty(0)] * len(batches)
-        if cut_gradients:
-            gradients = [torch.zeros(b.activations.shape) for b in batches]
+        gradients: dict[int, Tensor] = {}
         bad: set[int] = set()
         for pieces in _micro_batches([len(b.labels) for b in batches], micro_batch):
             h, mask = _stack(batches, pieces)
@@ -183,13 +183,22 @@ class Server:
                 losses[piece.client] += float(own.detach()) * share
                 row += len(labels)
             total.backward()
+            for piece in pieces:
+                shape = batches[piece.client].activations.shape if cut_gradients else (0,)
+                gradients.setdefault(piece.client, torch.zeros(shape))
             if cut_gradients:
                 assert h.grad is not None
                 _unstack(h.grad.cpu(), pieces, weights, gradients)
+            for piece in pieces:
+                if piece.stop == len(batches[piece.client].labels):
+                    yield piece.client, losses[piece.client], gradients.pop(piece.client)
         if bad:
+            self.optimizer.zero_grad(set_to_none=True)
             raise UnusableBatchError(_DIVERGED, sorted(bad))
+
+    def apply(self) -> None:
+        """The optimizer's step along what has been propagated."""
         self.optimizer.step()
-        return losses, gradients
 
     @torch.no_grad()
     def score(self, batch: Activations, score: Score) -> None:
@@ -250,7 +259,7 @@ def _stack(batches: Sequence[Activations], pieces: Sequence[Piece]) -> tuple[Ten
 
 
 def _unstack(
-    gradient: Tensor, pieces: Sequence[Piece], weights: Sequence[float], out: Sequence[Tensor]
+    gradient: Tensor, pieces: Sequence[Piece], weights: Sequence[float], out: Mapping[int, Tensor]
 ) -> None:
     """Write each piece's rows of the gradient [n, S, H], less padding and client weight."""
     row = 0

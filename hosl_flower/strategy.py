@@ -1,10 +1,11 @@
 """The base of all strategies: a Flower Strategy whose rounds are training steps.
 
 A step of split learning is a conversation, not one message per round, so `start` drives
-`step` through a Link instead of Flower's configure/aggregate hooks.
+`steps` through a Link instead of Flower's configure/aggregate hooks.
 """
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -23,7 +24,7 @@ from hosl_flower.training import train
 
 
 class SplitStrategy(Strategy):
-    """Subclass it with a `name`, `step` and `activations_per_step`; see strategies/hosl.py.
+    """Subclass it with a `name`, `steps` and `activations_per_step`; see strategies/hosl.py.
 
     unused: run-config keys the method does not look at; setting one is an error, not a wish
     silently ignored. tolerates_absence: steps go on without clients that are not there.
@@ -49,8 +50,12 @@ class SplitStrategy(Strategy):
         return config.min_clients if self.tolerates_absence else config.num_clients
 
     @abstractmethod
-    def step(self, session: Session, link: Link, step: int) -> float:
-        """One training step over the link; returns the training loss."""
+    def steps(self, session: Session, link: Link, steps: Sequence[int]) -> list[float]:
+        """Consecutive training steps over the link; their training losses.
+
+        One at a time unless steps-per-message says otherwise: then clients do their part of all
+        of them at the weights before the first.
+        """
 
     @abstractmethod
     def activations_per_step(self) -> tuple[int, int]:

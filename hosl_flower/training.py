@@ -1,12 +1,12 @@
 """The loop around a method's step: describe, plan, train, evaluate, save. No Flower here.
 
-A method is anything with a `name` and a `step`; strategies/ has one per file.
+A method is anything with a `name` and `steps`; strategies/ has one per file.
 """
 
 import logging
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +16,7 @@ from hosl_flower.errors import (
     ClientError,
     DivergedError,
     HoslError,
+    OutOfRangeError,
     ProtocolError,
 )
 from hosl_flower.link.base import Link
@@ -37,14 +38,16 @@ from hosl_flower.split import trainable_parameters
 
 log = logging.getLogger("hosl_flower")
 
+_DIVERGED = "training has diverged: lower server-learning-rate or client-learning-rate"
+
 
 class Method(Protocol):
     """A training method, as this loop sees it."""
 
     name: str
 
-    def step(self, session: Session, link: Link, step: int) -> float:
-        """One training step; the training loss."""
+    def steps(self, session: Session, link: Link, steps: Sequence[int]) -> list[float]:
+        """Consecutive training steps; their training losses."""
 
     def activations_per_step(self) -> tuple[int, int]:
         """How many activation-sized tensors [B, S, H] go (up, down) per step."""
@@ -60,27 +63,43 @@ def train(method: Method, session: Session, link: Link, report: Report) -> Resul
         judge = InProcessLink(Client(session.spec), session.history, session.limits)
     report.open(method, session)
     report.evaluated(0, evaluate(session, judge, 0), session)
-    for step in range(1, config.steps + 1):
+    for steps in grouped(config.steps, config.steps_per_message, config.eval_every):
         started = time.perf_counter()
         waited, computed = link.traffic.waited_seconds, link.traffic.client_seconds
         try:
-            loss = method.step(session, link, step)
+            losses = method.steps(session, link, steps)
         except DivergedError as error:
-            raise DivergedError(f"step {step}: {error}") from error
-        report.stepped(
-            step,
-            loss,
-            session,
-            wall=time.perf_counter() - started,
-            waited=link.traffic.waited_seconds - waited,
-            client=link.traffic.client_seconds - computed,
-        )
+            raise DivergedError(f"step {_span(steps)}: {error}") from error
+        except OutOfRangeError as error:  # of a client the step cannot do without
+            raise DivergedError(f"{error}; {_DIVERGED}") from error
+        spent = {
+            "wall": time.perf_counter() - started,
+            "waited": link.traffic.waited_seconds - waited,
+            "client": link.traffic.client_seconds - computed,
+        }
+        each = {part: seconds / len(steps) for part, seconds in spent.items()}
+        for step, loss in zip(steps, losses, strict=True):
+            report.stepped(step, loss, session, **each)
         if step % config.eval_every == 0 or step == config.steps:
             link.flush()
             check_clients(session, link, session.unchecked, step)
             session.unchecked.clear()
             report.evaluated(step, evaluate(session, judge, step), session)
     return finish(method, session, link, report)
+
+
+def grouped(steps: int, together: int, eval_every: int) -> Iterator[range]:
+    """Steps 1..steps, `together` at a time, with no evaluation inside a group."""
+    first = 1
+    while first <= steps:
+        evaluation = -(-first // eval_every) * eval_every
+        last = min(first + together - 1, evaluation, steps)
+        yield range(first, last + 1)
+        first = last + 1
+
+
+def _span(steps: Sequence[int]) -> str:
+    return f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
 
 
 def describe_all(session: Session, link: Link) -> None:
@@ -149,8 +168,8 @@ def evaluate(session: Session, judge: Link, step: int) -> Score:
             log.warning("from step %d on, client %d's held-out part is scored", step, partition)
         session.evaluator = partition
         return score
-    if failures and all(isinstance(error, DivergedError) for error in failures):
-        raise failures[0]
+    if failures and all(isinstance(e, DivergedError | OutOfRangeError) for e in failures):
+        raise DivergedError(f"evaluation at step {step}: {failures[0]}; {_DIVERGED}")
     reasons = "; ".join(map(str, failures[:3]))
     raise ClientError(f"no client could evaluate step {step}: {reasons}")
 

@@ -12,10 +12,11 @@ directions is averaging scalars; it costs d_c values up and down instead of P. T
 optimizer starts afresh in every step.
 """
 
+from typing import Any
+
 import torch
 
 from hosl_flower.cohort import Cohort
-from hosl_flower.link.base import Link
 from hosl_flower.messages import LocalTrain
 from hosl_flower.session import Session
 from strategies.ho_sfl import HoSfl
@@ -31,15 +32,14 @@ class FedAvgZo(HoSfl):
     unused = ("turn-steps", "aggregation", "trim-fraction")
     request = LocalTrain
 
-    def step(self, session: Session, link: Link, step: int) -> float:
-        """One step; the weighted loss of the clean forwards."""
-        cohort = Cohort(session, link, step, session.sample(step, link.absent()))
-        loss, replies = self.probe(session, cohort)
-        state = session.history.state
-        weights = state.weights()
-        moved = torch.zeros(weights.shape, dtype=torch.float64)
+    def merge(self, session: Session, cohort: Cohort, replies: dict[int, Any]) -> torch.Tensor:
+        """The weighted mean of the clients' changes: float64 [n]."""
+        moved = torch.zeros(session.history.state.elements, dtype=torch.float64)
         for m, share in zip(cohort.partitions, cohort.weights, strict=True):
             moved.add_(replies.pop(m).change, alpha=share)
-        cohort.done()
-        session.history.jump(step, weights.double().add_(moved).to(weights.dtype))
-        return loss
+        return moved
+
+    def commit(self, session: Session, cohort: Cohort, update: torch.Tensor) -> None:
+        """New weights for everybody."""
+        weights = session.history.state.weights()
+        session.history.jump(cohort.step, weights.double().add_(update).to(weights.dtype))

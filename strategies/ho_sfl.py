@@ -21,14 +21,22 @@ local-steps = E > 1: in 3 each client takes E local steps on its surrogate, lamb
 uploads E * P scalars; each local step is aggregated and entered on its own. client-seeds =
 per-client: every client has its own directions, and a step has K * P of them for the same
 number of forward passes; the ledger gets (seed, w_m v_mp).
+
+steps-per-message = S > 1: phases 1 and 3 of S steps are asked at once, so both are taken at
+the client weights before the first of them; the server still steps S times. With S = 1 all is
+as above. Over a stream a client gets lambda_m, and probes, as soon as its own activations are
+through (server-micro-batch cuts them apart), while the server works on the others' and steps.
 """
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hosl_flower.aggregate import make_aggregate
-from hosl_flower.cohort import Cohort
+from hosl_flower.cohort import Cohort, Question
 from hosl_flower.ledger import Entry
 from hosl_flower.link.base import Link
 from hosl_flower.messages import CutGradient, Forward
@@ -51,43 +59,64 @@ class HoSfl(SplitStrategy):
     tolerates_absence = True
     request: type[CutGradient] = CutGradient
 
-    def step(self, session: Session, link: Link, step: int) -> float:
-        """One step; the weighted loss of the clean forwards."""
-        cohort = Cohort(session, link, step, session.sample(step, link.absent()))
-        loss, replies = self.probe(session, cohort)
+    def steps(self, session: Session, link: Link, steps: Sequence[int]) -> list[float]:
+        """These steps, all of the clients' work at the weights as they are now; the weighted
+        losses of the clean forwards."""
+        absent = link.absent()
+        cohorts = [Cohort(session, step, session.sample(step, absent)) for step in steps]
+        losses, probed = self.probe(session, link, cohorts)
 
-        # 4: one ledger entry per local step
+        # all answers first: they are about the weights before these steps
+        updates = [self.merge(session, cohort, probed.answers(cohort)) for cohort in cohorts]
+        for cohort, update in zip(cohorts, updates, strict=True):
+            self.commit(session, cohort, update)
+            cohort.done()
+        return losses
+
+    def merge(self, session: Session, cohort: Cohort, replies: dict[int, Any]) -> Any:
+        """What the clients' answers amount to: one ledger entry per local step (4)."""
         scalars = torch.stack([replies[m].scalars for m in cohort.partitions])  # [K, E, P]
-        session.history.commit(self.entries(session, cohort, scalars))
-        cohort.done()
-        return loss
+        return self.entries(session, cohort, scalars)
 
-    def probe(self, session: Session, cohort: Cohort) -> tuple[float, dict[int, Any]]:
-        """Phases 1 to 3: the loss, and what each client made of its cut gradient."""
-        config, step = session.config, cohort.step
-        batches = {m: session.next_batch(m) for m in cohort.partitions}
+    def commit(self, session: Session, cohort: Cohort, update: Any) -> None:
+        """Make what `merge` gave part of the run."""
+        session.history.commit(update)
+
+    def probe(
+        self, session: Session, link: Link, cohorts: Sequence[Cohort]
+    ) -> tuple[list[float], Question]:
+        """Phases 1 to 3: the losses, and the clients' answers to their cut gradients."""
+        config = session.config
+        forward, probe = Question(session, link), Question(session, link)
 
         # 1: clean activations
-        clean = cohort.ask(lambda m: [Forward(**session.at(step, m), batch=batches[m])])
+        batches: dict[tuple[int, int], int] = {}
+        for cohort in cohorts:
+            for m in cohort.partitions:
+                batches[cohort.step, m] = session.next_batch(m)
+                at = session.at(cohort.step, m)
+                forward.add(Forward(**at, batch=batches[cohort.step, m]))
 
-        # 2: one step of the server on all clients' activations
-        loss, cut = cohort.train_server({m: clean.pop(m)[0] for m in cohort.partitions})
-
-        # 3: each client probes <lambda, f_c>
-        def request(m: int) -> list[CutGradient]:
-            return [
+        # 3: each client probes <lambda, f_c>, as soon as it has its lambda
+        def send(step: int, m: int, gradient: Tensor) -> None:
+            probe.send(
                 self.request(
                     **session.at(step, m),
-                    batch=batches[m],
+                    batch=batches[step, m],
                     directions=config.directions,
                     seeds=tuple(s for own in self.seeds(session, step, m) for s in own),
                     epsilon=config.epsilon,
                     learning_rate=config.client_learning_rate,
-                    **session.for_wire(cut.pop(m)),
+                    **session.for_wire(gradient),
                 )
-            ]
+            )
 
-        return loss, {m: own[0] for m, own in cohort.ask(request).items()}
+        # 2: one step of the server on all clients' activations
+        losses = [
+            cohort.train_server(forward.answers(cohort), partial(send, cohort.step))
+            for cohort in cohorts
+        ]
+        return losses, probe
 
     def seeds(self, session: Session, step: int, partition: int) -> list[list[int]]:
         """Seeds [E][P] of a client's local steps."""

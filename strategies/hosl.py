@@ -13,20 +13,30 @@ One step, client parameters theta_c, server parameters theta_s, one mini-batch (
 
 All probes and both gradients are taken at the same (theta_c, theta_s). With several clients
 they take turns, as in split-learning relay; the client submodel is handed on as ledger
-entries, never as weights.
+entries, never as weights. steps-per-message = S > 1 probes S mini-batches at the same theta_c; the
+server still steps S times.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from hosl_flower.checks import BatchKey, check_same_batch
 from hosl_flower.ledger import Entry
 from hosl_flower.link.base import Link
-from hosl_flower.messages import Forward, Losses, Probe
+from hosl_flower.messages import Forward, Losses, Probe, Request
 from hosl_flower.perturb import derive_seed
 from hosl_flower.session import Session
 from hosl_flower.strategy import SplitStrategy
 from hosl_flower.zo import Point, estimate, probe_points
+
+
+class Probed(NamedTuple):
+    """What a step has found: the loss of the clean forward, the losses [2Q] of the probes, the
+    projected gradients [Q]."""
+
+    loss: float
+    losses: list[float]
+    scalars: list[float]
 
 
 class Hosl(SplitStrategy):
@@ -47,21 +57,33 @@ class Hosl(SplitStrategy):
         "server-micro-batch",
     )
 
-    def step(self, session: Session, link: Link, step: int) -> float:
-        """One step of Algorithm 1; the loss of the clean forward."""
-        config, server, history = session.config, session.server, session.history
+    def steps(self, session: Session, link: Link, steps: Sequence[int]) -> list[float]:
+        """These steps, all probed at the client weights as they are now; the losses of the clean
+        forwards."""
+        requests: dict[int, list[Request]] = {}
+        for step in steps:
+            requests.setdefault(session.turn(step), []).extend(self.requests(session, step))
+        replies = link.exchange(requests)
+        done = [self.step(session, step, replies[session.turn(step)]) for step in steps]
+
+        # 3: losses to the client, which updates itself; the ledger records the same update
+        for step, probed in zip(steps, done, strict=True):
+            self.update(session, link, step, probed)
+        return [probed.loss for probed in done]
+
+    def requests(self, session: Session, step: int) -> list[Request]:
+        """The probes of a step, then the clean forward, all of one mini-batch."""
         client = session.turn(step)
-        batch = session.next_batch(client)
-        at = session.at(step, client)
-        seeds = [derive_seed(config.seed, "direction", step, q) for q in range(config.directions)]
-        points = probe_points(seeds, config.epsilon)
+        at, batch = session.at(step, client), session.next_batch(client)
         probes = [
             Probe(**at, batch=batch, seed=point.seed, coefficient=point.coefficient)
-            for point in points
+            for point in probe_points(self.seeds(step), self.config.epsilon)
         ]
-        replies: Iterator[Any] = link.exchange({client: [*probes, Forward(**at, batch=batch)]})[
-            client
-        ]
+        return [*probes, Forward(**at, batch=batch)]
+
+    def step(self, session: Session, step: int, replies: Iterator[Any]) -> Probed:
+        """Phases 1 and 2 of Algorithm 1."""
+        server = session.server
 
         # 1: the surrogate is the true loss of the frozen server; one activation held at a time
         losses: list[float] = []
@@ -74,28 +96,35 @@ class Hosl(SplitStrategy):
                 losses.append(server.loss(reply))
                 yield losses[-1]
 
-        scalars = estimate(true_loss, seeds, config.epsilon)
+        scalars = estimate(true_loss, self.seeds(step), self.config.epsilon)
 
         # 2: first-order step of the server on the clean activations
         clean = next(replies)
         check_same_batch([*batches, BatchKey.of(clean)], step)
-        loss = server.train_step(clean)
+        return Probed(server.train_step(clean), losses, scalars)
 
-        # 3: losses to the client, which updates itself; the ledger records the same update
-        rate = config.client_learning_rate
-        history.commit([Entry(step, tuple(seeds), tuple(scalars), rate)])
+    def update(self, session: Session, link: Link, step: int, probed: Probed) -> None:
+        """Phase 3: both sides make the same ledger entry."""
+        config, history = session.config, session.history
+        client, seeds = session.turn(step), tuple(self.seeds(step))
+        at, rate = session.at(step, client), config.client_learning_rate
+        history.commit([Entry(step, seeds, tuple(probed.scalars), rate)])
         link.post(
             Losses(
                 **at,
-                seeds=tuple(seeds),
-                losses=tuple(losses),
+                seeds=seeds,
+                losses=tuple(probed.losses),
                 epsilon=config.epsilon,
                 learning_rate=rate,
                 digest_after=history.ledger.digest(),
             )
         )
         session.took_part[client] += 1
-        return loss
+
+    def seeds(self, step: int) -> list[int]:
+        """Seeds [Q] of a step's directions."""
+        config = self.config
+        return [derive_seed(config.seed, "direction", step, q) for q in range(config.directions)]
 
     def activations_per_step(self) -> tuple[int, int]:
         """2Q + 1 up, none down: the losses that come down are a few bytes per direction."""

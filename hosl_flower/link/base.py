@@ -90,7 +90,13 @@ class Traffic:
 
 
 class Link(ABC):
-    """Base of all links. history: the server's, to catch clients up from."""
+    """Base of all links. history: the server's, to catch clients up from.
+
+    pipelined: whether requests can be sent one by one, while replies to others are awaited, at no
+    extra cost; else what can go together should.
+    """
+
+    pipelined = True
 
     def __init__(self, history: History, limits: Limits):
         self.history, self.limits = history, limits
@@ -147,8 +153,14 @@ class Link(ABC):
     def _still_useful(self, partition: int) -> list[Request]:
         """What was posted to a client, less the updates that others have gone past since: it
         gets those as ledger entries."""
-        posted = self._outbox.pop(partition, [])
-        return [r for r in posted if r.position + 1 == len(self.history.ledger)]
+        useful: list[Request] = []
+        end = len(self.history.ledger)
+        for request in reversed(self._outbox.pop(partition, [])):
+            if request.position + 1 != end:
+                break
+            useful.insert(0, request)
+            end = request.position
+        return useful
 
     def _lead(self, partition: int, work: Sequence[Request]) -> list[Request]:
         """What a client lacks, as far as is known, to answer its work."""

@@ -33,6 +33,8 @@ Part = dict[int, list[Request]]  # by partition: what one message asks
 class GridLink(Link):
     """deadline: seconds a node may take to answer one exchange; nodes: who serves whom."""
 
+    pipelined = False  # an exchange is a message, and is waited for
+
     def __init__(
         self,
         grid: Grid,
