@@ -104,6 +104,7 @@ def _opt(hidden: int, layers: int, heads: int, **other: Any) -> dict[str, Any]:
 # The published sizes are from Table 1 of arXiv 2205.01068 and the models' config.json.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "opt-tiny": _opt(64, 4, 4, max_position_embeddings=256, init_std=0.06),
+    "opt-mini": _opt(192, 6, 6, max_position_embeddings=512),
     "opt-125m": _opt(768, 12, 12),
     "opt-350m": _opt(1024, 24, 16, word_embed_proj_dim=512, do_layer_norm_before=False),
     "opt-1.3b": _opt(2048, 24, 32),

@@ -54,11 +54,17 @@ class Session:
         self._closing = False
         self.lost_at: float | None = None  # since when there is no connection
         self.ever_connected = threading.Event()
+        self._first_connected = 0.0
         self.fault = ""  # what the client has sent that it should not
 
     @property
     def connected(self) -> bool:
         return self._connection > 0
+
+    @property
+    def age(self) -> float:
+        """Seconds since a client first came."""
+        return time.monotonic() - self._first_connected if self.ever_connected.is_set() else 0.0
 
     @property
     def idle(self) -> bool:
@@ -120,6 +126,8 @@ class Session:
             self._unsent = deque(self._unanswered)
             self.token = secrets.token_urlsafe(32)
             self._changed.notify_all()
+            if not self.ever_connected.is_set():
+                self._first_connected = time.monotonic()
             self.ever_connected.set()
             return self._connection, self.token
 

@@ -45,7 +45,7 @@ class _Line:
 
     def begin(self, session: Session) -> None:
         """A new conversation; nobody has been called to it yet."""
-        self.session, self.opened = session, time.monotonic()
+        self.session = session
         self.message = ""
         self.calls = 0
         self.answered = 0  # replies since the last call
@@ -113,13 +113,10 @@ class StreamLink(Link):
 
     def _renew(self) -> None:
         """Close sessions that have lasted long enough, and call their ClientApps anew."""
-        now = time.monotonic()
-        old = [
-            line
-            for line in self._lines.values()
-            if line.session.connected and now - line.opened > self.longest and line.session.idle
-        ]
-        if not self.longest or not old:
+        if not self.longest:
+            return
+        old = [x for x in self._lines.values() if x.session.age > self.longest and x.session.idle]
+        if not old:
             return
         log.info("%d session(s) have lasted %g s and are opened anew", len(old), self.longest)
         self._end(old)  # a device is not asked to hold two processes

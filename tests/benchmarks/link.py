@@ -2,18 +2,21 @@
 
     python tests/benchmarks/link.py [--quick]
 
-Same machine, one after the other: HOSL and HO-SFL on OPT-125M (random weights, 8 x 64 tokens)
-in process, over a stream and over Flower messages in simulation, and over a stream on real
-SuperNodes on loopback. The last line is JSON: ratios to in-process, and medians in milliseconds of
-a small request and of a 12 MiB tensor there and back, over a stream between two processes.
+Same machine, one after the other: HOSL and HO-SFL on random weights, 8 x 64 tokens, in process,
+over a stream and over Flower messages in simulation, and over both on real SuperNodes on
+loopback (few steps over Flower messages there: each takes seconds). Bytes are those of the
+training messages over the closed form: (2Q + 1) A up for HOSL, A up and A down per client for
+HO-SFL, A = B S H 4 bytes of every mini-batch as it is padded. The last line is JSON: ratios to
+in-process, and medians in milliseconds of a small request and of a 12 MiB tensor there and
+back, over a stream between two processes. Clients by the hundred are scale.py's business.
 """
 
+import itertools
 import json
 import multiprocessing
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -23,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from deployments import deployment, run_deployed
 
+from hosl_flower.client import Client
 from hosl_flower.config import parse_config
 from hosl_flower.link.dial import Invitation, serve
 from hosl_flower.link.frames import Key
@@ -30,45 +34,82 @@ from hosl_flower.link.sessions import StreamServer
 from hosl_flower.local_flower import _free_port, run_flower_app
 from hosl_flower.messages import Applied, Change, Describe, LocalTrain
 from hosl_flower.server_app import load_strategy, log_to_stderr
+from hosl_flower.spec import resolve
 
+TRAINING = ("forward", "probe", "losses", "cut-gradient", "catch-up", "restore")
 APP = Path(__file__).parents[2] / "simulations" / "opt125m_hosl"
 COMMON = {
-    "model": "random:opt-125m", "task": "sms-spam", "batch-size": 8, "max-length": 64,
-    "eval-examples": 8, "train-examples": 400, "server-optimizer": "adamw",
-    "server-learning-rate": 5e-5, "save-model": False, "num-clients": 1,
+    "task": "sms-spam", "batch-size": 8, "max-length": 64, "eval-examples": 8,
+    "train-examples": 400, "server-optimizer": "adamw", "server-learning-rate": 5e-5,
+    "save-model": False, "num-clients": 1,
 }  # fmt: skip
 METHODS = {
-    "hosl-q1": {"strategy": "strategies.hosl:Hosl", "directions": 1, "cut-layer": 5},
-    "hosl-q5": {"strategy": "strategies.hosl:Hosl", "directions": 5, "cut-layer": 5},
+    "hosl-q1": {"strategy": "strategies.hosl:Hosl", "directions": 1},
+    "hosl-q5": {"strategy": "strategies.hosl:Hosl", "directions": 5},
     "ho-sfl-p2": {
-        "strategy": "strategies.ho_sfl:HoSfl", "directions": 2, "cut-layer": 3, "num-clients": 4,
+        "strategy": "strategies.ho_sfl:HoSfl", "directions": 2, "num-clients": 4,
         "clients-per-step": 2, "client-trainable": "lora", "server-trainable": "lora",
     },
 }  # fmt: skip
+MODELS = {
+    "opt-mini": {"model": "random:opt-mini", "cut-layer": 3},
+    "opt-125m": {"model": "random:opt-125m", "cut-layer": 5},
+}
+LINKS = ("in_process", "stream_sim", "grid_sim", "stream_deploy")
+MAILBOX = ("grid_deploy", "grid_deploy_4")  # 1 and 4 steps per message
+MAILBOX_STEPS = 5  # the first is not counted, then one message of 4
 
 
 def run(link: str, keys: dict, out: Path) -> dict:
-    """Seconds per step by part, of one run over one link."""
+    """Seconds per step by part, of one run over one link, and its bytes over the closed form."""
     name = f"{link}-{time.monotonic_ns()}"
     keys = {**keys, "run-name": name, "output-dir": str(out)}
+    if link.startswith("grid_deploy"):
+        keys |= {"link": "grid", "steps": MAILBOX_STEPS, "eval-every": MAILBOX_STEPS}
+        keys["steps-per-message"] = 4 if link == "grid_deploy_4" else 1
     if link == "in_process":
         load_strategy(parse_config(keys)).run_in_process()
-    elif link == "stream_deploy":
-        keys["stream-endpoint"] = f"127.0.0.1:{_free_port()}"
-        with deployment(1) as environment:
-            run_deployed(environment, APP, keys, 580.0)
-    else:
+    elif link.endswith("_sim"):
         keys["link"] = "grid" if link == "grid_sim" else "stream"
         run_flower_app(APP, keys, "num-supernodes=1", out)
+    else:
+        if link == "stream_deploy":
+            keys["stream-endpoint"] = f"127.0.0.1:{_free_port()}"
+        with deployment(1) as environment:
+            run_deployed(environment, APP, keys, 580.0)
     results = json.loads((out / name / "results.json").read_text())
     # the median step: the first one includes loading and warming up
     rows = [json.loads(x) for x in (out / name / "metrics.jsonl").read_text().splitlines()]
     seconds = [row["seconds"] for row in rows if "seconds" in row][1:]
-    medians = {
-        part: statistics.median(row[part] for row in seconds)
+    middle = statistics.mean if link.startswith("grid_deploy") else statistics.median
+    parts = {
+        part: round(middle(row[part] for row in seconds), 4)
         for part in ("client", "server", "transport", "total")
     }
-    return {**medians, "fingerprint": results["fingerprint"]}
+    return {**parts, **bytes_over_closed_form(keys, results), "fingerprint": results["fingerprint"]}
+
+
+def bytes_over_closed_form(keys: dict, results: dict) -> dict[str, float]:
+    """Bytes of the training messages, up and down, over what the papers' formulas give."""
+    config = parse_config(keys)
+    client = Client(resolve(config, "bytes").spec)
+    hidden = client.submodel.decoder.config.hidden_size
+    activations = 0  # bytes of one activation of every mini-batch that was used
+    for partition, steps in results["clients"]["steps_taken_part"].items():
+        data = client.pool.client(int(partition))
+        batches = (data.train_batch(n, config.batch_size) for n in range(steps))
+        activations += sum(batch.input_ids.numel() * hidden * 4 for batch in batches)
+    up, down = (
+        sum(results[way].get(kind, {"bytes": 0})["bytes"] for kind in TRAINING)
+        for way in ("bytes_up", "bytes_down")
+    )
+    if "hosl:" in config.strategy:
+        uploads = (2 * config.directions + 1) * activations
+        return {"up_ratio": round(up / uploads, 4), "down_bytes_per_step": down / config.steps}
+    return {
+        "up_ratio": round(up / activations, 4),
+        "down_ratio": round(down / activations, 4),
+    }
 
 
 def echo(invitation: str, elements: int) -> None:
@@ -121,28 +162,31 @@ def transport(repeats: int) -> dict[str, float]:
 def main() -> None:
     quick = "--quick" in sys.argv
     log_to_stderr()
-    methods = ["hosl-q1"] if quick else list(METHODS)
-    steps = 12 if quick else 20
-    found: dict = {**transport(60 if quick else 300), "steps": steps, "methods": {}}
-    links = ("in_process", "stream_sim", "grid_sim", "stream_deploy")
+    cells = [("opt-125m", "hosl-q1")] if quick else list(itertools.product(MODELS, METHODS))
+    steps = 12
+    found: dict = {**transport(60 if quick else 300), "steps": steps, "cells": {}}
     with tempfile.TemporaryDirectory() as out:
-        for method in methods:
-            keys = {**COMMON, **METHODS[method], "steps": steps, "eval-every": steps}
-            rows = {link: run(link, keys, Path(out)) for link in links}
-            assert len({row.pop("fingerprint") for row in rows.values()}) == 1, "not the same bits"
-            found["methods"][method] = rows
-    print("| method, link | client s | server s | transport s | step s | ratio |")
-    print("|---|---|---|---|---|---|")
-    for method, rows in found["methods"].items():
+        for model, method in cells:
+            keys = {**COMMON, **MODELS[model], **METHODS[method], "steps": steps}
+            keys["eval-every"] = steps
+            rows = {link: run(link, keys, Path(out)) for link in LINKS}
+            prints = {row.pop("fingerprint") for row in rows.values()}
+            assert len(prints) == 1, f"not the same bits over every link: {prints}"
+            if not quick and model == "opt-125m" and method != "hosl-q5":
+                rows |= {link: run(link, keys, Path(out)) for link in MAILBOX}
+            found["cells"][f"{model} {method}"] = rows
+    columns = ("client", "server", "transport", "total", "ratio", "up_ratio")
+    print("| model, method, link | " + " | ".join(columns) + " |")
+    print("|---" * (len(columns) + 1) + "|")
+    for cell, rows in found["cells"].items():
         for link, row in rows.items():
+            row.pop("fingerprint", None)
             row["ratio"] = round(row["total"] / rows["in_process"]["total"], 3)
-            parts = " | ".join(f"{row[p]:.3f}" for p in ("client", "server", "transport", "total"))
-            print(f"| {method}, {link} | {parts} | {row['ratio']} |")
-    first = found["methods"][methods[0]]
-    found |= {link: first[link]["ratio"] for link in links[1:]}
+            print(f"| {cell}, {link} | {' | '.join(str(row[c]) for c in columns)} |")
+    first = found["cells"]["opt-125m hosl-q1"]
+    found |= {link: first[link]["ratio"] for link in LINKS[1:]}
     print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    assert threading.current_thread() is threading.main_thread()
     main()

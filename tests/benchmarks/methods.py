@@ -1,7 +1,8 @@
-"""Methods and their frozen-client control on one simulation, over seeds.
+"""Methods and their frozen-client control, or codecs, on one simulation, over seeds.
 
     python tests/benchmarks/methods.py simulations/quickstart --set hosl
     python tests/benchmarks/methods.py simulations/quickstart --set ho-sfl
+    python tests/benchmarks/methods.py simulations/quickstart --set codec -c model=<directory> ...
 
 Same data order, same seeds, same server; the control has client-learning-rate 0. Cells that
 are finished are not run again. Prints a Markdown table: final held-out figures of every seed,
@@ -23,7 +24,13 @@ TEN_CLIENTS = [
     "eval-every=50", "client-trainable=blocks", "partitioner=dirichlet",
 ]  # fmt: skip
 FEDAVG = [*TEN_CLIENTS[1:], "strategy=strategies.fedavg_zo:FedAvgZo"]
+CODECS = {
+    f"{method}-{codec}": [f"strategy=strategies.{module}", f"codec={codec}"]
+    for method, module in (("hosl", "hosl:Hosl"), ("ho-sfl", "ho_sfl:HoSfl"))
+    for codec in ("exact", "bf16", "fp16", "int8")
+}
 SETS = {
+    "codec": CODECS,
     "hosl": {"hosl": [], "frozen": FROZEN},
     "ho-sfl": {
         "ho-sfl": TEN_CLIENTS,
@@ -58,13 +65,14 @@ def _bytes_per_step(result: dict) -> str:
 
 def main(
     app: Path,
-    methods: Annotated[str, typer.Option("--set", help="hosl or ho-sfl")] = "hosl",
+    methods: Annotated[str, typer.Option("--set", help=", ".join(SETS))] = "hosl",
     seeds: Annotated[list[int], typer.Option()] = [0, 1, 2],  # noqa: B006
+    config: Annotated[list[str], typer.Option("-c", help="key=value, for all")] = [],  # noqa: B006
     out: Path = Path("runs/control"),
 ) -> None:
     log_to_stderr()
     rows = {
-        method: [cell(app, method, keys, seed, out.absolute()) for seed in seeds]
+        method: [cell(app, method, [*config, *keys], seed, out.absolute()) for seed in seeds]
         for method, keys in SETS[methods].items()
     }
     print(f"| {app.name} | accuracy | balanced accuracy | loss | kB up / down per step |")

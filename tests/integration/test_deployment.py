@@ -86,3 +86,25 @@ def test_a_clientapp_killed_in_the_middle_comes_back_with_the_same_numbers(tmp_p
     assert "is called again" in log
     run_plain(keys)
     assert metrics(tmp_path / "stream") == metrics(tmp_path / "plain")
+
+
+def test_flower_messages_of_several_steps_and_sessions_that_are_renewed(tmp_path):
+    keys = {
+        **KEYS, "strategy": "strategies.ho_sfl:HoSfl", "steps": 4, "eval-every": 4,
+        "steps-per-message": 4, "evaluation": "central", "output-dir": str(tmp_path),
+    }  # fmt: skip
+    with deployment(nodes=1) as environment:
+        run_deployed(environment, QUICK, {**keys, "run-name": "grid", "link": "grid"}, 400.0)
+        log = run_deployed(
+            environment,
+            QUICK,
+            {
+                **keys, "run-name": "stream", "max-session-seconds": 1.0,
+                "stream-endpoint": f"127.0.0.1:{_free_port()}",
+            },
+            300.0,
+        )  # fmt: skip
+    run_plain(keys)
+    assert metrics(tmp_path / "grid") == metrics(tmp_path / "plain")
+    assert metrics(tmp_path / "stream") == metrics(tmp_path / "plain")
+    assert "1 session(s) have lasted 1 s and are opened anew" in log
