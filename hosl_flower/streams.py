@@ -95,10 +95,19 @@ def _normal_table(device: torch.device) -> Tensor:
     return torch.cat((magnitude, -magnitude))
 
 
+def _halves(words: Tensor) -> Tensor:
+    """Words [n, 4] -> 16-bit integers [n * 8], low half of word 0 first."""
+    return torch.stack((words & 0xFFFF, words >> 16), dim=-1).reshape(-1)
+
+
 def _to_normals(words: Tensor, scale: float) -> Tensor:
-    """Words [n, 4] -> scale * normals [n * 8] float32; low half of word 0 first."""
-    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1).reshape(-1)
-    return _normal_table(words.device).index_select(0, halves).mul_(scale)
+    """Words [n, 4] -> scale * normals [n * 8] float32."""
+    return _normal_table(words.device).index_select(0, _halves(words)).mul_(scale)
+
+
+def _to_halves(words: Tensor, scale: float) -> Tensor:
+    """Words [n, 4] -> scale * uniform integers of [0, 2^16), [n * 8] float32."""
+    return _halves(words).to(torch.float32).mul_(scale)
 
 
 @dataclass(frozen=True)
@@ -151,3 +160,4 @@ class Stream:
 
 SIGNS = Stream(_to_signs, 128)  # four 32-bit words, a bit each
 NORMALS = Stream(_to_normals, 8)  # 16 bits each
+HALVES = Stream(_to_halves, 8)
