@@ -91,7 +91,9 @@ class Client:
         base = open_base(self.model, spec.seed)
         self.vocabulary: int = base.config.vocab_size
         dtype = torch_dtype(spec.dtype)
-        self.submodel = load_client(base, spec.cut_layer, dtype, self.device, spec.lora)
+        self.submodel = load_client(
+            base, spec.cut_layer, dtype, self.device, spec.lora, spec.client_quantization
+        )
         self.state = new_state(self.submodel, spec)
 
     def answer(self, requests: Iterable[Request]) -> Iterator[Reply]:

@@ -19,6 +19,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Perturbation = Literal["rank1", "signs", "gaussian"]
 Trainable = Literal["full", "blocks", "lora"]
 Optimizer = Literal["sgd", "adamw"]
+Quantization = Literal["none", "int8"]
 Partitioner = Literal["iid", "dirichlet", "natural-id"]
 Aggregation = Literal["weighted-mean", "mean", "median", "trimmed-mean"]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")]
@@ -141,6 +142,11 @@ class RunConfig(BaseModel):
         description="full trains embeddings too (as HOSL), blocks freezes them, "
         "lora trains adapters only",
     )
+    client_quantization: Quantization = Field(
+        "none",
+        description="int8 keeps the client's frozen matrices in 8 bits, adapters in float32; "
+        "needs client-trainable = lora and hosl-flower[quant]",
+    )
     client_optimizer: Optimizer = Field(
         "sgd", description="of the reconstructed client gradient; adamw without weight decay"
     )
@@ -242,6 +248,11 @@ class RunConfig(BaseModel):
             )
         if self.partitioner == "natural-id" and not self.partition_column:
             raise ValueError("partitioner = natural-id needs partition-column")
+        if self.client_quantization != "none" and self.client_trainable != "lora":
+            raise ValueError(
+                f"client-quantization = {self.client_quantization} freezes the client's weights; "
+                "it needs client-trainable = lora"
+            )
         if "lora" in (self.client_trainable, self.server_trainable) and not split_words(
             self.lora_targets
         ):

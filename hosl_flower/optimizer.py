@@ -10,7 +10,8 @@ a ledger rebuilds it, and a snapshot carries it (state.py).
 
 adamw has no weight decay, betas (0.9, 0.999) and eps 1e-8, and computes in float32. Each line
 is made of single IEEE operations on float32 (no fused multiply-add), in a fixed order, so with
-sign directions a replay gives the same bits on every device.
+sign directions a replay gives the same bits on every device. 16-bit parameters are widened, updated
+and rounded once, at random, so that steps smaller than their spacing add up (rounding.py).
 """
 
 import math
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from hosl_flower.perturb import Direction, Layout, as_matrix_shape, row_chunks
+from hosl_flower.rounding import store
 from hosl_flower.zo import to_float32
 
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
@@ -71,7 +73,7 @@ class Sgd:
 
     A chunk of rows of one parameter is updated by all directions in turn. Each coefficient is
     rounded to float32 first, then added in the order given; a 16-bit parameter is rounded
-    once, at the end.
+    once, at the end, at random (rounding.py).
     """
 
     @torch.no_grad()
@@ -91,7 +93,7 @@ class Sgd:
                 for direction, coefficient in zip(directions, coefficients, strict=True):
                     direction.subtract_(work, name, start, coefficient)
                 if work is not block:
-                    block.copy_(work)
+                    store(block, work, seeds[0], name, start)
 
     def tensors(self) -> list[Tensor]:
         return []
@@ -137,7 +139,7 @@ class AdamW:
                 work = block if block.dtype == torch.float32 else block.float()
                 work.sub_(m[rows].mul(rate).div_(scale))
                 if work is not block:
-                    block.copy_(work)
+                    store(block, work, seeds[0], name, start)
 
     def _moments(self, name: str, parameter: Tensor) -> tuple[Tensor, Tensor]:
         if name not in self.moments:

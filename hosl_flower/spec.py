@@ -19,6 +19,7 @@ from hosl_flower.config import (
     Partitioner,
     Perturbation,
     Positive,
+    Quantization,
     RunConfig,
     Threads,
     Trainable,
@@ -49,6 +50,7 @@ class ClientSpec:
     device: Device
     threads: Threads
     client_trainable: Trainable
+    client_quantization: Quantization
     client_optimizer: Optimizer
     lora_rank: Positive
     lora_alpha: Alpha
@@ -89,6 +91,8 @@ class ClientSpec:
         parts += [self.client_optimizer, self.seed if random or lora else ""]
         if lora:
             parts += [self.lora_rank, self.lora_alpha, self.lora_targets]
+        if self.client_quantization != "none":
+            parts.append(self.client_quantization)
         return "|".join(map(str, parts))
 
     @property

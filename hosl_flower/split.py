@@ -22,6 +22,7 @@ from hosl_flower.errors import CheckpointError, ConfigError, first_line
 from hosl_flower.families import Family, architecture, family_of
 from hosl_flower.lora import Lora, attach, check_targets, is_adapter, merged
 from hosl_flower.lora import canonical as lora_canonical
+from hosl_flower.quantize import is_quantised, place, to_int8
 from hosl_flower.weights import Checkpoint, RandomWeights, WeightSource
 
 HEAD = "lm_head.weight"
@@ -188,11 +189,19 @@ def server_skeleton(config: PretrainedConfig, cut: int, lora: Lora | None = None
 
 
 def load_client(
-    base: Base, cut: int, dtype: torch.dtype, device: str, lora: Lora | None = None
+    base: Base,
+    cut: int,
+    dtype: torch.dtype,
+    device: str,
+    lora: Lora | None = None,
+    quantization: str = "none",
 ) -> ClientSubmodel:
-    """The client submodel with its tensors, and no other's, on `device`; fresh adapters."""
+    """The client submodel with its tensors, and no other's, on `device`; fresh adapters.
+
+    quantization: "int8" keeps the frozen matrices in 8 bits (quantize.py).
+    """
     submodel = client_skeleton(base.config, cut, lora)
-    _materialise(submodel, base, dtype, device)
+    _materialise(submodel, base, dtype, device, quantization)
     return submodel
 
 
@@ -205,22 +214,29 @@ def load_server(
     return submodel
 
 
-def _materialise(submodel: Submodel, base: Base, dtype: torch.dtype, device: str) -> None:
+def _materialise(
+    submodel: Submodel, base: Base, dtype: torch.dtype, device: str, quantization: str = "none"
+) -> None:
     """Fill a skeleton tensor by tensor, straight into the final dtype and device."""
     embedding = _embedding_name(base.config)
     for name, empty in list(submodel.named_parameters()):
         wanted = submodel.canonical(name)
+        owner, _, attribute = name.rpartition(".")
+        module = submodel.get_submodule(owner)
         if submodel.lora is not None and is_adapter(wanted):
             value = submodel.lora.start(wanted, empty.shape).to(device)
         else:
             # A tied head is usually not stored: it is the embedding.
             tied = wanted == HEAD and HEAD not in base.source and base.config.tie_word_embeddings
             stored = embedding if tied else wanted
+            if quantization == "int8" and is_quantised(module, attribute):
+                codes = to_int8(base.source.read(stored, empty.shape), dtype, device)
+                place(submodel, owner, nn.Parameter(codes, requires_grad=False))
+                continue
             value = torch.empty(empty.shape, dtype=dtype, device=device)
             value.copy_(base.source.read(stored, empty.shape))
-        owner, _, attribute = name.rpartition(".")
         parameter = nn.Parameter(value, requires_grad=empty.requires_grad)  # frozen under LoRA
-        setattr(submodel.get_submodule(owner), attribute, parameter)
+        setattr(module, attribute, parameter)
 
 
 def _embedding_name(config: PretrainedConfig) -> str:

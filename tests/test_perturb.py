@@ -1,4 +1,4 @@
-"""perturb.py against a second implementation in numpy, written from docs/perturbations.md."""
+"""Perturbations against a second implementation in numpy, written from docs/perturbations.md."""
 
 import hashlib
 from statistics import NormalDist
@@ -9,13 +9,11 @@ import torch
 
 from hosl_flower.perturb import (
     DISTRIBUTIONS,
-    NORMALS,
-    SIGNS,
     Layout,
     derive_seed,
     permutation,
-    philox,
 )
+from hosl_flower.streams import NORMALS, SIGNS, philox
 
 MASK = 0xFFFFFFFF
 NAME = "model.decoder.layers.0.fc1.weight"
@@ -101,6 +99,30 @@ def test_a_stream_does_not_depend_on_how_it_is_cut(stream):
         assert torch.equal(stream.span(7, "w", start, stop), whole[start:stop])
     ids = torch.tensor([3, 0, 29, 3])
     assert torch.equal(stream.rows(7, "w", ids, 77), whole[: 77 * 38].view(38, 77)[ids])
+
+
+@pytest.mark.parametrize("stream", [SIGNS, NORMALS])
+@pytest.mark.parametrize(("drawn", "piece"), [(1, 1), (3, 256), (1 << 14, 1 << 18)])
+def test_pieces_are_the_sequence_scaled(stream, drawn, piece, monkeypatch):
+    whole = stream.span(7, "w", 0, 3000)
+    monkeypatch.setattr("hosl_flower.streams._DRAWN_BLOCKS", drawn)
+    monkeypatch.setattr("hosl_flower.streams._PIECE_ELEMENTS", piece)
+    pieces = list(stream.pieces(7, "w", 77, 2999, scale=0.3))
+    assert torch.equal(torch.cat([numbers for _, numbers in pieces]), whole[77:2999] * 0.3)
+    begins = [begin for begin, _ in pieces]
+    assert begins == [sum(n.numel() for _, n in pieces[:i]) for i in range(len(pieces))]
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shifted_and_subtract_are_one_float32_operation(distribution, dtype):
+    weight = torch.randn(70, 33, generator=torch.Generator().manual_seed(0)).to(dtype)
+    direction = Layout({"w": weight.shape}, distribution).draw(3)
+    product = direction.dense("w") * 0.3
+    assert torch.equal(direction.shifted("w", weight, 0.3), (weight.float() + product).to(dtype))
+    block = weight[10:60].float().clone()
+    direction.subtract_(block, "w", 10, 0.3)
+    assert torch.equal(block, weight[10:60].float() - product[10:60])
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)

@@ -73,6 +73,19 @@ def test_weights_are_bit_identical_after_probes(distribution, dtype):
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_a_direction_can_be_used_again(distribution):
+    model = EveryUse()
+    direction = layout_of(model, distribution).draw(5)
+    with perturbed(named(model), direction, C):
+        first = model(IDS)
+        assert torch.equal(model(IDS), first)
+    with perturbed(named(model), direction, 2 * C):
+        assert not torch.equal(model(IDS), first)
+    with perturbed(named(model), direction, C):
+        assert torch.equal(model(IDS), first)
+
+
 def test_only_listed_parameters_are_perturbed():
     model = EveryUse()
     some = {n: p for n, p in model.named_parameters() if n.startswith("norm")}

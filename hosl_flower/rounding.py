@@ -1,0 +1,42 @@
+"""Storing an updated float32 value in a 16-bit parameter without losing the update.
+
+One step of SGD is often far smaller than the spacing of 16-bit numbers. Rounded to the nearest
+it is lost, in every step anew; rounded at random, up with the probability of its distance, it is
+kept on average:
+
+    E[stored] = value
+
+The random numbers are the generator's, by (the step's first direction seed, parameter, element),
+so a replay rounds as the training did, on every device. As with rank-1 directions an [out, in]
+matrix is given out + in of them: element (i, j) takes r = (u_i + v_j) mod 2^16, which is uniform,
+and independent of any one other element's. docs/perturbations.md is the specification.
+"""
+
+import torch
+from torch import Tensor
+
+from hosl_flower.streams import HALVES
+
+_SMALLEST_NORMAL = 2.0**-14  # of float16; below it numbers are 2^-24 apart
+
+
+def store(block: Tensor, value: Tensor, seed: int, name: str, start: int) -> None:
+    """block = value, rounded at random: block [rows, columns] of a 16-bit dtype, rows start.. of
+    the parameter `name`; value float32 [rows, columns]."""
+    rows, columns = block.shape
+    u = HALVES.span(seed, f"{name}#round-out", start, start + rows, block.device)
+    v = HALVES.span(seed, f"{name}#round-in", 0, columns, block.device)
+    r = (u.to(torch.int32).unsqueeze(1) + v.to(torch.int32)).bitwise_and_(0xFFFF)
+    if block.dtype == torch.bfloat16:
+        block.copy_(_drop_bits(value, r, 16))
+        return
+    normal = _drop_bits(value, r & 0x1FFF, 13)
+    small = torch.floor(value * 2.0**24 + r * 2.0**-16) * 2.0**-24
+    block.copy_(torch.where(value.abs() < _SMALLEST_NORMAL, small, normal))
+
+
+def _drop_bits(value: Tensor, r: Tensor, bits: int) -> Tensor:
+    """float32 with the last bits zero: away from zero if the bits dropped and r, uniform in
+    [0, 2^bits), carry. Sums of integers; what follows, a change of dtype, is then exact."""
+    kept = (value.view(torch.int32) + r).bitwise_right_shift_(bits).bitwise_left_shift_(bits)
+    return kept.view(torch.float32)

@@ -1,0 +1,163 @@
+"""Endless sequences of numbers, addressable by (seed, label, index), the same everywhere.
+
+Philox4x32-10 (Salmon et al., SC 2011), evaluated with integer operations, and what is made of
+its bits: signs and quantised normals. docs/perturbations.md is the specification.
+
+A sequence is drawn in two sizes. Philox runs on many blocks at a time, since each of its 80
+operations costs a call; the numbers, 32 times as many bytes for signs, are then made of its
+words in pieces that stay in a cache. Signs come from a table by bytes: one lookup gives eight
+of them, already scaled, so that drawing and scaling is one pass over the numbers.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+_MASK32 = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # Philox4x32 round multipliers
+_WEYL = (0x9E3779B9, 0xBB67AE85)  # Philox4x32 key increments
+_ROUNDS = 10
+_DRAWN_BLOCKS = 1 << 14  # Philox blocks drawn at a time: half a megabyte of words
+_PIECE_ELEMENTS = 1 << 18  # numbers made at a time: one megabyte
+
+
+def _split_words(value: int) -> tuple[int, int]:
+    return value & _MASK32, (value >> 32) & _MASK32
+
+
+@cache
+def _label_words(label: str) -> tuple[int, int]:
+    """The two counter words that separate one stream from another."""
+    return _split_words(int.from_bytes(hashlib.sha256(label.encode()).digest()[:8], "little"))
+
+
+def philox(counters: Tensor, seed: int) -> Tensor:
+    """Philox4x32-10 of every row: counters [n, 4] int64 in [0, 2^32) -> words [n, 4], likewise.
+
+    int64 holds the low 64 bits of a 32 x 32 bit product on every device, which is all
+    that is needed: the sign bit is only another bit.
+    """
+    x0, x1, x2, x3 = counters.t().contiguous().unbind(0)
+    key0, key1 = _split_words(seed)
+    for _ in range(_ROUNDS):
+        product0 = x0 * _MULTIPLIERS[0]
+        product1 = x2 * _MULTIPLIERS[1]
+        # high words; what lies above 32 bits is cut off here only, since x1 and x3 are but xored
+        x0 = (product1 >> 32).bitwise_xor_(x1).bitwise_xor_(key0).bitwise_and_(_MASK32)
+        x2 = (product0 >> 32).bitwise_xor_(x3).bitwise_xor_(key1).bitwise_and_(_MASK32)
+        x1, x3 = product1, product0
+        key0 = (key0 + _WEYL[0]) & _MASK32
+        key1 = (key1 + _WEYL[1]) & _MASK32
+    return torch.stack((x0, x1, x2, x3), dim=1).bitwise_and_(_MASK32)
+
+
+def counters_of(label: str, blocks: Tensor) -> Tensor:
+    """Counters of the given block numbers [n] of one stream -> [n, 4]."""
+    low, high = _label_words(label)
+    words = blocks.new_empty((blocks.numel(), 4))
+    words[:, 0] = blocks & _MASK32
+    words[:, 1] = (blocks >> 32) & _MASK32
+    words[:, 2] = low
+    words[:, 3] = high
+    return words
+
+
+@cache
+def _sign_table(device: torch.device) -> Tensor:
+    """The eight signs of each byte, bit 0 first, 0 means +1: float32 [256, 8]."""
+    bits = torch.arange(256, device=device).unsqueeze(1) >> torch.arange(8, device=device)
+    return (1 - 2 * (bits & 1)).to(torch.float32)
+
+
+def _to_signs(words: Tensor, scale: float) -> Tensor:
+    """Words [n, 4] -> scale * signs [n * 128] float32; bit 0 of word 0 first."""
+    shifts = torch.arange(0, 32, 8, device=words.device, dtype=torch.int32)
+    # int32 carries the same 32 bits in half the memory of int64; only bits are read from it.
+    octets = (words.to(torch.int32).unsqueeze(-1) >> shifts).bitwise_and_(0xFF).reshape(-1)
+    return (_sign_table(words.device) * scale).index_select(0, octets).view(-1)
+
+
+@cache
+def _normal_table(device: torch.device) -> Tensor:
+    """z for 16 bits: the half-normal quantile at each midpoint, rounded to 2^-12; bit 15 is the
+    sign.
+
+    The rounding, far coarser than float64 error, makes the table the same everywhere.
+    """
+    quantile = NormalDist().inv_cdf
+    values = [round(quantile(0.5 + (m + 0.5) / 65536) * 4096) / 4096 for m in range(32768)]
+    magnitude = torch.tensor(values, dtype=torch.float32, device=device)
+    return torch.cat((magnitude, -magnitude))
+
+
+def _halves(words: Tensor) -> Tensor:
+    """Words [n, 4] -> 16-bit integers [n * 8], low half of word 0 first."""
+    return torch.stack((words & 0xFFFF, words >> 16), dim=-1).reshape(-1)
+
+
+def _to_normals(words: Tensor, scale: float) -> Tensor:
+    """Words [n, 4] -> scale * normals [n * 8] float32."""
+    return _normal_table(words.device).index_select(0, _halves(words)).mul_(scale)
+
+
+def _to_halves(words: Tensor, scale: float) -> Tensor:
+    """Words [n, 4] -> scale * uniform integers of [0, 2^16), [n * 8] float32."""
+    return _halves(words).to(torch.float32).mul_(scale)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """An endless sequence of numbers, addressable by element: (seed, label, index) -> number."""
+
+    to_numbers: Callable[[Tensor, float], Tensor]
+    per_block: int  # numbers in one Philox block
+
+    def pieces(
+        self,
+        seed: int,
+        label: str,
+        start: int,
+        stop: int,
+        device: torch.device | str = "cpu",
+        scale: float = 1.0,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """scale * elements start..stop, in order: (index of the first one less start, float32
+        [n]) with n of at most a piece. Never more than a piece exists."""
+        end = -(-stop // self.per_block)
+        step = max(1, _PIECE_ELEMENTS // self.per_block)
+        for first in range(start // self.per_block, end, _DRAWN_BLOCKS):
+            blocks = torch.arange(first, min(first + _DRAWN_BLOCKS, end), device=device)
+            words = philox(counters_of(label, blocks), seed)
+            for at in range(0, words.shape[0], step):
+                begin = (first + at) * self.per_block - start  # of this piece; may lie before 0
+                numbers = self.to_numbers(words[at : at + step], scale)
+                yield max(0, begin), numbers[max(0, -begin) : stop - start - begin]
+
+    def span(
+        self, seed: int, label: str, start: int, stop: int, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """Elements start..stop: float32 [stop - start]."""
+        out = torch.empty(stop - start, device=device)
+        for begin, numbers in self.pieces(seed, label, start, stop, device):
+            out[begin : begin + numbers.numel()] = numbers
+        return out
+
+    def rows(self, seed: int, label: str, ids: Tensor, columns: int) -> Tensor:
+        """Rows of the sequence laid out as a matrix: ids [n] -> float32 [n, columns]."""
+        first = ids * columns // self.per_block
+        reach = torch.arange(columns // self.per_block + 2, device=ids.device)
+        blocks = (first.unsqueeze(1) + reach).reshape(-1)
+        words = philox(counters_of(label, blocks), seed)
+        numbers = self.to_numbers(words, 1.0).view(ids.numel(), -1)
+        offsets = (ids * columns - first * self.per_block).unsqueeze(1)
+        return numbers.gather(1, offsets + torch.arange(columns, device=ids.device))
+
+
+SIGNS = Stream(_to_signs, 128)  # four 32-bit words, a bit each
+NORMALS = Stream(_to_normals, 8)  # 16 bits each
+HALVES = Stream(_to_halves, 8)
