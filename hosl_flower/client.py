@@ -5,10 +5,12 @@ and a new one is brought to the same bits. One Client object can serve many part
 worker, an edge gateway), since in these methods all clients share one submodel.
 """
 
+import itertools
 import logging
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -18,7 +20,7 @@ from hosl_flower.codec import decode, encode, has_scales
 from hosl_flower.errors import DriftError, HoslError, ProtocolError
 from hosl_flower.ledger import Entry, chain, chain_entries
 from hosl_flower.local import local_steps
-from hosl_flower.memory import meter_name, peak_bytes
+from hosl_flower.memory import Meter, peak_rss_bytes
 from hosl_flower.messages import (
     Activations,
     Applied,
@@ -78,6 +80,7 @@ class Client:
         self.model = model or spec.model
         self.encoder = Encoder(spec.task, load_tokenizer(self.model), spec.max_length)
         self.pool = DataPool(spec, self.encoder, data_path)
+        self.meter = Meter(self.device)
         # by partition and number of the mini-batch
         self._anchors: OrderedDict[tuple[int, int], _Anchor] = OrderedDict()
         self.reset()
@@ -91,9 +94,10 @@ class Client:
         base = open_base(self.model, spec.seed)
         self.vocabulary: int = base.config.vocab_size
         dtype = torch_dtype(spec.dtype)
-        self.submodel = load_client(
-            base, spec.cut_layer, dtype, self.device, spec.lora, spec.client_quantization
-        )
+        with self.meter.phase("load", 0):
+            self.submodel = load_client(
+                base, spec.cut_layer, dtype, self.device, spec.lora, spec.client_quantization
+            )
         self.state = new_state(self.submodel, spec)
 
     def answer(self, requests: Iterable[Request]) -> Iterator[Reply]:
@@ -102,23 +106,28 @@ class Client:
         Never raises: an error becomes a Failure that carries its one line.
         """
         for request in requests:
-            started = time.perf_counter()
-            try:
-                fields = self._handle(request)
-            except HoslError as error:
-                fields = (Failure, {"error": f"{type(error).__name__}: {error}"[:4000]})
-            except Exception as error:
-                log.exception("client failed on %s of step %d", request.kind, request.step)
-                fields = (Failure, {"error": f"{type(error).__name__}: {error}"[:4000]})
-            kind, values = fields
-            yield kind(
-                step=request.step,
-                seconds=time.perf_counter() - started,
-                peak_bytes=peak_bytes(self.device),
-                **values,
-            )
-            if kind in (Behind, Failure):
+            reply = self._answer(request)
+            last = isinstance(reply, (Behind, Failure))
+            yield reply
+            del reply  # its activations are not to outlive their sending
+            if last:
                 return
+
+    def _answer(self, request: Request) -> Reply:
+        started = time.perf_counter()
+        try:
+            kind, values = self._handle(request)
+        except Exception as error:
+            if not isinstance(error, HoslError):
+                log.exception("client failed on %s of step %d", request.kind, request.step)
+            kind, values = Failure, {"error": f"{type(error).__name__}: {error}"[:4000]}
+        return kind(
+            step=request.step,
+            seconds=time.perf_counter() - started,
+            peak_bytes=peak_rss_bytes(),
+            tensor_peaks=tuple(self.meter.peaks.values()),
+            **values,
+        )
 
     def _handle(self, request: Request) -> tuple[type[Reply], dict]:
         match request:
@@ -135,13 +144,13 @@ class Client:
             return Behind, {"position": here[0], "digest": here[1]}
         match request:
             case Probe():
-                return self._activations(self._train_batch(request), request.point)
+                return self._activations("probe", self._train_batch(request), request.point)
             case Forward():
                 return self._clean(request)
             case Evaluate():
                 data = self.pool.client(request.partition)
                 batch = data.held_out_batch(request.batch, self.spec.eval_batch_size)
-                return self._activations(batch)
+                return self._activations("forward", batch)
             case Losses():
                 return self._update(request)
             case CutGradient():
@@ -157,7 +166,7 @@ class Client:
             "train_examples": len(data.train),
             "held_out_examples": len(data.held_out),
             "label_counts": tuple(data.label_counts()),
-            "memory_meter": meter_name(self.device),
+            "memory_meter": self.meter.name,
         }
 
     def _fingerprints(self, request: Fingerprint) -> tuple[type[Reply], dict]:
@@ -180,6 +189,16 @@ class Client:
         with perturbed(self.state.parameters, direction, point.coefficient):
             return self.submodel(ids, mask)
 
+    def _phase(self, name: str, batch: Batch, *held: Tensor) -> AbstractContextManager[None]:
+        """Measures what a batch needs; held: tensors of the request."""
+        anchors = (anchor.activations for anchor in self._anchors.values())
+        return self.meter.phase(name, batch.input_ids.numel(), self._held(*anchors, *held))
+
+    def _held(self, *more: Tensor) -> Iterator[Tensor]:
+        """The tensors that live as long as the client, and more."""
+        yield from itertools.chain(self.submodel.parameters(), self.submodel.buffers())
+        yield from itertools.chain(self.state.optimizer.tensors(), more)
+
     def _reply(self, batch: Batch, activations: Tensor) -> tuple[type[Reply], dict]:
         payload, scales = encode(activations, self.spec.codec)
         return Activations, {
@@ -189,17 +208,22 @@ class Client:
             "labels": batch.labels,
         }
 
-    def _activations(self, batch: Batch, point: Point = _HERE) -> tuple[type[Reply], dict]:
-        return self._reply(batch, self._run(batch, point))
+    def _activations(
+        self, phase: str, batch: Batch, point: Point = _HERE
+    ) -> tuple[type[Reply], dict]:
+        with self._phase(phase, batch):
+            return self._reply(batch, self._run(batch, point))
 
     def _clean(self, request: Forward) -> tuple[type[Reply], dict]:
         """Activations at theta itself, remembered for the cut gradient that may come back."""
         batch = self._train_batch(request)
-        anchor = _Anchor(batch, self._run(batch))
+        with self._phase("forward", batch):
+            anchor = _Anchor(batch, self._run(batch))
+            reply = self._reply(batch, anchor.activations)
         self._anchors[request.partition, request.batch] = anchor
         while sum(a.activations.nbytes for a in self._anchors.values()) > _ANCHOR_BYTES:
             self._anchors.popitem(last=False)
-        return self._reply(batch, anchor.activations)
+        return reply
 
     def _anchor(self, request: CutGradient) -> _Anchor:
         """What a cut gradient is about: remembered, or computed again by a new process."""
@@ -222,16 +246,17 @@ class Client:
     def _local_steps(self, request: CutGradient) -> tuple[type[Reply], dict]:
         """Probe <lambda, f_c> (HO-SFL); see local.py."""
         anchor = self._anchor(request)
-        gradient = decode(
-            request.gradient.to(self.device), request.scales.to(self.device), torch.float32
-        ).mul(request.scale)
-        scalars, change = local_steps(
-            self.state,
-            lambda point: self._run(anchor.batch, point),
-            gradient,
-            anchor.activations,
-            request,
-        )
+        with self._phase("probe", anchor.batch, anchor.activations, request.gradient):
+            gradient = decode(
+                request.gradient.to(self.device), request.scales.to(self.device), torch.float32
+            ).mul(request.scale)
+            scalars, change = local_steps(
+                self.state,
+                lambda point: self._run(anchor.batch, point),
+                gradient,
+                anchor.activations,
+                request,
+            )
         if isinstance(request, LocalTrain):
             return Change, {"change": change}
         return Scalars, {"scalars": torch.tensor(scalars, dtype=torch.float32)}
@@ -282,7 +307,9 @@ class Client:
     def _apply(self, entries: list[Entry]) -> None:
         if entries:
             self._anchors.clear()
-            self.state.apply(entries)
+            directions = max(len(entry.seeds) for entry in entries)
+            with self.meter.phase("update", directions, self._held()):
+                self.state.apply(entries)
 
     def _applied(self) -> tuple[type[Reply], dict]:
         return Applied, {"position": self.state.position, "digest": self.state.digest}

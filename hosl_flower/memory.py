@@ -1,16 +1,36 @@
-"""How much memory a process has needed at most."""
+"""How much memory a client needs: tensor bytes by phase, and the resident set of its process.
+
+On CUDA the allocator counts tensor bytes itself, for nothing. On the CPU nobody does, so
+LiveTensors watches every operation and keeps a weak reference to the storage of each result:
+what is alive is counted once, however many views it has, until it is really freed. What a kernel
+allocates and frees within itself is not seen; the resident set has that too.
+
+torch's own torch.distributed._tools.MemTracker works the same way, but it is private, wants
+nn.Module hooks and keeps a breakdown per module that costs more than the operations of a small
+model; torch.profiler records every allocation of the process and must be post-processed.
+
+Watching costs tens of microseconds per operation, which is more than a small model's
+operations take. So a phase is watched when it is new and when its batch is larger than any it
+was watched with: memory only depends on shapes, and a run has few of them.
+"""
 
 import resource
 import sys
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+PHASES = ("load", "forward", "probe", "update")
 
 
-def peak_bytes(device: torch.device | str = "cpu") -> int:
-    """Peak so far: allocated tensor bytes on CUDA, resident set of the whole process elsewhere."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+def peak_rss_bytes() -> int:
+    """Peak resident set of this process so far, libraries and all."""
     if sys.platform == "linux":
         # not ru_maxrss: a process inherits that from the one that started it
         status = Path("/proc/self/status").read_text()
@@ -19,6 +39,97 @@ def peak_bytes(device: torch.device | str = "cpu") -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # others count KiB
 
 
-def meter_name(device: torch.device | str = "cpu") -> str:
-    """What peak_bytes measures on this device, for reports."""
-    return "cuda_allocated" if torch.device(device).type == "cuda" else "process_rss"
+class LiveTensors(TorchDispatchMode):
+    """Bytes of the storages that are alive: of `hold`'s tensors, and of all results of
+    operations while it is active. It also counts down outside its context.
+
+    live_bytes: now; peak_bytes: at most since `restart`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self._storages: dict[int, tuple[weakref.ref[Any], int]] = {}  # by address
+
+    def hold(self, tensors: Iterable[Tensor]) -> None:
+        """Count tensors that were made before, as long as they live."""
+        for tensor in tensors:
+            self._count(tensor)
+
+    def restart(self) -> None:
+        """Forget the peak."""
+        self.peak_bytes = self.live_bytes
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self._count(result)
+        elif isinstance(result, (tuple, list)):
+            self.hold(item for item in result if isinstance(item, Tensor))
+        return result
+
+    def _count(self, tensor: Tensor) -> None:
+        if tensor.device.type == "meta":  # has a size, but no memory
+            return
+        storage = tensor.untyped_storage()
+        address, size = storage._cdata, storage.nbytes()
+        known = self._storages.get(address)
+        if known is not None and known[1] == size:
+            return
+        if known is None:
+            reference = weakref.ref(storage, lambda _: self._forget(address))
+        else:
+            reference = known[0]  # resized in place
+        self._storages[address] = (reference, size)
+        self.live_bytes += size - (known[1] if known else 0)
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+    def _forget(self, address: int) -> None:
+        _, size = self._storages.pop(address)
+        self.live_bytes -= size
+
+
+class Meter:
+    """Peak tensor bytes of one client by phase, weights included.
+
+    name: what counts them. peaks: by phase, 0 for one that has not happened.
+    """
+
+    def __init__(self, device: torch.device | str):
+        self.device = torch.device(device)
+        self.name = "cuda_allocated" if self.device.type == "cuda" else "live_storages"
+        self.peaks = dict.fromkeys(PHASES, 0)
+        self._live = LiveTensors()
+        self._watched: dict[str, int] = {}  # phase -> largest size
+
+    @contextmanager
+    def phase(self, name: str, size: int, held: Iterable[Tensor] = ()) -> Iterator[None]:
+        """Measure what runs within, if it is new or larger than before.
+
+        size: of the work, in any unit of its own, such as tokens. held: tensors alive at the
+        start that earlier phases may not have seen.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            try:
+                yield
+            finally:
+                self._note(name, torch.cuda.max_memory_allocated(self.device))
+            return
+        if size <= self._watched.get(name, -1):
+            yield
+            return
+        self._watched[name] = size
+        self._live.hold(held)
+        self._live.restart()
+        try:
+            with self._live:
+                yield
+        finally:
+            self._note(name, self._live.peak_bytes)
+
+    def _note(self, name: str, peak: int) -> None:
+        self.peaks[name] = max(self.peaks[name], peak)

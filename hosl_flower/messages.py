@@ -18,6 +18,7 @@ Any request may be answered by Behind (the client's ledger is shorter or another
 CatchUp or Restore) or Failure.
 """
 
+from dataclasses import field
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -27,11 +28,13 @@ from torch import Tensor
 
 from hosl_flower.errors import ProtocolError
 from hosl_flower.ledger import Entry, Ledger, entries_from_columns
+from hosl_flower.memory import PHASES
 from hosl_flower.state import Snapshot
 from hosl_flower.zo import Point
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Peaks = Annotated[tuple[Count, ...], Field(min_length=len(PHASES), max_length=len(PHASES))]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 _STRICT = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
 
@@ -210,23 +213,25 @@ class Fingerprint(Request):
 
 @dataclass(frozen=True, config=_STRICT)
 class Reply:
-    """seconds: of client compute; peak_bytes: of client memory so far (memory.py)."""
+    """seconds: of client compute; peak_bytes: resident set of the client's process so far;
+    tensor_peaks: of its tensors, in the order of memory.PHASES."""
 
     kind: ClassVar[str]
     step: Count
     seconds: Finite
     peak_bytes: Count
+    tensor_peaks: Peaks = field(default=(0,) * len(PHASES), kw_only=True)
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Described(Reply):
-    """label_counts: training examples per label; memory_meter: what peak_bytes measures."""
+    """label_counts: training examples per label; memory_meter: what tensor_peaks measures."""
 
     kind: ClassVar[str] = "described"
     train_examples: Count
     held_out_examples: Count
     label_counts: tuple[Count, ...]
-    memory_meter: Literal["process_rss", "cuda_allocated"]
+    memory_meter: Literal["live_storages", "cuda_allocated"]
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -27,6 +27,7 @@ from rich.table import Table
 from hosl_flower.config import RunConfig
 from hosl_flower.errors import ConfigError
 from hosl_flower.link.base import Traffic
+from hosl_flower.memory import PHASES
 from hosl_flower.plot import draw_curve, draw_partition
 from hosl_flower.server import Score
 from hosl_flower.session import Session
@@ -184,7 +185,9 @@ class Report:
             bytes_down=_by_kind(traffic.down),
             client_peak_memory={
                 "bytes": traffic.peak_bytes,
-                "meter": next(iter(session.clients.values())).memory_meter,
+                "meter": "process_rss",
+                "tensor_bytes": dict(zip(PHASES, traffic.tensor_peaks, strict=True)),
+                "tensor_meter": next(iter(session.clients.values())).memory_meter,
             },
             client_parameters={"held": held, "trained": trained},
             clients={
@@ -270,7 +273,7 @@ def _plan(method: Any, session: Session) -> Iterable[str]:
 
 def _table(results: Results, traffic: Traffic) -> str:
     table = Table(title=f"{results.method} on {results.task}", show_header=False)
-    seconds = results.seconds_per_step
+    seconds, peaks = results.seconds_per_step, results.client_peak_memory["tensor_bytes"]
     rows = {
         "model": f"{results.model} ({'pretrained' if results.pretrained else 'RANDOM WEIGHTS'})",
         "accuracy": f"{results.accuracy:.4f} (majority class {results.majority_accuracy:.4f})",
@@ -280,8 +283,8 @@ def _table(results: Results, traffic: Traffic) -> str:
         "seconds per step": ", ".join(f"{part} {value:.3f}" for part, value in seconds.items()),
         "bytes": f"{traffic.total(traffic.up) / 1e6:.1f} MB up, "
         f"{traffic.total(traffic.down) / 1e6:.3f} MB down",
-        "client peak memory": f"{results.client_peak_memory['bytes'] / 2**20:.0f} MiB "
-        f"({results.client_peak_memory['meter']})",
+        "client peak memory": f"{results.client_peak_memory['bytes'] / 2**20:.0f} MiB, tensors: "
+        + ", ".join(f"{p} {n / 2**20:.0f}" for p, n in peaks.items()),
     }
     if results.clients["dropped"]:
         rows["dropped"] = f"{len(results.clients['dropped'])} times a step went on without a client"

@@ -89,7 +89,7 @@ ALL = [
     Fingerprint(**AT, since=1),
     Described(
         **DONE, train_examples=5, held_out_examples=2, label_counts=(3, 2),
-        memory_meter="process_rss",
+        memory_meter="live_storages",
     ),
     activations(),
     activations(activations=torch.randn(2, 3, 4).bfloat16()),

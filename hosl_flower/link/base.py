@@ -24,6 +24,7 @@ from hosl_flower.checks import (
 from hosl_flower.codec import decode
 from hosl_flower.errors import ClientError, DriftError, ProtocolError
 from hosl_flower.history import History
+from hosl_flower.memory import PHASES
 from hosl_flower.messages import (
     Activations,
     Applied,
@@ -77,6 +78,7 @@ class Traffic:
     waited_seconds: float = 0.0
     client_seconds: float = 0.0
     peak_bytes: int = 0  # of the client that needed most
+    tensor_peaks: tuple[int, ...] = (0,) * len(PHASES)  # likewise, phase by phase
 
     def count(self, way: dict[str, list[int]], kind: str, message: Message) -> None:
         """Add one message sent on the `up` or `down` way, under its request's kind."""
@@ -223,6 +225,7 @@ class Link(ABC):
         traffic.count(traffic.down, request.kind, request)
         traffic.client_seconds += reply.seconds
         traffic.peak_bytes = max(traffic.peak_bytes, reply.peak_bytes)
+        traffic.tensor_peaks = tuple(map(max, traffic.tensor_peaks, reply.tensor_peaks))
         traffic.count(traffic.up, request.kind, reply)
         return reply
 
