@@ -9,7 +9,15 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from hosl_flower.codec import Codec
 from hosl_flower.errors import ConfigError
@@ -28,6 +36,9 @@ Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Threads = Annotated[int, Field(ge=0, le=1024)]
 Alpha = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 Length = Annotated[int, Field(ge=8, lt=2**31)]
+
+# Where rounding and curvature weigh alike (docs/results/precision.json); elsewhere 1e-3.
+_EPSILONS = {"bfloat16": 3e-3}
 
 
 class RunConfig(BaseModel):
@@ -57,7 +68,7 @@ class RunConfig(BaseModel):
     dtype: Dtype = Field(
         "float32",
         description="of client weights and activations; the server computes in float32. "
-        "16-bit weights round small updates away",
+        "Updates of 16-bit weights are rounded at random, right on average",
     )
     device: Device = Field(
         "auto",
@@ -118,7 +129,13 @@ class RunConfig(BaseModel):
     directions: int = Field(
         1, ge=1, le=10_000, description="Q (HOSL, two-sided) or P (HO-SFL, one-sided) per step"
     )
-    epsilon: float = Field(1e-3, ge=1e-6, lt=1, description="probe distance")
+    epsilon: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        validate_default=True,
+        description="probe distance; 0 is what suits dtype: 0.003 for bfloat16, else 0.001",
+    )
     perturbation: Perturbation = Field("rank1", description="distribution of the directions")
     client_seeds: Literal["shared", "per-client"] = Field(
         "shared", description="per-client: K * P different directions per step (HO-SFL)"
@@ -220,6 +237,13 @@ class RunConfig(BaseModel):
         gt=0,
         description="seconds Flower keeps the message that opens a stream; longer than the run",
     )
+
+    @field_validator("epsilon", mode="after")
+    @classmethod
+    def _settle_epsilon(cls, value: float, info: ValidationInfo) -> float:
+        if 0 < value < 1e-6:
+            raise ValueError("input should be 0, or greater than or equal to 1e-06")
+        return value or _EPSILONS.get(info.data.get("dtype", ""), 1e-3)
 
     @model_validator(mode="after")
     def _check_together(self) -> "RunConfig":

@@ -255,8 +255,8 @@ def _plan(method: Any, session: Session) -> Iterable[str]:
     )
     if spec.dtype != "float32":
         yield (
-            f"warning: {spec.dtype} client weights round updates smaller than their spacing away; "
-            "at small client-learning-rates the client hardly moves"
+            f"{spec.dtype} client: probes at distance {config.epsilon:g}; updates are rounded at "
+            "random, so that steps smaller than a weight's spacing count on average, with noise"
         )
     examples = [client.train_examples for client in session.clients.values()]
     yield (

@@ -80,7 +80,8 @@ NAN, INFINITY = float("nan"), float("inf")
         ("eval-every", 0),
         ("evaluation", "both"),
         ("directions", 0),
-        ("epsilon", 0.0),
+        ("epsilon", 1e-7),
+        ("epsilon", -1e-3),
         ("epsilon", 1.0),
         ("epsilon", NAN),
         ("perturbation", "uniform"),
@@ -222,6 +223,21 @@ def test_genesis_tells_apart_what_decides_the_bits(hub_cache):
     assert all(replace(spec, **{k: v}).genesis != spec.genesis for k, v in variants.items())
     pretrained = replace(spec, model="org/tiny")
     assert replace(pretrained, seed=1).genesis == pretrained.genesis
+
+
+@pytest.mark.parametrize(
+    ("keys", "epsilon"),
+    [
+        ({}, 1e-3),
+        ({"dtype": "bfloat16"}, 3e-3),
+        ({"dtype": "float16", "epsilon": 0.0}, 1e-3),
+        ({"dtype": "bfloat16", "epsilon": 1e-4}, 1e-4),
+    ],
+)
+def test_epsilon_0_is_the_dtypes_own(keys, epsilon):
+    config = parse_config(keys)
+    assert config.epsilon == epsilon
+    assert parse_config(config.as_keys()) == config
 
 
 def test_the_readme_has_the_table_of_keys():
