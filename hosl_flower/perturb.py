@@ -225,7 +225,8 @@ class Direction:
             a, b = self.factors(name)
             block.addr_(a[start:stop], b, alpha=-coefficient)
         else:
-            block.sub_(self.rows(name, start, stop).mul_(coefficient))
+            # not in place: the signs of a vector are kept for the next pass
+            block.sub_(self.rows(name, start, stop).mul(coefficient))
 
 
 class Layout:
