@@ -217,7 +217,7 @@ def _materialise(submodel: Submodel, base: Base, dtype: torch.dtype, device: str
             tied = wanted == HEAD and HEAD not in base.source and base.config.tie_word_embeddings
             stored = embedding if tied else wanted
             value = torch.empty(empty.shape, dtype=dtype, device=device)
-            value.copy_(base.source.read(stored, empty.shape))
+            base.source.fill(stored, value)
         owner, _, attribute = name.rpartition(".")
         parameter = nn.Parameter(value, requires_grad=empty.requires_grad)  # frozen under LoRA
         setattr(submodel.get_submodule(owner), attribute, parameter)
