@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hosl_flower.codec import decode, encode, has_scales
+from hosl_flower.codec import encode, has_scales
 from hosl_flower.errors import DriftError, HoslError, ProtocolError
+from hosl_flower.forward import HERE, Forwards, put_together
 from hosl_flower.ledger import Entry, chain, chain_entries
 from hosl_flower.local import local_steps
 from hosl_flower.memory import Meter, peak_rss_bytes
@@ -44,16 +45,15 @@ from hosl_flower.messages import (
     Scalars,
 )
 from hosl_flower.partition import DataPool
-from hosl_flower.probe import perturbed
 from hosl_flower.spec import ClientSpec, pick_device, torch_dtype
 from hosl_flower.split import ClientSubmodel, load_client, open_base, trainable_parameters
 from hosl_flower.state import ClientState
+from hosl_flower.surrogate import Cotangent, Pieces
 from hosl_flower.tasks import Batch, Encoder, load_tokenizer
 from hosl_flower.zo import Point, projected_gradients
 
 log = logging.getLogger("hosl_flower")
 
-_HERE = Point(0, 0.0)
 _ANCHOR_BYTES = 256 << 20  # clean activations kept for the cut gradient's return, all partitions
 
 
@@ -73,6 +73,7 @@ class Client:
 
     submodel: ClientSubmodel
     state: ClientState
+    forwards: Forwards
 
     def __init__(self, spec: ClientSpec, data_path: str = "", model: str = "", device: str = ""):
         self.spec = spec
@@ -87,18 +88,20 @@ class Client:
 
     def reset(self) -> None:
         """Back to the base checkpoint, before the first update."""
-        for name in ("submodel", "state"):  # never two copies
+        for name in ("submodel", "state", "forwards"):  # never two copies
             self.__dict__.pop(name, None)
         self._anchors.clear()
         spec = self.spec
         base = open_base(self.model, spec.seed)
         self.vocabulary: int = base.config.vocab_size
+        self.hidden: int = base.config.hidden_size
         dtype = torch_dtype(spec.dtype)
         with self.meter.phase("load", 0):
             self.submodel = load_client(
                 base, spec.cut_layer, dtype, self.device, spec.lora, spec.client_quantization
             )
         self.state = new_state(self.submodel, spec)
+        self.forwards = Forwards(self.submodel, self.state, self.device, spec.client_micro_batch)
 
     def answer(self, requests: Iterable[Request]) -> Iterator[Reply]:
         """Replies, one per request, computed when asked for; ends early after Behind or Failure.
@@ -178,17 +181,6 @@ class Client:
         data = self.pool.client(request.partition)
         return data.train_batch(request.batch, self.spec.batch_size)
 
-    @torch.no_grad()
-    def _run(self, batch: Batch, point: Point = _HERE) -> Tensor:
-        """Activations [B, S, H] at a point, on the device; no graph, weights not written."""
-        ids = batch.input_ids.to(self.device)
-        mask = batch.attention_mask.to(self.device)
-        if not point.coefficient:
-            return self.submodel(ids, mask)
-        direction = self.state.layout.draw(point.seed, self.device)
-        with perturbed(self.state.parameters, direction, point.coefficient):
-            return self.submodel(ids, mask)
-
     def _phase(self, name: str, batch: Batch, *held: Tensor) -> AbstractContextManager[None]:
         """Measures what a batch needs; held: tensors of the request."""
         anchors = (anchor.activations for anchor in self._anchors.values())
@@ -199,62 +191,71 @@ class Client:
         yield from itertools.chain(self.submodel.parameters(), self.submodel.buffers())
         yield from itertools.chain(self.state.optimizer.tensors(), more)
 
-    def _reply(self, batch: Batch, activations: Tensor) -> tuple[type[Reply], dict]:
-        payload, scales = encode(activations, self.spec.codec)
+    def _activations(
+        self, phase: str, batch: Batch, point: Point = HERE
+    ) -> tuple[type[Reply], dict]:
+        with self._phase(phase, batch):
+            return self._reply(batch, self.forwards.pieces(batch, point))
+
+    def _reply(self, batch: Batch, pieces: Pieces) -> tuple[type[Reply], dict]:
+        coded = ((first, encode(piece, self.spec.codec)) for first, piece in pieces)
+        activations, scales = put_together(coded, len(batch.input_ids))
         return Activations, {
-            "activations": payload.cpu(),
-            "scales": scales.cpu(),
+            "activations": activations,
+            "scales": scales,
             "attention_mask": batch.attention_mask.bool(),
             "labels": batch.labels,
         }
 
-    def _activations(
-        self, phase: str, batch: Batch, point: Point = _HERE
-    ) -> tuple[type[Reply], dict]:
-        with self._phase(phase, batch):
-            return self._reply(batch, self._run(batch, point))
-
     def _clean(self, request: Forward) -> tuple[type[Reply], dict]:
-        """Activations at theta itself, remembered for the cut gradient that may come back."""
+        """Activations at theta itself, remembered for the cut gradient that may come back. With
+        micro-batches memory matters more than time: then they are computed again."""
         batch = self._train_batch(request)
+        if self.spec.client_micro_batch:
+            return self._activations("forward", batch)
         with self._phase("forward", batch):
-            anchor = _Anchor(batch, self._run(batch))
-            reply = self._reply(batch, anchor.activations)
-        self._anchors[request.partition, request.batch] = anchor
+            ((_, activations),) = self.forwards.pieces(batch)
+            reply = self._reply(batch, [(0, activations)])
+        self._anchors[request.partition, request.batch] = _Anchor(batch, activations)
         while sum(a.activations.nbytes for a in self._anchors.values()) > _ANCHOR_BYTES:
             self._anchors.popitem(last=False)
         return reply
 
-    def _anchor(self, request: CutGradient) -> _Anchor:
-        """What a cut gradient is about: remembered, or computed again by a new process."""
+    def _anchor(self, request: CutGradient) -> tuple[Batch, list[Tensor]]:
+        """What a cut gradient is about, and its clean activations if they are remembered: by a
+        new process they are not."""
         anchor = self._anchors.pop((request.partition, request.batch), None)
         if anchor is None:
-            batch = self._train_batch(request)
-            anchor = _Anchor(batch, self._run(batch))
+            batch, known = self._train_batch(request), []
+        else:
+            batch, known = anchor.batch, [anchor.activations]
         scales = request.gradient.shape[:2] if has_scales(self.spec.codec) else (0,)
         if request.scales.shape != torch.Size(scales):
             raise ProtocolError(
                 f"cut gradient: expected scales {list(scales)}, got {list(request.scales.shape)}"
             )
-        if request.gradient.shape != anchor.activations.shape:
+        expected = [*batch.input_ids.shape, self.hidden]
+        if list(request.gradient.shape) != expected:
             raise ProtocolError(
-                f"cut gradient: expected {list(anchor.activations.shape)}, the shape of this "
+                f"cut gradient: expected {expected}, the shape of this "
                 f"client's activations, got {list(request.gradient.shape)}"
             )
-        return anchor
+        return batch, known
 
     def _local_steps(self, request: CutGradient) -> tuple[type[Reply], dict]:
         """Probe <lambda, f_c> (HO-SFL); see local.py."""
-        anchor = self._anchor(request)
-        with self._phase("probe", anchor.batch, anchor.activations, request.gradient):
-            gradient = decode(
-                request.gradient.to(self.device), request.scales.to(self.device), torch.float32
-            ).mul(request.scale)
+        batch, known = self._anchor(request)
+        with self._phase("probe", batch, request.gradient, *known):
+            gradient = Cotangent(
+                request.gradient.to(self.device), request.scales.to(self.device), request.scale
+            )
+            anchor = gradient.inner((0, z) for z in known) if known else None
+            known.clear()  # one number is all the probes need of it
             scalars, change = local_steps(
                 self.state,
-                lambda point: self._run(anchor.batch, point),
+                lambda point: self.forwards.pieces(batch, point),
                 gradient,
-                anchor.activations,
+                anchor,
                 request,
             )
         if isinstance(request, LocalTrain):

@@ -176,6 +176,11 @@ class RunConfig(BaseModel):
     server_micro_batch: Natural = Field(
         0, description="sequences the server back-propagates at a time; 0 is all of a step"
     )
+    client_micro_batch: Natural = Field(
+        0,
+        description="sequences the client runs at a time, with less memory; 0 is a whole batch. "
+        "HO-SFL then takes one forward more per step",
+    )
     lora_rank: int = Field(8, ge=1, le=4096, description="r of the adapters, on either side")
     lora_alpha: float = Field(16.0, gt=0, le=1e6, description="adapters act as alpha / r * B A x")
     lora_targets: str = Field(

@@ -64,6 +64,9 @@ class Opt:
             decoder.layers[index] = Absent()
         decoder.final_layer_norm = None
         decoder.project_out = None
+        for module in decoder.modules():
+            if isinstance(module, nn.ReLU):  # the widest tensor of a block, once and not twice
+                module.inplace = True
 
     def keep_server(self, decoder: Any, cut: int) -> None:
         for index in range(cut):

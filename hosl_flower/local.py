@@ -7,22 +7,21 @@ from torch import Tensor
 
 from hosl_flower.messages import CutGradient, LocalTrain
 from hosl_flower.state import ClientState
-from hosl_flower.surrogate import linear
+from hosl_flower.surrogate import Cotangent, Pieces, linear
 from hosl_flower.zo import Point, estimate
-
-_HERE = Point(0, 0.0)
 
 
 def local_steps(
     state: ClientState,
-    forward: Callable[[Point], Tensor],
-    gradient: Tensor,
-    anchor: Tensor,
+    pieces: Callable[[Point], Pieces],
+    gradient: Cotangent,
+    anchor: float | None,
     request: CutGradient,
 ) -> tuple[list[list[float]], Tensor | None]:
     """Scalars [E][P] of E local steps, and for LocalTrain the change of the weights [n].
 
-    forward: activations at a point around the weights as they are. anchor: those at the start.
+    pieces: activations at a point around the weights as they are. anchor: <lambda, z> of the
+    clean activations at the start, where they are still known.
     The cut gradient stays that of the anchor; between the steps the client moves by its own
     scalars, and at the end it is back where it was, bit for bit. That takes a copy of the
     trainable weights, which a single step (E = 1) without LocalTrain does without.
@@ -34,8 +33,7 @@ def local_steps(
     change = None
     try:
         for number, seeds in enumerate(steps):
-            reference = forward(_HERE) if number else anchor
-            surrogate = linear(forward, gradient, reference.float())
+            surrogate = linear(pieces, gradient, None if number else anchor)
             scalars.append(estimate(surrogate, seeds, request.epsilon, two_sided=False))
             if train or number + 1 < len(steps):
                 state.update(seeds, scalars[-1], request.learning_rate)

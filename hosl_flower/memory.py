@@ -61,6 +61,11 @@ class LiveTensors(TorchDispatchMode):
         """Forget the peak."""
         self.peak_bytes = self.live_bytes
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Else torch imports its compiler (75 MiB, seconds) to keep this out of compiled graphs.
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -120,10 +125,12 @@ class Meter:
                 self._note(name, torch.cuda.max_memory_allocated(self.device))
             return
         if size <= self._watched.get(name, -1):
+            del held  # not to keep alive what the caller lets go
             yield
             return
         self._watched[name] = size
         self._live.hold(held)
+        del held
         self._live.restart()
         try:
             with self._live:

@@ -67,6 +67,7 @@ class ClientSpec:
     eval_examples: Natural
     batch_size: Positive
     eval_batch_size: Positive
+    client_micro_batch: Natural
     max_length: Length
     seed: Natural
 

@@ -230,11 +230,13 @@ def _materialise(
             tied = wanted == HEAD and HEAD not in base.source and base.config.tie_word_embeddings
             stored = embedding if tied else wanted
             if quantization == "int8" and is_quantised(module, attribute):
-                codes = to_int8(base.source.read(stored, empty.shape), dtype, device)
+                whole = torch.empty(empty.shape, dtype=dtype)  # one matrix, on the CPU
+                base.source.fill(stored, whole)
+                codes = to_int8(whole, dtype, device)
                 place(submodel, owner, nn.Parameter(codes, requires_grad=False))
                 continue
             value = torch.empty(empty.shape, dtype=dtype, device=device)
-            value.copy_(base.source.read(stored, empty.shape))
+            base.source.fill(stored, value)
         parameter = nn.Parameter(value, requires_grad=empty.requires_grad)  # frozen under LoRA
         setattr(module, attribute, parameter)
 

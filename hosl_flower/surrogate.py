@@ -3,32 +3,74 @@
 HOSL's surrogate, the true loss, needs the server and lives in strategies/hosl.py.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hosl_flower.codec import decode
 from hosl_flower.zo import Point
+
+_CHUNK_ELEMENTS = 1 << 16  # multiplied in float64 at a time: small enough to stay in cache
+
+# Activations [b, S, H] of consecutive sequences of a batch, with the number of the first.
+Pieces = Iterable[tuple[int, Tensor]]
+
+
+@dataclass(frozen=True)
+class Cotangent:
+    """lambda [B, S, H], the loss gradient at the cut, as it came: payload and scales of a codec
+    (codec.py) on the client's device, times scale. Decoded a few tokens at a time, never whole.
+    """
+
+    payload: Tensor
+    scales: Tensor
+    scale: float
+
+    def inner(self, pieces: Pieces) -> float:
+        """<lambda, h>, of activations h that come in pieces.
+
+        Summed in float64, where products of float32 are exact: the difference of two such
+        values is then as good as the value of the difference, and takes no second activation
+        to compute. In float32 it would cancel.
+        """
+        return sum(self._inner(first, piece) for first, piece in pieces)
+
+    def _inner(self, first: int, piece: Tensor) -> float:
+        rows = slice(first, first + piece.shape[0])
+        payload, scales = self.payload[rows].flatten(0, 1), self.scales[rows].flatten()
+        total = torch.zeros((), dtype=torch.float64)
+        tokens = piece.flatten(0, 1)
+        size = max(1, _CHUNK_ELEMENTS // tokens.shape[1])
+        for start in range(0, tokens.shape[0], size):
+            own = slice(start, start + size)
+            gradient = decode(payload[own], scales[own], torch.float32)
+            if self.scale != 1:
+                gradient = gradient * self.scale
+            total = total + _double(tokens[own]).mul(_double(gradient)).sum()
+        return float(total)
 
 
 def linear(
-    forward: Callable[[Point], Tensor], gradient: Tensor, reference: Tensor
+    pieces: Callable[[Point], Pieces], gradient: Cotangent, anchor: float | None = None
 ) -> Callable[[Sequence[Point]], Iterator[float]]:
-    """HO-SFL's surrogate <lambda, f_c(x; theta)>, less its value at theta (arXiv 2603.14773).
+    """HO-SFL's surrogate <lambda, f_c(x; theta)> (arXiv 2603.14773).
 
-    forward: activations [B, S, H] at a point. gradient: lambda [B, S, H], the loss gradient at
-    the cut, float32. reference: activations at theta itself, which are not computed again.
-    The gradient of this scalar at the anchor is the back-propagated client gradient.
+    pieces: activations at a point. anchor: the value at theta itself, where it is known. The
+    gradient of this scalar at the anchor is the back-propagated client gradient.
     """
 
     def values(points: Sequence[Point]) -> Iterator[float]:
         for point in points:
-            if point.coefficient == 0:
-                yield 0.0
-                continue
-            # the difference first: <lambda, h> - <lambda, z> would cancel badly
-            difference = forward(point).float().sub_(reference)
-            per_token = difference.mul_(gradient).sum(-1)  # float32 [B, S]
-            yield float(per_token.cpu().to(torch.float64).sum())
+            if point.coefficient == 0 and anchor is not None:
+                yield anchor
+            else:
+                yield gradient.inner(pieces(point))
 
     return values
+
+
+def _double(tensor: Tensor) -> Tensor:
+    # Apple's GPUs have no float64
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).to(torch.float64)

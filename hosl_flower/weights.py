@@ -2,7 +2,7 @@
 
 A side of the split asks for its own tensors by canonical name (as in the unsplit model's
 state dict, `model.decoder.layers.0.fc1.weight`) and nothing else is read: safetensors files
-are memory-mapped, shards of the other side are not even opened or downloaded. Legacy
+are read a few MiB at a time, shards of the other side are not even opened or downloaded. Legacy
 `pytorch_model.bin` files are converted to safetensors once, block by block and on demand.
 No pickle is executed: `torch.load` runs with weights_only.
 """
@@ -26,6 +26,7 @@ from torch import Tensor
 from hosl_flower import hub
 from hosl_flower.errors import CheckpointError, first_line
 from hosl_flower.perturb import derive_seed
+from hosl_flower.tensorfile import CHUNK_ELEMENTS, Stored, copy_into, find
 
 
 class WeightSource(Protocol):
@@ -36,8 +37,9 @@ class WeightSource(Protocol):
     def __contains__(self, name: str) -> bool:
         """Whether the source has this tensor."""
 
-    def read(self, name: str, shape: torch.Size) -> Tensor:
-        """The tensor, possibly memory-mapped: copy before writing to it."""
+    def fill(self, name: str, out: Tensor) -> None:
+        """Write the tensor into `out`, contiguous, of any floating point dtype and device, with
+        little memory beside it. Raises CheckpointError when it is missing or does not fit."""
 
 
 class RandomWeights:
@@ -55,12 +57,15 @@ class RandomWeights:
     def __contains__(self, name: str) -> bool:
         return name not in self.absent
 
-    def read(self, name: str, shape: torch.Size) -> Tensor:
-        if len(shape) >= 2:
-            generator = numpy.random.default_rng(derive_seed(self.seed, "init", name))
-            uniform = torch.from_numpy(generator.random(tuple(shape), dtype=numpy.float32))
-            return uniform.sub_(0.5).mul_(math.sqrt(12) * self.init_std)
-        return torch.ones(shape) if name.endswith("norm.weight") else torch.zeros(shape)
+    def fill(self, name: str, out: Tensor) -> None:
+        if out.dim() < 2:
+            out.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+            return
+        # one generator, so that the numbers are the same however many are drawn at a time
+        generator = numpy.random.default_rng(derive_seed(self.seed, "init", name))
+        for part in out.view(-1).split(CHUNK_ELEMENTS):
+            uniform = torch.from_numpy(generator.random(part.numel(), dtype=numpy.float32))
+            part.copy_(uniform.sub_(0.5).mul_(math.sqrt(12) * self.init_std))
 
 
 class Checkpoint:
@@ -78,7 +83,7 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
-    def read(self, name: str, shape: torch.Size) -> Tensor:
+    def fill(self, name: str, out: Tensor) -> None:
         if name not in self._files:
             raise CheckpointError(
                 f"{self.origin} has no tensor {name!r}; it holds {len(self._files)} others, "
@@ -88,19 +93,25 @@ class Checkpoint:
         path = hub.locate(self.origin, filename)
         if path is None:
             raise CheckpointError(f"{self.origin} lists {filename!r} in its index but lacks it")
-        read = _read_bin if filename.endswith(".bin") else _read_safetensors
-        tensor = read(path, key)
-        if tensor.shape != shape:
+        converted = _convert_bin(path, key) if filename.endswith(".bin") else path
+        try:
+            stored = find(converted, key)
+            self._check(stored, out, f"{path}: {key}")
+            copy_into(out, converted, stored)
+        except (SafetensorError, OSError) as error:
+            raise _damaged(path, error) from error
+
+    def _check(self, stored: Stored, out: Tensor, where: str) -> None:
+        if stored.shape != tuple(out.shape):
             raise CheckpointError(
-                f"{path}: {key} has shape {list(tensor.shape)}, the configuration asks for "
-                f"{list(shape)}; config.json and weights do not belong together"
+                f"{where} has shape {list(stored.shape)}, the configuration asks for "
+                f"{list(out.shape)}; config.json and weights do not belong together"
             )
-        if not tensor.is_floating_point():
+        if not stored.is_floating_point:
             raise CheckpointError(
-                f"{path}: {key} is {tensor.dtype}, expected floating point weights; "
+                f"{where} is {stored.dtype}, expected floating point weights; "
                 "quantised checkpoints are not supported"
             )
-        return tensor
 
     def blocks(self) -> int:
         """Number of transformer blocks the files hold."""
@@ -158,14 +169,6 @@ def _keys_safetensors(path: Path) -> list[str]:
         raise _damaged(path, error) from error
 
 
-def _read_safetensors(path: Path, key: str) -> Tensor:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(key)
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
-
-
 def _load_bin(path: Path) -> dict[str, Tensor]:
     """The state dict of a legacy file. Memory-mapped, so only what is used is ever read."""
     try:
@@ -205,8 +208,9 @@ def _keys_bin(path: Path) -> list[str]:
     return json.loads(listing.read_text())
 
 
-def _read_bin(path: Path, key: str) -> Tensor:
-    """One tensor of a legacy file, through a safetensors copy of its block in the cache."""
+def _convert_bin(path: Path, key: str) -> Path:
+    """A safetensors copy, in the cache, of the block of a legacy file that holds a tensor. Making
+    it takes the memory of that block once."""
     block = re.match(r"(.*\blayers\.\d+)\.", key)
     group = block.group(1) if block else key
     converted = _conversion_directory(path) / f"{group}.safetensors"
@@ -217,7 +221,7 @@ def _read_bin(path: Path, key: str) -> Tensor:
         if key not in own:
             raise CheckpointError(f"{path} lacks {key!r}, which its index says it holds")
         _write_atomically(converted, lambda target: save_file(own, target))
-    return _read_safetensors(converted, key)
+    return converted
 
 
 def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -1,18 +1,24 @@
 """Every layout an OPT checkpoint comes in loads into both halves bit for bit, or says why not."""
 
 import json
+import math
 import os
 import pickle
 import shutil
 from functools import partial
 
+import numpy
 import pytest
 import torch
 from conftest import put_into_hub_cache, store_shards
 from safetensors.torch import load_file, save_file
 
 from hosl_flower.errors import CheckpointError
-from hosl_flower.split import HEAD, load_client, load_server, open_base
+from hosl_flower.families import architecture
+from hosl_flower.memory import Meter
+from hosl_flower.perturb import derive_seed
+from hosl_flower.split import HEAD, client_skeleton, load_client, load_server, open_base
+from hosl_flower.weights import RandomWeights
 
 SINGLE, BIN = "model.safetensors", "pytorch_model.bin"
 INDEX = f"{SINGLE}.index.json"
@@ -230,3 +236,37 @@ def test_random_weights_depend_on_seed_and_name_but_not_on_the_cut():
     assert not torch.equal(whole[query], whole[key])
     assert not torch.equal(whole[query], client_of("random:opt-tiny", seed=1)[query])
     assert whole[EMBEDDING].std().item() == pytest.approx(0.06, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_loading_needs_the_weights_and_little_more(tmp_path, dtype, stored):
+    config = architecture("opt-tiny")
+    config.update({"hidden_size": 256, "word_embed_proj_dim": 256, "ffn_dim": 1024})
+    skeleton = client_skeleton(config, 4)
+    state = {
+        name: torch.full(p.shape, 0.1, dtype=stored)
+        for name, p in skeleton.canonical_parameters().items()
+    }
+    save_file(state, tmp_path / "model.safetensors")
+    config.save_pretrained(tmp_path)
+    meter = Meter("cpu")
+    with meter.phase("load", 0):
+        client = load_client(open_base(str(tmp_path)), 4, dtype, "cpu")
+    weights = sum(p.nbytes for p in client.parameters())
+    buffers = (6 << 20) if stored != dtype else 0
+    assert weights > 25 << 20
+    assert weights <= meter.peaks["load"] <= weights + buffers
+    expected = torch.tensor(0.1, dtype=stored).to(dtype)
+    assert all(bool((p == expected).all()) for p in client.parameters())
+
+
+def test_random_weights_do_not_depend_on_how_many_are_drawn_at_a_time(monkeypatch):
+    shape = (331, 17)
+    whole = numpy.random.default_rng(derive_seed(3, "init", "a")).random(shape, dtype=numpy.float32)
+    expected = torch.from_numpy(whole).sub_(0.5).mul_(math.sqrt(12) * 0.02)
+    for chunk in (7, 1000, 1 << 20):
+        monkeypatch.setattr("hosl_flower.weights.CHUNK_ELEMENTS", chunk)
+        out = torch.empty(shape)
+        RandomWeights(3, 0.02).fill("a", out)
+        assert torch.equal(out, expected)

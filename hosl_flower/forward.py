@@ -1,0 +1,61 @@
+"""The client's forward passes: at theta or at a probe, the whole batch or a few sequences at a
+time, so that what a block needs while it runs does not grow with the batch."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from hosl_flower.probe import perturbed
+from hosl_flower.split import ClientSubmodel
+from hosl_flower.state import ClientState
+from hosl_flower.tasks import Batch
+from hosl_flower.zo import Point
+
+HERE = Point(0, 0.0)  # theta itself
+
+
+class Forwards:
+    """Forward passes of a client submodel around its weights as they are.
+
+    micro_batch: sequences at a time; 0 is the whole batch.
+    """
+
+    def __init__(self, submodel: ClientSubmodel, state: ClientState, device: str, micro_batch: int):
+        self.submodel, self.state = submodel, state
+        self.device, self.micro_batch = device, micro_batch
+
+    def pieces(self, batch: Batch, point: Point = HERE) -> Iterator[tuple[int, Tensor]]:
+        """Activations [b, S, H] at a point, on the device, with the number of the first sequence
+        of each piece; no graph, weights not written. Holds no piece it has handed out."""
+        direction = self.state.layout.draw(point.seed, self.device) if point.coefficient else None
+        ids, mask = batch.input_ids, batch.attention_mask
+        size = self.micro_batch or len(ids)
+        for first in range(0, len(ids), size):
+            rows = slice(first, first + size)
+            # not open while the consumer runs: the pass, and nothing else, sees the probe
+            with (
+                torch.no_grad(),
+                nullcontext()
+                if direction is None
+                else perturbed(self.state.parameters, direction, point.coefficient),
+            ):
+                piece = [self.submodel(ids[rows].to(self.device), mask[rows].to(self.device))]
+            yield first, piece.pop()
+
+
+def put_together(parts: Iterable[tuple[int, Sequence[Tensor]]], count: int) -> list[Tensor]:
+    """Tensors [b, ...] of consecutive parts of `count` rows -> tensors [count, ...] on the CPU, in
+    buffers made once; empty ones stay empty. A single part is not copied."""
+    whole: list[Tensor] = []
+    for first, tensors in parts:
+        if not first and len(tensors[0]) == count:
+            return [tensor.cpu() for tensor in tensors]
+        if not whole:
+            shapes = [(count if t.numel() else 0, *t.shape[1:]) for t in tensors]
+            whole = [torch.empty(s, dtype=t.dtype) for s, t in zip(shapes, tensors, strict=True)]
+        for buffer, part in zip(whole, tensors, strict=True):
+            if part.numel():
+                buffer[first : first + len(part)] = part
+    return whole

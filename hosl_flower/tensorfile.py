@@ -1,0 +1,70 @@
+"""Copying one tensor of a safetensors file to where it is wanted, a few MiB at a time.
+
+The file is read, not mapped: the pages of a map count in a process's resident set for as long as
+it is open, which would make that twice the weights. The format is a length (8 bytes, little
+endian), a JSON header {name: {dtype, shape, data_offsets}} and the data; safetensors itself checks
+it first.
+"""
+
+import json
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from hosl_flower.tensors import raw_bytes
+
+CHUNK_ELEMENTS = 1 << 20  # read and converted at a time
+_FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+class Stored(NamedTuple):
+    """Where a tensor is: dtype as the file names it, first byte in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def is_floating_point(self) -> bool:
+        return self.dtype in _FLOATS
+
+
+def find(path: Path, key: str) -> Stored:
+    """Raises SafetensorError for a damaged file or unknown key, OSError for an unreadable file."""
+    with safe_open(path, framework="pt") as file:
+        file.get_slice(key)
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(size))[key]
+    return Stored(entry["dtype"], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
+
+
+def copy_into(out: Tensor, path: Path, stored: Stored) -> None:
+    """Fill `out`, contiguous, of the same shape, any dtype and device."""
+    dtype = _FLOATS[stored.dtype]
+    with path.open("rb", buffering=0) as file:
+        file.seek(stored.start)
+        for part in out.view(-1).split(CHUNK_ELEMENTS):
+            if part.device.type == "cpu" and part.dtype == dtype:
+                _read(file, part)
+            else:
+                buffer = torch.empty(part.shape, dtype=dtype)
+                _read(file, buffer)
+                part.copy_(buffer)
+
+
+def _read(file: BinaryIO, out: Tensor) -> None:
+    view = raw_bytes(out)
+    while view:
+        count = file.readinto(view)  # type: ignore[attr-defined]
+        if not count:
+            raise OSError("it ends too early")
+        view = view[count:]

@@ -1,0 +1,296 @@
+"""What a training client needs, next to inference and to the first-order rivals (rivals.py).
+
+    python tests/benchmarks/memory.py --quick               OPT-125M, 64 x 256 tokens, one JSON line
+    python tests/benchmarks/memory.py [--minutes 25]        the table; goes on where it stopped
+    python tests/benchmarks/memory.py --table               the table of the results so far
+
+Random weights, cut 5, synthetic full-length batches (memory depends on shapes only). HOSL with one
+direction, HO-SFL with one, SGD. Every cell is a process of its own, so that its peak resident set
+is too. Peaks are of tensors, weights and cut gradient included, on CUDA from the allocator, on
+the CPU from memory.LiveTensors; loading is not in them. Seconds are of one watched step. A cell
+that would not fit into --limit-gib is skipped and named.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results" / "memory.json"
+COLUMNS = (
+    "inference", "inference_micro", "hosl", "hosl_micro", "ho_sfl", "ho_sfl_micro",
+    "fo", "fo_checkpoint", "fo_fused", "fo_fused_micro",
+)  # fmt: skip
+MICRO_BATCH = 2
+QUICK = ("opt-125m", 64, 256, "float32", "full")
+SHAPES = [  # the telling ones first: a run may end before the last
+    QUICK,
+    ("opt-125m", 64, 256, "float32", "lora"),
+    ("opt-1.3b", 8, 256, "float32", "full"),
+    ("opt-125m", 64, 256, "bfloat16", "full"),
+    ("opt-125m", 64, 64, "float32", "full"),
+    ("opt-125m", 8, 256, "float32", "full"),
+    ("opt-125m", 8, 512, "float32", "full"),
+    ("opt-1.3b", 64, 64, "float32", "full"),
+    ("opt-1.3b", 8, 512, "float32", "full"),
+    ("opt-1.3b", 8, 64, "float32", "full"),
+    ("opt-125m", 64, 512, "float32", "full"),
+    ("opt-1.3b", 64, 256, "float32", "full"),
+    ("opt-1.3b", 64, 512, "float32", "full"),
+]
+QUICK_COLUMNS = (
+    "inference",
+    "hosl",
+    "ho_sfl",
+    "inference_micro",
+    "hosl_micro",
+    "ho_sfl_micro",
+    "fo",
+)
+
+
+def measure(shape: tuple, column: str, device: str) -> dict[str, Any]:
+    """One cell, in this process: peak bytes by phase, seconds of the step, peak resident set."""
+    from hosl_flower.memory import peak_rss_bytes
+    from hosl_flower.spec import use_threads
+
+    use_threads(0)
+    work = _first_order if column.startswith("fo") else _client
+    return {**work(shape, column, device), "rss": peak_rss_bytes()}
+
+
+def _batch(batch: int, length: int) -> tuple[Any, Any]:
+    import torch
+
+    ids = torch.randint(5, 50_000, (batch, length), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0  # so that attention needs a mask, as with real texts
+    return ids, mask
+
+
+def _client(shape: tuple, column: str, device: str) -> dict[str, Any]:
+    """A real Client answering the requests of one step of a method."""
+    import torch
+
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from specs import client_spec
+
+    from hosl_flower.client import Client
+    from hosl_flower.ledger import Entry
+    from hosl_flower.messages import CutGradient, Failure, Forward, Probe
+    from hosl_flower.spec import torch_dtype
+    from hosl_flower.tasks import Batch
+
+    model, size, length, dtype, trainable = shape
+    method = column.removesuffix("_micro")
+    spec = client_spec(
+        model=f"random:{model}", cut_layer=5, dtype=dtype, client_trainable=trainable,
+        batch_size=size, max_length=length, threads=0, device=device,
+        client_micro_batch=MICRO_BATCH if column.endswith("_micro") else 0,
+    )  # fmt: skip
+    client = Client(spec)
+    ids, mask = _batch(size, length)
+    batch = Batch(ids, mask, torch.zeros(size, dtype=torch.int64))
+    client._train_batch = lambda _: batch
+    at = {"step": 1, "partition": 0, "position": 0, "digest": client.state.digest}
+    shown = torch.zeros(0)
+
+    def ask(*requests: Any) -> list[float]:
+        """Seconds of each; a reply is dropped when it has come."""
+        seconds = []
+        for reply in client.answer(requests):
+            if isinstance(reply, Failure):
+                raise RuntimeError(reply.error)
+            seconds.append(reply.seconds)
+        return seconds
+
+    started = time.perf_counter()
+    if method == "hosl":
+        ask(*(Probe(**at, batch=0, seed=1, coefficient=c) for c in (1e-3, -1e-3)))
+        ask(Forward(**at, batch=0))
+    else:
+        ask(Forward(**at, batch=0))
+    if method == "ho_sfl":
+        generator = torch.Generator().manual_seed(1)
+        cut = torch.empty(size, length, client.hidden, dtype=torch_dtype(dtype))
+        for row in cut:  # no full-size temporary in another dtype
+            row.copy_(torch.randn(row.shape, generator=generator) * 1e-3)
+        ask(
+            CutGradient(**at, batch=0, directions=1, seeds=(1,), epsilon=1e-3, learning_rate=1e-6,
+                        gradient=cut, scales=shown, scale=1.0)
+        )  # fmt: skip
+        del cut
+    if method != "inference":
+        client._apply([Entry(1, (1,), (0.125,), 1e-6)])
+    seconds = time.perf_counter() - started
+    phases = dict(client.meter.peaks)
+    loading = phases.pop("load")
+    weights = sum(p.nbytes for p in client.submodel.parameters())
+    return {
+        "peak": max(phases.values()), "phases": phases, "seconds": seconds,
+        "weights": weights, "load": loading,
+    }  # fmt: skip
+
+
+def _first_order(shape: tuple, column: str, device: str) -> dict[str, Any]:
+    import torch
+
+    from hosl_flower.lora import Lora
+    from hosl_flower.memory import Meter
+    from hosl_flower.spec import pick_device, torch_dtype
+    from hosl_flower.split import load_client, open_base
+
+    sys.path.insert(0, str(Path(__file__).parent))
+    from rivals import RIVALS
+
+    model, size, length, dtype, trainable = shape
+    lora = Lora(4, 16.0, ("q_proj", "v_proj"), 0) if trainable == "lora" else None
+    device = pick_device(device)
+    base = open_base(f"random:{model}")
+    client = load_client(base, 5, torch_dtype(dtype), device, lora)
+    ids, mask = (tensor.to(device) for tensor in _batch(size, length))
+    cut = torch.full((size, length, base.config.hidden_size), 1e-3, dtype=torch_dtype(dtype))
+    cut = cut.to(device)
+    meter = Meter(device)
+    more = {"micro_batch": MICRO_BATCH} if column.endswith("micro") else {}
+    started = time.perf_counter()
+    with meter.phase("update", 1, [*client.parameters(), ids, mask, cut]):
+        RIVALS[column](client, ids, mask, cut, 1e-6, **more)
+    return {"peak": meter.peaks["update"], "seconds": time.perf_counter() - started}
+
+
+def estimate_bytes(shape: tuple, column: str) -> int:
+    """About what a cell's process will need, from above."""
+    model, batch, length, dtype, trainable = shape
+    width, weights = {"opt-125m": (768, 76e6), "opt-1.3b": (2048, 360e6)}[model]
+    size = 4 if dtype == "float32" else 2
+    unit = batch * length * width * size
+    units = {"fo": 80, "fo_checkpoint": 35, "fo_fused": 35, "fo_fused_micro": 10}.get(column, 14)
+    copies = 2.3 if column in ("fo", "fo_checkpoint") and trainable == "full" else 1.2
+    return int(weights * size * copies + unit * units + 8e8)
+
+
+def in_process_of_its_own(shape: tuple, column: str, device: str) -> dict[str, Any]:
+    """A cell measured in a child; what went wrong, as {"failed": reason}."""
+    command = [sys.executable, __file__, "--device", device, "--cell", json.dumps([shape, column])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+        return {"failed": reason[0][:200]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def probe_over_forward() -> float:
+    """Seconds of a rank-1 probe over those of a plain forward, OPT-125M, 8 x 64 tokens."""
+    script = str(Path(__file__).with_name("probe.py"))
+    done = subprocess.run([sys.executable, script, "--quick"], capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])["ratio_to_forward"]["probe_rank1"]
+
+
+def summary(cells: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The ratios of one shape; a key is absent when a cell it needs is."""
+    peak = {column: cell["peak"] for column, cell in cells.items() if "peak" in cell}
+
+    def ratio(over: str, under: str) -> float | None:
+        return round(peak[over] / peak[under], 3) if over in peak and under in peak else None
+
+    pairs = {
+        "hosl_over_inference": ("hosl", "inference"),
+        "ho_sfl_over_inference": ("ho_sfl", "inference"),
+        "hosl_micro_over_inference_micro": ("hosl_micro", "inference_micro"),
+        "ho_sfl_micro_over_inference_micro": ("ho_sfl_micro", "inference_micro"),
+        "fo_over_hosl": ("fo", "hosl"),
+        "fo_over_hosl_micro": ("fo", "hosl_micro"),
+        "fo_over_ho_sfl": ("fo", "ho_sfl"),
+        "fo_checkpoint_over_hosl": ("fo_checkpoint", "hosl"),
+        "fo_fused_over_hosl": ("fo_fused", "hosl"),
+        "fo_fused_micro_over_hosl_micro": ("fo_fused_micro", "hosl_micro"),
+    }
+    found = {name: ratio(*pair) for name, pair in pairs.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def quick(device: str) -> None:
+    """The cell that the README quotes first."""
+    cells = {}
+    for column in QUICK_COLUMNS:
+        cells[column] = in_process_of_its_own(QUICK, column, device)
+        print(column, json.dumps(cells[column]), flush=True)
+    ratios = summary(cells)
+    train = [v for name, v in ratios.items() if "_over_inference" in name]
+    print(
+        json.dumps(
+            {
+                "shape": QUICK,
+                "micro_batch": MICRO_BATCH,
+                "train_over_inference": max(train, default=None),
+                **ratios,
+                "peak_bytes": {c: cell.get("peak") for c, cell in cells.items()},
+                "probe_over_forward": probe_over_forward(),
+            }
+        )
+    )
+
+
+def full(device: str, minutes: float, limit: float) -> None:
+    """Every cell that is not in the results yet, until the time is up."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    deadline = time.monotonic() + 60 * minutes
+    for shape in SHAPES:
+        cells = results.setdefault(f"{device} " + " ".join(map(str, shape)), {})
+        for column in COLUMNS:
+            if column in cells:
+                continue
+            if time.monotonic() > deadline:
+                return
+            if estimate_bytes(shape, column) > limit * 2**30:
+                cells[column] = {"skipped": f"would need more than {limit:g} GiB"}
+            else:
+                cells[column] = in_process_of_its_own(shape, column, device)
+            print(shape, column, json.dumps(cells[column]), flush=True)
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def table() -> str:
+    """Markdown: peak MiB (times inference), seconds; a dash is not measured, ... skipped."""
+    lines = ["| shape | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for shape, cells in json.loads(RESULTS.read_text()).items():
+        row = [shape]
+        for column in COLUMNS:
+            cell = cells.get(column, {})
+            base = cells.get("inference_micro" if "micro" in column else "inference", {})
+            text = "-" if not cell else "..."
+            if "peak" in cell:
+                text = f"{cell['peak'] / 2**20:.0f}"
+                text += f" ({cell['peak'] / base['peak']:.2f})" if "peak" in base else ""
+                text += f", {cell['seconds']:.1f} s"
+            row.append(text)
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--minutes", type=float, default=25.0)
+    parser.add_argument("--limit-gib", type=float, default=14.0)
+    arguments = parser.parse_args()
+    if arguments.cell:
+        shape, column = json.loads(arguments.cell)
+        print(json.dumps(measure(tuple(shape), column, arguments.device)))
+    elif arguments.quick:
+        quick(arguments.device)
+    elif arguments.table:
+        print(table())
+    else:
+        full(arguments.device, arguments.minutes, arguments.limit_gib)
+
+
+if __name__ == "__main__":
+    main()
