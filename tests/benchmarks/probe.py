@@ -3,14 +3,17 @@
     python tests/benchmarks/probe.py [--quick]
 
 OPT-125M architecture (random weights), client submodel cut at 5, 8 x 64 tokens, all cores.
-Medians of interleaved repetitions, so that a busy machine slows both alike. The last line is
-one JSON object of ratios; nothing is asserted.
+Medians of interleaved repetitions, so that a busy machine slows both alike. `stacked` says what
+several directions in one forward could save at most: the time of one plain forward of D times
+the batch over that of D forwards (below 1 there is something to gain; perturbing D groups costs
+extra). The last line is one JSON object of ratios; nothing is asserted.
 """
 
 import json
 import statistics
 import sys
 import time
+from functools import partial
 
 import torch
 
@@ -18,7 +21,9 @@ from hosl_flower.optimizer import Sgd
 from hosl_flower.perturb import DISTRIBUTIONS, Layout
 from hosl_flower.probe import perturbed
 from hosl_flower.spec import use_threads
-from hosl_flower.split import load_client, open_base
+from hosl_flower.split import ClientSubmodel, load_client, open_base
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64)  # of 64 tokens
 
 REPETITIONS = 5 if "--quick" in sys.argv else 25
 
@@ -53,14 +58,39 @@ def main() -> None:
             Sgd().step(parameters, layout, [1], [1e-6], 1e-6)
 
         work |= {f"probe_{distribution}": probe, f"update_{distribution}": update}
+    for batch in BATCHES if "--quick" not in sys.argv else BATCHES[:4]:
+        work[f"batch_{batch}"] = partial(plain, client, batch)
     times: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(REPETITIONS + 1):
         for name, run in work.items():
             times[name].append(seconds(run))
     medians = {name: statistics.median(values[1:]) for name, values in times.items()}
     print(f"plain forward: {medians['forward']:.3f} s")
-    ratios = {n: round(m / medians["forward"], 3) for n, m in medians.items() if n != "forward"}
-    print(json.dumps({"repetitions": REPETITIONS, "ratio_to_forward": ratios}))
+    ratios = {
+        n: round(m / medians["forward"], 3)
+        for n, m in medians.items()
+        if n.startswith(("probe", "update"))
+    }
+    result = {"repetitions": REPETITIONS, "ratio_to_forward": ratios, "stacked": stacked(medians)}
+    print(json.dumps(result))
+
+
+def plain(client: ClientSubmodel, batch: int) -> None:
+    ids = torch.full((batch, 64), 7)
+    with torch.no_grad():
+        client(ids, torch.ones_like(ids))
+
+
+def stacked(medians: dict[str, float]) -> dict[str, dict[str, float]]:
+    """{batch: {D: seconds of one forward of D * batch / seconds of D forwards of batch}}."""
+    return {
+        f"{batch}x64": {
+            str(d): round(medians[f"batch_{d * batch}"] / (d * medians[f"batch_{batch}"]), 3)
+            for d in (2, 4, 8)
+            if f"batch_{d * batch}" in medians
+        }
+        for batch in (1, 8)
+    }
 
 
 if __name__ == "__main__":
