@@ -8,20 +8,18 @@ import contextlib
 import io
 import warnings
 from collections import Counter, OrderedDict
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
-from flwr_datasets.partitioner import (
-    DirichletPartitioner,
-    IidPartitioner,
-    NaturalIdPartitioner,
-    Partitioner,
-)
-
-from hosl_flower.data import load_source, take
 from hosl_flower.errors import DataError, ProtocolError
 from hosl_flower.perturb import derive_seed, permutation
 from hosl_flower.spec import ClientSpec
 from hosl_flower.tasks import Batch, Encoder
+
+if TYPE_CHECKING:  # heavy; flwr_datasets brings matplotlib, which a node with its own data spares
+    from datasets import Dataset
+    from flwr_datasets.partitioner import Partitioner
+else:
+    Dataset = Partitioner = Any
 
 PLACEHOLDER = "{partition}"  # in a node's data-path: the number of the client it is for
 _KEPT = 64  # partitions a process remembers
@@ -50,12 +48,16 @@ def make_partitioner(train: Dataset, spec: ClientSpec) -> Partitioner:
         return _dirichlet(train, spec, seed)
     if spec.partitioner == "natural-id":
         return _natural_id(train, spec)
+    from flwr_datasets.partitioner import IidPartitioner
+
     partitioner = IidPartitioner(num_partitions=spec.num_clients)
     partitioner.dataset = train.select(permutation(len(train), seed))
     return partitioner
 
 
 def _dirichlet(train: Dataset, spec: ClientSpec, seed: int) -> Partitioner:
+    from flwr_datasets.partitioner import DirichletPartitioner
+
     clients, least = spec.num_clients, spec.min_partition_size
     if clients * least > len(train):
         raise DataError(
@@ -84,6 +86,8 @@ def _dirichlet(train: Dataset, spec: ClientSpec, seed: int) -> Partitioner:
 
 
 def _natural_id(train: Dataset, spec: ClientSpec) -> Partitioner:
+    from flwr_datasets.partitioner import NaturalIdPartitioner
+
     partitioner = NaturalIdPartitioner(partition_by=spec.partition_column)
     partitioner.dataset = train
     _draw(partitioner)
@@ -199,6 +203,8 @@ class DataPool:
         return self._made(number, *self._load(self.own.replace(PLACEHOLDER, str(number))))
 
     def _load(self, source: str, partition_column: str = "") -> tuple[Dataset, Dataset]:
+        from hosl_flower.data import load_source, take
+
         spec = self.spec
         train, held_out = load_source(source, spec.task, spec.seed, partition_column)
         train = take(train, spec.train_examples, derive_seed(spec.seed, "train-examples"))

@@ -221,11 +221,11 @@ def test_held_out_batches_cover_everything_once(encoder):
 
 
 def test_a_thousand_clients_load_once_and_few_are_kept(encoder, monkeypatch):
-    from hosl_flower import partition
+    from hosl_flower import data
 
     loads = []
-    original = partition.load_source
-    monkeypatch.setattr(partition, "load_source", lambda *a: loads.append(a) or original(*a))
+    original = data.load_source
+    monkeypatch.setattr(data, "load_source", lambda *a: loads.append(a) or original(*a))
     spec = client_spec(num_clients=1000, train_examples=0)
     pool = DataPool(spec, Encoder(spec.task, load_tokenizer(spec.model), 32))
     started = time.monotonic()

@@ -41,15 +41,6 @@ SHAPES = [  # the telling ones first: a run may end before the last
     ("opt-1.3b", 64, 256, "float32", "full"),
     ("opt-1.3b", 64, 512, "float32", "full"),
 ]
-QUICK_COLUMNS = (
-    "inference",
-    "hosl",
-    "ho_sfl",
-    "inference_micro",
-    "hosl_micro",
-    "ho_sfl_micro",
-    "fo",
-)
 
 
 def measure(shape: tuple, column: str, device: str) -> dict[str, Any]:
@@ -80,6 +71,7 @@ def _client(shape: tuple, column: str, device: str) -> dict[str, Any]:
 
     from hosl_flower.client import Client
     from hosl_flower.ledger import Entry
+    from hosl_flower.memory import Meter
     from hosl_flower.messages import CutGradient, Failure, Forward, Probe
     from hosl_flower.spec import torch_dtype
     from hosl_flower.tasks import Batch
@@ -96,39 +88,57 @@ def _client(shape: tuple, column: str, device: str) -> dict[str, Any]:
     batch = Batch(ids, mask, torch.zeros(size, dtype=torch.int64))
     client._train_batch = lambda _: batch
     at = {"step": 1, "partition": 0, "position": 0, "digest": client.state.digest}
-    shown = torch.zeros(0)
 
-    def ask(*requests: Any) -> list[float]:
-        """Seconds of each; a reply is dropped when it has come."""
-        seconds = []
-        for reply in client.answer(requests):
-            if isinstance(reply, Failure):
-                raise RuntimeError(reply.error)
-            seconds.append(reply.seconds)
-        return seconds
+    def ask(request: Any) -> None:
+        (reply,) = client.answer([request])
+        if isinstance(reply, Failure):
+            raise RuntimeError(reply.error)
 
-    started = time.perf_counter()
-    if method == "hosl":
-        ask(*(Probe(**at, batch=0, seed=1, coefficient=c) for c in (1e-3, -1e-3)))
+    def probe() -> None:
+        ask(Probe(**at, batch=0, seed=1, coefficient=1e-3))
+
+    def forward() -> None:
         ask(Forward(**at, batch=0))
-    else:
-        ask(Forward(**at, batch=0))
-    if method == "ho_sfl":
+
+    def cut_gradient() -> None:
         generator = torch.Generator().manual_seed(1)
         cut = torch.empty(size, length, client.hidden, dtype=torch_dtype(dtype))
         for row in cut:  # no full-size temporary in another dtype
             row.copy_(torch.randn(row.shape, generator=generator) * 1e-3)
         ask(
             CutGradient(**at, batch=0, directions=1, seeds=(1,), epsilon=1e-3, learning_rate=1e-6,
-                        gradient=cut, scales=shown, scale=1.0)
+                        gradient=cut, scales=torch.empty(0), scale=1.0)
         )  # fmt: skip
-        del cut
-    if method != "inference":
+
+    def update() -> None:
         client._apply([Entry(1, (1,), (0.125,), 1e-6)])
+
+    weights = sum(p.nbytes for p in client.submodel.parameters())
+    if method == "together":  # inference, HOSL and HO-SFL with as few forwards as they can share
+        probe()
+        forward()
+        first = client.meter.peaks
+        client.meter = Meter(client.device)
+        cut_gradient()
+        update()
+        second = client.meter.peaks
+        inference = first["forward"]
+        return {
+            "inference": inference,
+            "hosl": max(inference, first["probe"], second["update"]),
+            "ho_sfl": max(inference, second["probe"], second["update"]),
+        }
+    steps = {
+        "inference": [forward],
+        "hosl": [probe, probe, forward, update],
+        "ho_sfl": [forward, cut_gradient, update],
+    }
+    started = time.perf_counter()
+    for step in steps[method]:
+        step()
     seconds = time.perf_counter() - started
     phases = dict(client.meter.peaks)
     loading = phases.pop("load")
-    weights = sum(p.nbytes for p in client.submodel.parameters())
     return {
         "peak": max(phases.values()), "phases": phases, "seconds": seconds,
         "weights": weights, "load": loading,
@@ -215,10 +225,15 @@ def summary(cells: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def quick(device: str) -> None:
     """The cell that the README quotes first."""
-    cells = {}
-    for column in QUICK_COLUMNS:
-        cells[column] = in_process_of_its_own(QUICK, column, device)
-        print(column, json.dumps(cells[column]), flush=True)
+    cells: dict[str, dict[str, Any]] = {}
+    for micro in ("", "_micro"):
+        together = in_process_of_its_own(QUICK, f"together{micro}", device)
+        if "failed" in together:
+            raise SystemExit(together["failed"])
+        together.pop("rss", None)
+        for method, peak in together.items():
+            cells[f"{method}{micro}"] = {"peak": peak}
+    cells["fo"] = in_process_of_its_own(QUICK, "fo", device)
     ratios = summary(cells)
     train = [v for name, v in ratios.items() if "_over_inference" in name]
     print(

@@ -1,0 +1,28 @@
+"""What a client process does not use it does not import: memory, and seconds of every start."""
+
+import json
+import subprocess
+import sys
+
+SCRIPT = """
+import json, sys
+import hosl_flower.client_app
+print(json.dumps(sorted(sys.modules)))
+"""
+NOT_A_CLIENTS = (
+    "matplotlib", "pandas", "pyarrow", "datasets", "flwr_datasets",  # with its data, if at all
+    "peft",  # with its adapters
+    "torch._dynamo", "ray",
+    "hosl_flower.server", "hosl_flower.session", "hosl_flower.training", "hosl_flower.report",
+    "hosl_flower.plot", "hosl_flower.cli", "hosl_flower.strategy", "hosl_flower.aggregate",
+    "hosl_flower.link.grid", "hosl_flower.link.stream", "strategies",
+)  # fmt: skip
+
+
+def test_the_client_app_imports_what_a_client_uses():
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True
+    )
+    loaded = json.loads(done.stdout.splitlines()[-1])
+    assert "hosl_flower.client" in loaded
+    assert not {name for name in NOT_A_CLIENTS if name in loaded}
