@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hosl_flower.perturb import Direction, Layout, as_matrix_shape, row_chunks
-from hosl_flower.rounding import store
+from hosl_flower.rounding import rounding_seed, store
 from hosl_flower.zo import to_float32
 
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
@@ -93,7 +93,7 @@ class Sgd:
                 for direction, coefficient in zip(directions, coefficients, strict=True):
                     direction.subtract_(work, name, start, coefficient)
                 if work is not block:
-                    store(block, work, seeds[0], name, start)
+                    store(block, work, rounding_seed(seeds), name, start)
 
     def tensors(self) -> list[Tensor]:
         return []
@@ -139,7 +139,7 @@ class AdamW:
                 work = block if block.dtype == torch.float32 else block.float()
                 work.sub_(m[rows].mul(rate).div_(scale))
                 if work is not block:
-                    store(block, work, seeds[0], name, start)
+                    store(block, work, rounding_seed(seeds), name, start)
 
     def _moments(self, name: str, parameter: Tensor) -> tuple[Tensor, Tensor]:
         if name not in self.moments:

@@ -26,7 +26,8 @@ from hosl_flower.streams import NORMALS, SIGNS, counters_of, philox
 
 DISTRIBUTIONS = ("rank1", "signs", "gaussian")
 
-_CHUNK_ELEMENTS = 1 << 21  # of a parameter, updated at a time
+# of a parameter, updated at a time; in 16 bits some pieces are widened and rounded besides
+_CHUNK_ELEMENTS, _CHUNK_ELEMENTS_16_BITS = 1 << 21, 1 << 18
 
 
 def derive_seed(seed: int, *labels: object) -> int:
@@ -47,8 +48,9 @@ def as_matrix_shape(shape: torch.Size) -> tuple[int, int]:
 
 
 def row_chunks(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(first row, view of the rows) in pieces of about _CHUNK_ELEMENTS elements."""
-    step = max(1, _CHUNK_ELEMENTS // max(1, matrix.shape[1]))
+    """(first row, view of the rows) in pieces of some hundred thousand to two million elements."""
+    elements = _CHUNK_ELEMENTS if matrix.itemsize > 2 else _CHUNK_ELEMENTS_16_BITS
+    step = max(1, elements // max(1, matrix.shape[1]))
     for start in range(0, matrix.shape[0], step):
         yield start, matrix[start : start + step]
 

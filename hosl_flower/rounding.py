@@ -12,12 +12,19 @@ matrix is given out + in of them: element (i, j) takes r = (u_i + v_j) mod 2^16,
 and independent of any one other element's. docs/perturbations.md is the specification.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from hosl_flower.streams import HALVES
 
 _SMALLEST_NORMAL = 2.0**-14  # of float16; below it numbers are 2^-24 apart
+
+
+def rounding_seed(seeds: Sequence[int]) -> int:
+    """Of an update along these directions: the first one's; 0 for none."""
+    return seeds[0] if seeds else 0
 
 
 def store(block: Tensor, value: Tensor, seed: int, name: str, start: int) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hosl_flower.optimizer import AdamW, Sgd
+from hosl_flower.optimizer import Sgd
 from hosl_flower.perturb import Layout
 from hosl_flower.rounding import store
 from hosl_flower.streams import HALVES
@@ -65,27 +65,20 @@ def test_neighbours_are_drawn_by_distance(dtype, value, low, high, share):
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN)
-@pytest.mark.parametrize("optimizer", [Sgd, AdamW])
-def test_small_steps_add_up_as_in_float32(dtype, optimizer):
-    layout, scalars = Layout({"w": torch.Size([60, 70])}), [1.0]
+def test_small_steps_add_up_as_in_float32(dtype):
     start = torch.randn(60, 70, generator=torch.Generator().manual_seed(1)).to(dtype)
-    exact, stored = {"w": start.float()}, {"w": start.clone()}
-    rules = optimizer(), optimizer()
-    # 50 steps along one and the same sign pattern: only the seed of the rounding changes
-    pattern = layout.draw(0).dense("w")
+    step = 1e-5 * Layout({"w": torch.Size([60, 70])}).draw(0).dense("w")
+    stored, nearest = start.clone(), start.clone()
     for seed in range(50):
-        sign = float(layout.draw(seed).dense("w")[0, 0] * pattern[0, 0])
-        for rule, weights in zip(rules, (exact, stored), strict=True):
-            rule.step(weights, layout, [seed], [s * sign for s in scalars], 1e-5)
-    moved, wanted = stored["w"].float() - start.float(), exact["w"] - start.float()
-    along = float((moved * wanted).sum() / (wanted * wanted).sum())
+        store(stored, stored.float() + step, seed, "w", 0)
+        nearest = (nearest.float() + step).to(dtype)
+    along, lost = (
+        float(((end.float() - start.float()) * step).sum() / (50 * step * step).sum())
+        for end in (stored, nearest)
+    )
+    # 4,200 elements near 1, bfloat16: the sum of the roundings has a standard deviation of 0.06
     assert along == pytest.approx(1.0, abs=0.25)
-    nearest = {"w": start.clone()}  # what rounding to nearest makes of it: next to nothing
-    step = exact["w"] - start.float()
-    for _ in range(50):
-        nearest["w"] = (nearest["w"].float() + step / 50).to(dtype)
-    lost = nearest["w"].float() - start.float()
-    assert abs(float((lost * wanted).sum() / (wanted * wanted).sum())) < 0.75
+    assert lost < 0.75, "rounding to nearest loses most steps, in every step anew"
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN)
