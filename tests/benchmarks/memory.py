@@ -281,7 +281,7 @@ def table() -> str:
             if "peak" in cell:
                 text = f"{cell['peak'] / 2**20:.0f}"
                 text += f" ({cell['peak'] / base['peak']:.2f})" if "peak" in base else ""
-                text += f", {cell['seconds']:.1f} s"
+                text += f", {cell['seconds']:.1f} s" if cell["seconds"] else ""
             row.append(text)
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
