@@ -5,18 +5,22 @@ from typing import NamedTuple
 
 import torch
 from pydantic.dataclasses import dataclass
+from torch import Tensor
 
 from hosl_flower.codec import has_scales, wire_dtype
 from hosl_flower.errors import OutOfRangeError, ProtocolError
 from hosl_flower.messages import (
     Activations,
     Change,
-    CutGradient,
     Described,
     Fingerprint,
     Fingerprinted,
+    Gradient,
+    LocalProbe,
     Scalars,
+    Weights,
 )
+from hosl_flower.state import ClientState
 from hosl_flower.tensors import DTYPES, dtype_name, raw_bytes
 
 LARGEST_SCALAR = 1e12  # its square, in Adam's second moment, is far from float32's end
@@ -91,7 +95,7 @@ def check_activations(reply: Activations, limits: Limits) -> None:
         raise OutOfRangeError(f"activations: {bad} of {h.numel()} values are not finite")
 
 
-def check_scalars(reply: Scalars, request: CutGradient) -> None:
+def check_scalars(reply: Scalars, request: LocalProbe) -> None:
     """ProtocolError unless there is one finite float32 per local step and direction."""
     expected = [len(request.local_seeds), request.directions]
     found = reply.scalars
@@ -107,14 +111,36 @@ def check_scalars(reply: Scalars, request: CutGradient) -> None:
 
 def check_change(reply: Change, elements: int) -> None:
     """ProtocolError unless there is one finite float32 per trainable element."""
-    found = reply.change
-    if found.dtype != torch.float32 or list(found.shape) != [elements]:
+    _check_vector("change", reply.change, torch.float32, elements)
+
+
+def check_gradient(reply: Gradient, elements: int) -> None:
+    """ProtocolError unless there is one finite float32 per trainable element."""
+    _check_vector("gradient", reply.gradient, torch.float32, elements)
+
+
+def check_weights(reply: Weights, state: ClientState) -> None:
+    """ProtocolError unless they are all of this client state's, finite."""
+    _check_vector("weights", reply.weights, state.weights_like().dtype, state.elements)
+    if reply.moments.numel():
+        rows = reply.moments
+        if rows.dim() != 2 or len(rows) != state.moments:
+            raise ProtocolError(
+                f"moments: expected [{state.moments}, {state.elements}], got {list(rows.shape)}"
+            )
+        for row in rows:
+            _check_vector("moments", row, torch.float32, state.elements)
+
+
+def _check_vector(what: str, found: Tensor, dtype: torch.dtype, elements: int) -> None:
+    if found.dtype != dtype or list(found.shape) != [elements]:
+        expected = str(dtype).removeprefix("torch.")
         raise ProtocolError(
-            f"change: expected float32[{elements}], got {dtype_name(found)}{list(found.shape)}"
+            f"{what}: expected {expected}[{elements}], got {dtype_name(found)}{list(found.shape)}"
         )
     if not torch.isfinite(found).all():
         bad = int((~torch.isfinite(found)).sum())
-        raise OutOfRangeError(f"change: {bad} of {found.numel()} values are not finite")
+        raise OutOfRangeError(f"{what}: {bad} of {found.numel()} values are not finite")
 
 
 def check_fingerprints(reply: Fingerprinted, request: Fingerprint) -> None:

@@ -54,6 +54,23 @@ def simulate(
 
 
 @cli.command()
+def compare(
+    experiment: Annotated[Path, typer.Argument(help="a TOML file: methods x variants x seeds")],
+    out: Annotated[Path, typer.Option(help="where runs, tables and figures go")] = Path(
+        "runs/compare"
+    ),
+    processes: Annotated[int, typer.Option(min=1, help="runs at a time")] = 1,
+) -> None:
+    """Tune, run and tabulate methods against each other; finished runs are not run again."""
+    from hosl_flower.compare import compare as run_comparison
+
+    try:
+        typer.echo(run_comparison(experiment, out, processes))
+    except HoslError as error:
+        _fail(error)
+
+
+@cli.command()
 def keys() -> None:
     """The table of run-config keys, as Markdown."""
     typer.echo(help_table())

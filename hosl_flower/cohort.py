@@ -39,12 +39,13 @@ class Cohort:
         return [count / sum(examples) for count in examples]
 
     def train_server(
-        self, clean: dict[int, Activations], send: Callable[[int, Tensor], None]
+        self, clean: dict[int, Activations], send: Callable[[int, Tensor], None] | None = None
     ) -> float:
         """One step of the server on the clients' activations, weighted: the loss before it.
 
         send: is given each client's own cut gradient as soon as there is one, so that clients
-        can probe while the server works on the others' activations and on its own step. A client
+        can probe while the server works on the others' activations and on its own step; without
+        it there are none. A client
         whose batch gives no finite logits is dropped and the rest is propagated again; when it
         is everybody's, training has diverged. Empties `clean`.
         """
@@ -55,9 +56,10 @@ class Cohort:
             loss = 0.0
             batches = [clean[m] for m in clients]
             try:
-                for m, own, gradient in server.propagate(batches, weights, micro_batch):
+                propagated = server.propagate(batches, weights, micro_batch, send is not None)
+                for m, own, gradient in propagated:
                     loss += weights[m] * own
-                    if clients[m] not in sent:
+                    if send and clients[m] not in sent:
                         sent.add(clients[m])
                         send(clients[m], gradient)
             except UnusableBatchError as error:

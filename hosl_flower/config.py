@@ -141,8 +141,12 @@ class RunConfig(BaseModel):
         "shared", description="per-client: K * P different directions per step (HO-SFL)"
     )
     local_steps: Positive = Field(
-        1, description="E, client updates between aggregations (HO-SFL, FedAvg)"
+        1, description="E, client updates between aggregations (HO-SFL, FedAvg, split FO, HERON)"
     )
+    server_steps: Positive = Field(
+        1, description="tau, zeroth-order steps of the server per step (split ZO)"
+    )
+    upload_every: Positive = Field(1, description="k, steps between uploads of activations (HERON)")
     steps_per_message: Positive = Field(
         1,
         description="S, steps whose client work is asked at once: more spare Flower messages, but "

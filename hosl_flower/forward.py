@@ -1,12 +1,14 @@
 """The client's forward passes: at theta or at a probe, the whole batch or a few sequences at a
 time, so that what a block needs while it runs does not grow with the batch."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from hosl_flower.errors import ProtocolError
 from hosl_flower.probe import perturbed
 from hosl_flower.split import ClientSubmodel
 from hosl_flower.state import ClientState
@@ -29,6 +31,25 @@ class Forwards:
     def pieces(self, batch: Batch, point: Point = HERE) -> Iterator[tuple[int, Tensor]]:
         """Activations [b, S, H] at a point, on the device, with the number of the first sequence
         of each piece; no graph, weights not written. Holds no piece it has handed out."""
+        yield from self._run(batch, point, self.submodel)
+
+    def losses(self, batch: Batch, point: Point = HERE) -> Iterator[float]:
+        """Each sequence's loss by the client's auxiliary head (head.py), float64: differences of
+        probes are small. Raises ProtocolError when there is no head."""
+        head = self.submodel.head
+        if head is None:
+            raise ProtocolError("this client has no auxiliary head to probe")
+
+        def logits(ids: Tensor, mask: Tensor) -> Tensor:
+            return head(self.submodel(ids, mask), mask)
+
+        for first, own in self._run(batch, point, logits):
+            labels = batch.labels[first : first + len(own)]
+            yield from F.cross_entropy(own.cpu().double(), labels, reduction="none").tolist()
+
+    def _run(
+        self, batch: Batch, point: Point, function: Callable[[Tensor, Tensor], Tensor]
+    ) -> Iterator[tuple[int, Tensor]]:
         direction = self.state.layout.draw(point.seed, self.device) if point.coefficient else None
         ids, mask = batch.input_ids, batch.attention_mask
         size = self.micro_batch or len(ids)
@@ -41,7 +62,7 @@ class Forwards:
                 if direction is None
                 else perturbed(self.state.parameters, direction, point.coefficient),
             ):
-                piece = [self.submodel(ids[rows].to(self.device), mask[rows].to(self.device))]
+                piece = [function(ids[rows].to(self.device), mask[rows].to(self.device))]
             yield first, piece.pop()
 
 

@@ -2,10 +2,13 @@
 how to bring a client there."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from hosl_flower.errors import DivergedError, DriftError
+from hosl_flower.gradient import Dense
 from hosl_flower.ledger import Entry, Ledger, fingerprint
 from hosl_flower.messages import CatchUp, Fingerprinted, Request, Restore
 from hosl_flower.state import ClientState, Snapshot
@@ -19,18 +22,21 @@ class History:
 
     The ledger is compacted as it grows: entries that together are longer than a snapshot
     help nobody, so a long run holds no more than twice the client's trainable weights.
+
+    private_optimizer: its state is of the server's own updates (`descend`) and no client's.
     """
 
     def __init__(self, state: ClientState, genesis: str):
         self.state = state
         self.ledger = Ledger(genesis)
+        self.private_optimizer = False
         self._snapshot: Snapshot | None = None
 
     @property
     def snapshot_bytes(self) -> int:
         """Bytes of a client state as weights and moments."""
         weights = self.state.weights_like()
-        moments = self.state.moments * 4
+        moments = 0 if self.private_optimizer else self.state.moments * 4
         return _REQUEST_BYTES + weights.numel() * (weights.dtype.itemsize + moments)
 
     def commit(self, entries: Iterable[Entry]) -> None:
@@ -41,9 +47,24 @@ class History:
         self._check_finite()
         self.ledger.compact(self.snapshot_bytes)
 
-    def jump(self, step: int, weights: Tensor) -> None:
-        """Make new weights [n], which no seeds and scalars can say, part of the run."""
+    def jump(
+        self, step: int, weights: Tensor, moments: Tensor | None = None, updates: int = 0
+    ) -> None:
+        """Make new weights [n], which no seeds and scalars can say, part of the run; with the
+        state of the optimizer that led to them, or with a fresh one."""
         self.state.set_weights(weights)
+        fresh = torch.empty(0, 0) if moments is None else moments
+        self.state.optimizer.load(fresh, updates, self.state.parameters)
+        self.state.updates = updates
+        self._arrive(step)
+
+    def descend(self, step: int, gradient: Dense, learning_rate: float) -> None:
+        """Make an update along a gradient part of the run; clients get the new weights only."""
+        self.private_optimizer = True
+        self.state.update(gradient, learning_rate)
+        self._arrive(step)
+
+    def _arrive(self, step: int) -> None:
         self.ledger.jump(step, fingerprint(self.state.parameters))
         self.state.arrive(len(self.ledger), self.ledger.digest(), step)
         self._check_finite()
@@ -71,7 +92,10 @@ class History:
     def snapshot(self) -> Snapshot:
         """The state at the end of the ledger; made once per position."""
         if self._snapshot is None or self._snapshot.digest != self.state.digest:
-            self._snapshot = self.state.snapshot()
+            now = self.state.snapshot()
+            if self.private_optimizer:
+                now = replace(now, updates=0, moments=torch.empty(0, 0))
+            self._snapshot = now
         return self._snapshot
 
     def check(self, reply: Fingerprinted, who: str) -> None:

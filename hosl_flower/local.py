@@ -1,30 +1,25 @@
-"""Local zeroth-order steps of a client on its own surrogate (HO-SFL; HO-FL's E)."""
+"""Local zeroth-order steps of a client on its own surrogate (HO-SFL, HERON-SFL; HO-FL's E)."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from hosl_flower.messages import CutGradient, LocalTrain
+from hosl_flower.requests import LocalProbe, LocalTrain
 from hosl_flower.state import ClientState
-from hosl_flower.surrogate import Cotangent, Pieces, linear
-from hosl_flower.zo import Point, estimate
+from hosl_flower.surrogate import Surrogate
+from hosl_flower.zo import estimate
 
 
 def local_steps(
-    state: ClientState,
-    pieces: Callable[[Point], Pieces],
-    gradient: Cotangent,
-    anchor: float | None,
-    request: CutGradient,
+    state: ClientState, surrogates: Callable[[int], Surrogate], request: LocalProbe
 ) -> tuple[list[list[float]], Tensor | None]:
     """Scalars [E][P] of E local steps, and for LocalTrain the change of the weights [n].
 
-    pieces: activations at a point around the weights as they are. anchor: <lambda, z> of the
-    clean activations at the start, where they are still known.
-    The cut gradient stays that of the anchor; between the steps the client moves by its own
-    scalars, and at the end it is back where it was, bit for bit. That takes a copy of the
-    trainable weights, which a single step (E = 1) without LocalTrain does without.
+    surrogates: that of each local step, by number, around the weights as they are then.
+    Between the steps the client moves by its own scalars, and at the end it is back where it was,
+    bit for bit. That takes a copy of the trainable weights, which a single step (E = 1) without
+    LocalTrain does without.
     """
     train = isinstance(request, LocalTrain)
     steps = request.local_seeds
@@ -33,10 +28,10 @@ def local_steps(
     change = None
     try:
         for number, seeds in enumerate(steps):
-            surrogate = linear(pieces, gradient, None if number else anchor)
+            surrogate = surrogates(number)
             scalars.append(estimate(surrogate, seeds, request.epsilon, two_sided=False))
             if train or number + 1 < len(steps):
-                state.update(seeds, scalars[-1], request.learning_rate)
+                state.update(state.seeded(seeds, scalars[-1]), request.learning_rate)
         if train and start is not None:
             change = state.weights().to(torch.float32) - start.weights.to(torch.float32)
     finally:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-PHASES = ("load", "forward", "probe", "update")
+PHASES = ("load", "forward", "probe", "backward", "update")
 
 
 def peak_rss_bytes() -> int:

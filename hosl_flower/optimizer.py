@@ -1,8 +1,9 @@
-"""The client's optimizer: from seeds and scalars to new weights.
+"""The client's optimizer: from a gradient to new weights.
 
 A ledger entry gives the client's gradient estimate, g = sum_q scalars[q] * s(seeds[q]); the
 optimizer turns it into an update. Its state follows from the entries applied, so replaying
-a ledger rebuilds it, and a snapshot carries it (state.py).
+a ledger rebuilds it, and a snapshot carries it (state.py). A gradient of any other kind that is a
+sum of terms will do too (gradient.py).
 
     sgd    theta <- theta - eta g                                (HOSL Alg. 3; no state)
     adamw  m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2     (HO-SFL; 2 values per element)
@@ -15,14 +16,15 @@ and rounded once, at random, so that steps smaller than their spacing add up (ro
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from hosl_flower.perturb import Direction, Layout, as_matrix_shape, row_chunks
-from hosl_flower.rounding import rounding_seed, store
+from hosl_flower.gradient import Gradient
+from hosl_flower.perturb import as_matrix_shape, row_chunks
+from hosl_flower.rounding import store
 from hosl_flower.zo import to_float32
 
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
@@ -32,14 +34,9 @@ class Optimizer(Protocol):
     """What the state of a client submodel asks of its optimizer."""
 
     def step(
-        self,
-        parameters: Mapping[str, Tensor],
-        layout: Layout,
-        seeds: Sequence[int],
-        scalars: Sequence[float],
-        learning_rate: float,
+        self, parameters: Mapping[str, Tensor], gradient: Gradient, learning_rate: float
     ) -> None:
-        """One update of the parameters, in place, directions regenerated from their seeds."""
+        """One update of the parameters, in place."""
 
     def tensors(self) -> list[Tensor]:
         """The state, tensor by tensor."""
@@ -61,39 +58,33 @@ def moments_of(name: str) -> int:
     return {"sgd": 0, "adamw": 2}[name]
 
 
-def _draw(
-    parameters: Mapping[str, Tensor], layout: Layout, seeds: Sequence[int]
-) -> list[Direction]:
-    device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
-    return [layout.draw(seed, device) for seed in seeds]
+def _device(parameters: Mapping[str, Tensor]) -> torch.device:
+    return next(iter(parameters.values())).device if parameters else torch.device("cpu")
 
 
 class Sgd:
-    """theta -= learning_rate * sum_q scalars[q] * s(seeds[q]). No gradient buffer.
+    """theta -= learning_rate * sum_q scalars[q] * term_q. No gradient buffer.
 
-    A chunk of rows of one parameter is updated by all directions in turn. Each coefficient is
+    A chunk of rows of one parameter is updated by all terms in turn. Each coefficient is
     rounded to float32 first, then added in the order given; a 16-bit parameter is rounded
     once, at the end, at random (rounding.py).
     """
 
     @torch.no_grad()
     def step(
-        self,
-        parameters: Mapping[str, Tensor],
-        layout: Layout,
-        seeds: Sequence[int],
-        scalars: Sequence[float],
-        learning_rate: float,
+        self, parameters: Mapping[str, Tensor], gradient: Gradient, learning_rate: float
     ) -> None:
-        directions = _draw(parameters, layout, seeds)
-        coefficients = [to_float32(learning_rate * scalar) for scalar in scalars]
+        terms = [
+            (to_float32(learning_rate * scalar), term)
+            for scalar, term in gradient.terms(_device(parameters))
+        ]
         for name, parameter in parameters.items():
             for start, block in row_chunks(_matrix(parameter)):
                 work = block if block.dtype == torch.float32 else block.float()
-                for direction, coefficient in zip(directions, coefficients, strict=True):
-                    direction.subtract_(work, name, start, coefficient)
+                for coefficient, term in terms:
+                    term.subtract_(work, name, start, coefficient)
                 if work is not block:
-                    store(block, work, rounding_seed(seeds), name, start)
+                    store(block, work, gradient.rounding_seed, name, start)
 
     def tensors(self) -> list[Tensor]:
         return []
@@ -106,8 +97,8 @@ class Sgd:
 
 
 class AdamW:
-    """Adam on the reconstructed gradient, a chunk of rows at a time: no gradient buffer, two
-    moments per element."""
+    """Adam on the gradient, a chunk of rows at a time: no gradient buffer of its own, two moments
+    per element."""
 
     def __init__(self) -> None:
         self.steps = 0
@@ -115,31 +106,26 @@ class AdamW:
 
     @torch.no_grad()
     def step(
-        self,
-        parameters: Mapping[str, Tensor],
-        layout: Layout,
-        seeds: Sequence[int],
-        scalars: Sequence[float],
-        learning_rate: float,
+        self, parameters: Mapping[str, Tensor], gradient: Gradient, learning_rate: float
     ) -> None:
         self.steps += 1
-        directions = _draw(parameters, layout, seeds)
+        terms = gradient.terms(_device(parameters))
         rate = learning_rate / (1 - _BETA1**self.steps)
         spread = 1 / math.sqrt(1 - _BETA2**self.steps)
         for name, parameter in parameters.items():
             m, v = (_matrix(moment) for moment in self._moments(name, parameter))
             for start, block in row_chunks(_matrix(parameter)):
                 rows = slice(start, start + block.shape[0])
-                gradient = torch.zeros_like(block, dtype=torch.float32)
-                for direction, scalar in zip(directions, scalars, strict=True):
-                    direction.subtract_(gradient, name, start, -scalar)
-                m[rows].mul_(_BETA1).add_(gradient.mul(1 - _BETA1))
-                v[rows].mul_(_BETA2).add_(gradient.mul_(gradient).mul_(1 - _BETA2))
+                g = torch.zeros_like(block, dtype=torch.float32)
+                for scalar, term in terms:
+                    term.subtract_(g, name, start, -scalar)
+                m[rows].mul_(_BETA1).add_(g.mul(1 - _BETA1))
+                v[rows].mul_(_BETA2).add_(g.mul_(g).mul_(1 - _BETA2))
                 scale = v[rows].sqrt().mul_(spread).add_(_EPSILON)
                 work = block if block.dtype == torch.float32 else block.float()
                 work.sub_(m[rows].mul(rate).div_(scale))
                 if work is not block:
-                    store(block, work, rounding_seed(seeds), name, start)
+                    store(block, work, gradient.rounding_seed, name, start)
 
     def _moments(self, name: str, parameter: Tensor) -> tuple[Tensor, Tensor]:
         if name not in self.moments:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hosl_flower.errors import ConfigError, DivergedError, UnusableBatchError
 from hosl_flower.messages import Activations
-from hosl_flower.split import HEAD, ServerSubmodel, trainable_parameters
+from hosl_flower.split import AUXILIARY, HEAD, ServerSubmodel, trainable_parameters
 
 
 @dataclass
@@ -67,6 +67,8 @@ class Score:
         return float(self.confusion.sum(1).max()) / self.examples
 
 
+ANSWERS = "answer_rows"  # the answer words' rows of the LM head, among the trained parameters
+
 _DIVERGED = (
     "the server's logits are not finite, training has diverged; lower server-learning-rate or "
     "client-learning-rate"
@@ -82,7 +84,7 @@ class Piece(NamedTuple):
 
 
 class Server:
-    """The server submodel and its optimizer.
+    """The server submodel and its optimizer. trained: its trained parameters, by name.
 
     verbalizer_ids: token ids of the answer words, by label. optimizer: "sgd" or "adamw".
     trainable: "full", "blocks" or "lora", see split.trainable_parameters. Raises ConfigError when
@@ -108,7 +110,10 @@ class Server:
         submodel.requires_grad_(False)
         for parameter in trained.values():
             parameter.requires_grad_(True)
-        own = [*trained.values()] + ([self.answer_rows] if trainable == "full" else [])
+        if trainable == "full":
+            trained[ANSWERS] = self.answer_rows
+        self.trained = trained
+        own = list(trained.values())
         if not own:
             raise ConfigError(
                 f"server-trainable = {trainable} leaves the server nothing to train at this cut: "
@@ -217,7 +222,17 @@ class Server:
 
     def trained_count(self) -> int:
         """Number of trained elements."""
-        return sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
+        return sum(parameter.numel() for parameter in self.trained.values())
+
+    @torch.no_grad()
+    def adopt_head(self, parameters: Mapping[str, Tensor]) -> None:
+        """Take over final norm and answer rows from a client's auxiliary head (head.py)."""
+        self.answer_rows.copy_(parameters[f"{AUXILIARY}rows"])
+        decoder = f"{AUXILIARY}decoder."
+        for name, value in parameters.items():
+            if name.startswith(decoder):
+                own = name.removeprefix(decoder)
+                self.submodel.decoder.get_parameter(own).copy_(value)
 
 
 def _unusable(logits: Tensor, pieces: Sequence[Piece]) -> set[int]:

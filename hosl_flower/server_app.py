@@ -38,18 +38,23 @@ def main(grid: Grid, context: Context) -> None:
 
 def load_strategy(config: RunConfig) -> SplitStrategy:
     """The strategy a config names; ConfigError when it is not there or not one."""
-    module_name, _, class_name = config.strategy.partition(":")
+    return strategy_class(config.strategy)(config)
+
+
+def strategy_class(reference: str) -> type[SplitStrategy]:
+    """What "module:class" refers to; ConfigError when it is not there or no strategy."""
+    module_name, _, class_name = reference.partition(":")
     try:
         cls = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError, TypeError) as error:
         raise ConfigError(
-            f"strategy = {config.strategy!r} cannot be loaded ({error}); it must be "
+            f"strategy = {reference!r} cannot be loaded ({error}); it must be "
             "'module:class' of a package installed where the ServerApp runs"
         ) from error
     is_strategy = isinstance(cls, type) and issubclass(cls, SplitStrategy)
     if not is_strategy or inspect.isabstract(cls):
-        raise ConfigError(f"strategy = {config.strategy!r} is not a SplitStrategy with a step")
-    return cls(config)
+        raise ConfigError(f"strategy = {reference!r} is not a SplitStrategy with a step")
+    return cls
 
 
 def log_to_stderr() -> None:

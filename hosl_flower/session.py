@@ -14,6 +14,7 @@ from hosl_flower.client import new_state
 from hosl_flower.codec import encode
 from hosl_flower.config import RunConfig
 from hosl_flower.errors import CheckpointError, ConfigError
+from hosl_flower.head import attach_head
 from hosl_flower.history import History
 from hosl_flower.messages import Described
 from hosl_flower.perturb import derive_seed, permutation
@@ -28,6 +29,7 @@ from hosl_flower.spec import (
     use_threads,
 )
 from hosl_flower.split import (
+    AUXILIARY,
     Base,
     ClientSubmodel,
     check_cut,
@@ -36,7 +38,6 @@ from hosl_flower.split import (
     load_client,
     load_server,
     open_base,
-    trainable_parameters,
 )
 from hosl_flower.tasks import Encoder, load_tokenizer
 
@@ -133,25 +134,33 @@ class Session:
     def client_counts(self) -> tuple[int, int]:
         """(all, trainable) elements of the client submodel, without loading it."""
         skeleton = client_skeleton(self.base.config, self.spec.cut_layer, self.spec.lora)
-        trainable = trainable_parameters(skeleton, self.spec.client_trainable)
-        return count(skeleton.canonical_parameters()), count(trainable)
+        held = count(skeleton.canonical_parameters())
+        trained = self.history.state.parameters
+        return held + count({n: p for n, p in trained.items() if n.startswith(AUXILIARY)}), count(
+            trained
+        )
 
     def trained_client(self) -> ClientSubmodel:
         """The client submodel as it is now, made from the base checkpoint and the history."""
-        submodel = _load_client(self.base, self.spec)
+        submodel = _load_client(self.base, self.spec, self.encoder)
         new_state(submodel, self.spec).restore(self.history.snapshot())
         return submodel
 
 
-def _load_client(base: Base, spec: ClientSpec) -> ClientSubmodel:
-    return load_client(base, spec.cut_layer, torch_dtype(spec.dtype), "cpu", spec.lora)
+def _load_client(base: Base, spec: ClientSpec, encoder: Encoder) -> ClientSubmodel:
+    client = load_client(base, spec.cut_layer, torch_dtype(spec.dtype), "cpu", spec.lora)
+    if spec.client_head:
+        attach_head(client, base, encoder.verbalizer_ids, "cpu")
+    return client
 
 
-def open_session(config: RunConfig, run: str, required_clients: int) -> Session:
+def open_session(
+    config: RunConfig, run: str, required_clients: int, client_head: bool = False
+) -> Session:
     """Settle, check and load everything on the server's side; raises a HoslError before any
     client is asked for anything. required_clients: without so many the run does not start."""
     use_threads(config.threads)
-    resolved: Resolved = resolve(config, run)
+    resolved: Resolved = resolve(config, run, client_head)
     spec = resolved.spec
     for line in resolved.notice.splitlines():  # the first lines of the log: not to be missed
         log.warning(line)
@@ -177,7 +186,7 @@ def open_session(config: RunConfig, run: str, required_clients: int) -> Session:
             "random weights; use merged"
         )
     # only the trainable parameters outlive this line: the rest of the submodel is let go
-    history = History(new_state(_load_client(base, spec), spec), spec.genesis)
+    history = History(new_state(_load_client(base, spec, encoder), spec), spec.genesis)
     if not history.state.elements:
         raise ConfigError(
             f"client-trainable = {config.client_trainable} leaves the client nothing to train at "

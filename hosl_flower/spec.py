@@ -39,7 +39,8 @@ class ClientSpec:
     """The agreement between server and clients of one run.
 
     run: names the run, so that a process that serves two never mixes them.
-    source: of the data, see data.load_source. seed: see config.
+    source: of the data, see data.load_source. seed: see config. client_head: whether the client has
+    an auxiliary head (head.py), which the method decides.
     """
 
     run: str
@@ -51,6 +52,7 @@ class ClientSpec:
     threads: Threads
     client_trainable: Trainable
     client_quantization: Quantization
+    client_head: bool
     client_optimizer: Optimizer
     lora_rank: Positive
     lora_alpha: Alpha
@@ -94,6 +96,8 @@ class ClientSpec:
             parts += [self.lora_rank, self.lora_alpha, self.lora_targets]
         if self.client_quantization != "none":
             parts.append(self.client_quantization)
+        if self.client_head:
+            parts.append("head")
         return "|".join(map(str, parts))
 
     @property
@@ -115,7 +119,7 @@ class Resolved:
     notice: str
 
 
-def resolve(config: RunConfig, run: str) -> Resolved:
+def resolve(config: RunConfig, run: str, client_head: bool = False) -> Resolved:
     """Settle which model and data a run uses, on the server, before anything is loaded.
 
     Without hub and cache, and with offline-fallback, a hub model becomes its architecture with
@@ -149,10 +153,11 @@ def resolve(config: RunConfig, run: str) -> Resolved:
         model=model,
         task=config_task,
         source=source if _is_no_path(source) else _absolute(source),
+        client_head=client_head,
         **{
             name: getattr(config, name)
             for name in ClientSpec.__dataclass_fields__
-            if name not in ("run", "model", "task", "source")
+            if name not in ("run", "model", "task", "source", "client_head")
         },
     )
     return Resolved(spec, _banner(notes))

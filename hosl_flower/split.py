@@ -26,6 +26,7 @@ from hosl_flower.quantize import is_quantised, place, to_int8
 from hosl_flower.weights import Checkpoint, RandomWeights, WeightSource
 
 HEAD = "lm_head.weight"
+AUXILIARY = "head."  # what names of a client's auxiliary head start with (head.py)
 RANDOM = "random:"
 
 
@@ -37,13 +38,13 @@ class Submodel(nn.Module):
         super().__init__()
         self.decoder = decoder
         self.lora = lora
-        self._prefix = family.decoder_prefix
+        self.prefix = family.decoder_prefix
         self.eval()
 
     def canonical(self, name: str) -> str:
         """Own parameter name -> name in the unsplit model's state dict, or of an adapter."""
         name = lora_canonical(name)
-        return f"{self._prefix}{name[8:]}" if name.startswith("decoder.") else name
+        return f"{self.prefix}{name[8:]}" if name.startswith("decoder.") else name
 
     def canonical_parameters(self) -> dict[str, nn.Parameter]:
         """Every parameter of this side by its name in the unsplit model, sorted by name."""
@@ -55,7 +56,22 @@ class Submodel(nn.Module):
 
 
 class ClientSubmodel(Submodel):
-    """Embeddings and the first `cut` blocks."""
+    """Embeddings and the first `cut` blocks; an auxiliary head where the method has one."""
+
+    def __init__(self, decoder: nn.Module, family: Family, lora: Lora | None = None):
+        super().__init__(decoder, family, lora)
+        self.head: nn.Module | None = None
+
+    @property
+    def hidden_size(self) -> int:
+        """H, the width of the activations."""
+        decoder: Any = self.decoder
+        return decoder.config.hidden_size
+
+    def merged_parameters(self) -> dict[str, Tensor]:
+        """As the base's; the auxiliary head is no part of the model."""
+        tensors = super().merged_parameters()
+        return {name: t for name, t in tensors.items() if not name.startswith(AUXILIARY)}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """ids [B, S] int64, mask [B, S] (1 = token) -> activations [B, S, H]."""
@@ -218,7 +234,7 @@ def _materialise(
     submodel: Submodel, base: Base, dtype: torch.dtype, device: str, quantization: str = "none"
 ) -> None:
     """Fill a skeleton tensor by tensor, straight into the final dtype and device."""
-    embedding = _embedding_name(base.config)
+    embedding = embedding_name(base.config)
     for name, empty in list(submodel.named_parameters()):
         wanted = submodel.canonical(name)
         owner, _, attribute = name.rpartition(".")
@@ -241,7 +257,8 @@ def _materialise(
         setattr(module, attribute, parameter)
 
 
-def _embedding_name(config: PretrainedConfig) -> str:
+def embedding_name(config: PretrainedConfig) -> str:
+    """Canonical name of the token embedding."""
     return f"{family_of(config).decoder_prefix}embed_tokens.weight"
 
 
@@ -250,14 +267,14 @@ def trainable_parameters(submodel: Submodel, trainable: str) -> dict[str, nn.Par
 
     trainable: "full" (all of it, as in HOSL), "blocks" (embeddings, final norm and head
     frozen, which on a client of OPT-125M cut at 5 leaves half the dimensions to estimate) or
-    "lora" (adapters only).
+    "lora" (adapters only). A client's auxiliary head is always trained.
     """
     parameters = submodel.canonical_parameters()
     if trainable == "full":
         return parameters
     if trainable == "lora":
-        return {name: p for name, p in parameters.items() if is_adapter(name)}
-    return {name: p for name, p in parameters.items() if ".layers." in name}
+        return {n: p for n, p in parameters.items() if is_adapter(n) or n.startswith(AUXILIARY)}
+    return {n: p for n, p in parameters.items() if ".layers." in n or n.startswith(AUXILIARY)}
 
 
 def count(parameters: Mapping[str, Tensor]) -> int:

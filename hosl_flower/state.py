@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hosl_flower.gradient import Gradient, Seeded
 from hosl_flower.ledger import Entry, chain, fingerprint, first_digest
 from hosl_flower.optimizer import make_optimizer, moments_of
 from hosl_flower.perturb import Layout
@@ -77,15 +78,19 @@ class ClientState:
     def apply(self, entries: Iterable[Entry]) -> None:
         """Make the updates of ledger entries, bit for bit as everywhere else."""
         for entry in entries:
-            self.update(entry.seeds, entry.scalars, entry.learning_rate)
+            self.update(self.seeded(entry.seeds, entry.scalars), entry.learning_rate)
             self.position, self.digest = self.position + 1, chain(self.digest, entry.pack())
             self._step = entry.step
             if self.elements <= _TRAIL_ELEMENTS:
                 self.mark()
 
-    def update(self, seeds: Sequence[int], scalars: Sequence[float], learning_rate: float) -> None:
+    def seeded(self, seeds: Sequence[int], scalars: Sequence[float]) -> Seeded:
+        """The gradient estimate of these directions and projected gradients."""
+        return Seeded(self.layout, seeds, scalars)
+
+    def update(self, gradient: Gradient, learning_rate: float) -> None:
         """One optimizer step that is in no ledger (yet)."""
-        self.optimizer.step(self.parameters, self.layout, seeds, scalars, learning_rate)
+        self.optimizer.step(self.parameters, gradient, learning_rate)
         self.updates += 1
 
     def mark(self) -> Mark:

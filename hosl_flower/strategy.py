@@ -22,26 +22,36 @@ from hosl_flower.report import Report, Results, log
 from hosl_flower.session import Session, open_session
 from hosl_flower.training import train
 
+_RARE = ("server-steps", "upload-every")  # keys a method must say it uses
+
 
 class SplitStrategy(Strategy):
     """Subclass it with a `name`, `steps` and `activations_per_step`; see strategies/hosl.py.
 
     unused: run-config keys the method does not look at; setting one is an error, not a wish
-    silently ignored. tolerates_absence: steps go on without clients that are not there.
+    silently ignored. uses: keys that it does look at, of those few methods do. tolerates_absence:
+    steps go on without clients that are not there. client_head: clients have an auxiliary head.
     """
 
     name = "split"
     unused: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()
+    client_head = False
     tolerates_absence = False
 
     def __init__(self, config: RunConfig):
         self.config = config
-        defaults = parse_config({}).as_keys()
-        idle = [k for k in self.unused if config.as_keys()[k] != defaults[k]]
+        defaults = parse_config({"dtype": config.dtype}).as_keys()
+        idle = [k for k in self.idle_keys() if config.as_keys()[k] != defaults[k]]
         if idle:
             raise ConfigError(
                 f"{self.name} does not use {', '.join(idle)}: leave it at its default"
             )
+
+    @classmethod
+    def idle_keys(cls) -> list[str]:
+        """Run-config keys that the method does not look at."""
+        return [*cls.unused, *(key for key in _RARE if key not in cls.uses)]
 
     @property
     def required_clients(self) -> int:
@@ -57,6 +67,12 @@ class SplitStrategy(Strategy):
         of them at the weights before the first.
         """
 
+    def check(self, session: Session) -> None:  # most methods fit every model
+        """ConfigError where model and method do not go together, before training starts."""
+
+    def settle(self, session: Session) -> None:  # most have nothing left to do
+        """Called before every evaluation and before the model is saved."""
+
     @abstractmethod
     def activations_per_step(self) -> tuple[int, int]:
         """How many activation-sized tensors [B, S, H] go (up, down) per step."""
@@ -67,8 +83,7 @@ class SplitStrategy(Strategy):
         """Run on Flower. Model, steps and deadlines come from the run config; the weights stay
         in the run directory, so `initial_arrays` and `Result.arrays` are not used."""
         report = Report(self.config)
-        session = open_session(self.config, run, self.required_clients)
-        self.summary()
+        session = self._open(run)
         link = open_link(
             grid,
             self.config,
@@ -85,10 +100,15 @@ class SplitStrategy(Strategy):
     def run_in_process(self) -> Results:
         """The same run without Flower, clients called directly: same numbers, no network."""
         report = Report(self.config)
-        session = open_session(self.config, "in-process", self.required_clients)
-        self.summary()
+        session = self._open("in-process")
         link = InProcessLink(Client(session.spec), session.history, session.limits)
         return train(self, session, link, report)
+
+    def _open(self, run: str) -> Session:
+        session = open_session(self.config, run, self.required_clients, self.client_head)
+        self.check(session)
+        self.summary()
+        return session
 
     def summary(self) -> None:
         """Log the strategy and the settings that differ from the defaults."""

@@ -1,8 +1,12 @@
 """Surrogates a client can evaluate alone: the scalar functions its probes are taken of.
 
+    linear     <lambda, f_c(x)>, of the loss gradient at the cut            (HO-SFL)
+    head_loss  the loss of the client's own auxiliary head                  (HERON-SFL, DeComFL)
+
 HOSL's surrogate, the true loss, needs the server and lives in strategies/hosl.py.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +17,8 @@ from hosl_flower.codec import decode
 from hosl_flower.zo import Point
 
 _CHUNK_ELEMENTS = 1 << 16  # multiplied in float64 at a time: small enough to stay in cache
+
+Surrogate = Callable[[Sequence[Point]], Iterator[float]]
 
 # Activations [b, S, H] of consecutive sequences of a batch, with the number of the first.
 Pieces = Iterable[tuple[int, Tensor]]
@@ -37,6 +43,11 @@ class Cotangent:
         """
         return sum(self._inner(first, piece) for first, piece in pieces)
 
+    def dense(self, rows: slice) -> Tensor:
+        """Some sequences' lambda [b, S, H], float32."""
+        gradient = decode(self.payload[rows], self.scales[rows], torch.float32)
+        return gradient * self.scale if self.scale != 1 else gradient
+
     def _inner(self, first: int, piece: Tensor) -> float:
         rows = slice(first, first + piece.shape[0])
         payload, scales = self.payload[rows].flatten(0, 1), self.scales[rows].flatten()
@@ -54,7 +65,7 @@ class Cotangent:
 
 def linear(
     pieces: Callable[[Point], Pieces], gradient: Cotangent, anchor: float | None = None
-) -> Callable[[Sequence[Point]], Iterator[float]]:
+) -> Surrogate:
     """HO-SFL's surrogate <lambda, f_c(x; theta)> (arXiv 2603.14773).
 
     pieces: activations at a point. anchor: the value at theta itself, where it is known. The
@@ -67,6 +78,25 @@ def linear(
                 yield anchor
             else:
                 yield gradient.inner(pieces(point))
+
+    return values
+
+
+def head_loss(
+    losses: Callable[[Point], Iterable[float]], note: Callable[[float], object]
+) -> Surrogate:
+    """The mean loss of the auxiliary head (arXiv 2601.09076).
+
+    losses: each example's at a point, float64. note: is told the value at theta itself.
+    """
+
+    def values(points: Sequence[Point]) -> Iterator[float]:
+        for point in points:
+            own = list(losses(point))
+            value = math.fsum(own) / len(own)
+            if point.coefficient == 0:
+                note(value)
+            yield value
 
     return values
 

@@ -52,6 +52,9 @@ class Method(Protocol):
     def activations_per_step(self) -> tuple[int, int]:
         """How many activation-sized tensors [B, S, H] go (up, down) per step."""
 
+    def settle(self, session: Session) -> None:
+        """Called before every evaluation and before the model is saved."""
+
 
 def train(method: Method, session: Session, link: Link, report: Report) -> Results:
     """Run a method from the first step to the saved model; what is in results.json."""
@@ -62,6 +65,7 @@ def train(method: Method, session: Session, link: Link, report: Report) -> Resul
     if config.evaluation == "central":
         judge = InProcessLink(Client(session.spec), session.history, session.limits)
     report.open(method, session)
+    method.settle(session)
     report.evaluated(0, evaluate(session, judge, 0), session)
     for steps in grouped(config.steps, config.steps_per_message, config.eval_every):
         started = time.perf_counter()
@@ -84,6 +88,7 @@ def train(method: Method, session: Session, link: Link, report: Report) -> Resul
             link.flush()
             check_clients(session, link, session.unchecked, step)
             session.unchecked.clear()
+            method.settle(session)
             report.evaluated(step, evaluate(session, judge, step), session)
     return finish(method, session, link, report)
 

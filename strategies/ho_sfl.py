@@ -39,7 +39,7 @@ from hosl_flower.aggregate import make_aggregate
 from hosl_flower.cohort import Cohort, Question
 from hosl_flower.ledger import Entry
 from hosl_flower.link.base import Link
-from hosl_flower.messages import CutGradient, Forward
+from hosl_flower.messages import CutGradient, Forward, Request
 from hosl_flower.perturb import derive_seed
 from hosl_flower.session import Session
 from hosl_flower.strategy import SplitStrategy
@@ -86,7 +86,6 @@ class HoSfl(SplitStrategy):
         self, session: Session, link: Link, cohorts: Sequence[Cohort]
     ) -> tuple[list[float], Question]:
         """Phases 1 to 3: the losses, and the clients' answers to their cut gradients."""
-        config = session.config
         forward, probe = Question(session, link), Question(session, link)
 
         # 1: clean activations
@@ -94,22 +93,12 @@ class HoSfl(SplitStrategy):
         for cohort in cohorts:
             for m in cohort.partitions:
                 batches[cohort.step, m] = session.next_batch(m)
-                at = session.at(cohort.step, m)
+                at = self.at(session, cohort.step, m)
                 forward.add(Forward(**at, batch=batches[cohort.step, m]))
 
         # 3: each client probes <lambda, f_c>, as soon as it has its lambda
         def send(step: int, m: int, gradient: Tensor) -> None:
-            probe.send(
-                self.request(
-                    **session.at(step, m),
-                    batch=batches[step, m],
-                    directions=config.directions,
-                    seeds=tuple(s for own in self.seeds(session, step, m) for s in own),
-                    epsilon=config.epsilon,
-                    learning_rate=config.client_learning_rate,
-                    **session.for_wire(gradient),
-                )
-            )
+            probe.send(self.ask(session, step, m, batches[step, m], gradient))
 
         # 2: one step of the server on all clients' activations
         losses = [
@@ -117,6 +106,25 @@ class HoSfl(SplitStrategy):
             for cohort in cohorts
         ]
         return losses, probe
+
+    def at(self, session: Session, step: int, partition: int) -> dict[str, Any]:
+        """Where a client must be to answer."""
+        return session.at(step, partition)
+
+    def ask(
+        self, session: Session, step: int, partition: int, batch: int, gradient: Tensor
+    ) -> Request:
+        """What a client is asked when its loss gradient at the cut is there."""
+        config = session.config
+        return self.request(
+            **self.at(session, step, partition),
+            batch=batch,
+            directions=config.directions,
+            seeds=tuple(s for own in self.seeds(session, step, partition) for s in own),
+            epsilon=config.epsilon,
+            learning_rate=config.client_learning_rate,
+            **session.for_wire(gradient),
+        )
 
     def seeds(self, session: Session, step: int, partition: int) -> list[list[int]]:
         """Seeds [E][P] of a client's local steps."""

@@ -42,6 +42,7 @@ def ho_sfl(model_directory, data, cut, prompt, answers, config):
     """Training losses [steps], aggregated scalars [steps][P], held-out accuracy, client, server.
 
     config: steps, batch, clients, sampled, directions, epsilon, lr, optimizer, lora, seed, kind.
+    first_order: clients back-propagate their cut gradients instead of probing (SplitFed).
     """
     tokenizer = AutoTokenizer.from_pretrained(model_directory)
     client = AutoModelForCausalLM.from_pretrained(model_directory)
@@ -83,8 +84,8 @@ def ho_sfl(model_directory, data, cut, prompt, answers, config):
         mask = torch.tensor([[0] * (width - len(t)) + [1] * len(t) for t in tokens])
         return ids, mask, torch.tensor([label for _, label in rows])
 
-    def forward(ids, mask):
-        with torch.no_grad():
+    def forward(ids, mask, graph=False):
+        with torch.set_grad_enabled(graph):
             return client(ids, attention_mask=mask, output_hidden_states=True).hidden_states[cut]
 
     def logits(h, ids, mask):
@@ -144,7 +145,15 @@ def ho_sfl(model_directory, data, cut, prompt, answers, config):
             means.append(mean)
         server_step.step()
         # 4: every client takes the same optimizer step
-        for n, w in theta_c.items():
+        exact = [torch.zeros_like(w) for w in theta_c.values()]
+        for m, (ids, mask, _) in batches.items() if config.get("first_order") else ():
+            own = torch.autograd.grad(
+                forward(ids, mask, graph=True), list(theta_c.values()), cuts[m]
+            )
+            exact = [g + weights[m] * o for g, o in zip(exact, own, strict=True)]
+        for w, g in zip(theta_c.values(), exact, strict=True):
+            w.grad = g
+        for n, w in () if config.get("first_order") else theta_c.items():
             parts_ = [
                 v * direction(n, w, s, config["kind"]) for v, s in zip(means, seeds, strict=True)
             ]

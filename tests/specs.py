@@ -14,7 +14,7 @@ _DEFAULTS: dict[str, Any] = {
     "run": "r", "model": "random:opt-tiny", "cut_layer": 1, "dtype": "float32", "device": "cpu",
     "codec": "exact",
     "threads": 1, "client_trainable": "blocks", "client_optimizer": "sgd",
-    "client_quantization": "none", "lora_rank": 4,
+    "client_quantization": "none", "client_head": False, "lora_rank": 4,
     "lora_alpha": 16.0, "lora_targets": "q_proj,v_proj", "perturbation": "rank1",
     "task": TASKS["sms-spam"], "source": "bundled:sms_spam", "num_clients": 2,
     "partitioner": "iid", "dirichlet_alpha": 0.5, "partition_column": "", "min_partition_size": 1,

@@ -24,7 +24,9 @@ from hosl_flower.messages import (
     REPLIES,
     REQUESTS,
     Activations,
+    Adopt,
     Applied,
+    Backward,
     Behind,
     CatchUp,
     Change,
@@ -33,14 +35,20 @@ from hosl_flower.messages import (
     Described,
     Evaluate,
     Failure,
+    Fetch,
     Fingerprint,
     Fingerprinted,
     Forward,
+    Gradient,
+    HeadProbe,
+    LocalStep,
     LocalTrain,
     Losses,
     Probe,
     Restore,
     Scalars,
+    Stepped,
+    Weights,
 )
 from hosl_flower.tensors import DTYPES, raw_bytes, tensor_from_bytes
 from hosl_flower.wire import from_wire, to_wire, wire_bytes
@@ -73,6 +81,9 @@ CUT = {
     "scales": torch.empty(0), "scale": 0.5,
 }  # fmt: skip
 
+PROBE = (*AT, "batch", "directions", "seeds", "epsilon", "learning_rate")
+BACKWARD = (*AT, "batch", "gradient", "scales", "scale")
+
 ALL = [
     Describe(**AT),
     Forward(**AT, batch=4),
@@ -85,6 +96,11 @@ ALL = [
     CatchUp.of(ledger(), 0, 2, Forward(**AT, batch=4)),
     CutGradient(**CUT),
     LocalTrain(**CUT),
+    HeadProbe(**{key: CUT[key] for key in PROBE}),
+    Backward(**{key: CUT[key] for key in BACKWARD}, local=2),
+    LocalStep(**{key: CUT[key] for key in (*BACKWARD, "learning_rate")}, local=2),
+    Fetch(**AT, local=3),
+    Adopt(**AT, local=3, weights=D, digest_after=D),
     Restore(**AT, updates=2, weights=torch.randn(5).bfloat16(), moments=torch.randn(2, 5)),
     Fingerprint(**AT, since=1),
     Described(
@@ -95,6 +111,10 @@ ALL = [
     activations(activations=torch.randn(2, 3, 4).bfloat16()),
     Applied(**DONE, position=2, digest=D),
     Scalars(**DONE, scalars=torch.randn(2, 3)),
+    Scalars(**DONE, scalars=torch.randn(2, 3), loss=0.5),
+    Gradient(**DONE, gradient=torch.randn(5)),
+    Stepped(**DONE, local=3),
+    Weights(**DONE, updates=2, weights=torch.randn(5).bfloat16(), moments=torch.randn(2, 5)),
     Change(**DONE, change=torch.randn(5)),
     Fingerprinted(**DONE, positions=(1, 2), fingerprints=(D, D)),
     Behind(**DONE, position=0, digest=D),

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hosl_flower.gradient import Seeded
 from hosl_flower.optimizer import Sgd
 from hosl_flower.perturb import DISTRIBUTIONS, Layout
 from hosl_flower.probe import perturbed
@@ -53,7 +54,7 @@ def test_a_probe_sees_what_written_weights_would_give(distribution):
     model = EveryUse()
     layout = layout_of(model, distribution)
     written = copy.deepcopy(model)
-    Sgd().step(named(written), layout, [5], [-1.0], C)
+    Sgd().step(named(written), Seeded(layout, [5], [-1.0]), C)
     with perturbed(named(model), layout.draw(5), C):
         probed = model(IDS)
     with torch.no_grad():
@@ -91,7 +92,9 @@ def test_only_listed_parameters_are_perturbed():
     some = {n: p for n, p in model.named_parameters() if n.startswith("norm")}
     layout = Layout({n: p.shape for n, p in some.items()})
     written = copy.deepcopy(model)
-    Sgd().step({n: p for n, p in written.named_parameters() if n in some}, layout, [5], [-1.0], C)
+    Sgd().step(
+        {n: p for n, p in written.named_parameters() if n in some}, Seeded(layout, [5], [-1.0]), C
+    )
     with perturbed(some, layout.draw(5), C):
         probed = model(IDS)
     with torch.no_grad():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from hosl_flower.gradient import Seeded
 from hosl_flower.optimizer import Sgd
 from hosl_flower.perturb import Layout
 from hosl_flower.rounding import store
@@ -90,7 +91,7 @@ def test_a_replay_rounds_as_the_training_did(dtype):
     for _ in range(2):
         weights = {n: w.clone() for n, w in start.items()}
         for seed in range(5):
-            Sgd().step(weights, layout, [seed, seed + 100], [0.5, -1.0], 1e-4)
+            Sgd().step(weights, Seeded(layout, [seed, seed + 100], [0.5, -1.0]), 1e-4)
         ends.append(weights)
     assert all(torch.equal(ends[0][n], ends[1][n]) for n in start)
     assert (ends[0]["b"] != start["b"]).any()

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from hosl_flower.errors import DriftError
+from hosl_flower.gradient import Seeded
 from hosl_flower.history import History
 from hosl_flower.ledger import Entry
 from hosl_flower.messages import CatchUp, Fingerprinted, Forward, Restore
@@ -45,7 +46,7 @@ def history(optimizer="sgd", entries=ENTRIES):
 def test_replay_is_training_bit_for_bit(optimizer, distribution, dtype):
     trained, replayed = (state(optimizer, distribution, dtype) for _ in range(2))
     for entry in ENTRIES:
-        trained.update(entry.seeds, entry.scalars, entry.learning_rate)
+        trained.update(trained.seeded(entry.seeds, entry.scalars), entry.learning_rate)
     replayed.apply(ENTRIES[:1])
     replayed.apply(ENTRIES[1:])  # in two halves: handed on from one client to the next
     assert torch.equal(trained.weights(), replayed.weights())
@@ -76,7 +77,7 @@ def test_one_adam_step_by_hand():
     # g = 2 s: m = 0.2 s, v = 0.004; bias-corrected 2 s and 4, so theta - 0.5 * 2 s / (2 + 1e-8)
     x = {"x": torch.zeros(5)}
     layout = Layout({"x": x["x"].shape})
-    AdamW().step(x, layout, [3], [2.0], 0.5)
+    AdamW().step(x, Seeded(layout, [3], [2.0]), 0.5)
     assert torch.allclose(x["x"], -0.5 * layout.draw(3).dense("x"), atol=1e-6)
 
 

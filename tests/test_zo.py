@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from hosl_flower.gradient import Seeded
 from hosl_flower.optimizer import Sgd
 from hosl_flower.perturb import DISTRIBUTIONS, Layout
 from hosl_flower.probe import perturbed
@@ -59,7 +60,7 @@ def test_a_quadratic_by_hand():
         (g,) = estimate(surrogate, [seed], 0.25)
         assert g == 3 * s[0] - s[1]
         updated = {"x": x.clone()}
-        Sgd().step(updated, layout, [seed], [g], 0.5)
+        Sgd().step(updated, Seeded(layout, [seed], [g]), 0.5)
         product = float(s[0] * s[1])
         assert updated["x"].tolist() == [3 - 0.5 * (3 - product), -1 - 0.5 * (3 * product - 1)]
 
@@ -116,7 +117,7 @@ def test_the_mean_over_many_seeds_is_the_gradient(small, distribution):
     before = {n: p.detach().clone() for n, p in small.named_parameters()}
     seeds = list(range(1500))
     scalars = estimate(surrogate_of(small, layout), seeds, 1e-3)
-    Sgd().step(dict(small.named_parameters()), layout, seeds, scalars, 1.0)
+    Sgd().step(dict(small.named_parameters()), Seeded(layout, seeds, scalars), 1.0)
     estimated = torch.cat([(before[n] - p.detach()).flatten() for n, p in small.named_parameters()])
     exact = torch.cat([p.grad.flatten() for _, p in small.named_parameters()])
     assert torch.cosine_similarity(estimated, exact, dim=0) > 0.95
@@ -131,7 +132,7 @@ def test_an_update_is_the_formula_to_the_last_bit(distribution):
     for seed, scalar in ((1, 0.3), (2, -1.7)):
         expected = expected - layout.draw(seed).dense("w") * to_float32(1e-2 * scalar)
     updated = {"w": weight.clone()}
-    Sgd().step(updated, layout, [1, 2], [0.3, -1.7], 1e-2)
+    Sgd().step(updated, Seeded(layout, [1, 2], [0.3, -1.7]), 1e-2)
     assert torch.equal(updated["w"], expected)
 
 
@@ -140,9 +141,9 @@ def test_an_update_does_not_depend_on_its_chunks(dtype, monkeypatch):
     weight = torch.randn(100, 33, generator=torch.Generator().manual_seed(3)).to(dtype)
     layout = Layout({"w": weight.shape}, "signs")
     whole, chunked = {"w": weight.clone()}, {"w": weight.clone()}
-    Sgd().step(whole, layout, [1, 2], [0.3, -1.7], 1e-2)
+    Sgd().step(whole, Seeded(layout, [1, 2], [0.3, -1.7]), 1e-2)
     monkeypatch.setattr("hosl_flower.perturb._CHUNK_ELEMENTS", 70)
-    Sgd().step(chunked, layout, [1, 2], [0.3, -1.7], 1e-2)
+    Sgd().step(chunked, Seeded(layout, [1, 2], [0.3, -1.7]), 1e-2)
     assert torch.equal(whole["w"], chunked["w"])
 
 

@@ -19,7 +19,9 @@ from hosl_flower.checks import (
     check_change,
     check_described,
     check_fingerprints,
+    check_gradient,
     check_scalars,
+    check_weights,
 )
 from hosl_flower.codec import decode
 from hosl_flower.errors import ClientError, DriftError, ProtocolError
@@ -27,7 +29,9 @@ from hosl_flower.history import History
 from hosl_flower.memory import PHASES
 from hosl_flower.messages import (
     Activations,
+    Adopt,
     Applied,
+    Backward,
     Behind,
     CatchUp,
     Change,
@@ -36,9 +40,14 @@ from hosl_flower.messages import (
     Described,
     Evaluate,
     Failure,
+    Fetch,
     Fingerprint,
     Fingerprinted,
     Forward,
+    Gradient,
+    HeadProbe,
+    LocalProbe,
+    LocalStep,
     LocalTrain,
     Losses,
     Message,
@@ -47,6 +56,8 @@ from hosl_flower.messages import (
     Request,
     Restore,
     Scalars,
+    Stepped,
+    Weights,
 )
 from hosl_flower.tensors import DTYPES
 from hosl_flower.wire import wire_bytes
@@ -59,6 +70,11 @@ _ANSWERS: dict[type[Request], type[Reply]] = {
     Losses: Applied,
     CutGradient: Scalars,
     LocalTrain: Change,
+    HeadProbe: Scalars,
+    Backward: Gradient,
+    LocalStep: Stepped,
+    Fetch: Weights,
+    Adopt: Applied,
     CatchUp: Applied,
     Restore: Applied,
     Fingerprint: Fingerprinted,
@@ -186,8 +202,18 @@ class Link(ABC):
         index = attempts = 0
         while index < len(sent):
             reply = self._next(partition, sent[index], stream)
+            if isinstance(reply, Behind) and sent[index].local:
+                if not isinstance(sent[index], Adopt):
+                    raise ClientError(
+                        f"{self._where(partition, sent[index])}: the client no longer has the "
+                        f"weights of its {sent[index].local} local step(s); it starts again from "
+                        "the next averaging"
+                    )
+                if index + 1 == len(sent):
+                    return
             if isinstance(reply, Behind) and attempts < _CATCH_UPS:
-                index += isinstance(sent[index], CatchUp | Restore)  # another will replace it
+                # another will replace it
+                index += isinstance(sent[index], CatchUp | Restore | Adopt)
                 rest, lead = sent[index:], max(0, lead - index) + 1
                 sent, stream = self._resend(partition, rest, reply, attempts)
                 index, attempts = 0, attempts + 1
@@ -265,10 +291,18 @@ class Link(ABC):
                 check_described(reply, self.limits)
             case _, Activations():
                 check_activations(reply, self.limits)
-            case CutGradient(), Scalars():
+            case LocalProbe(), Scalars():
                 check_scalars(reply, request)
             case _, Change():
                 check_change(reply, self.history.state.elements)
+            case _, Gradient():
+                check_gradient(reply, self.history.state.elements)
+            case _, Weights():
+                check_weights(reply, self.history.state)
+            case _, Stepped() if reply.local != request.local + 1:
+                raise ProtocolError(
+                    f"expected {request.local + 1} local steps, the client is at {reply.local}"
+                )
             case Fingerprint(), Fingerprinted():
                 check_fingerprints(reply, request)
 

@@ -17,7 +17,16 @@ from hosl_flower.history import History
 from hosl_flower.link.base import Link
 from hosl_flower.link.nodes import Node, Nodes
 from hosl_flower.link.records import pack, unpack_replies
-from hosl_flower.messages import Evaluate, Failure, Forward, LocalTrain, Reply, Request
+from hosl_flower.messages import (
+    Backward,
+    Evaluate,
+    Failure,
+    Fetch,
+    Forward,
+    LocalTrain,
+    Reply,
+    Request,
+)
 from hosl_flower.spec import ClientSpec
 from hosl_flower.tensors import DTYPES
 from hosl_flower.wire import to_wire
@@ -102,8 +111,10 @@ class GridLink(Link):
             limits = self.limits
             item = DTYPES[limits.dtype].itemsize
             size = max(size, limits.batch * limits.length * limits.hidden * item)
-        if isinstance(request, LocalTrain):
-            size = max(size, 4 * self.history.state.elements)
+        if isinstance(request, LocalTrain | Backward | Fetch):
+            state = self.history.state
+            moments = state.moments if isinstance(request, Fetch) else 0
+            size = max(size, 4 * state.elements * (1 + moments))
         return size
 
     def _send_and_wait(self, parts: Mapping[Node, Part]) -> dict[Node, Message]:

@@ -17,6 +17,7 @@ from functools import partial
 
 import torch
 
+from hosl_flower.gradient import Seeded
 from hosl_flower.optimizer import Sgd
 from hosl_flower.perturb import DISTRIBUTIONS, Layout
 from hosl_flower.probe import perturbed
@@ -55,7 +56,7 @@ def main() -> None:
                 client(ids, mask)
 
         def update(layout: Layout = layout) -> None:
-            Sgd().step(parameters, layout, [1], [1e-6], 1e-6)
+            Sgd().step(parameters, Seeded(layout, [1], [1e-6]), 1e-6)
 
         work |= {f"probe_{distribution}": probe, f"update_{distribution}": update}
     for batch in BATCHES if "--quick" not in sys.argv else BATCHES[:4]:

@@ -1,0 +1,53 @@
+"""Where a process's client state is between two averagings of weights (LocalStep).
+
+A local step moves the client's own weights, which no ledger knows. A device that serves one
+client holds no second copy for that: its weights are simply further on. A process that serves
+several keeps the others' weights, and those they all started from, while it works for one.
+"""
+
+from hosl_flower.requests import Request
+from hosl_flower.state import ClientState, Snapshot
+
+_Key = tuple[int, int]  # partition and its local steps
+_TRUNK: _Key = (-1, 0)  # what all clients share: the ledger's weights
+
+
+class Branches:
+    """The states of the clients of one process, one of them in place."""
+
+    def __init__(self, state: ClientState):
+        self.state = state
+        self.clear()
+
+    def clear(self) -> None:
+        """The state in place is the ledger's; nothing else is kept."""
+        self._here = _TRUNK
+        self._kept: dict[_Key, Snapshot] = {}
+        self._asked: set[int] = set()  # partitions that have been at these shared weights
+
+    @property
+    def on_trunk(self) -> bool:
+        """Whether the state in place is the ledger's."""
+        return self._here == _TRUNK
+
+    def enter(self, request: Request) -> bool:
+        """Put the state a request is for in place. False when it is not here: it was another
+        process's, or this one has moved on from it."""
+        key = (request.partition, request.local) if request.local else _TRUNK
+        if key == _TRUNK:
+            self._asked.add(request.partition)
+        if key == self._here:
+            return True
+        if key not in self._kept:
+            return False
+        self._kept[self._here] = self.state.snapshot()
+        self.state.roll_back(self._kept.pop(key))
+        self._here = key
+        return True
+
+    def leave(self, request: Request) -> None:
+        """To be called before a local step of the request's client: what others still need of
+        the state in place is kept."""
+        if self.on_trunk and len(self._asked) > 1:
+            self._kept[_TRUNK] = self.state.snapshot()
+        self._here = (request.partition, request.local + 1)

@@ -1,0 +1,114 @@
+"""Running the cells of an experiment: several processes, none twice."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn as Eta
+
+from hosl_flower.config import parse_config
+from hosl_flower.errors import ConfigError, HoslError
+from hosl_flower.experiment import Cell, Experiment, Keys, grid, trials
+
+
+class CellError(HoslError):
+    """A run of an experiment failed."""
+
+
+def run_all(cells: Sequence[Cell], out: Path, processes: int, flower_app: str, what: str) -> None:
+    """Run what is not finished, `processes` at a time. Raises CellError with the last lines of the
+    first run that failed; the others that had begun are finished."""
+    todo = [cell for cell in cells if not is_finished(cell, out)]
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        Eta(),
+    )
+    with (
+        Progress(*columns, console=Console(stderr=True)) as progress,
+        ThreadPoolExecutor(processes) as pool,
+    ):
+        task = progress.add_task(what, total=len(cells), completed=len(cells) - len(todo))
+
+        def work(cell: Cell) -> None:
+            _run(cell, out, processes, flower_app)
+            progress.advance(task)
+            progress.console.print(f"{cell.name}: {_summary(out / cell.name)}")
+
+        futures = [pool.submit(work, cell) for cell in todo]
+        done, waiting = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in waiting:
+            future.cancel()
+        for future in done:
+            future.result()
+
+
+def is_finished(cell: Cell, out: Path) -> bool:
+    """Whether the cell's results are there. ConfigError when they are of another configuration."""
+    directory = out / cell.name
+    if not (directory / "results.json").is_file():
+        return False
+    found = json.loads((directory / "config.json").read_text())["config"]
+    wanted = parse_config(dict(cell.keys)).as_keys()
+    free = ("run-name", "output-dir", "threads")
+    differ = [k for k, v in wanted.items() if k not in free and found.get(k, v) != v]
+    if differ:
+        raise ConfigError(
+            f"{directory} holds a run with another {', '.join(differ)}; choose another output "
+            "directory, or remove that one"
+        )
+    return True
+
+
+def _run(cell: Cell, out: Path, processes: int, flower_app: str) -> None:
+    """One cell in a process of its own; an unfinished attempt is put out of the way."""
+    directory = out / cell.name
+    if directory.exists():
+        stale = next(p for i in range(1000) if not (p := out / f"{cell.name}.failed{i}").exists())
+        directory.rename(stale)
+    out.mkdir(parents=True, exist_ok=True)
+    own: Keys = {"run-name": cell.name, "output-dir": str(out)}
+    if "threads" not in cell.keys:
+        own["threads"] = max(1, (os.cpu_count() or 1) // processes)
+    # all keys, so that a Flower app's own values do not come in between
+    keys = parse_config({**cell.keys, **own}).as_keys()
+    request = json.dumps({"keys": keys, "flower_app": flower_app})
+    done = subprocess.run(
+        [sys.executable, "-m", "hosl_flower.cell"], input=request, text=True, capture_output=True
+    )
+    (out / f"{cell.name}.log").write_text(done.stderr)
+    if done.returncode or not (directory / "results.json").is_file():
+        last = "\n  ".join(done.stderr.strip().splitlines()[-5:])
+        raise CellError(f"{cell.name} failed; the end of {out / cell.name}.log:\n  {last}")
+
+
+def _summary(directory: Path) -> str:
+    results = json.loads((directory / "results.json").read_text())
+    return (
+        f"accuracy {results['accuracy']:.4f}, loss {results['loss']:.4f}, "
+        f"{results['wall_seconds']:.0f} s"
+    )
+
+
+def choose(experiment: Experiment, out: Path) -> Iterator[tuple[tuple[str, str], Keys, list[Any]]]:
+    """((variant, method), best setting, [setting and held-out loss of every trial]) of what was
+    tuned; best is the lowest final held-out loss."""
+    losses: dict[tuple[str, str], list[float]] = {}
+    for cell in trials(experiment):
+        method = cell.method.rpartition("-tune")[0]
+        results = json.loads((out / cell.name / "results.json").read_text())
+        losses.setdefault((cell.variant, method), []).append(results["loss"])
+    for (variant, method), found in losses.items():
+        settings = list(grid(experiment, method))
+        best = settings[min(range(len(found)), key=found.__getitem__)]
+        table = [{**s, "loss": loss} for s, loss in zip(settings, found, strict=True)]
+        yield (variant, method), best, table

@@ -1,0 +1,44 @@
+"""`python -m hosl_flower compare`: tune, run, tabulate and draw an experiment."""
+
+import json
+import logging
+from pathlib import Path
+
+from hosl_flower.cells import choose, is_finished, run_all
+from hosl_flower.comparison import csv_text, markdown, rows
+from hosl_flower.comparison_plot import draw_comparison
+from hosl_flower.experiment import Keys, cells, read_experiment, trials
+
+log = logging.getLogger("hosl_flower")
+
+
+def compare(path: Path, out: Path, processes: int) -> str:
+    """Everything the experiment asks for that is not in `out` yet; the table, as Markdown.
+
+    Writes tuned.json, results.md, results.csv and curves-<variant>.png beside the run
+    directories. Raises ConfigError before anything is run, CellError when a run fails.
+    """
+    experiment = read_experiment(path)
+    app, out = experiment.flower_app, out.absolute()
+    for cell in trials(experiment):
+        is_finished(cell, out)  # refused now rather than hours later
+    if trials(experiment):
+        run_all(trials(experiment), out, processes, app, "tuning")
+    chosen: dict[tuple[str, str], Keys] = {}
+    record = []
+    for (variant, method), best, table in choose(experiment, out):
+        chosen[variant, method] = best
+        record.append({"variant": variant, "method": method, "chosen": best, "trials": table})
+    own = cells(experiment, chosen)
+    run_all(own, out, processes, app, "runs")
+    table = rows(experiment, own, out)
+    text = markdown(experiment, table)
+    if record:
+        (out / "tuned.json").write_text(json.dumps(record, indent=1) + "\n")
+    (out / "results.md").write_text(text)
+    (out / "results.csv").write_text(csv_text(experiment, own, out))
+    for variant in experiment.variants:
+        name = f"curves-{variant}.png" if variant else "curves.png"
+        title = f"{path.stem} {variant}".strip()
+        draw_comparison(out / name, title, [row for row in table if row.variant == variant])
+    return text

@@ -1,0 +1,53 @@
+"""The pictures of a comparison: curves against steps, bytes and client forwards; final losses."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # a server has no display
+
+from matplotlib import pyplot
+
+from hosl_flower.comparison import Outcome, Row
+
+_AXES: tuple[tuple[str, Callable[[Outcome, int], float]], ...] = (
+    ("step", lambda run, step: step),
+    ("MB up and down", lambda run, step: step * (run.bytes_up + run.bytes_down) / 1e6),
+    ("client forward-equivalents", lambda run, step: step * run.forwards),
+)
+
+
+def draw_comparison(path: Path, title: str, rows: Sequence[Row]) -> None:
+    """Held-out loss and accuracy of one variant's methods, mean over seeds with its range."""
+    figure, grid = pyplot.subplots(2, len(_AXES), figsize=(15, 8), layout="constrained")
+    figure.suptitle(title)
+    for column, (label, scale) in enumerate(_AXES):
+        for place, (what, index) in enumerate((("loss", 1), ("accuracy", 2))):
+            axes = grid[place][column]
+            for number, row in enumerate(rows):
+                _draw(axes, row, scale, index, number)
+            axes.set(xlabel=label, ylabel=f"held-out {what}")
+            if column:
+                axes.set_xscale("log")
+            axes.grid(alpha=0.3)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _draw(
+    axes: pyplot.Axes, row: Row, scale: Callable[[Outcome, int], float], index: int, number: int
+) -> None:
+    points = list(zip(*(run.curve for run in row.runs), strict=True))
+    run = row.runs[0]
+    xs = [scale(run, at[0][0]) for at in points]
+    if max(xs) <= 0:  # nothing crosses the network
+        return
+    values = [[one[index] for one in at] for at in points]
+    style = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--"}
+    axes.plot(xs, [statistics.fmean(v) for v in values], label=row.method, **style)
+    low, high = [min(v) for v in values], [max(v) for v in values]
+    axes.fill_between(xs, low, high, alpha=0.12, color=style["color"], linewidth=0)

@@ -1,0 +1,196 @@
+"""What a client computes of a mini-batch: activations, scalars, gradients. No ledger here."""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hosl_flower.backprop import flat, gradients
+from hosl_flower.codec import encode, has_scales
+from hosl_flower.errors import ProtocolError
+from hosl_flower.forward import HERE, Forwards, put_together
+from hosl_flower.gradient import Dense
+from hosl_flower.local import local_steps
+from hosl_flower.memory import Meter
+from hosl_flower.partition import DataPool
+from hosl_flower.perturb import derive_seed
+from hosl_flower.requests import (
+    Backward,
+    CutGradient,
+    Evaluate,
+    Forward,
+    HeadProbe,
+    LocalStep,
+)
+from hosl_flower.spec import ClientSpec
+from hosl_flower.split import ClientSubmodel
+from hosl_flower.state import ClientState
+from hosl_flower.surrogate import Cotangent, Pieces, Surrogate, head_loss, linear
+from hosl_flower.tasks import Batch
+from hosl_flower.zo import Point
+
+_ANCHOR_BYTES = 256 << 20  # clean activations kept for the cut gradient's return, all partitions
+
+
+class _Anchor(NamedTuple):
+    """A mini-batch and its activations at the weights as they are, which the cut gradient will be
+    about. All are let go when the weights move."""
+
+    batch: Batch
+    activations: Tensor
+
+
+class Compute:
+    """The work of one client process at the weights in `state`."""
+
+    def __init__(
+        self,
+        spec: ClientSpec,
+        submodel: ClientSubmodel,
+        state: ClientState,
+        pool: DataPool,
+        meter: Meter,
+        device: str,
+    ):
+        self.spec, self.submodel, self.state = spec, submodel, state
+        self.pool, self.meter, self.device = pool, meter, device
+        self.forwards = Forwards(submodel, state, device, spec.client_micro_batch)
+        self.hidden: int = submodel.hidden_size
+        # by partition and number of the mini-batch
+        self._anchors: OrderedDict[tuple[int, int], _Anchor] = OrderedDict()
+
+    def moved(self) -> None:
+        """The weights are others now."""
+        self._anchors.clear()
+
+    def train_batch(self, request: Forward, number: int = 0) -> Batch:
+        """The mini-batch of a request, or a later one."""
+        data = self.pool.client(request.partition)
+        return data.train_batch(request.batch + number, self.spec.batch_size)
+
+    def evaluate(self, request: Evaluate) -> dict[str, Any]:
+        """Activations of a held-out batch."""
+        data = self.pool.client(request.partition)
+        batch = data.held_out_batch(request.batch, self.spec.eval_batch_size)
+        return self.activations("forward", batch)
+
+    def phase(self, name: str, size: int, *held: Tensor) -> AbstractContextManager[None]:
+        """Measures what runs within; held: tensors that live beside the client's own."""
+        return self.meter.phase(name, size, self._held(*held))
+
+    def _held(self, *more: Tensor) -> Iterator[Tensor]:
+        yield from self.submodel.parameters()
+        yield from self.submodel.buffers()
+        yield from self.state.optimizer.tensors()
+        yield from (anchor.activations for anchor in self._anchors.values())
+        yield from more
+
+    def activations(self, phase: str, batch: Batch, point: Point = HERE) -> dict[str, Any]:
+        """Of a mini-batch at a point around the weights."""
+        with self.phase(phase, batch.input_ids.numel()):
+            return self._reply(batch, self.forwards.pieces(batch, point))
+
+    def _reply(self, batch: Batch, pieces: Pieces) -> dict[str, Any]:
+        coded = ((first, encode(piece, self.spec.codec)) for first, piece in pieces)
+        activations, scales = put_together(coded, len(batch.input_ids))
+        return {
+            "activations": activations,
+            "scales": scales,
+            "attention_mask": batch.attention_mask.bool(),
+            "labels": batch.labels,
+        }
+
+    def clean(self, request: Forward) -> dict[str, Any]:
+        """Activations at theta itself, remembered for the cut gradient that may come back. With
+        micro-batches memory matters more than time: then they are computed again."""
+        batch = self.train_batch(request)
+        if self.spec.client_micro_batch:
+            return self.activations("forward", batch)
+        with self.phase("forward", batch.input_ids.numel()):
+            ((_, activations),) = self.forwards.pieces(batch)
+            reply = self._reply(batch, [(0, activations)])
+        self._anchors[request.partition, request.batch] = _Anchor(batch, activations)
+        while sum(a.activations.nbytes for a in self._anchors.values()) > _ANCHOR_BYTES:
+            self._anchors.popitem(last=False)
+        return reply
+
+    def _anchor(self, request: Backward) -> tuple[Batch, list[Tensor]]:
+        """What a cut gradient is about, and its clean activations if they are remembered: by a
+        new process they are not."""
+        anchor = self._anchors.pop((request.partition, request.batch), None)
+        if anchor is None:
+            batch, known = self.train_batch(request), []
+        else:
+            batch, known = anchor.batch, [anchor.activations]
+        scales = request.gradient.shape[:2] if has_scales(self.spec.codec) else (0,)
+        if request.scales.shape != torch.Size(scales):
+            raise ProtocolError(
+                f"cut gradient: expected scales {list(scales)}, got {list(request.scales.shape)}"
+            )
+        expected = [*batch.input_ids.shape, self.hidden]
+        if list(request.gradient.shape) != expected:
+            raise ProtocolError(
+                f"cut gradient: expected {expected}, the shape of this "
+                f"client's activations, got {list(request.gradient.shape)}"
+            )
+        return batch, known
+
+    def _cotangent(self, request: Backward) -> Cotangent:
+        return Cotangent(
+            request.gradient.to(self.device), request.scales.to(self.device), request.scale
+        )
+
+    def probe_linear(self, request: CutGradient) -> tuple[list[list[float]], Tensor | None]:
+        """Probe <lambda, f_c> (HO-SFL); see local.py."""
+        batch, known = self._anchor(request)
+        with self.phase("probe", batch.input_ids.numel(), request.gradient, *known):
+            gradient = self._cotangent(request)
+            anchor = gradient.inner((0, z) for z in known) if known else None
+            known.clear()  # one number is all the probes need of it
+
+            def surrogate(step: int) -> Surrogate:
+                pieces = self.forwards.pieces
+                return linear(lambda p: pieces(batch, p), gradient, None if step else anchor)
+
+            return local_steps(self.state, surrogate, request)
+
+    def probe_head(self, request: HeadProbe) -> tuple[list[list[float]], float]:
+        """Probe the auxiliary head's loss, each local step on the next mini-batch (HERON-SFL);
+        the scalars, and the loss before the steps."""
+        first = self.train_batch(request)
+        clean: list[float] = []
+
+        def surrogate(step: int) -> Surrogate:
+            batch = self.train_batch(request, step) if step else first
+            return head_loss(lambda point: self.forwards.losses(batch, point), clean.append)
+
+        with self.phase("probe", first.input_ids.numel()):
+            scalars, _ = local_steps(self.state, surrogate, request)
+        return scalars, clean[0]
+
+    def gradient(self, request: Backward) -> Tensor:
+        """The client's gradient by back-propagation: float32 [n] on the CPU, in name order."""
+        return flat(self._gradients(request), self.state.parameters)
+
+    def local_step(self, request: LocalStep) -> None:
+        """One step of the client's own optimizer, in place."""
+        own = self._gradients(request)
+        seed = derive_seed(self.spec.seed, "local", request.step, request.partition)
+        self.moved()
+        with self.phase("update", 1, *own.values()):
+            self.state.update(Dense(own, seed), request.learning_rate)
+
+    def _gradients(self, request: Backward) -> dict[str, Tensor]:
+        batch, known = self._anchor(request)
+        known.clear()  # the pass is run again, with its graph
+        with self.phase("backward", batch.input_ids.numel(), request.gradient):
+            return gradients(
+                self.submodel,
+                self.state.parameters,
+                batch,
+                self._cotangent(request),
+                self.spec.client_micro_batch,
+            )

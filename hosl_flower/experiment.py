@@ -1,0 +1,161 @@
+"""An experiment: methods x variants x seeds of one comparison, read from a TOML file.
+
+    seeds = [0, 1, 2]
+    control = "frozen"             # gap closed: 0 is this method,
+    reference = "split-fo"         # 1 is this one
+    target-accuracy = 0.75         # for the columns "steps / bytes / seconds to target"
+
+    [config]                       # run-config keys of every cell
+    [variants.cut2]                # keys of one column of cells: cuts, partitions, tasks ...
+    [methods.ho-sfl]               # keys of one method
+    tune = { client-learning-rate = [1e-4, 1e-3, 1e-2] }
+    [tuning]                       # how the best of a grid is found: on a seed of its own, so
+    seed = 100                     # on other held-out examples and another data order
+    steps = 300
+
+Every method that is tuned is tuned on the same number of settings. A key of [config] or of a
+variant that a method does not look at is left out for that method. Paths in the file are relative
+to the directory the command is run in, as in a run config.
+"""
+
+import itertools
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hosl_flower.config import Scalar, parse_config
+from hosl_flower.errors import ConfigError
+from hosl_flower.server_app import load_strategy, strategy_class
+
+Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
+Keys = dict[str, Any]
+_STRICT = ConfigDict(
+    extra="forbid", frozen=True, alias_generator=lambda name: name.replace("_", "-")
+)
+
+
+class Tuning(BaseModel):
+    """seed: none of the experiment's. steps: of a trial; the budget is the same for all."""
+
+    model_config = _STRICT
+    seed: int = Field(ge=0)
+    steps: int = Field(ge=1)
+
+
+class Experiment(BaseModel):
+    """The file, checked. variants and methods: name -> run-config keys."""
+
+    model_config = _STRICT
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    control: str = ""
+    reference: str = ""
+    target_accuracy: float = Field(0.0, ge=0, le=1)
+    flower_app: str = ""
+    config: Keys = {}
+    variants: dict[Name, Keys] = Field({"": {}}, min_length=1)
+    methods: dict[Name, Keys] = Field(min_length=1)
+    tuning: Tuning | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run. keys: its whole run config but for run-name and output-dir."""
+
+    variant: str
+    method: str
+    seed: int
+    keys: Mapping[str, Scalar]
+
+    @property
+    def name(self) -> str:
+        """Of its run directory."""
+        return "-".join(filter(None, (self.variant, self.method, f"seed{self.seed}")))
+
+
+def read_experiment(path: Path) -> Experiment:
+    """ConfigError, with everything that is wrong, before any cell is run."""
+    try:
+        experiment = Experiment(**tomllib.loads(path.read_text()))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read; expected an experiment in TOML") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is no TOML: {error}") from error
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg'].lower()}" for e in error.errors()]
+        raise ConfigError(f"{path} is no experiment:\n  " + "\n  ".join(lines)) from error
+    _check(experiment, path)
+    return experiment
+
+
+def _check(experiment: Experiment, path: Path) -> None:
+    for role in ("control", "reference"):
+        name = getattr(experiment, role)
+        if name and name not in experiment.methods:
+            raise ConfigError(
+                f"{path}: {role} = {name!r} is none of the methods {', '.join(experiment.methods)}"
+            )
+    sizes = {
+        m: len(list(grid(experiment, m))) for m, k in experiment.methods.items() if "tune" in k
+    }
+    if sizes and experiment.tuning is None:
+        raise ConfigError(f"{path}: {', '.join(sizes)} have a tune grid; say how in [tuning]")
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{method} {size}" for method, size in sizes.items())
+        raise ConfigError(f"{path}: every tuned method must have as many settings: {listed}")
+    if experiment.tuning is not None and experiment.tuning.seed in experiment.seeds:
+        raise ConfigError(
+            f"{path}: tuning.seed must be none of the seeds, it would favour that one"
+        )
+    for cell in itertools.chain(cells(experiment, {}), trials(experiment)):
+        where = f"{path}, {cell.name}"
+        load_strategy(parse_config(dict(cell.keys), where))
+
+
+def grid(experiment: Experiment, method: str) -> Iterator[Keys]:
+    """The settings a method is tuned over; one empty one when it is not."""
+    tune = experiment.methods[method].get("tune", {})
+    if not isinstance(tune, dict) or not all(isinstance(v, list) and v for v in tune.values()):
+        raise ConfigError(f"methods.{method}.tune: expected lists of values by run-config key")
+    for values in itertools.product(*tune.values()):
+        yield dict(zip(tune, values, strict=True))
+
+
+def _keys(experiment: Experiment, variant: str, method: str, seed: int, own: Keys) -> Keys:
+    """What is common to all methods is left out for one that does not look at it."""
+    given = {k: v for k, v in experiment.methods[method].items() if k != "tune"}
+    common = {**experiment.config, **experiment.variants[variant]}
+    strategy = {**common, **given}.get("strategy")
+    idle = strategy_class(str(strategy)).idle_keys() if strategy else []
+    common = {key: value for key, value in common.items() if key not in idle}
+    return {**common, **given, **own, "seed": seed, "save-model": False}
+
+
+def cells(experiment: Experiment, chosen: Mapping[tuple[str, str], Keys]) -> list[Cell]:
+    """Every run of the comparison, seed by seed. chosen: what tuning gave, by variant and method;
+    a grid's first setting where there is none yet."""
+    found = []
+    for seed, variant, method in itertools.product(
+        experiment.seeds, experiment.variants, experiment.methods
+    ):
+        own = chosen.get((variant, method)) or next(grid(experiment, method))
+        found.append(Cell(variant, method, seed, _keys(experiment, variant, method, seed, own)))
+    return found
+
+
+def trials(experiment: Experiment) -> list[Cell]:
+    """Every run of the tuning."""
+    found: list[Cell] = []
+    tuning = experiment.tuning
+    if tuning is None:
+        return found
+    for variant, method in itertools.product(experiment.variants, experiment.methods):
+        settings = list(grid(experiment, method))
+        for number, own in enumerate(settings if len(settings) > 1 else []):
+            steps = {"steps": tuning.steps, "eval-every": tuning.steps}
+            keys = _keys(experiment, variant, method, tuning.seed, {**own, **steps})
+            found.append(Cell(variant, f"{method}-tune{number}", tuning.seed, keys))
+    return found

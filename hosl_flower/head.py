@@ -1,0 +1,71 @@
+"""An auxiliary head on the client: from activations at the cut to a loss, without the server.
+
+Final norm and the answer words' rows of the LM head, as in the base model: HERON-SFL (arXiv
+2601.09076) reports that a head of LayerNorm and unembedding suffices. At cut-layer = number of
+blocks it makes the client submodel the whole model.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hosl_flower.split import (
+    AUXILIARY,
+    HEAD,
+    Base,
+    ClientSubmodel,
+    embedding_name,
+    server_skeleton,
+)
+
+ROWS = f"{AUXILIARY}rows"
+
+
+class AnswerHead(nn.Module):
+    """decoder: final norm, and projection where the family has one. rows: float32 [C, D]."""
+
+    def __init__(self, decoder: nn.Module, rows: Tensor):
+        super().__init__()
+        self.decoder = decoder
+        self.rows = nn.Parameter(rows)
+        self.eval()
+
+    def forward(self, activations: Tensor, attention_mask: Tensor) -> Tensor:
+        """activations [B, S, H], mask [B, S], left-padded -> answer logits float32 [B, C]."""
+        last = self.decoder(
+            inputs_embeds=activations[:, -1:].to(self.rows.dtype),
+            attention_mask=attention_mask[:, -1:],
+            use_cache=False,
+        ).last_hidden_state
+        return F.linear(last[:, -1], self.rows)
+
+
+def attach_head(
+    client: ClientSubmodel, base: Base, verbalizer_ids: Sequence[int], device: str
+) -> None:
+    """Give a client submodel a head of its own, float32, from the base checkpoint. Its parameters
+    are named "head.*" among the client's and are trained whatever else is."""
+    decoder = server_skeleton(base.config, base.blocks).decoder
+    for name, empty in list(decoder.named_parameters()):
+        owner, _, attribute = name.rpartition(".")
+        value = torch.empty(empty.shape, device=device)
+        base.source.fill(f"{client.prefix}{name}", value)
+        setattr(decoder.get_submodule(owner), attribute, nn.Parameter(value))
+    client.head = AnswerHead(decoder, _answer_rows(client, base, verbalizer_ids).to(device))
+
+
+def _answer_rows(client: ClientSubmodel, base: Base, verbalizer_ids: Sequence[int]) -> Tensor:
+    """Rows [C, D] of the LM head, float32. A tied head is the embedding, which is here."""
+    ids = torch.tensor(verbalizer_ids)
+    name = embedding_name(base.config)
+    tied = HEAD not in base.source and base.config.tie_word_embeddings
+    parameters = client.canonical_parameters()
+    if tied and parameters[name].is_floating_point() and type(parameters[name].data) is Tensor:
+        embedding = parameters[name].detach()
+        return embedding[ids.to(embedding.device)].float().clone()
+    width = getattr(base.config, "word_embed_proj_dim", base.config.hidden_size)
+    whole = torch.empty(base.config.vocab_size, width)
+    base.source.fill(name if tied else HEAD, whole)
+    return whole[ids].clone()

@@ -1,0 +1,132 @@
+"""What a client answers: see messages.py for the whole protocol."""
+
+from dataclasses import field
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from hosl_flower.memory import PHASES
+from hosl_flower.requests import STRICT, Count, Digest, Finite
+
+Peaks = Annotated[tuple[Count, ...], Field(min_length=len(PHASES), max_length=len(PHASES))]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Reply:
+    """seconds: of client compute; peak_bytes: resident set of the client's process so far;
+    tensor_peaks: of its tensors, in the order of memory.PHASES."""
+
+    kind: ClassVar[str]
+    step: Count
+    seconds: Finite
+    peak_bytes: Count
+    tensor_peaks: Peaks = field(default=(0,) * len(PHASES), kw_only=True)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Described(Reply):
+    """label_counts: training examples per label; memory_meter: what tensor_peaks measures."""
+
+    kind: ClassVar[str] = "described"
+    train_examples: Count
+    held_out_examples: Count
+    label_counts: tuple[Count, ...]
+    memory_meter: Literal["live_storages", "cuda_allocated"]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Activations(Reply):
+    """activations [B, S, H]; attention_mask [B, S] bool; labels [B] int64 in 0..C-1.
+
+    On the wire activations and scales are as the run's codec writes them; the link hands them
+    on decoded, without scales.
+    """
+
+    kind: ClassVar[str] = "activations"
+    activations: Tensor
+    scales: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True, config=STRICT)
+class Applied(Reply):
+    """The ledger position and digest the client is at now."""
+
+    kind: ClassVar[str] = "applied"
+    position: Count
+    digest: Digest
+
+
+@dataclass(frozen=True, config=STRICT)
+class Scalars(Reply):
+    """Projected gradients float32 [E, P] of the client's own surrogate, the 1/P inside. loss: of
+    the auxiliary head before the steps, where that is the surrogate."""
+
+    kind: ClassVar[str] = "scalars"
+    scalars: Tensor
+    loss: Finite = field(default=0.0, kw_only=True)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Change(Reply):
+    """Trainable weights after local training minus those before: float32 [n], in name order."""
+
+    kind: ClassVar[str] = "change"
+    change: Tensor
+
+
+@dataclass(frozen=True, config=STRICT)
+class Gradient(Reply):
+    """Loss gradient of the trainable parameters: float32 [n], in name order."""
+
+    kind: ClassVar[str] = "gradient"
+    gradient: Tensor
+
+
+@dataclass(frozen=True, config=STRICT)
+class Stepped(Reply):
+    """How many steps of its own the client has taken now."""
+
+    kind: ClassVar[str] = "stepped"
+    local: Count
+
+
+@dataclass(frozen=True, config=STRICT)
+class Weights(Reply):
+    """Trainable weights [n] in name order, in their dtype, and the state of the optimizer after
+    `updates` updates: moments float32 [k, n] (state.py)."""
+
+    kind: ClassVar[str] = "weights"
+    updates: Count
+    weights: Tensor
+    moments: Tensor
+
+
+@dataclass(frozen=True, config=STRICT)
+class Fingerprinted(Reply):
+    """Fingerprints (ledger.fingerprint) at the ledger positions the client has kept them of,
+    in order, that of the request last."""
+
+    kind: ClassVar[str] = "fingerprinted"
+    positions: tuple[Count, ...]
+    fingerprints: tuple[Digest, ...]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Behind(Reply):
+    """The client's ledger is this one, not the one the request is for: catch it up first."""
+
+    kind: ClassVar[str] = "behind"
+    position: Count
+    digest: Digest
+
+
+@dataclass(frozen=True, config=STRICT)
+class Failure(Reply):
+    """What went wrong on the client, in one line."""
+
+    kind: ClassVar[str] = "failure"
+    error: Annotated[str, Field(max_length=4000)]

@@ -1,0 +1,240 @@
+"""What the server asks a client: see messages.py for the whole protocol."""
+
+from dataclasses import field
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from hosl_flower.errors import ProtocolError
+from hosl_flower.ledger import Entry, Ledger, entries_from_columns
+from hosl_flower.state import Snapshot
+from hosl_flower.zo import Point
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+STRICT = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Request:
+    """step: training step it belongs to; partition: which client's data; position and digest:
+    the ledger it must be answered at; local: how many steps of its own the client has taken
+    since (LocalStep), which are in no ledger."""
+
+    kind: ClassVar[str]
+    step: Count
+    partition: Count
+    position: Count
+    digest: Digest
+    local: Count = field(default=0, kw_only=True)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Describe(Request):
+    """Answered at any position."""
+
+    kind: ClassVar[str] = "describe"
+
+
+@dataclass(frozen=True, config=STRICT)
+class Forward(Request):
+    """batch: number of the client's own mini-batch."""
+
+    kind: ClassVar[str] = "forward"
+    batch: Count
+
+
+@dataclass(frozen=True, config=STRICT)
+class Probe(Forward):
+    """At theta + coefficient * s(seed)."""
+
+    kind: ClassVar[str] = "probe"
+    seed: Count
+    coefficient: Finite
+
+    @property
+    def point(self) -> Point:
+        """Where the client submodel is evaluated."""
+        return Point(self.seed, self.coefficient)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Evaluate(Request):
+    """batch: number of the held-out batch."""
+
+    kind: ClassVar[str] = "evaluate"
+    batch: Count
+
+
+@dataclass(frozen=True, config=STRICT)
+class Losses(Request):
+    """Losses [2Q] of the probes +eps, -eps of each seed: the client makes its update of them.
+
+    digest_after: of the ledger with that update.
+    """
+
+    kind: ClassVar[str] = "losses"
+    seeds: tuple[Count, ...]
+    losses: tuple[Finite, ...]
+    epsilon: Finite
+    learning_rate: Finite
+    digest_after: Digest
+
+
+@dataclass(frozen=True, config=STRICT)
+class LocalProbe(Forward):
+    """Probe a surrogate that needs no server, from mini-batch `batch` on, with `directions` seeds
+    in each of len(seeds) / directions local steps. learning_rate: of the local updates between
+    the steps, which the client takes back at the end."""
+
+    directions: Annotated[int, Field(ge=1, lt=2**31)]
+    seeds: tuple[Count, ...]
+    epsilon: Finite
+    learning_rate: Finite
+
+    @property
+    def local_seeds(self) -> list[tuple[int, ...]]:
+        """Seeds of each local step; ProtocolError when they do not fit."""
+        steps, rest = divmod(len(self.seeds), self.directions)
+        if rest or not steps:
+            raise ProtocolError(
+                f"{self.kind}: {len(self.seeds)} seeds are no steps of {self.directions} directions"
+            )
+        size = self.directions
+        return [self.seeds[i * size : (i + 1) * size] for i in range(steps)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class HeadProbe(LocalProbe):
+    """The surrogate is the loss of the client's auxiliary head; each local step has a mini-batch
+    of its own, the next in turn."""
+
+    kind: ClassVar[str] = "head-probe"
+
+
+@dataclass(frozen=True, config=STRICT)
+class Backward(Forward):
+    """Loss gradient lambda [B, S, H] at the client's activations of mini-batch `batch`: the
+    client's parameters get theirs by back-propagation.
+
+    gradient, scales: lambda / scale, as the run's codec writes it (codec.py).
+    """
+
+    kind: ClassVar[str] = "backward"
+    gradient: Tensor
+    scales: Tensor
+    scale: Finite
+
+
+@dataclass(frozen=True, config=STRICT)
+class LocalStep(Backward):
+    """As Backward; the client's own optimizer takes a step along the gradient, in place."""
+
+    kind: ClassVar[str] = "local-step"
+    learning_rate: Finite
+
+
+@dataclass(frozen=True, config=STRICT)
+class CutGradient(LocalProbe, Backward):
+    """Loss gradient lambda at the activations: the surrogate is <lambda, f_c>. lambda and the
+    mini-batch are the same in all local steps."""
+
+    kind: ClassVar[str] = "cut-gradient"
+
+
+@dataclass(frozen=True, config=STRICT)
+class LocalTrain(CutGradient):
+    """As CutGradient; the client sends how its weights changed, then takes the change back."""
+
+    kind: ClassVar[str] = "local-train"
+
+
+@dataclass(frozen=True, config=STRICT)
+class Fetch(Request):
+    """Asks for the weights after `local` steps."""
+
+    kind: ClassVar[str] = "fetch"
+
+
+@dataclass(frozen=True, config=STRICT)
+class Adopt(Request):
+    """The weights after `local` steps are the run's: position + 1 is there. weights: their
+    fingerprint; digest_after: of the ledger there."""
+
+    kind: ClassVar[str] = "adopt"
+    weights: Digest
+    digest_after: Digest
+
+
+@dataclass(frozen=True, config=STRICT)
+class CatchUp(Request):
+    """Entries from `position` on, as columns: seeds int64 [n], scalars float32 [n] ..."""
+
+    kind: ClassVar[str] = "catch-up"
+    steps: tuple[Count, ...]
+    counts: tuple[Count, ...]
+    learning_rates: tuple[Finite, ...]
+    seeds: Tensor
+    scalars: Tensor
+
+    @classmethod
+    def of(cls, ledger: Ledger, start: int, stop: int, cause: Request) -> "CatchUp":
+        """The request that carries entries start..stop, so that `cause` can be answered."""
+        entries = ledger.since(start, stop)
+        return cls(
+            step=cause.step,
+            partition=cause.partition,
+            position=start,
+            digest=ledger.digest(start),
+            steps=tuple(entry.step for entry in entries),
+            counts=tuple(len(entry.seeds) for entry in entries),
+            learning_rates=tuple(entry.learning_rate for entry in entries),
+            seeds=torch.tensor([s for e in entries for s in e.seeds], dtype=torch.int64),
+            scalars=torch.tensor([s for e in entries for s in e.scalars], dtype=torch.float32),
+        )
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The ledger entries carried; ProtocolError when the columns do not fit together."""
+        try:
+            return entries_from_columns(
+                self.steps,
+                self.counts,
+                self.seeds.tolist(),
+                self.scalars.tolist(),
+                self.learning_rates,
+            )
+        except ValueError as error:
+            raise ProtocolError(f"catch-up: {error}") from error
+
+
+@dataclass(frozen=True, config=STRICT)
+class Restore(Request):
+    """The client state at `position` as weights [n] and optimizer moments [k, n] (state.py)."""
+
+    kind: ClassVar[str] = "restore"
+    updates: Count
+    weights: Tensor
+    moments: Tensor
+
+    @classmethod
+    def of(cls, snapshot: Snapshot, cause: Request) -> "Restore":
+        """The request that carries a snapshot, so that `cause` can be answered."""
+        return cls(step=cause.step, partition=cause.partition, **vars(snapshot))
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The state carried."""
+        return Snapshot(self.position, self.digest, self.updates, self.weights, self.moments)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Fingerprint(Request):
+    """Asks for the hashes of the trainable client parameters from position `since` on."""
+
+    kind: ClassVar[str] = "fingerprint"
+    since: Count

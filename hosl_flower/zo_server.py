@@ -1,0 +1,44 @@
+"""A server submodel that is trained without back-propagation, for the baselines that do so."""
+
+from collections.abc import Iterator, Sequence
+
+from hosl_flower.config import RunConfig
+from hosl_flower.gradient import Seeded
+from hosl_flower.messages import Activations
+from hosl_flower.optimizer import make_optimizer
+from hosl_flower.perturb import Layout
+from hosl_flower.probe import perturbed
+from hosl_flower.server import Server
+from hosl_flower.zo import Point, estimate
+
+
+class ZoServer:
+    """Zeroth-order steps of a server's trained parameters, with the client's estimator and
+    optimizers; the server's own optimizer is not used.
+
+    Run-config keys: epsilon, perturbation, server-optimizer, server-learning-rate.
+    """
+
+    def __init__(self, server: Server, config: RunConfig):
+        self.server, self.epsilon = server, config.epsilon
+        self.learning_rate = config.server_learning_rate
+        shapes = {name: p.shape for name, p in server.trained.items()}
+        self.layout = Layout(shapes, config.perturbation)
+        self.optimizer = make_optimizer(config.server_optimizer)
+
+    def step(self, batch: Activations, seeds: Sequence[int]) -> list[float]:
+        """One step along len(seeds) directions, probed on both sides; their projected gradients.
+
+        Raises DivergedError when a loss is not finite.
+        """
+
+        def true_loss(points: Sequence[Point]) -> Iterator[float]:
+            for point in points:
+                direction = self.layout.draw(point.seed, self.server.device)
+                with perturbed(self.server.trained, direction, point.coefficient):
+                    yield self.server.loss(batch)
+
+        scalars = estimate(true_loss, seeds, self.epsilon)
+        gradient = Seeded(self.layout, seeds, scalars)
+        self.optimizer.step(self.server.trained, gradient, self.learning_rate)
+        return scalars

@@ -1,0 +1,57 @@
+"""The control: the server trains, the clients do not.
+
+What a method's client half is worth is what it gains over this one, at the same data, server and
+number of steps. Phases 1 and 2 of strategies/ho_sfl.py (arXiv 2603.14773) without the rest: a
+client uploads clean activations and its weights stay those of the base checkpoint. No gradient
+comes down. A reviewer of HERON-SFL asked for this control; no paper on hybrid-order split learning
+that we know of reports it.
+"""
+
+from collections.abc import Sequence
+
+from hosl_flower.cohort import Cohort, Question
+from hosl_flower.link.base import Link
+from hosl_flower.messages import Forward
+from hosl_flower.session import Session
+from hosl_flower.strategy import SplitStrategy
+
+# What has no meaning where no client is trained.
+CLIENT_TRAINING = (
+    "directions",
+    "epsilon",
+    "perturbation",
+    "client-seeds",
+    "local-steps",
+    "client-optimizer",
+    "client-learning-rate",
+)
+
+
+class FrozenClient(SplitStrategy):
+    """Per step and client: activations up, nothing down.
+
+    Run-config keys: num-clients, clients-per-step, min-clients and the server's.
+    """
+
+    name = "frozen-client"
+    unused = ("turn-steps", "trim-fraction", *CLIENT_TRAINING)
+    tolerates_absence = True
+
+    def steps(self, session: Session, link: Link, steps: Sequence[int]) -> list[float]:
+        """One step of the server each; the weighted losses before it."""
+        absent = link.absent()
+        cohorts = [Cohort(session, step, session.sample(step, absent)) for step in steps]
+        question = Question(session, link)
+        for cohort in cohorts:
+            for m in cohort.partitions:
+                at = session.at(cohort.step, m)
+                question.add(Forward(**at, batch=session.next_batch(m)))
+        losses = []
+        for cohort in cohorts:
+            losses.append(cohort.train_server(question.answers(cohort)))
+            cohort.done()
+        return losses
+
+    def activations_per_step(self) -> tuple[int, int]:
+        """K up."""
+        return self.config.sampled_clients, 0

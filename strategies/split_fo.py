@@ -1,0 +1,138 @@
+"""Split first-order learning: clients back-propagate, as the server does.
+
+SplitFed (Thapa et al. 2022, arXiv 2004.12088, Algorithms 1 and 2) with one server model, and with
+client-trainable = server-trainable = lora SplitLoRA (Lin et al. 2024, arXiv 2407.00952). Phases 1
+and 2 are those of strategies/ho_sfl.py: activations up, lambda_m down. Then, by local-steps:
+
+    E = 1   synchronised every step, the fair rival of HO-SFL. Client m uploads the gradient
+            g_m = (d z_m / d theta_c)^T lambda_m, and one optimizer, the run's, takes a step along
+            sum_m w_m g_m. New weights go down.
+    E > 1   the published algorithm: client m takes E steps of its own, each on a mini-batch and
+            lambda_m of its own, with an optimizer that starts afresh; then weights are averaged,
+            theta_c <- sum_m w_m theta_c,m. The clients of those E steps stay the same.
+
+With one client its weights, and its optimizer's state, are simply the run's every E steps, so E
+changes what travels and not what is learnt; that is how one device would train. Clients must be
+able to back-propagate through their half: memory is that of training, which is what the
+zeroth-order methods spare.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hosl_flower.backprop import unflat
+from hosl_flower.cohort import Cohort, Question
+from hosl_flower.config import RunConfig
+from hosl_flower.errors import ConfigError
+from hosl_flower.gradient import Dense
+from hosl_flower.link.base import Link
+from hosl_flower.messages import Adopt, Backward, Fetch, LocalStep, Request, Weights
+from hosl_flower.perturb import derive_seed
+from hosl_flower.session import Session
+from strategies.ho_sfl import HoSfl
+
+
+class SplitFo(HoSfl):
+    """Per step and client: activations up, their gradient down; trainable weights up and down
+    every local-steps.
+
+    Run-config keys: num-clients, clients-per-step, min-clients, local-steps (E), client-optimizer
+    and the server's. eval-every and steps must be multiples of E.
+    """
+
+    name = "split-fo"
+    unused = (
+        "turn-steps",
+        "directions",
+        "epsilon",
+        "perturbation",
+        "client-seeds",
+        "aggregation",
+        "trim-fraction",
+        "steps-per-message",
+    )
+
+    def __init__(self, config: RunConfig):
+        super().__init__(config)
+        self.members: list[int] = []  # the clients between two averagings
+        for key, value in (("eval-every", config.eval_every), ("steps", config.steps)):
+            if value % config.local_steps:
+                raise ConfigError(
+                    f"{key} = {value} is no multiple of local-steps = {config.local_steps}: "
+                    "weights are only averaged every so many steps"
+                )
+
+    def local(self, step: int) -> int:
+        """Steps a client has taken on its own before this one."""
+        return (step - 1) % self.config.local_steps
+
+    def steps(self, session: Session, link: Link, steps: Sequence[int]) -> list[float]:
+        """These steps; the weighted losses before each."""
+        if self.config.local_steps == 1:
+            return super().steps(session, link, steps)
+        losses = []
+        for step in steps:
+            if not self.local(step):
+                self.members = session.sample(step, link.absent())
+            cohort = Cohort(session, step, self.members)
+            own, stepped = self.probe(session, link, [cohort])
+            stepped.answers(cohort)
+            losses += own
+            if self.local(step + 1) == 0:
+                self.average(session, link, cohort)
+            self.members = cohort.partitions
+            cohort.done()
+        return losses
+
+    def at(self, session: Session, step: int, partition: int) -> dict[str, Any]:
+        """Where a client must be to answer."""
+        return {**session.at(step, partition), "local": self.local(step)}
+
+    def ask(
+        self, session: Session, step: int, partition: int, batch: int, gradient: Tensor
+    ) -> Request:
+        """Back-propagate; with E > 1 take a step too."""
+        values = {
+            **self.at(session, step, partition),
+            "batch": batch,
+            **session.for_wire(gradient),
+        }
+        if self.config.local_steps == 1:
+            return Backward(**values)
+        return LocalStep(**values, learning_rate=self.config.client_learning_rate)
+
+    def merge(self, session: Session, cohort: Cohort, replies: dict[int, Any]) -> Dense:
+        """E = 1: the weighted mean of the clients' gradients."""
+        total = torch.zeros(session.history.state.elements, dtype=torch.float64)
+        for m, share in zip(cohort.partitions, cohort.weights, strict=True):
+            total.add_(replies.pop(m).gradient, alpha=share)
+        seed = derive_seed(session.config.seed, "descend", cohort.step)
+        return Dense(unflat(total.float(), session.history.state.parameters), seed)
+
+    def commit(self, session: Session, cohort: Cohort, update: Dense) -> None:
+        """E = 1: new weights for everybody."""
+        session.history.descend(cohort.step, update, session.config.client_learning_rate)
+
+    def average(self, session: Session, link: Link, cohort: Cohort) -> None:
+        """E > 1: the clients' weights become the run's."""
+        local = self.config.local_steps
+        question = Question(session, link)
+        for m in cohort.partitions:
+            question.add(Fetch(**session.at(cohort.step, m), local=local))
+        replies: dict[int, Weights] = question.answers(cohort)
+        history, members = session.history, cohort.partitions
+        if len(members) > 1:
+            total = torch.zeros(history.state.elements, dtype=torch.float64)
+            for m, share in zip(members, cohort.weights, strict=True):
+                total.add_(replies.pop(m).weights, alpha=share)
+            history.jump(cohort.step, total.to(history.state.weights_like().dtype))
+            return
+        (alone,) = members
+        before, own = session.at(cohort.step, alone), replies[alone]
+        history.jump(cohort.step, own.weights, own.moments, own.updates)
+        now = history.state.mark().fingerprint
+        after = history.ledger.digest()
+        link.post(Adopt(**before, local=local, weights=now, digest_after=after))

@@ -1,0 +1,71 @@
+"""Zeroth-order split learning on both sides: the ZO baseline of the hybrid-order papers.
+
+The client is HOSL's (strategies/hosl.py, arXiv 2601.10940): it probes the true loss. The server
+is zeroth-order too, and may take tau steps to a step of the client, as in MU-SplitFed (arXiv
+2510.21155), where that lets slow clients hold up less. One step:
+
+    1  the client uploads clean activations; tau times the server probes its own parameters with
+       Q directions u_q and steps,                         theta_s <- theta_s - eta_s sum_q g_q u_q
+       g_q = (L(theta_s + eps u_q) - L(theta_s - eps u_q)) / (2 eps Q)
+    2  the client probes theta_c +- eps s_q and uploads the activations; the server, as it is now,
+       answers with their losses
+    3  theta_c <- theta_c - eta_c sum_q g_q s_q
+
+Clients take turns as HOSL's do, where MU-SplitFed averages weights with a global learning rate.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from hosl_flower.checks import BatchKey, check_same_batch
+from hosl_flower.messages import Forward, Probe, Request
+from hosl_flower.perturb import derive_seed
+from hosl_flower.session import Session
+from hosl_flower.zo import probe_points, projected_gradients
+from hosl_flower.zo_server import ZoServer
+from strategies.hosl import Hosl, Probed
+
+
+class SplitZo(Hosl):
+    """Per step 2Q + 1 activations go up and 2Q losses come down.
+
+    Run-config keys: as HOSL's, and server-steps (tau); server-optimizer and server-learning-rate
+    are those of the server's zeroth-order steps, directions and epsilon those of both sides.
+    """
+
+    name = "split-zo"
+    uses = ("server-steps",)
+    server: ZoServer | None = None
+
+    def requests(self, session: Session, step: int) -> list[Request]:
+        """The clean forward first: the server moves before it answers the probes."""
+        client = session.turn(step)
+        at, batch = session.at(step, client), session.next_batch(client)
+        points = probe_points(self.seeds(step), self.config.epsilon)
+        probes = [
+            Probe(**at, batch=batch, seed=point.seed, coefficient=point.coefficient)
+            for point in points
+        ]
+        return [Forward(**at, batch=batch), *probes]
+
+    def step(self, session: Session, step: int, replies: Iterator[Any]) -> Probed:
+        """Phases 1 and 2."""
+        config = self.config
+        if self.server is None:
+            self.server = ZoServer(session.server, config)
+        clean = next(replies)
+        loss = session.server.loss(clean)
+        for turn in range(config.server_steps):
+            seeds = [
+                derive_seed(config.seed, "server-direction", step, turn, q)
+                for q in range(config.directions)
+            ]
+            self.server.step(clean, seeds)
+        batches, losses = [BatchKey.of(clean)], []
+        del clean
+        for _ in range(2 * config.directions):  # one activation held at a time
+            probe = next(replies)
+            batches.append(BatchKey.of(probe))
+            losses.append(session.server.loss(probe))
+        check_same_batch(batches, step)
+        return Probed(loss, losses, projected_gradients(losses, config.epsilon))

@@ -1,0 +1,242 @@
+"""The compare command: what is run, what is not run again, what the tables say."""
+
+import csv
+import json
+import math
+
+import pytest
+from runs import PROMPT, write_reviews
+from typer.testing import CliRunner
+
+from hosl_flower import cells as cells_module
+from hosl_flower.cell import main as cell_main
+from hosl_flower.cells import CellError, is_finished, run_all
+from hosl_flower.cli import cli
+from hosl_flower.comparison import Outcome, Row, _gap, markdown, outcome
+from hosl_flower.errors import ConfigError
+from hosl_flower.experiment import cells, read_experiment, trials
+
+EXPERIMENT = """
+seeds = [0, 1]
+control = "frozen"
+reference = "split-fo"
+target-accuracy = 0.01
+
+[config]
+model = "{model}"
+data-path = "{data}"
+task = "reviews"
+prompt = "{prompt}"
+verbalizers = "terrible,great"
+steps = 4
+eval-every = 2
+batch-size = 5
+max-length = 100
+device = "cpu"
+threads = 1
+client-trainable = "blocks"
+server-learning-rate = 1e-2
+
+[variants.cut1]
+cut-layer = 1
+[variants.cut2]
+cut-layer = 2
+
+[methods.frozen]
+strategy = "strategies.frozen_client:FrozenClient"
+[methods.ho-sfl]
+strategy = "strategies.ho_sfl:HoSfl"
+directions = 2
+tune = {{ client-learning-rate = [1e-4, 1e-3] }}
+[methods.split-fo]
+strategy = "strategies.split_fo:SplitFo"
+local-steps = 2
+tune = {{ client-learning-rate = [1e-3, 1e-2] }}
+
+[tuning]
+seed = 9
+steps = 2
+"""
+
+
+@pytest.fixture
+def experiment(tiny_opt, tmp_path):
+    """A file, and a function that changes it."""
+    model, _ = tiny_opt(vocab_size=50272, max_position_embeddings=128)
+    data = write_reviews(tmp_path / "reviews")
+    text = EXPERIMENT.format(model=model, data=data, prompt=PROMPT)
+    path = tmp_path / "tiny.toml"
+
+    def write(old="", new=""):
+        assert old in text
+        path.write_text(text.replace(old, new))
+        return path
+
+    write()
+    return write
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Cells are run here, not in processes of their own: seconds per start are spared."""
+    started = []
+
+    def run(command, input, **_):
+        started.append(json.loads(input)["keys"]["run-name"])
+        assert command[1:] == ["-m", "hosl_flower.cell"]
+        monkeypatch.setattr("sys.stdin", type("In", (), {"read": lambda self: input})())
+        cell_main()
+        return type("Done", (), {"returncode": 0, "stderr": ""})()
+
+    monkeypatch.setattr(cells_module.subprocess, "run", run)
+    monkeypatch.setattr("hosl_flower.report.draw_curve", lambda *_: None)
+    monkeypatch.setattr("hosl_flower.report.draw_partition", lambda *_: None)
+    return started
+
+
+def test_one_command_tunes_runs_and_tabulates_and_runs_nothing_twice(
+    experiment, in_this_process, tmp_path
+):
+    path, out = experiment(), tmp_path / "out"
+    done = CliRunner().invoke(cli, ["compare", str(path), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert len(in_this_process) == 2 * 2 * 2 + 2 * 2 * 3, "trials and runs"
+    assert (out / "results.md").read_text() in done.output
+    assert {p.name for p in out.glob("*.png")} == {"curves-cut1.png", "curves-cut2.png"}
+    lines = list(csv.DictReader((out / "results.csv").open()))
+    assert len(lines) == 12
+    results = json.loads((out / "cut2-ho-sfl-seed1" / "results.json").read_text())
+    (line,) = [
+        r for r in lines if (r["variant"], r["method"], r["seed"]) == ("cut2", "ho-sfl", "1")
+    ]
+    assert float(line["loss"]) == results["loss"]
+    kinds = ("forward", "cut-gradient", "catch-up")
+    down = sum(results["bytes_down"][k]["bytes"] for k in kinds if k in results["bytes_down"])
+    assert float(line["bytes_down"]) == down / 4
+    assert float(line["forwards"]) == 1 + 2
+
+    tuned = json.loads((out / "tuned.json").read_text())
+    assert [(t["variant"], t["method"]) for t in tuned][:2] == [
+        ("cut1", "ho-sfl"), ("cut1", "split-fo"),
+    ]  # fmt: skip
+    for one in tuned:
+        best = min(one["trials"], key=lambda trial: trial["loss"])
+        assert one["chosen"]["client-learning-rate"] == best["client-learning-rate"]
+        config = out / f"{one['variant']}-{one['method']}-seed0" / "config.json"
+        used = json.loads(config.read_text())["config"]
+        assert used["client-learning-rate"] == best["client-learning-rate"]
+
+    in_this_process.clear()
+    again = CliRunner().invoke(cli, ["compare", str(path), "--out", str(out)])
+    assert again.exit_code == 0
+    assert in_this_process == []
+    assert (out / "results.md").read_text() in again.output
+
+
+def test_a_run_that_stopped_halfway_is_run_again(experiment, in_this_process, tmp_path):
+    found, out = read_experiment(experiment()), tmp_path / "out"
+    (first, *_) = cells(found, {})
+    (out / first.name).mkdir(parents=True)
+    (out / first.name / "metrics.jsonl").write_text("{}\n")
+    run_all([first], out, 1, "", "runs")
+    assert is_finished(first, out)
+    assert (out / f"{first.name}.failed0" / "metrics.jsonl").is_file()
+
+
+def test_results_of_another_configuration_are_not_mixed_in(experiment, in_this_process, tmp_path):
+    out = tmp_path / "out"
+    (first, *_) = cells(read_experiment(experiment()), {})
+    run_all([first], out, 1, "", "runs")
+    (other, *_) = cells(read_experiment(experiment("batch-size = 5", "batch-size = 6")), {})
+    with pytest.raises(ConfigError, match="holds a run with another batch-size"):
+        is_finished(other, out)
+
+
+def test_a_run_that_fails_ends_the_comparison_with_its_last_words(experiment, tmp_path):
+    found = read_experiment(experiment("cut-layer = 1", "cut-layer = 9"))
+    with pytest.raises(CellError, match=r"cut1-frozen-seed0 failed(?s:.*)cut-layer = 9 is outside"):
+        run_all(cells(found, {})[:1], tmp_path / "out", 1, "", "runs")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "match"),
+    [
+        ("batch-size = 5", "batch-siz = 5", "no such key; did you mean 'batch-size'"),
+        ("seeds = [0, 1]", "seeds = []", "seeds"),
+        ("seeds = [0, 1]", "", "seeds: field required"),
+        ('control = "frozen"', 'control = "frosen"', "'frosen' is none of the methods frozen, ho"),
+        ("[1e-4, 1e-3]", "[1e-4]", "as many settings: ho-sfl 1, split-fo 2"),
+        ("[1e-4, 1e-3]", "1e-4", "methods.ho-sfl.tune: expected lists of values"),
+        ("seed = 9", "seed = 1", "tuning.seed must be none of the seeds"),
+        ("[tuning]\nseed = 9\nsteps = 2\n", "", "ho-sfl, split-fo have a tune grid"),
+        ("local-steps = 2", "local-steps = 3", "cut1-split-fo-seed0|no multiple of local-steps"),
+        ("directions = 2", "turn-steps = 2", "ho-sfl does not use turn-steps"),
+        ("seeds = [0, 1]", "seeds = [0, 1]\nmethod = 3", "method: extra inputs are not permitted"),
+        ("seeds = [0, 1]", "seeds = [0, 1", "is no TOML"),
+    ],
+)
+def test_a_bad_file_is_refused_before_anything_is_run(experiment, old, new, match):
+    with pytest.raises(ConfigError, match=match):
+        read_experiment(experiment(old, new))
+
+
+def test_trials_take_a_seed_and_steps_of_their_own(experiment):
+    found = read_experiment(experiment())
+    assert {cell.seed for cell in trials(found)} == {9}
+    assert {cell.keys["steps"] for cell in trials(found)} == {2}
+    assert not any(cell.method.startswith("frozen") for cell in trials(found))
+
+
+def run(loss, accuracy=0.5, curve=((0, 1.0, 0.5),), **changes):
+    values = dict.fromkeys(Outcome.__dataclass_fields__, 0.0)
+    return Outcome(
+        **{
+            **values,
+            "loss": loss,
+            "accuracy": accuracy,
+            "to_target": None,
+            "curve": curve,
+            **changes,
+        }
+    )
+
+
+def test_the_gap_by_hand():
+    # frozen loses 0.6, 0.8; first order 0.2, 0.4; the method 0.5, 0.5: differences over 0.4
+    zero, one = [run(0.6), run(0.8)], [run(0.2), run(0.4)]
+    mean, error = _gap([run(0.5), run(0.5)], zero, one, "loss")
+    assert mean == pytest.approx((0.1 + 0.3) / 2 / 0.4)
+    assert error == pytest.approx((0.5 / math.sqrt(2)) / math.sqrt(2))
+    assert _gap(zero, zero, one, "loss") == (0.0, 0.0)
+    assert _gap(one, zero, one, "loss") == pytest.approx((1.0, 0.0))
+
+
+def test_there_is_no_gap_where_the_two_ends_do_not_differ_enough():
+    zero, one = [run(0.6), run(0.4)], [run(0.5), run(0.45)]
+    assert _gap([run(0.5), run(0.5)], zero, one, "loss") is None
+    assert _gap([run(0.5)], None, [run(0.1)], "loss") is None
+
+
+def test_a_row_says_when_the_target_was_reached(experiment):
+    found = read_experiment(experiment("target-accuracy = 0.01", "target-accuracy = 0.9"))
+    there = run(0.5, to_target=10, bytes_up=1e6, bytes_down=1e6, step_seconds=0.5)
+    table = [
+        Row(v, m, [there, run(0.5)], None, None) for v in found.variants for m in found.methods
+    ]
+    text = markdown(found, table)
+    assert "| steps to 0.9 | MB to 0.9 | s to 0.9 |" in text
+    assert "| 10 (1 of 2) | 20.0 | 5.0 |" in text
+
+
+def test_forwards_and_bytes_of_every_kind(experiment, in_this_process, tmp_path):
+    path = experiment('"strategies.ho_sfl:HoSfl"\ndirections = 2', '"strategies.heron:Heron"\n'
+                      "directions = 3\nlocal-steps = 2")  # fmt: skip
+    found, out = read_experiment(path), tmp_path / "out"
+    wanted = [cell for cell in cells(found, {}) if cell.seed == 0 and cell.variant == "cut1"]
+    run_all(wanted, out, 1, "", "runs")
+    forwards = {cell.method: outcome(out / cell.name, 0).forwards for cell in wanted}
+    # HERON: 2 local steps of 1 + 3, and the upload; first order: forward, forward, backward
+    assert forwards == {"frozen": 1, "ho-sfl": 2 * 4 + 1, "split-fo": 4}
+    fo = json.loads((out / "cut1-split-fo-seed0" / "results.json").read_text())
+    fetched = fo["bytes_up"]["fetch"]["bytes"]
+    assert outcome(out / "cut1-split-fo-seed0", 0).bytes_up * 4 > fetched > 0

@@ -1,0 +1,359 @@
+"""The methods HO-SFL and HOSL are compared with, each against something it must equal."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from reference_ho_sfl import ho_sfl as reference
+from reference_ho_sfl import unsplit_name
+from runs import PROMPT, metrics, run_factory
+from safetensors.torch import load_file
+from test_steps import losses
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hosl_flower.client import Client
+from hosl_flower.errors import ClientError, ConfigError
+from hosl_flower.ledger import Ledger
+from hosl_flower.link.inprocess import InProcessLink
+from hosl_flower.messages import Behind, Fetch, Forward, LocalStep
+from hosl_flower.session import open_session
+from hosl_flower.zo_server import ZoServer
+from strategies.fedavg_zo import FedAvgZo
+from strategies.frozen_client import FrozenClient
+from strategies.full_zo import FullZo
+from strategies.heron import Heron
+from strategies.ho_sfl import HoSfl
+from strategies.hosl import Hosl
+from strategies.split_fo import SplitFo
+from strategies.split_zo import SplitZo
+
+ONE = {"client_trainable": "blocks"}
+MANY = {**ONE, "num_clients": 4, "clients_per_step": 2}
+SERVERLESS = {"server_learning_rate": 1e-3}  # the default
+FO = {"directions": 1, "client_learning_rate": 1e-2}
+
+
+@pytest.fixture
+def make(tiny_opt, tmp_path):
+    return run_factory(HoSfl, tiny_opt, tmp_path)
+
+
+def weights_of(directory):
+    return load_file(directory / "model" / "model.safetensors")
+
+
+def test_a_frozen_client_is_ho_sfl_without_steps_of_the_client(make):
+    still, a, _ = make(FrozenClient, **MANY, directions=1, client_learning_rate=1e-6)
+    moved, b, _ = make(HoSfl, **MANY, client_learning_rate=0.0)
+    assert losses(a) == losses(b)
+    assert still.evaluations == moved.evaluations
+    assert still.fingerprint == moved.fingerprint, "of the base checkpoint"
+    assert set(still.bytes_down) & {"cut-gradient", "catch-up", "restore"} == set()
+
+
+@pytest.mark.parametrize(("optimizer", "lora"), [("sgd", False), ("adamw", False), ("sgd", True)])
+def test_split_first_order_equals_the_reference_loop(make, optimizer, lora):
+    own = {"client_trainable": "lora", "server_trainable": "lora", "lora_rank": 2} if lora else ONE
+    results, directory, config = make(
+        SplitFo, **{**own, **FO}, num_clients=4, clients_per_step=3,
+        client_optimizer=optimizer, server_optimizer=optimizer,
+    )  # fmt: skip
+    expected, _, accuracy, client, _ = reference(
+        config.model, directory.parent.parent / "reviews", config.cut_layer, PROMPT,
+        config.verbalizer_list,
+        {
+            "steps": 4, "batch": 5, "clients": 4, "sampled": 3, "directions": 1, "epsilon": 1e-3,
+            "lr": 1e-2, "optimizer": optimizer, "lora": lora, "rank": 2, "alpha": 16.0, "seed": 3,
+            "kind": "rank1", "first_order": True,
+        },
+    )  # fmt: skip
+    assert losses(directory) == pytest.approx(expected, rel=1e-4)
+    assert results.accuracy == accuracy
+    merged = weights_of(directory)
+    client = client.merge_and_unload() if lora else client
+    for name, parameter in client.named_parameters():
+        # a bias of keys moves all scores of a query alike: its gradient is rounding, scaled by Adam
+        if (".layers.0." in name or ".layers.1." in name) and "k_proj.bias" not in name:
+            assert torch.allclose(merged[unsplit_name(name)], parameter, atol=1e-3), name
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_for_one_client_local_steps_change_what_travels_and_nothing_else(make, optimizer):
+    keys = {**ONE, **FO, "client_optimizer": optimizer, "steps": 6, "eval_every": 6}
+    every, a, _ = make(SplitFo, **keys)
+    thrice, b, _ = make(SplitFo, **keys, local_steps=3)
+    assert losses(a) == losses(b)
+    assert every.fingerprint == thrice.fingerprint
+    assert every.bytes_up["backward"]["messages"] == 6
+    assert thrice.bytes_up["fetch"]["messages"] == 2
+    assert "restore" not in thrice.bytes_down, "the client is where the run is already"
+
+
+def test_averaged_weights_are_the_mean_of_what_each_client_came_to(make):
+    # each client alone, from the same start, with a server that stands still
+    keys = {
+        **ONE, **FO, "num_clients": 3, "server_learning_rate": 0.0, "steps": 2, "eval_every": 2,
+        "local_steps": 2,
+    }  # fmt: skip
+    together, a, config = make(SplitFo, **keys)
+    alone = []
+    for member in range(3):
+        session = open_session(config, "alone", 3)
+        session.clients = dict.fromkeys(range(3), SimpleNamespace(train_examples=1))
+        session.sample = lambda step, absent=(), m=member: [m]
+        link = InProcessLink(Client(session.spec), session.history, session.limits)
+        SplitFo(config).steps(session, link, [1, 2])
+        alone.append(session.history.state.weights())
+    shares = torch.tensor([14, 13, 13], dtype=torch.float64) / 40  # of the examples
+    mean = (torch.stack(alone).double() * shares.unsqueeze(1)).sum(0)
+    session.history.state.set_weights(mean.float())
+    merged, state = weights_of(a), session.history.state.parameters
+    for name, parameter in state.items():
+        assert torch.allclose(merged[name], parameter, atol=1e-6), name
+    assert not torch.equal(alone[0], alone[1])
+    assert together.clients["fingerprint_checked"] == [0, 1, 2]
+
+
+def test_a_client_that_lost_its_local_weights_is_left_out_until_the_next_averaging(
+    make, monkeypatch
+):
+    class Forgetful(Client):
+        """Whose process for partition 1 is a new one in step 2."""
+
+        def _handle(self, request):
+            if (request.partition, request.step, request.local) == (1, 2, 1):
+                return Behind, {"position": 0, "digest": "0" * 16}
+            return super()._handle(request)
+
+    monkeypatch.setattr("hosl_flower.strategy.Client", Forgetful)
+    results, _, _ = make(SplitFo, **ONE, **FO, num_clients=2, local_steps=2, steps=4, eval_every=4)
+    (drop,) = results.clients["dropped"]
+    assert (drop["partition"], drop["step"]) == (1, 2)
+    assert "no longer has the weights of its 1 local step" in drop["reason"]
+    assert results.clients["steps_taken_part"] == {"0": 4, "1": 3}
+
+
+def test_a_process_serves_clients_that_are_at_different_weights(make):
+    # one Client object for all: each answers from weights of its own
+    _, _, config = make(
+        SplitFo, **ONE, **FO, num_clients=2, local_steps=2, steps=2, eval_every=2,
+        server_learning_rate=0.0, save_model=False,
+    )  # fmt: skip
+    session = open_session(config, "r", 2)
+    process, lone = Client(session.spec), [Client(session.spec) for _ in range(2)]
+    gradient = torch.ones(1)
+    for m in (0, 1):
+        at = session.at(1, m)
+        for who in (process, lone[m]):
+            (clean,) = who.answer([Forward(**at, batch=0)])
+            gradient = clean.activations / 100
+    for m in (0, 1):
+        at = session.at(1, m)
+        (clean,) = lone[m].answer([Forward(**at, batch=0)])
+        step = LocalStep(
+            **at, batch=0, gradient=clean.activations / 100, scales=torch.empty(0), scale=1.0,
+            learning_rate=0.1,
+        )  # fmt: skip
+        for who in (process, lone[m]):
+            (stepped,) = who.answer([step])
+            assert stepped.local == 1
+    assert gradient.abs().max() > 0
+    found = []
+    for m in (1, 0, 1):
+        fetch = Fetch(**session.at(1, m), local=1)
+        (one,), (other,) = process.answer([fetch]), lone[m].answer([fetch])
+        assert torch.equal(one.weights, other.weights)
+        found.append(one.weights)
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[1])
+    (back,) = process.answer([Forward(**session.at(1, 0), batch=0)])
+    (start,) = Client(session.spec).answer([Forward(**session.at(1, 0), batch=0)])
+    assert torch.equal(back.activations, start.activations), "the shared weights were kept"
+
+
+def test_split_zo_with_a_server_that_stands_still_is_hosl(make):
+    keys = {**ONE, "server_learning_rate": 0.0, "client_learning_rate": 1e-2}
+    _, a, _ = make(SplitZo, **keys, server_steps=2)
+    _, b, _ = make(Hosl, **keys)
+    one, other = (Ledger.read(d / "ledger.jsonl").entries for d in (a, b))
+    assert one == other
+
+
+def test_a_zeroth_order_server_steps_along_its_own_directions(make):
+    _, _, config = make(SplitZo, **ONE, save_model=False)
+    session = open_session(config, "r", 1)
+    client = Client(session.spec)
+    (batch,) = client.answer([Forward(**session.at(1, 0), batch=0)])
+    zo, server = ZoServer(session.server, config), session.server
+    before = {name: p.detach().clone() for name, p in server.trained.items()}
+    (scalar,) = zo.step(batch, [7])
+    direction = zo.layout.draw(7)
+    slope = 0.0
+    for name, gradient in _server_gradient(server, batch, before).items():
+        slope += float((gradient * direction.dense(name)).sum())
+        moved = before[name] - config.server_learning_rate * scalar * direction.dense(name)
+        assert torch.allclose(server.trained[name], moved, atol=1e-6), name
+    assert scalar == pytest.approx(slope, rel=2e-2)
+
+
+def _server_gradient(server, batch, values):
+    now = {name: p.detach().clone() for name, p in server.trained.items()}
+    for name, value in values.items():
+        server.trained[name].data.copy_(value)
+    list(server.propagate([batch], [1.0]))
+    gradients = {name: p.grad.clone() for name, p in server.trained.items()}
+    for name, value in now.items():
+        server.trained[name].data.copy_(value)
+    return gradients
+
+
+def test_split_zo_learns_and_sends_what_it_says(make):
+    results, directory, config = make(SplitZo, **ONE, steps=3, eval_every=3, server_steps=2)
+    assert results.bytes_up["probe"]["messages"] == 3 * 2 * config.directions
+    assert results.bytes_up["forward"]["messages"] == 3
+    assert all(loss > 0 for loss in losses(directory))
+
+
+def test_herons_scalars_are_slopes_of_the_clients_own_head(make):
+    _, _, config = make(Heron, **ONE, save_model=False)
+    session = open_session(config, "r", 1, client_head=True)
+    client = Client(session.spec)
+    strategy = Heron(config)
+    (reply,) = client.answer([strategy.head_probe(session, 1, 0, 0)])
+    data = client.pool.client(0).train_batch(0, config.batch_size)
+    parameters = client.state.parameters
+    assert {"head.rows", "head.decoder.final_layer_norm.weight"} <= set(parameters)
+    h = client.submodel(data.input_ids, data.attention_mask)
+    logits = client.submodel.head(h, data.attention_mask)
+    loss = torch.nn.functional.cross_entropy(logits, data.labels)
+    gradients = torch.autograd.grad(loss, list(parameters.values()))
+    assert reply.loss == pytest.approx(float(loss.detach()), rel=1e-5)
+    for seed, scalar in zip(strategy.seeds(session, 1, 0)[0], reply.scalars[0], strict=True):
+        direction = client.state.layout.draw(seed)
+        slope = sum(
+            float((g * direction.dense(name)).sum())
+            for name, g in zip(parameters, gradients, strict=True)
+        )
+        assert float(scalar) * config.directions == pytest.approx(slope, rel=5e-2, abs=5e-3)
+
+
+def test_the_head_starts_as_the_models_own(make):
+    _, _, config = make(Heron, **ONE, save_model=False, cut_layer=3)
+    session = open_session(config, "r", 1, client_head=True)
+    client = Client(session.spec)
+    whole = AutoModelForCausalLM.from_pretrained(config.model)
+    data = client.pool.client(0).train_batch(0, 5)
+    with torch.no_grad():
+        h = client.submodel(data.input_ids, data.attention_mask)
+        ours = client.submodel.head(h, data.attention_mask)
+        theirs = whole(data.input_ids, attention_mask=data.attention_mask).logits[:, -1]
+    assert torch.allclose(ours, theirs[:, client.encoder.verbalizer_ids], atol=1e-4)
+
+
+def test_herons_server_learns_from_uploads_alone(make):
+    keys = {**MANY, "client_learning_rate": 0.0}
+    heron, a, _ = make(Heron, **keys)
+    frozen, _, _ = make(FrozenClient, **MANY, directions=1, client_learning_rate=1e-6)
+    assert heron.evaluations == frozen.evaluations
+    rare, _, _ = make(Heron, **keys, steps=4, eval_every=4, upload_every=2, local_steps=2)
+    assert rare.bytes_up["forward"]["messages"] == 2 * 2
+    assert rare.bytes_up["head-probe"]["messages"] == 4 * 2
+    assert "cut-gradient" not in heron.bytes_down
+    assert all(loss > 0 for loss in losses(a))
+
+
+def test_herons_local_steps_use_new_mini_batches_and_move_every_client_alike(make):
+    results, directory, _ = make(
+        Heron, **MANY, local_steps=3, client_learning_rate=1e-2, steps=4, eval_every=4
+    )
+    assert results.clients["fingerprint_checked"] == [0, 1, 2, 3]
+    assert len(Ledger.read(directory / "ledger.jsonl").entries) == 4 * 3
+
+
+def test_full_zo_trains_a_model_that_plain_transformers_agrees_about(make):
+    results, directory, _ = make(
+        FullZo, **MANY, **SERVERLESS, cut_layer=3, client_learning_rate=3e-3, steps=6, eval_every=6
+    )
+    assert results.evaluations[0]["loss"] != results.evaluations[-1]["loss"]
+    assert "forward" not in results.bytes_up, "nothing but scalars"
+    model = AutoModelForCausalLM.from_pretrained(directory / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory / "model")
+    ids = [
+        tokenizer(f" {w}", add_special_tokens=False)["input_ids"][0] for w in ("terrible", "great")
+    ]
+    total, count = 0.0, 0
+    for line in (
+        (directory.parent.parent / "reviews" / "validation.csv").read_text().splitlines()[1:]
+    ):
+        text, label = line.rsplit(",", 1)
+        tokens = tokenizer(PROMPT.format(text=text.strip('"')), return_tensors="pt")
+        with torch.no_grad():
+            logits = model(**tokens).logits[0, -1, ids]
+        total -= float(logits.log_softmax(0)[int(label)])
+        count += 1
+    assert results.loss == pytest.approx(total / count, rel=1e-4)
+
+
+def test_full_zo_needs_the_whole_model_on_the_client(make):
+    with pytest.raises(ConfigError, match="cut-layer = 3, the number of blocks"):
+        make(FullZo, **MANY, **SERVERLESS, cut_layer=2)
+
+
+def test_per_client_seeds_in_full_zo_are_fedavg_of_weights(make):
+    # concatenated (seed, w_m g) entries move theta by the mean of what clients moved alone
+    keys = {
+        **ONE, **SERVERLESS, "num_clients": 2, "cut_layer": 3, "client_learning_rate": 1e-2,
+        "steps": 1, "eval_every": 1, "client_seeds": "per-client",
+    }  # fmt: skip
+    _, directory, config = make(FullZo, **keys)
+    session = open_session(config, "r", 2, client_head=True)
+    moved = []
+    strategy = FullZo(config)
+    for m in (0, 1):
+        client = Client(session.spec)
+        (reply,) = client.answer([strategy.head_probe(session, 1, m, 0)])
+        seeds = strategy.seeds(session, 1, m)[0]
+        client.state.update(client.state.seeded(seeds, reply.scalars[0].tolist()), 1e-2)
+        moved.append(client.state.weights())
+    session.history.state.set_weights(torch.stack(moved).double().mean(0).float())
+    merged = weights_of(directory)
+    for name, parameter in session.history.state.parameters.items():
+        if ".layers." in name:
+            assert torch.allclose(merged[name], parameter, atol=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "value", "match"),
+    [
+        (HoSfl, "server_steps", 2, "ho-sfl does not use server-steps"),
+        (Hosl, "upload_every", 2, "hosl does not use upload-every"),
+        (FrozenClient, "client_learning_rate", 1e-3, "does not use client-learning-rate"),
+        (SplitFo, "directions", 4, "split-fo does not use directions"),
+        (SplitFo, "local_steps", 3, "eval-every = 2 is no multiple of local-steps = 3"),
+        (FullZo, "server_learning_rate", 1e-4, "does not use server-learning-rate"),
+        (FedAvgZo, "server_steps", 2, "fedavg-zo does not use server-steps"),
+    ],
+)
+def test_a_key_a_method_does_not_use_is_refused(make, method, key, value, match):
+    defaults = {"directions": 1, "client_learning_rate": 1e-6, "server_learning_rate": 1e-3}
+    with pytest.raises(ConfigError, match=match):
+        make(method, **{**defaults, key: value})
+
+
+@pytest.mark.parametrize("method", [FrozenClient, SplitFo, SplitZo, Heron])
+def test_the_same_seed_gives_the_same_curve(make, method):
+    keys = {**MANY, "directions": 1, "client_learning_rate": 1e-6}
+    if method is SplitZo:
+        keys["clients_per_step"] = 0
+    _, a, _ = make(method, **keys)
+    _, b, _ = make(method, **keys)
+    assert metrics(a) == metrics(b)
+
+
+def test_a_request_for_weights_that_are_nowhere_names_the_client(make):
+    _, _, config = make(SplitFo, **ONE, **FO, save_model=False)
+    session = open_session(config, "r", 1)
+    link = InProcessLink(Client(session.spec), session.history, session.limits)
+    replies = link.exchange({0: [Fetch(**session.at(1, 0), local=2)]})
+    with pytest.raises(ClientError, match=r"client 0.*no longer has the weights of its 2 local"):
+        list(replies[0])
