@@ -123,8 +123,8 @@ def _part_files(path: Path) -> dict[str, list[Path]]:
     files: dict[str, list[Path]] = {}
     for file in sorted(path.iterdir()):
         if file.suffix in SUFFIXES and not file.name.startswith("."):
-            name = _SHARD.sub("", file.stem)
-            files.setdefault(_OTHER_NAMES.get(name.lower(), name), []).append(file)
+            name = _SHARD.sub("", file.stem).lower()
+            files.setdefault(_OTHER_NAMES.get(name, name), []).append(file)
     return files
 
 

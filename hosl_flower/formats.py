@@ -115,16 +115,21 @@ def _text(path: Path, task: Task) -> Dataset:
 
 
 def _json_lines(path: Path) -> Dataset:
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row: Any = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error})") from error
+    text, rows = path.read_text(encoding="utf-8-sig"), []
+    if path.suffix == ".json" and text.lstrip().startswith("["):  # one list of objects
+        found = [(f"element {n}", row) for n, row in enumerate(json.loads(text), start=1)]
+    else:
+        found = [(f"line {n}", line) for n, line in enumerate(text.split("\n"), start=1)]
+    for place, row in found:
+        if isinstance(row, str):
+            if not row.strip():
+                continue
+            try:
+                row = json.loads(row)
+            except ValueError as error:
+                raise DataError(f"{path}, {place}: not JSON ({error})") from error
         if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: expected an object, got {line[:40]!r}")
+            raise DataError(f"{path}, {place}: expected an object, got {json.dumps(row)[:40]!r}")
         rows.append(row)
     columns = dict.fromkeys(key for row in rows for key in row)  # rows may lack some
     return Dataset.from_dict({key: _one_type([row.get(key) for row in rows]) for key in columns})

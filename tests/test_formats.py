@@ -212,6 +212,20 @@ def test_other_publications_of_the_same_data(tmp_path, name, file, content):
     assert sorted(train + held_out) == PUBLISHED[name][3]
 
 
+def test_a_json_list_of_objects(tmp_path):
+    path = tmp_path / "a.json"
+    rows = [json.loads(line) for line in PUBLISHED["cb"][1].splitlines()]
+    path.write_text(json.dumps(rows, indent=1))
+    train, held_out = load(path, "cb")
+    assert sorted(train + held_out) == PUBLISHED["cb"][3]
+    path.write_text(json.dumps([*rows, 7]))
+    with pytest.raises(DataError, match=r"a\.json, element 4: expected an object, got '7'"):
+        load(path, "cb")
+    path.write_text("[{")
+    with pytest.raises(DataError, match=r"a\.json cannot be read as json"):
+        load(path, "cb")
+
+
 def test_trec_under_its_own_file_names_and_with_its_odd_byte(tmp_path):
     content = PUBLISHED["trec"][1].encode()
     (tmp_path / "train_5500.label").write_bytes(content + b"HUM:ind What\xf0is it ?\n")
