@@ -31,6 +31,7 @@ _MOST_EXAMPLES = 10**9
 class Limits:
     """What a run's replies may look like: activations of at most `batch` sequences of `length`
     tokens, of width `hidden` and `dtype`, written by `codec`, with labels of `classes` classes;
+    `each` sequences per example, of `shortest` tokens or more, so that an answer has its place;
     at most `held_out` held-out examples."""
 
     batch: int
@@ -40,6 +41,8 @@ class Limits:
     classes: int
     held_out: int = _MOST_EXAMPLES
     codec: str = "exact"
+    each: int = 1
+    shortest: int = 1
 
 
 def check_described(reply: Described, limits: Limits) -> None:
@@ -72,19 +75,21 @@ def check_activations(reply: Activations, limits: Limits) -> None:
             f"{list(reply.scales.shape)}"
         )
     batch, length = h.shape[:2]
-    if not (0 < batch <= limits.batch and 0 < length <= limits.length):
+    if not (0 < batch <= limits.batch and limits.shortest <= length <= limits.length):
         raise ProtocolError(
-            f"activations: expected at most {limits.batch} sequences of {limits.length} tokens, "
-            f"got {batch} of {length}"
+            f"activations: expected at most {limits.batch} sequences of {limits.shortest} to "
+            f"{limits.length} tokens, got {batch} of {length}"
         )
     if mask.dtype != torch.bool or mask.shape != h.shape[:2] or not mask[:, -1].all():
         raise ProtocolError(
             f"attention_mask: expected bool{[batch, length]}, left-padded, "
             f"got {dtype_name(mask)}{list(mask.shape)}"
         )
-    if labels.dtype != torch.int64 or labels.shape != (batch,):
+    examples, rest = divmod(batch, limits.each)
+    if labels.dtype != torch.int64 or labels.shape != (examples,) or rest:
         raise ProtocolError(
-            f"labels: expected int64[{batch}], got {dtype_name(labels)}{list(labels.shape)}"
+            f"labels: expected int64[{examples}], one for {limits.each} of {batch} sequences, got "
+            f"{dtype_name(labels)}{list(labels.shape)}"
         )
     if int(labels.min()) < 0 or int(labels.max()) >= limits.classes:
         raise ProtocolError(

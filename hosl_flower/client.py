@@ -94,7 +94,7 @@ class Client:
                 base, spec.cut_layer, dtype, self.device, spec.lora, spec.client_quantization
             )
             if spec.client_head:
-                attach_head(self.submodel, base, self.encoder.verbalizer_ids, self.device)
+                attach_head(self.submodel, base, self.encoder.answers, self.device)
         self.state = new_state(self.submodel, spec)
         self.branches = Branches(self.state)
         self.compute = Compute(spec, self.submodel, self.state, self.pool, self.meter, self.device)

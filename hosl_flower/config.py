@@ -13,6 +13,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    StringConstraints,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -78,17 +79,31 @@ class RunConfig(BaseModel):
         0, description="CPU threads per process; 0 is all cores of the machine"
     )
 
-    task: str = Field("sst2", description="sst2, sms-spam, or the name of your own task")
+    task: str = Field(
+        "sst2",
+        description="sst2, rte, cb, wsc, wic, boolq, ag-news, trec, sms-spam, or the name of your "
+        "own task",
+    )
     data_path: str = Field(
         "", description="local file or directory instead of the task's own data set"
     )
-    prompt: str = Field("", description="overrides the task's prompt, e.g. '{sentence} It was'")
+    # a newline at its end is part of a prompt
+    prompt: Annotated[str, StringConstraints(strip_whitespace=False)] = Field(
+        "", description="overrides the task's prompt, e.g. '{sentence} It was'"
+    )
     verbalizers: str = Field(
-        "", description="overrides the answer words, comma separated, in label order"
+        "",
+        description="overrides the answer words, comma separated, in label order, or as "
+        "label=word where labels are no numbers",
     )
     label_column: str = Field("", description="overrides the name of the label column")
     max_length: Length = Field(128, description="tokens per example; longer texts are cut")
     train_examples: Natural = Field(0, description="use at most so many; 0 is all")
+    held_out_examples: Natural = Field(
+        0,
+        description="hold out so many training examples, drawn by seed; 0 takes the source's own "
+        "held-out part, or a fifth",
+    )
     eval_examples: Natural = Field(0, description="held-out examples, at most; 0 is all")
     offline_fallback: bool = Field(
         True,

@@ -3,60 +3,83 @@
 A source has a training part, which partition.py spreads over the clients, and a held-out part.
 """
 
-import csv
-import json
-from collections.abc import Callable
+import logging
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import datasets
-import pyarrow.parquet
 from datasets import Dataset
 
 from hosl_flower import hub
+from hosl_flower.columns import find_column, plain_name
 from hosl_flower.errors import DataError, first_line
+from hosl_flower.formats import SUFFIXES, read_file
 from hosl_flower.perturb import derive_seed, permutation
-from hosl_flower.tasks import BUNDLED, Task, parse_label
+from hosl_flower.task_table import Task
+from hosl_flower.tasks import BUNDLED, parse_label
+
+log = logging.getLogger("hosl_flower")
 
 HELD_OUT_FRACTION = 0.2  # of a source that comes without a held-out part
 _HELD_OUT_NAMES = ("validation", "val", "dev", "test")
-_SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet", ".arrow", ".txt")
+_OTHER_NAMES = {"train_5500": "train", "trec_10": "test"}  # TREC's own
+_SHARD = re.compile(r"-\d+-of-\d+$")  # the hub's train-00000-of-00001.parquet
+
+
+class Part(NamedTuple):
+    """Some examples as they were read, and where: for messages."""
+
+    name: str
+    data: Dataset
+    where: str
 
 
 def load_source(
-    source: str, task: Task, seed: int, partition_column: str = ""
+    source: str, task: Task, seed: int, partition_column: str = "", held_out_examples: int = 0
 ) -> tuple[Dataset, Dataset]:
     """(training, held-out) examples: the columns of the prompt, an integer "label" and, for the
     training part, the partition column as text, if one is given.
 
-    source: "hub:<repository>/<configuration>", "bundled:<folder>", or a local path. Without a
-    held-out part of its own, a fifth of the source, drawn with `seed`, is held out. A partition
-    column that is the label column too is the integer "label".
+    source: "hub:<repository>/<configuration>", "bundled:<folder>", or a local path. The held-out
+    part is the source's own; or, with held_out_examples, so many training examples drawn with
+    `seed`; or, without either, a fifth of them. A test part without labels is none. A partition
+    column that is the label column too is the integer "label". Raises DataError.
     """
     if source.startswith("hub:"):
-        train, held_out = _from_hub(source.removeprefix("hub:"))
+        parts = _from_hub(source.removeprefix("hub:"))
     else:
         bundled = source.startswith("bundled:")
         path = BUNDLED / source.removeprefix("bundled:") if bundled else Path(source).expanduser()
-        train, held_out = _from_path(path)
-    train = _normalise(train, task, f"{source} (train)", partition_column)
-    if held_out is not None:
-        return train, _normalise(held_out, task, f"{source} (held-out)")
+        parts = _from_path(path, task)
+    train = _normalise(parts[0], task, partition_column)
+    for part in parts[1:]:
+        if not held_out_examples and not _is_unlabelled_test(part, task):
+            return train, _normalise(part, task)
     order = permutation(len(train), derive_seed(seed, "held-out"))
-    cut = max(1, round(len(train) * HELD_OUT_FRACTION))
+    cut = held_out_examples or max(1, round(len(train) * HELD_OUT_FRACTION))
     if cut >= len(train):
-        raise DataError(f"{source} has {len(train)} example(s): too few to hold some out")
+        wanted = f"{held_out_examples} (held-out-examples)" if held_out_examples else "some"
+        raise DataError(f"{source} has {len(train)} example(s): too few to hold {wanted} out")
     return train.select(order[cut:]), train.select(order[:cut])
 
 
-def _from_hub(name: str) -> tuple[Dataset, Dataset | None]:
+def _from_hub(name: str) -> list[Part]:
     repository, _, configuration = name.rpartition("/")
     if not repository or not configuration:
         raise DataError(f"hub data set {name!r}: expected hub:<repository>/<configuration>")
     if not hub.is_reachable():
         datasets.config.HF_HUB_OFFLINE = True  # go straight to the cache, without retries
     try:
-        loaded = datasets.load_dataset(repository, configuration)
+        try:
+            loaded = datasets.load_dataset(repository, configuration)
+        except RuntimeError as error:
+            if "scripts are no longer supported" not in str(error):
+                raise
+            # TREC is still a script; the hub has its tables on a branch
+            revision = "refs/convert/parquet"
+            loaded = datasets.load_dataset(repository, configuration, revision=revision)
     except Exception as error:  # datasets raises many kinds for one cause: it cannot be had
         raise DataError(
             f"data set {name!r} cannot be had from the hub or its cache "
@@ -65,31 +88,54 @@ def _from_hub(name: str) -> tuple[Dataset, Dataset | None]:
     return _parts(loaded, name)
 
 
-def _parts(loaded: Any, name: str) -> tuple[Dataset, Dataset | None]:
-    """Training and held-out part of a DatasetDict."""
+def _parts(loaded: Any, name: str) -> list[Part]:
+    """Training and, if there is one, held-out part of a DatasetDict."""
     if "train" not in loaded:
         raise DataError(f"{name} has no 'train' part; it has {', '.join(loaded)}")
-    held_out = next((loaded[part] for part in _HELD_OUT_NAMES if part in loaded), None)
-    return loaded["train"], held_out
+    return [Part(n, loaded[n].flatten(), f"{name} ({n})") for n in _used(loaded)]
 
 
-def _from_path(path: Path) -> tuple[Dataset, Dataset | None]:
+def _used(names: Any) -> list[str]:
+    """The training part and the first held-out part there is."""
+    return ["train", *[name for name in _HELD_OUT_NAMES if name in names][:1]]
+
+
+def _from_path(path: Path, task: Task) -> list[Part]:
     if path.is_file():
-        return _read_file(path), None
+        return [Part("train", read_file(path, task), str(path))]
     if not path.is_dir():
         raise DataError(f"data path {str(path)!r} does not exist")
     if (path / "dataset_dict.json").is_file():
         return _parts(_saved_dataset(path), str(path))
     if (path / "dataset_info.json").is_file():
-        return _saved_dataset(path), None
-    files = {file.stem: file for file in sorted(path.iterdir()) if file.suffix in _SUFFIXES}
+        return [Part("train", _saved_dataset(path).flatten(), str(path))]
+    files = _part_files(path)
     if "train" not in files:
         raise DataError(
             f"{path} has no train file; expected train and, optionally, validation, val, dev or "
-            f"test, each one of {', '.join(_SUFFIXES)}"
+            f"test, each one of {', '.join(SUFFIXES)}"
         )
-    held_out = next((files[name] for name in _HELD_OUT_NAMES if name in files), None)
-    return _read_file(files["train"]), _read_file(held_out) if held_out else None
+    return [_read_part(name, files[name], task) for name in _used(files)]
+
+
+def _part_files(path: Path) -> dict[str, list[Path]]:
+    """The files of each part in a directory: one, or all shards."""
+    files: dict[str, list[Path]] = {}
+    for file in sorted(path.iterdir()):
+        if file.suffix in SUFFIXES and not file.name.startswith("."):
+            name = _SHARD.sub("", file.stem).lower()
+            files.setdefault(_OTHER_NAMES.get(name, name), []).append(file)
+    return files
+
+
+def _read_part(name: str, files: Sequence[Path], task: Task) -> Part:
+    if len(files) > 1 and not all(_SHARD.search(file.stem) for file in files):
+        raise DataError(
+            f"{files[0].parent} has {' and '.join(file.name for file in files)}; keep one of them"
+        )
+    data = [read_file(file, task) for file in files]
+    where = str(files[0]) if len(files) == 1 else f"{files[0].parent} ({name})"
+    return Part(name, data[0] if len(data) == 1 else datasets.concatenate_datasets(data), where)
 
 
 def _saved_dataset(path: Path) -> Any:
@@ -99,91 +145,52 @@ def _saved_dataset(path: Path) -> Any:
         raise DataError(f"{path} is a damaged saved data set: {first_line(error)}") from error
 
 
-def _read_file(path: Path) -> Dataset:
-    readers: dict[str, Callable[[Path], Dataset]] = {
-        ".csv": lambda p: _table(p, ",", csv.QUOTE_MINIMAL),
-        # GLUE and the SMS collection do not quote: a lone " is part of the text
-        ".tsv": lambda p: _table(p, "\t", csv.QUOTE_NONE),
-        ".txt": lambda p: _table(p, "\t", csv.QUOTE_NONE),
-        ".jsonl": _json_lines,
-        ".json": _json_lines,
-        ".parquet": lambda p: Dataset(pyarrow.parquet.read_table(p)),
-        ".arrow": lambda p: Dataset.from_file(str(p)),
-    }
-    if path.suffix not in readers:
-        raise DataError(f"{path}: unknown kind of file; expected one of {', '.join(readers)}")
-    try:
-        return readers[path.suffix](path)
-    except DataError:
-        raise
-    except Exception as error:  # csv and pyarrow raise many kinds for a damaged file
-        reason = first_line(error)
-        raise DataError(f"{path} cannot be read as {path.suffix[1:]}: {reason}") from error
+def _is_unlabelled_test(part: Part, task: Task) -> bool:
+    """Whether it is a test part as benchmarks publish it: its labels kept back."""
+    if part.name != "test":
+        return False
+    label = find_column(part.data, task.label_column, task)
+    labels = [] if label is None else label[1]
+    if not all(value is None or str(value).strip() in ("", "-1") for value in labels):
+        return False
+    log.info("%s has no labels: examples are held out of the training part", part.where)
+    return True
 
 
-def _table(path: Path, delimiter: str, quoting: Literal[0, 3]) -> Dataset:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
-        header = next(rows, None)
-        if not header:
-            raise ValueError("it is empty, expected a header line with the column names")
-        columns: list[list[str]] = [[] for _ in header]
-        for row in rows:
-            if not row:
-                continue
-            if len(row) != len(header):
-                raise ValueError(
-                    f"line {rows.line_num} has {len(row)} fields, the header {len(header)}"
-                )
-            for column, value in zip(columns, row, strict=True):
-                column.append(value)
-    return Dataset.from_dict(dict(zip(header, columns, strict=True)))
-
-
-def _json_lines(path: Path) -> Dataset:
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: expected an object, got {line[:40]!r}")
-        rows.append(row)
-    columns = dict.fromkeys(key for row in rows for key in row)  # rows may lack some
-    return Dataset.from_dict({key: [row.get(key) for row in rows] for key in columns})
-
-
-def _normalise(data: Dataset, task: Task, where: str, partition_column: str = "") -> Dataset:
+def _normalise(part: Part, task: Task, partition_column: str = "") -> Dataset:
     """Keep the prompt's columns, parse the label; DataError names what is missing."""
+    data, where = part.data, part.where
     if partition_column and partition_column not in data.column_names:
         raise DataError(
             f"{where} has no column {partition_column!r} (partition-column); the data has "
             f"{', '.join(data.column_names)}"
         )
-    missing = [name for name in (*task.fields, task.label_column) if name not in data.column_names]
+    found = {name: find_column(data, name, task) for name in (*task.fields, task.label_column)}
+    missing = [name for name, column in found.items() if column is None]
     if missing:
         raise DataError(
             f"{where} has no column {', '.join(map(repr, missing))}; task {task.name} needs "
-            f"{', '.join((*task.fields, task.label_column))}, the data has "
+            f"{', '.join(found)}, the data has "
             f"{', '.join(data.column_names)} (set prompt and label-column)"
         )
     _check_label_name(task, where, partition_column)
     if len(data) == 0:
         raise DataError(f"{where} has no examples")
+    columns = {name: column for name, column in found.items() if column is not None}
+    label_name, values = columns[task.label_column]
+    first = int(plain_name(label_name) in task.from_one)
     labels = [
-        parse_label(value, task, f"{where}, row {row}")
-        for row, value in enumerate(data[task.label_column], start=1)
+        parse_label(value, task, f"{where}, row {row}", first)
+        for row, value in enumerate(values, start=1)
     ]
-    columns = {name: [str(text) for text in data[name]] for name in task.fields}
+    texts = {}
     for name in task.fields:
-        empty = next((row for row, text in enumerate(data[name], start=1) if text is None), None)
-        if empty is not None:
-            raise DataError(f"{where}, row {empty}: {name} is missing")
+        if None in columns[name][1]:
+            row = columns[name][1].index(None) + 1
+            raise DataError(f"{where}, row {row}: {name} is missing")
+        texts[name] = [str(text) for text in columns[name][1]]
     ids = _ids(data, partition_column, where) if partition_column else {}
-    return Dataset.from_dict({**ids, **columns, "label": labels})
+    return Dataset.from_dict({**ids, **texts, "label": labels})
 
 
 def _check_label_name(task: Task, where: str, partition_column: str) -> None:

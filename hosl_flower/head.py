@@ -5,12 +5,12 @@ Final norm and the answer words' rows of the LM head, as in the base model: HERO
 blocks it makes the client submodel the whole model.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hosl_flower.answers import Answers
+from hosl_flower.errors import ConfigError
 from hosl_flower.split import (
     AUXILIARY,
     HEAD,
@@ -42,23 +42,27 @@ class AnswerHead(nn.Module):
         return F.linear(last[:, -1], self.rows)
 
 
-def attach_head(
-    client: ClientSubmodel, base: Base, verbalizer_ids: Sequence[int], device: str
-) -> None:
+def attach_head(client: ClientSubmodel, base: Base, answers: Answers, device: str) -> None:
     """Give a client submodel a head of its own, float32, from the base checkpoint. Its parameters
-    are named "head.*" among the client's and are trained whatever else is."""
+    are named "head.*" among the client's and are trained whatever else is. ConfigError where answer
+    words are of several tokens: those need the whole LM head."""
+    if answers.sequences > 1:
+        raise ConfigError(
+            "verbalizers: a client with a head of its own (HERON-SFL, full ZO) needs answer words "
+            "of one token each; choose others, or another strategy"
+        )
     decoder = server_skeleton(base.config, base.blocks).decoder
     for name, empty in list(decoder.named_parameters()):
         owner, _, attribute = name.rpartition(".")
         value = torch.empty(empty.shape, device=device)
         base.source.fill(f"{client.prefix}{name}", value)
         setattr(decoder.get_submodule(owner), attribute, nn.Parameter(value))
-    client.head = AnswerHead(decoder, _answer_rows(client, base, verbalizer_ids).to(device))
+    client.head = AnswerHead(decoder, _answer_rows(client, base, answers).to(device))
 
 
-def _answer_rows(client: ClientSubmodel, base: Base, verbalizer_ids: Sequence[int]) -> Tensor:
+def _answer_rows(client: ClientSubmodel, base: Base, answers: Answers) -> Tensor:
     """Rows [C, D] of the LM head, float32. A tied head is the embedding, which is here."""
-    ids = torch.tensor(verbalizer_ids)
+    ids = torch.tensor(answers.ids)
     name = embedding_name(base.config)
     tied = HEAD not in base.source and base.config.tie_word_embeddings
     parameters = client.canonical_parameters()

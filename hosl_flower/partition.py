@@ -206,7 +206,9 @@ class DataPool:
         from hosl_flower.data import load_source, take
 
         spec = self.spec
-        train, held_out = load_source(source, spec.task, spec.seed, partition_column)
+        train, held_out = load_source(
+            source, spec.task, spec.seed, partition_column, spec.held_out_examples
+        )
         train = take(train, spec.train_examples, derive_seed(spec.seed, "train-examples"))
         held_out = take(held_out, spec.eval_examples, derive_seed(spec.seed, "eval-examples"))
         return train, by_length(held_out, self.encoder)

@@ -38,7 +38,8 @@ class Described(Reply):
 
 @dataclass(frozen=True, config=STRICT)
 class Activations(Reply):
-    """activations [B, S, H]; attention_mask [B, S] bool; labels [B] int64 in 0..C-1.
+    """activations [R, S, H]; attention_mask [R, S] bool; labels [B] int64 in 0..C-1. R is B, or
+    B * C where answer words are scored by their tokens (answers.py).
 
     On the wire activations and scales are as the run's codec writes them; the link hands them
     on decoded, without scales.

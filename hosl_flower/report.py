@@ -263,7 +263,8 @@ def _plan(method: Any, session: Session) -> Iterable[str]:
         f"{len(examples)} client(s) with {min(examples)} to {max(examples)} training examples; "
         f"{next(iter(session.clients.values())).held_out_examples} held out"
     )
-    most = spec.batch_size * spec.max_length * session.activation_bytes_per_token
+    sequences = spec.batch_size * session.encoder.answers.sequences
+    most = sequences * spec.max_length * session.activation_bytes_per_token
     up, down = method.activations_per_step()
     yield (
         f"{config.steps} steps of {spec.batch_size} examples; per step {up} activations up, "

@@ -2,10 +2,10 @@
 scores. No Flower here. The server always computes in float32: optimizer steps are too small
 for 16-bit weights, and it is not the side that is short of memory.
 
-The loss is the cross-entropy over the answer words' logits at the last position (tasks.py).
-Of the LM head only those words' rows ever get a gradient, so only they are trained (by
-server-trainable = full); the rest of the head stays as it is. With SGD, or AdamW without weight
-decay, that is the same update as training the whole head, without a vocabulary-sized gradient.
+The loss is the cross-entropy over the answer words' scores (answers.py). Of the LM head only the
+rows of those words' tokens are trained (by server-trainable = full). Where each is one token no
+other row ever gets a gradient: with SGD, or AdamW without weight decay, that is the same update as
+training the whole head, without a vocabulary-sized gradient.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hosl_flower.answers import Answers
 from hosl_flower.errors import ConfigError, DivergedError, UnusableBatchError
 from hosl_flower.messages import Activations
 from hosl_flower.split import AUXILIARY, HEAD, ServerSubmodel, trainable_parameters
@@ -76,7 +77,7 @@ _DIVERGED = (
 
 
 class Piece(NamedTuple):
-    """Some sequences of one client's mini-batch: rows start..stop of batch number `client`."""
+    """Examples start..stop of one client's mini-batch, number `client`."""
 
     client: int
     start: int
@@ -86,7 +87,7 @@ class Piece(NamedTuple):
 class Server:
     """The server submodel and its optimizer. trained: its trained parameters, by name.
 
-    verbalizer_ids: token ids of the answer words, by label. optimizer: "sgd" or "adamw".
+    answers: the tokens of the answer words. optimizer: "sgd" or "adamw".
     trainable: "full", "blocks" or "lora", see split.trainable_parameters. Raises ConfigError when
     that is nothing.
     """
@@ -94,16 +95,16 @@ class Server:
     def __init__(
         self,
         submodel: ServerSubmodel,
-        verbalizer_ids: Sequence[int],
+        answers: Answers,
         optimizer: str,
         learning_rate: float,
         trainable: str = "full",
     ):
         self.submodel = submodel
-        self.verbalizer_ids = torch.tensor(verbalizer_ids)
+        self.answers = answers
         head = submodel.lm_head.weight
         self.device = head.device
-        rows = head.detach()[self.verbalizer_ids.to(self.device)].clone()
+        rows = head.detach()[answers.ids].clone()
         self.answer_rows = nn.Parameter(rows, requires_grad=trainable == "full")
         trained = trainable_parameters(submodel, trainable)
         trained.pop(HEAD, None)
@@ -126,7 +127,7 @@ class Server:
             self.optimizer = torch.optim.AdamW(own, lr=learning_rate, weight_decay=0.0)
 
     def _logits(self, activations: Tensor, mask: Tensor) -> Tensor:
-        """activations [B, S, H], mask [B, S] -> answer logits [B, C], float32.
+        """activations [R, S, H], mask [R, S] -> the labels' scores [B, C], float32.
 
         Raises DivergedError when they are not finite.
         """
@@ -137,7 +138,8 @@ class Server:
 
     def _raw_logits(self, activations: Tensor, mask: Tensor) -> Tensor:
         h = activations.to(self.device, torch.float32)
-        return self.submodel.answer_logits(h, mask.to(self.device, torch.int64), self.answer_rows)
+        mask = mask.to(self.device, torch.int64)
+        return self.answers.scores(self.submodel, h, mask, self.answer_rows)
 
     @torch.no_grad()
     def loss(self, batch: Activations) -> float:
@@ -161,17 +163,20 @@ class Server:
         """Back-propagate sum_m weights[m] * loss_m over clients' mini-batches; `apply` is the step.
 
         Yields (m, loss_m, lambda_m) in order, each as soon as client m's sequences are through:
-        lambda_m = d loss_m / d activations_m, float32 [B, S, H] on the CPU, the client's own,
+        lambda_m = d loss_m / d activations_m, float32 [R, S, H] on the CPU, the client's own,
         without its weight (empty without cut_gradients). At most `micro_batch` sequences (0: all)
-        are propagated at a time. Raises UnusableBatchError at the end, with nothing to apply, when
-        batches give no finite logits; those, and all that come after one, are not yielded.
+        are propagated at a time, but never less than an example. Raises UnusableBatchError at the
+        end, with nothing to apply, when batches give no finite logits; those, and all that come
+        after one, are not yielded.
         """
         self.optimizer.zero_grad(set_to_none=True)
         losses = [0.0] * len(batches)
         gradients: dict[int, Tensor] = {}
         bad: set[int] = set()
-        for pieces in _micro_batches([len(b.labels) for b in batches], micro_batch):
-            h, mask = _stack(batches, pieces)
+        each = self.answers.sequences
+        limit = max(1, micro_batch // each) if micro_batch else 0  # whole examples
+        for pieces in _micro_batches([len(b.labels) for b in batches], limit):
+            h, mask = _stack(batches, pieces, each)
             h = h.to(self.device, torch.float32).requires_grad_(cut_gradients)
             with torch.set_grad_enabled(not bad):  # once one is bad, the rest is only looked at
                 logits = self._raw_logits(h, mask)
@@ -193,7 +198,7 @@ class Server:
                 gradients.setdefault(piece.client, torch.zeros(shape))
             if cut_gradients:
                 assert h.grad is not None
-                _unstack(h.grad.cpu(), pieces, weights, gradients)
+                _unstack(h.grad.cpu(), pieces, weights, gradients, each)
             for piece in pieces:
                 if piece.stop == len(batches[piece.client].labels):
                     yield piece.client, losses[piece.client], gradients.pop(piece.client)
@@ -217,7 +222,7 @@ class Server:
         answer rows put back into the head."""
         tensors: dict[str, Tensor] = self.submodel.merged_parameters()
         head = tensors[HEAD].clone()
-        head[self.verbalizer_ids.to(self.device)] = self.answer_rows
+        head[self.answers.ids] = self.answer_rows
         return {**tensors, HEAD: head}
 
     def trained_count(self) -> int:
@@ -242,7 +247,7 @@ def _unusable(logits: Tensor, pieces: Sequence[Piece]) -> set[int]:
 
 
 def _micro_batches(sizes: Sequence[int], limit: int) -> Iterator[list[Piece]]:
-    """The sequences of all mini-batches, in order, in groups of at most `limit` (0: one group)."""
+    """The examples of all mini-batches, in order, in groups of at most `limit` (0: one group)."""
     limit = limit or sum(sizes)
     pieces: list[Piece] = []
     room = limit
@@ -260,26 +265,32 @@ def _micro_batches(sizes: Sequence[int], limit: int) -> Iterator[list[Piece]]:
         yield pieces
 
 
-def _stack(batches: Sequence[Activations], pieces: Sequence[Piece]) -> tuple[Tensor, Tensor]:
+def _stack(
+    batches: Sequence[Activations], pieces: Sequence[Piece], each: int
+) -> tuple[Tensor, Tensor]:
     """Activations [n, S, H] and mask [n, S] of the pieces, left-padded to the longest S. Masked
-    positions change nothing at the others."""
+    positions change nothing at the others. each: sequences per example."""
     length = max(batches[piece.client].activations.shape[1] for piece in pieces)
     hs, masks = [], []
     for index, start, stop in pieces:
-        batch = batches[index]
+        batch, rows = batches[index], slice(start * each, stop * each)
         pad = length - batch.activations.shape[1]
-        hs.append(F.pad(batch.activations[start:stop], (0, 0, pad, 0)))
-        masks.append(F.pad(batch.attention_mask[start:stop], (pad, 0)))
+        hs.append(F.pad(batch.activations[rows], (0, 0, pad, 0)))
+        masks.append(F.pad(batch.attention_mask[rows], (pad, 0)))
     return torch.cat(hs), torch.cat(masks)
 
 
 def _unstack(
-    gradient: Tensor, pieces: Sequence[Piece], weights: Sequence[float], out: Mapping[int, Tensor]
+    gradient: Tensor,
+    pieces: Sequence[Piece],
+    weights: Sequence[float],
+    out: Mapping[int, Tensor],
+    each: int,
 ) -> None:
     """Write each piece's rows of the gradient [n, S, H], less padding and client weight."""
     row = 0
     for index, start, stop in pieces:
-        own = out[index]
-        rows = gradient[row : row + stop - start, -own.shape[1] :]
-        own[start:stop] = rows if weights[index] == 1.0 else rows / weights[index]
-        row += stop - start
+        own, count = out[index], (stop - start) * each
+        rows = gradient[row : row + count, -own.shape[1] :]
+        own[start * each : stop * each] = rows if weights[index] == 1.0 else rows / weights[index]
+        row += count

@@ -76,15 +76,18 @@ class Session:
     @property
     def limits(self) -> Limits:
         """What activations of this run may look like."""
-        spec = self.spec
+        spec, answers = self.spec, self.encoder.answers
+        held_out = [n for n in (spec.eval_examples, spec.held_out_examples) if n]
         return Limits(
-            batch=max(spec.batch_size, spec.eval_batch_size),
+            batch=max(spec.batch_size, spec.eval_batch_size) * answers.sequences,
             length=spec.max_length,
             hidden=self.base.config.hidden_size,
             dtype=spec.dtype,
             classes=len(spec.task.verbalizers),
             codec=spec.codec,
-            **({"held_out": spec.eval_examples} if spec.eval_examples else {}),
+            each=answers.sequences,
+            shortest=answers.longest,
+            **({"held_out": min(held_out)} if held_out else {}),
         )
 
     @property
@@ -150,7 +153,7 @@ class Session:
 def _load_client(base: Base, spec: ClientSpec, encoder: Encoder) -> ClientSubmodel:
     client = load_client(base, spec.cut_layer, torch_dtype(spec.dtype), "cpu", spec.lora)
     if spec.client_head:
-        attach_head(client, base, encoder.verbalizer_ids, "cpu")
+        attach_head(client, base, encoder.answers, "cpu")
     return client
 
 
@@ -175,7 +178,7 @@ def open_session(
     submodel = load_server(base, spec.cut_layer, torch.float32, device, server_lora(config))
     server = Server(
         submodel,
-        encoder.verbalizer_ids,
+        encoder.answers,
         config.server_optimizer,
         config.server_learning_rate,
         config.server_trainable,

@@ -29,7 +29,8 @@ from hosl_flower.errors import CheckpointError, ConfigError, ProtocolError
 from hosl_flower.families import ARCHITECTURES
 from hosl_flower.lora import Lora
 from hosl_flower.split import RANDOM, check_cut, open_base
-from hosl_flower.tasks import TASKS, Task, task_from_config
+from hosl_flower.task_table import TASKS, Task
+from hosl_flower.tasks import task_from_config
 
 FALLBACK_TASK = "sms-spam"
 
@@ -66,6 +67,7 @@ class ClientSpec:
     partition_column: str
     min_partition_size: Positive
     train_examples: Natural
+    held_out_examples: Natural
     eval_examples: Natural
     batch_size: Positive
     eval_batch_size: Positive

@@ -1,8 +1,8 @@
 """Tasks as prompts: a text classification becomes "which word comes next?".
 
 As in MeZO (Malladi et al. 2023, Table 14): the example is rendered into a prompt, each label
-has an answer word (verbalizer), and the loss is the cross-entropy over the answer words'
-logits at the position after the prompt. Inputs are left-padded, so that position is the last.
+has an answer word (verbalizer), and the loss is the cross-entropy over the answer words' scores
+(answers.py). The tasks themselves are in task_table.py.
 """
 
 import re
@@ -16,72 +16,29 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from hosl_flower import hub
+from hosl_flower.answers import Answers
 from hosl_flower.config import RunConfig
 from hosl_flower.errors import CheckpointError, ConfigError, DataError, first_line
-
-_FIELD = re.compile(r"\{(\w+)\}")  # any other brace is text
+from hosl_flower.task_table import FIELD, TASKS, Task
 
 BUNDLED = Path(__file__).parent / "bundled"
 
 
-@dataclass(frozen=True)
-class Task:
-    """One classification task.
-
-    prompt: template; {fields} are columns of the data. verbalizers: answer words, by label.
-    label_names: the strings a data file may use for the labels, by label.
-    source: "hub:<repository>/<configuration>" or "bundled:<folder>".
-    """
-
-    name: str
-    prompt: str
-    verbalizers: tuple[str, ...]
-    label_names: tuple[str, ...] = ()
-    label_column: str = "label"
-    source: str = ""
-
-    @property
-    def fields(self) -> list[str]:
-        """The columns the prompt needs."""
-        return _FIELD.findall(self.prompt)
-
-
-TASKS = {
-    task.name: task
-    for task in (
-        Task(
-            name="sst2",
-            prompt="{sentence} It was",
-            verbalizers=("terrible", "great"),
-            label_names=("negative", "positive"),
-            source="hub:nyu-mll/glue/sst2",
-        ),
-        Task(
-            name="sms-spam",
-            prompt="{SMS}\nThis message is",
-            verbalizers=("real", "spam"),
-            label_names=("ham", "spam"),
-            label_column="Label",
-            source="bundled:sms_spam",
-        ),
-    )
-}
-
-
 def task_from_config(config: RunConfig) -> Task:
     """The task a run asks for, with its overrides; ConfigError when it is incomplete."""
-    base = TASKS.get(config.task)
+    base, (names, words) = TASKS.get(config.task), _labels_and_words(config)
     if base is None:
-        if not (config.prompt and config.verbalizers):
+        if not (config.prompt and words):
             raise ConfigError(
                 f"task = {config.task!r} is none of {', '.join(TASKS)}; a task of your own needs "
                 "prompt, verbalizers and data-path (in the run config, or each node's own)"
             )
-        base = Task(config.task, config.prompt, tuple(config.verbalizer_list))
+        base = Task(config.task, config.prompt, words)
     task = replace(
         base,
         prompt=config.prompt or base.prompt,
-        verbalizers=tuple(config.verbalizer_list) or base.verbalizers,
+        verbalizers=words or base.verbalizers,
+        label_names=names or base.label_names,
         label_column=config.label_column or base.label_column,
     )
     if not task.fields:
@@ -92,6 +49,21 @@ def task_from_config(config: RunConfig) -> Task:
             f"({', '.join(task.label_names)}), got {len(task.verbalizers)} words"
         )
     return task
+
+
+def _labels_and_words(config: RunConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The label names and answer words of `verbalizers`: "bad,good" or "neg=bad,pos=good"."""
+    pairs = [item.partition("=") for item in config.verbalizer_list]
+    if not any(equals for _, equals, _ in pairs):
+        return (), tuple(config.verbalizer_list)
+    names = tuple(name.strip().lower() for name, _, _ in pairs)
+    words = tuple(word.strip() for _, _, word in pairs)
+    if not all(names) or not all(words) or len(set(names)) != len(names):
+        raise ConfigError(
+            f"verbalizers = {config.verbalizers!r}: expected a word for every label, or "
+            "label=word for every label of the data, each label once"
+        )
+    return names, words
 
 
 def load_tokenizer(model: str) -> Any:
@@ -116,7 +88,8 @@ def load_tokenizer(model: str) -> Any:
 
 @dataclass(frozen=True)
 class Batch:
-    """Left-padded inputs: input_ids, attention_mask [B, S] int64; labels [B] int64."""
+    """Left-padded inputs: input_ids, attention_mask [R, S] int64, R = B * Answers.sequences;
+    labels [B] int64."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -128,42 +101,57 @@ class Encoder:
 
     def __init__(self, task: Task, tokenizer: Any, max_length: int):
         self.task, self.tokenizer, self.max_length = task, tokenizer, max_length
-        # The literal text after the last field holds the question: it is never cut off.
-        self._head, self._tail = _split_prompt(task.prompt)
+        # no space at the end: it belongs to the answer word (" great" is one token)
+        *pairs, self._tail = FIELD.split(task.prompt.rstrip(" "))
+        self._pairs = list(zip(pairs[::2], pairs[1::2], strict=True))  # (text, field after it)
         self._prefix = list(tokenizer("")["input_ids"])  # <s>-like tokens, if the model uses any
         self._suffix = self._tokens(self._tail)
-        if len(self._prefix) + len(self._suffix) >= max_length:
+        self.answers = Answers([self._word_tokens(word) for word in task.verbalizers])
+        if len(set(map(tuple, self.answers.tokens))) != len(task.verbalizers):
+            raise ConfigError(f"verbalizers {', '.join(task.verbalizers)} share their tokens")
+        self._literal = [len(self._tokens(text)) for text, _ in self._pairs]
+        fixed = len(self._prefix) + sum(self._literal) + len(self._suffix)
+        fixed += self.answers.longest - 1
+        self._room = max_length - fixed  # for the fields
+        if self._room <= 0:
             raise ConfigError(
-                f"max-length = {max_length} leaves no room for text: the prompt's end "
-                f"{self._tail!r} alone takes {len(self._suffix)} tokens"
+                f"max-length = {max_length} leaves no room for text: the prompt's own words "
+                f"({task.prompt!r}) and the answer take {fixed} tokens"
             )
         pad = tokenizer.pad_token_id
         self.pad_id: int = pad if pad is not None else tokenizer.eos_token_id
-        self.verbalizer_ids = [self._verbalizer_id(word) for word in task.verbalizers]
-        if len(set(self.verbalizer_ids)) != len(self.verbalizer_ids):
-            raise ConfigError(f"verbalizers {', '.join(task.verbalizers)} share a token")
 
     def _tokens(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _verbalizer_id(self, word: str) -> int:
-        ids = self._tokens(f" {word}")
-        if len(ids) != 1:
-            raise ConfigError(
-                f"verbalizer {word!r} is {len(ids)} tokens in this model's vocabulary; "
-                "each answer word must be a single token: choose another with `verbalizers`"
-            )
-        return ids[0]
+    def _word_tokens(self, word: str) -> list[int]:
+        """An answer word as it follows the prompt: after a space, or right after a newline."""
+        word = word if self._tail[-1:].isspace() else f" {word}"
+        both, length = self._tokens(self._tail + word), len(self._suffix)
+        if both[:length] == self._suffix and len(both) > length:
+            return both[length:]
+        return self._tokens(word)
 
     def encode(self, example: dict[str, Any]) -> list[int]:
-        """Token ids of one example, at most max_length: the text is cut, never the question."""
-        text = _FIELD.sub(lambda field: example[field.group(1)], self._head)
-        room = self.max_length - len(self._prefix) - len(self._suffix)
-        return self._prefix + self._tokens(text)[:room] + self._suffix
+        """Token ids of an example's prompt, at most max_length with any answer but its last
+        token: where that is too long the longest field is cut, never the prompt's own words."""
+        texts = [text + example[name] for text, name in self._pairs]
+        ids = self._prefix + self._tokens("".join(texts) + self._tail)
+        if len(ids) + self.answers.longest - 1 <= self.max_length:
+            return ids
+        parts = [self._tokens(text) for text in texts]
+        lengths = [len(p) - n for p, n in zip(parts, self._literal, strict=True)]
+        kept = cut_longest(lengths, self._room)
+        ids = [
+            token
+            for part, own, more in zip(parts, self._literal, kept, strict=True)
+            for token in part[: own + more]
+        ]
+        return self._prefix + ids + self._suffix
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> Batch:
         """Encode and left-pad examples that carry an integer "label"."""
-        rows = [self.encode(example) for example in examples]
+        rows = [row for example in examples for row in self.answers.inputs(self.encode(example))]
         length = max(map(len, rows))
         input_ids = torch.full((len(rows), length), self.pad_id, dtype=torch.int64)
         mask = torch.zeros((len(rows), length), dtype=torch.int64)
@@ -181,22 +169,37 @@ class Encoder:
             )
 
 
-def _split_prompt(prompt: str) -> tuple[str, str]:
-    end = max(field.end() for field in _FIELD.finditer(prompt))
-    return prompt[:end], prompt[end:]
+def cut_longest(lengths: Sequence[int], room: int) -> list[int]:
+    """The lengths with the longest cut to as much as is needed for a sum of at most `room`."""
+    most = max(lengths)
+    for done, length in enumerate(sorted(lengths)):
+        share = room // (len(lengths) - done)  # of each that is not shorter
+        if length > share:
+            most = max(0, share)
+            break
+        room -= length
+    return [min(length, most) for length in lengths]
 
 
-def parse_label(value: Any, task: Task, where: str) -> int:
-    """A label as data files write it (int, bool, numeric string, name) -> 0..C-1."""
+def parse_label(value: Any, task: Task, where: str, first: int = 0) -> int:
+    """A label as data files write it (int, bool, numeric string, name) -> 0..C-1.
+
+    first: the number of the first label. Raises DataError that says `where`.
+    """
     text = str(value).strip().lower()
+    if re.fullmatch(r"-?\d{1,9}\.0", text):
+        text = text[:-2]
     if text in task.label_names:
         return task.label_names.index(text)
     text = {"false": "0", "true": "1"}.get(text, text)
-    number = int(float(text)) if re.fullmatch(r"\d+(\.0)?", text) else -1
+    counted = text.isascii() and text.isdigit() and len(text) < 10
+    if any(name.isdigit() for name in task.label_names):  # then a number is a name, or nothing
+        counted = False
+    number = int(text) - first if counted else -1
     if not 0 <= number < len(task.verbalizers):
         names = f" or {', '.join(task.label_names)}" if task.label_names else ""
         raise DataError(
-            f"{where}: label {value!r} is not one of 0..{len(task.verbalizers) - 1}{names}; "
-            "rows without a label cannot be used"
+            f"{where}: label {value!r} is not one of {first}..{first + len(task.verbalizers) - 1}"
+            f"{names}; rows without a label cannot be used"
         )
     return number

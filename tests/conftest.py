@@ -18,6 +18,8 @@ from transformers import OPTConfig, OPTForCausalLM
 from hosl_flower import hub
 from hosl_flower.tasks import BUNDLED
 
+torch.set_num_threads(1)  # a process per core runs them (pytest-xdist): threads would fight
+
 TOKENIZER = BUNDLED / "opt_tokenizer"
 TOKENIZER_SIZE = 50265
 TINY = {

@@ -18,8 +18,8 @@ _DEFAULTS: dict[str, Any] = {
     "lora_alpha": 16.0, "lora_targets": "q_proj,v_proj", "perturbation": "rank1",
     "task": TASKS["sms-spam"], "source": "bundled:sms_spam", "num_clients": 2,
     "partitioner": "iid", "dirichlet_alpha": 0.5, "partition_column": "", "min_partition_size": 1,
-    "train_examples": 50, "eval_examples": 20, "batch_size": 3, "eval_batch_size": 8,
-    "client_micro_batch": 0,
+    "train_examples": 50, "held_out_examples": 0, "eval_examples": 20, "batch_size": 3,
+    "eval_batch_size": 8, "client_micro_batch": 0,
     "max_length": 32, "seed": 0,
 }  # fmt: skip
 

@@ -6,10 +6,13 @@ from dataclasses import replace
 import datasets
 import pandas
 import pytest
+from specs import client_spec
 
 from hosl_flower.data import load_source, take
 from hosl_flower.errors import DataError
-from hosl_flower.tasks import TASKS, Task
+from hosl_flower.partition import DataPool
+from hosl_flower.perturb import derive_seed, permutation
+from hosl_flower.tasks import TASKS, Encoder, Task, load_tokenizer
 
 TASK = Task("own", "{text} It was", ("terrible", "great"), ("no", "yes"))
 FRAME = pandas.DataFrame({"label": [0, 1, 1], "text": ["one", "two", "three"]})
@@ -167,6 +170,33 @@ def test_a_fifth_is_held_out_by_seed(tmp_path):
     assert [len(held_out) for _, held_out in splits] == [10, 10, 10]
     assert examples(*splits[0]) == examples(numbered(50))
     assert [train["text"] == splits[0][0]["text"] for train, _ in splits] == [True, True, False]
+
+
+def test_held_out_examples_are_drawn_off_the_training_part(tmp_path):
+    numbered(50).to_csv(tmp_path / "train.csv")
+    numbered(7).to_csv(tmp_path / "validation.csv")
+    path = str(tmp_path)
+    assert [len(part) for part in load_source(path, TASK, 0)] == [50, 7]
+    splits = [load_source(path, TASK, seed, held_out_examples=12) for seed in (0, 0, 1)]
+    assert [len(held_out) for _, held_out in splits] == [12, 12, 12]
+    assert examples(*splits[0]) == examples(numbered(50))
+    assert [held["text"] == splits[0][1]["text"] for _, held in splits] == [True, True, False]
+    order = permutation(50, derive_seed(0, "held-out"))
+    assert splits[0][1]["text"] == [f"number {i}" for i in order[:12]]
+    for many in (50, 51):
+        with pytest.raises(DataError, match=rf"50 example.*hold {many} \(held-out-examples\) out"):
+            load_source(path, TASK, 0, held_out_examples=many)
+
+
+def test_held_out_examples_reach_every_client(tmp_path):
+    numbered(50).to_csv(tmp_path / "train.csv")
+    spec = client_spec(
+        task=TASK, source=str(tmp_path), held_out_examples=12, train_examples=0, eval_examples=0
+    )
+    pool = DataPool(spec, Encoder(TASK, load_tokenizer("random:opt-tiny"), 32))
+    clients = [pool.client(number) for number in range(2)]
+    assert [(len(c.train), len(c.held_out)) for c in clients] == [(19, 12)] * 2
+    assert examples(*(c.train for c in clients), clients[0].held_out) == examples(numbered(50))
 
 
 def test_bundled_sms_collection():

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from hosl_flower.answers import Answers
 from hosl_flower.errors import ConfigError
 from hosl_flower.families import architecture
 from hosl_flower.lora import Lora, save_adapters
@@ -177,7 +178,7 @@ def test_a_probe_of_adapters_is_a_forward_with_moved_adapters(tiny_opt, distribu
 def test_the_server_trains_what_it_is_told(tiny_opt, trainable, expected):
     directory, _ = tiny_opt()
     _, submodel = halves(directory, lora=LORA if trainable == "lora" else None)
-    server = Server(submodel, [5, 9], "sgd", 1e-2, trainable)
+    server = Server(submodel, Answers([[5], [9]]), "sgd", 1e-2, trainable)
     names = {n for n, p in submodel.canonical_parameters().items() if p.requires_grad}
     assert names == {n for n in submodel.canonical_parameters() if expected(n)} - {"lm_head.weight"}
     assert server.answer_rows.requires_grad is (trainable == "full")

@@ -247,7 +247,7 @@ def test_the_head_starts_as_the_models_own(make):
         h = client.submodel(data.input_ids, data.attention_mask)
         ours = client.submodel.head(h, data.attention_mask)
         theirs = whole(data.input_ids, attention_mask=data.attention_mask).logits[:, -1]
-    assert torch.allclose(ours, theirs[:, client.encoder.verbalizer_ids], atol=1e-4)
+    assert torch.allclose(ours, theirs[:, client.encoder.answers.ids], atol=1e-4)
 
 
 def test_herons_server_learns_from_uploads_alone(make):
@@ -297,6 +297,11 @@ def test_full_zo_trains_a_model_that_plain_transformers_agrees_about(make):
 def test_full_zo_needs_the_whole_model_on_the_client(make):
     with pytest.raises(ConfigError, match="cut-layer = 3, the number of blocks"):
         make(FullZo, **MANY, **SERVERLESS, cut_layer=2)
+
+
+def test_a_head_on_the_client_needs_answers_of_one_token(make):
+    with pytest.raises(ConfigError, match="answer words of one token each"):
+        make(Heron, **ONE, verbalizers="terribly bad,great")
 
 
 def test_per_client_seeds_in_full_zo_are_fedavg_of_weights(make):

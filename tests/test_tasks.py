@@ -1,4 +1,6 @@
-"""tasks.py: prompts, padding, truncation, answer words, labels, tokenizers."""
+"""tasks.py, task_table.py: prompts, padding, truncation, answer words, labels, tokenizers."""
+
+import re
 
 import pytest
 import torch
@@ -6,7 +8,15 @@ from conftest import TOKENIZER_SIZE, put_into_hub_cache
 
 from hosl_flower.config import parse_config
 from hosl_flower.errors import CheckpointError, ConfigError, DataError
-from hosl_flower.tasks import TASKS, Encoder, Task, load_tokenizer, parse_label, task_from_config
+from hosl_flower.tasks import (
+    TASKS,
+    Encoder,
+    Task,
+    cut_longest,
+    load_tokenizer,
+    parse_label,
+    task_from_config,
+)
 
 SST2 = TASKS["sst2"]
 PREFIX, PAD = 2, 1  # OPT's </s>, which starts every text, and <pad>
@@ -35,7 +45,7 @@ def test_bundled_tokenizer_is_that_of_opt(tokenizer):
 
 def test_prompt_is_rendered_and_tokenized_as_one_text(tokenizer):
     encoder = Encoder(SST2, tokenizer, 32)
-    assert encoder.verbalizer_ids == [6587, 372]
+    assert encoder.answers.tokens == [[6587], [372]]
     for text in ("a moving film .", "", "braces {sentence} {} stay", "caf\u00e9 \U0001f600"):
         ids = encoder.encode({"sentence": text})
         assert ids == tokenizer(f"{text} It was")["input_ids"]
@@ -68,6 +78,141 @@ def test_long_texts_are_cut_before_the_question(tokenizer):
     assert len(ids) == 8
 
 
+def test_the_longest_field_is_cut_and_the_question_survives(tokenizer):
+    boolq = Encoder(TASKS["boolq"], tokenizer, 16)
+    example = {"passage": "one two three four five six seven eight nine ten", "question": "is it"}
+    ids = boolq.encode(example)
+    assert tokenizer.decode(ids) == "</s>one two three four five six seven eight nine ten is it?\n"
+    for length in (15, 14, 8):
+        ids = Encoder(TASKS["boolq"], tokenizer, length).encode(example)
+        kept = " ".join(example["passage"].split()[: length - 5])
+        assert tokenizer.decode(ids) == f"</s>{kept} is it?\n"
+        assert len(ids) == length
+    example = {"passage": "short", "question": "one two three four five six seven eight nine ten"}
+    ids = Encoder(TASKS["boolq"], tokenizer, 8).encode(example)
+    assert tokenizer.decode(ids) == "</s>short one two three four?\n"
+
+
+def test_both_fields_of_a_pair_are_cut_when_both_are_long(tokenizer):
+    encoder = Encoder(TASKS["rte"], tokenizer, 30)
+    ids = encoder.encode({"premise": "very " * 50 + "wet", "hypothesis": "dry " * 50})
+    text = tokenizer.decode(ids)
+    assert len(ids) in (29, 30)
+    assert text.startswith("</s>very very")
+    assert '\nDoes this mean that "dry dry' in text
+    assert text.endswith('dry" is true? Yes or No?\n')
+    assert abs(text.count("very") - text.count("dry")) <= 1
+
+
+@pytest.mark.parametrize(
+    ("lengths", "room", "kept"),
+    [
+        ([3, 10], 20, [3, 10]),
+        ([3, 10], 8, [3, 5]),
+        ([10, 3], 8, [5, 3]),
+        ([10, 9], 8, [4, 4]),
+        ([10, 1, 9], 8, [3, 1, 3]),
+        ([10], 4, [4]),
+        ([5, 5], 1, [0, 0]),
+    ],
+)
+def test_only_the_longest_is_cut(lengths, room, kept):
+    assert cut_longest(lengths, room) == kept
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("length", [1, 300])
+def test_no_task_loses_its_question(tokenizer, name, length):
+    task = TASKS[name]
+    example = {field: " ".join(["word"] * length) for field in task.fields}
+    for most in (64, 128):
+        ids = Encoder(task, tokenizer, most).encode(example)
+        text = tokenizer.decode(ids[1:])
+        assert len(ids) <= most
+        place = 0
+        for literal in re.split(r"\{\w+\}", task.prompt):
+            place = text.index(literal, place) + len(literal)
+        assert place == len(text)
+        if length == 1:
+            assert text == task.prompt.format(**example)
+
+
+RAIN = {"premise": "It rains.", "hypothesis": "It is wet."}
+MEZO = {
+    "sst2": ({"sentence": "fine"}, "fine It was", ["terrible", "great"]),
+    "rte": (
+        RAIN,
+        'It rains.\nDoes this mean that "It is wet." is true? Yes or No?\n',
+        ["Yes", "No"],
+    ),
+    "cb": (
+        RAIN,
+        'Suppose It rains. Can we infer that "It is wet."? Yes, No, or Maybe?\n',
+        ["Yes", "No", "Maybe"],
+    ),
+    "wsc": (
+        {"text": "Ann saw Eve when she sang.", "span1_text": "Ann", "span2_text": "she"},
+        "Ann saw Eve when she sang.\nIn the previous sentence, does the pronoun "
+        '"she" refer to Ann? Yes or No?\n',
+        ["No", "Yes"],
+    ),
+    "wic": (
+        {"word": "bank", "sentence1": "A bank.", "sentence2": "The bank."},
+        'Does the word "bank" have the same meaning in these two sentences? Yes, No?\n'
+        "A bank.\nThe bank.\n",
+        ["No", "Yes"],
+    ),
+    "boolq": (
+        {"passage": "Cats purr.", "question": "do cats purr"},
+        "Cats purr. do cats purr?\n",
+        ["No", "Yes"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MEZO)
+def test_prompts_and_words_are_those_of_mezo(tokenizer, name):
+    """Prompt and word give the tokens of the text that has both: the answer of a prompt that ends
+    in a newline follows it without a space."""
+    example, prompt, words = MEZO[name]
+    encoder = Encoder(TASKS[name], tokenizer, 64)
+    ids = encoder.encode(example)
+    assert ids == tokenizer(prompt)["input_ids"]
+    gap = "" if prompt.endswith("\n") else " "
+    for tokens, word in zip(encoder.answers.tokens, words, strict=True):
+        assert ids + tokens == tokenizer(prompt + gap + word)["input_ids"]
+    assert len(words) == len(encoder.answers.tokens)
+
+
+def test_every_task_has_one_token_words_for_opt(tokenizer):
+    assert {Encoder(task, tokenizer, 64).answers.sequences for task in TASKS.values()} == {1}
+
+
+def test_the_answer_follows_a_space_that_the_prompt_ends_in(tokenizer):
+    encoder = Encoder(Task("own", "{text} So: ", ("bad", "good")), tokenizer, 32)
+    assert tokenizer.decode(encoder.encode({"text": "x"})) == "</s>x So:"
+    assert tokenizer.decode([t for word in encoder.answers.tokens for t in word]) == " bad good"
+
+
+def test_words_of_several_tokens_make_a_row_per_label(tokenizer):
+    encoder = Encoder(Task("own", "{text} It was", ("bad", "not bad at")), tokenizer, 8)
+    bad, (no, *more) = encoder.answers.tokens
+    assert (encoder.answers.sequences, encoder.answers.longest) == (2, 3)
+    rows = [{"text": "a b", "label": 1}, {"text": "one two three four five six", "label": 0}]
+    batch = encoder.collate(rows)
+    prompts = [encoder.encode(row) for row in rows]
+    assert (bad, len(more)) == ([1099], 2)
+    assert [len(prompt) for prompt in prompts] == [5, 6]
+    assert batch.labels.tolist() == [1, 0]
+    assert batch.input_ids.tolist() == [
+        [PAD] * 3 + prompts[0],
+        [PAD] + prompts[0] + [no, more[0]],
+        [PAD] * 2 + prompts[1],
+        prompts[1] + [no, more[0]],
+    ]
+    assert torch.equal(batch.attention_mask.bool(), batch.input_ids != PAD)
+
+
 def test_a_tokenizer_without_padding_or_prefix_will_do(tokenizer):
     class Plain:
         pad_token_id, eos_token_id = None, 7
@@ -83,9 +228,9 @@ def test_a_tokenizer_without_padding_or_prefix_will_do(tokenizer):
 @pytest.mark.parametrize(
     ("words", "length", "message"),
     [
-        (("bad", "not bad"), 32, "'not bad' is 2 tokens.*`verbalizers`"),
-        (("good", "good"), 32, "good, good share a token"),
-        (("bad", "good"), 3, r"max-length = 3 .* ' It was' alone takes 2 tokens"),
+        (("good", "good"), 32, "good, good share their tokens"),
+        (("bad", "good"), 3, r"max-length = 3 .* own words .* take 3 tokens"),
+        (("bad", "not bad"), 4, r"max-length = 4 .* own words .* take 4 tokens"),
     ],
 )
 def test_what_a_vocabulary_cannot_do_is_refused(tokenizer, words, length, message):
@@ -107,16 +252,35 @@ def test_task_of_ones_own():
     assert own_task(label_column="y").label_column == "y"
 
 
+def test_labels_that_are_words_are_named_next_to_the_answers():
+    own = task(task="own", data_path="x.csv", prompt="{text} It was", verbalizers="Neg=bad, p=good")
+    assert (own.label_names, own.verbalizers) == (("neg", "p"), ("bad", "good"))
+    assert [parse_label(value, own, "here") for value in ("neg", "P", 1)] == [0, 1, 1]
+    stars = task(task="own", prompt="{text} It was", verbalizers="1=bad,2=good")
+    assert [parse_label(value, stars, "here") for value in (1, "2", 2.0)] == [0, 1, 1]
+    with pytest.raises(DataError, match=r"here: label 0 is not one of .* 1, 2"):
+        parse_label(0, stars, "here")
+    swapped = task(task="sst2", verbalizers="positive=great,negative=terrible")
+    assert parse_label("negative", swapped, "here") == 1
+
+
+def test_a_newline_at_the_end_of_a_prompt_is_kept():
+    assert own_task("{text}\nGood or bad?\n").prompt.endswith("?\n")
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
         (
             {"task": "own"},
-            r"task = 'own' is none of sst2, sms-spam; .* prompt, verbalizers and data-path",
+            r"task = 'own' is none of sst2, rte, .*; .* prompt, verbalizers and data-path",
         ),
         ({"task": "own", "prompt": "{a}", "data_path": "x"}, "verbalizers"),
         ({"prompt": "It was"}, "'It was' names no column"),
         ({"verbalizers": "a,b,c"}, r"sst2 has 2 labels \(negative, positive\), got 3 words"),
+        ({"verbalizers": "neg=bad,good"}, "expected a word for every label, or label=word"),
+        ({"verbalizers": "neg=bad,pos="}, "expected a word for every label, or label=word"),
+        ({"verbalizers": "a=bad,A=good"}, "each label once"),
     ],
 )
 def test_incomplete_tasks_are_refused(keys, message):

@@ -163,7 +163,7 @@ def main() -> None:
     quick = "--quick" in sys.argv
     log_to_stderr()
     cells = [("opt-125m", "hosl-q1")] if quick else list(itertools.product(MODELS, METHODS))
-    steps = 12
+    steps = 5 if quick else 12
     found: dict = {**transport(60 if quick else 300), "steps": steps, "cells": {}}
     with tempfile.TemporaryDirectory() as out:
         for model, method in cells:

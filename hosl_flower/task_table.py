@@ -1,0 +1,127 @@
+"""The tasks that come with the package: one row each.
+
+Prompts of the first six: MeZO (Malladi et al. 2023, https://arxiv.org/abs/2305.17333, Table 14).
+Labels are in the order of the hub's data sets; label_names are the strings that published files
+write for them.
+"""
+
+import re
+from dataclasses import dataclass, field
+
+FIELD = re.compile(r"\{(\w+)\}")  # any other brace is text
+
+Columns = dict[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One classification task.
+
+    prompt: template; {fields} are columns of the data. verbalizers: answer words, by label.
+    label_names: the strings a data file may use for the labels, by label.
+    source: "hub:<repository>/<configuration>" or "bundled:<folder>".
+    columns: by column, what other publications have in its place: one column, or several ("title
+    description"), which are joined with a space.
+    header: column names of the published file, where that comes without a header line.
+    from_one: label columns that count the labels 1, 2, ...
+    """
+
+    name: str
+    prompt: str
+    verbalizers: tuple[str, ...]
+    label_names: tuple[str, ...] = ()
+    label_column: str = "label"
+    source: str = ""
+    columns: Columns = field(default_factory=dict)
+    header: tuple[str, ...] = ()
+    from_one: tuple[str, ...] = ()
+
+    @property
+    def fields(self) -> list[str]:
+        """The columns the prompt needs, each once."""
+        return list(dict.fromkeys(FIELD.findall(self.prompt)))
+
+
+_BOOLEAN = ("false", "true")
+_PAIR: Columns = {"premise": ("sentence1",), "hypothesis": ("sentence2",)}  # GLUE's names
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            name="sst2",
+            prompt="{sentence} It was",
+            verbalizers=("terrible", "great"),
+            label_names=("negative", "positive"),
+            source="hub:nyu-mll/glue/sst2",
+            columns={"sentence": ("text",)},
+        ),
+        Task(
+            name="rte",
+            prompt='{premise}\nDoes this mean that "{hypothesis}" is true? Yes or No?\n',
+            verbalizers=("Yes", "No"),
+            label_names=("entailment", "not_entailment"),
+            source="hub:aps/super_glue/rte",
+            columns=_PAIR,
+        ),
+        Task(
+            name="cb",
+            prompt='Suppose {premise} Can we infer that "{hypothesis}"? Yes, No, or Maybe?\n',
+            verbalizers=("Yes", "No", "Maybe"),
+            label_names=("entailment", "contradiction", "neutral"),
+            source="hub:aps/super_glue/cb",
+            columns=_PAIR,
+        ),
+        Task(
+            name="wsc",
+            prompt='{text}\nIn the previous sentence, does the pronoun "{span2_text}" refer to '
+            "{span1_text}? Yes or No?\n",
+            verbalizers=("No", "Yes"),
+            label_names=_BOOLEAN,
+            source="hub:aps/super_glue/wsc.fixed",
+        ),
+        Task(
+            name="wic",
+            prompt='Does the word "{word}" have the same meaning in these two sentences? Yes, No?'
+            "\n{sentence1}\n{sentence2}\n",
+            verbalizers=("No", "Yes"),
+            label_names=_BOOLEAN,
+            source="hub:aps/super_glue/wic",
+        ),
+        Task(
+            name="boolq",
+            prompt="{passage} {question}?\n",
+            verbalizers=("No", "Yes"),
+            label_names=_BOOLEAN,
+            source="hub:aps/super_glue/boolq",
+            columns={"label": ("answer",)},  # BoolQ's own release
+        ),
+        Task(
+            name="ag-news",
+            prompt="{text}\nTopic:",
+            verbalizers=("World", "Sports", "Business", "Technology"),
+            label_names=("world", "sports", "business", "sci/tech"),
+            source="hub:fancyzhx/ag_news/default",
+            columns={"text": ("title description",), "label": ("class_index",)},
+            header=("class_index", "title", "description"),
+            from_one=("class_index",),
+        ),
+        Task(
+            name="trec",
+            prompt="{text}\nAnswer type:",
+            verbalizers=("acronym", "entity", "description", "person", "location", "number"),
+            label_names=("abbr", "enty", "desc", "hum", "loc", "num"),
+            label_column="coarse_label",
+            source="hub:CogComp/trec/default",
+        ),
+        Task(
+            name="sms-spam",
+            prompt="{SMS}\nThis message is",
+            verbalizers=("real", "spam"),
+            label_names=("ham", "spam"),
+            label_column="Label",
+            source="bundled:sms_spam",
+            header=("Label", "SMS"),
+        ),
+    )
+}
