@@ -29,6 +29,7 @@ fast-test: setup
 	$(BIN)/python -m pytest
 
 integration-test: setup
+	$(BIN)/python -m pytest -m slow
 	$(BIN)/python -m pytest tests/integration --override-ini addopts=-q
 
 lint: setup

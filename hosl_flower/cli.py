@@ -60,12 +60,14 @@ def compare(
         "runs/compare"
     ),
     processes: Annotated[int, typer.Option(min=1, help="runs at a time")] = 1,
+    config: Override = None,
 ) -> None:
     """Tune, run and tabulate methods against each other; finished runs are not run again."""
     from hosl_flower.compare import compare as run_comparison
 
     try:
-        typer.echo(run_comparison(experiment, out, processes))
+        overrides = dict(map(_key_value, config or []))
+        typer.echo(run_comparison(experiment, out, processes, overrides))
     except HoslError as error:
         _fail(error)
 

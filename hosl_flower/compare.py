@@ -1,24 +1,24 @@
 """`python -m hosl_flower compare`: tune, run, tabulate and draw an experiment."""
 
 import json
-import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from hosl_flower.cells import choose, is_finished, run_all
 from hosl_flower.comparison import csv_text, markdown, rows
 from hosl_flower.comparison_plot import draw_comparison
 from hosl_flower.experiment import Keys, cells, read_experiment, trials
 
-log = logging.getLogger("hosl_flower")
 
-
-def compare(path: Path, out: Path, processes: int) -> str:
+def compare(path: Path, out: Path, processes: int, overrides: Mapping[str, Any]) -> str:
     """Everything the experiment asks for that is not in `out` yet; the table, as Markdown.
+    overrides: of keys of its [config].
 
     Writes tuned.json, results.md, results.csv and curves-<variant>.png beside the run
     directories. Raises ConfigError before anything is run, CellError when a run fails.
     """
-    experiment = read_experiment(path)
+    experiment = read_experiment(path, overrides)
     app, out = experiment.flower_app, out.absolute()
     for cell in trials(experiment):
         is_finished(cell, out)  # refused now rather than hours later

@@ -76,10 +76,14 @@ class Cell:
         return "-".join(filter(None, (self.variant, self.method, f"seed{self.seed}")))
 
 
-def read_experiment(path: Path) -> Experiment:
-    """ConfigError, with everything that is wrong, before any cell is run."""
+def read_experiment(path: Path, overrides: Mapping[str, Any] | None = None) -> Experiment:
+    """The file, its [config] with some keys overridden. ConfigError, with everything that is
+    wrong, before any cell is run."""
     try:
-        experiment = Experiment(**tomllib.loads(path.read_text()))
+        read = tomllib.loads(path.read_text())
+        experiment = Experiment(
+            **{**read, "config": {**read.get("config", {}), **(overrides or {})}}
+        )
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read; expected an experiment in TOML") from error
     except tomllib.TOMLDecodeError as error:

@@ -104,6 +104,7 @@ def train(tmp_path, endpoint, name, *extra):
     )
 
 
+@pytest.mark.slow
 def test_a_hub_model_is_downloaded_once_and_then_works_offline(hub, tiny_opt, tmp_path):
     handler, endpoint = hub
     directory, model = tiny_opt(vocab_size=50272, max_position_embeddings=128)

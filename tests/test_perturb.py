@@ -129,10 +129,10 @@ def test_shifted_and_subtract_are_one_float32_operation(distribution, dtype):
 def test_directions_have_identity_covariance(distribution):
     shapes = {"w": torch.Size([4, 3]), "b": torch.Size([2])}
     layout = Layout(shapes, distribution)
-    draws = [layout.draw(seed) for seed in range(4000)]
+    draws = [layout.draw(seed) for seed in range(1500)]
     s = torch.stack([torch.cat([d.dense(n).flatten() for n in shapes]) for d in draws])
-    assert s.mean(0).abs().max() < 0.08
-    assert (s.T @ s / len(s) - torch.eye(14)).abs().max() < 0.09
+    assert s.mean(0).abs().max() < 0.12
+    assert (s.T @ s / len(s) - torch.eye(14)).abs().max() < 0.15
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)

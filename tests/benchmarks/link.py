@@ -1,11 +1,12 @@
 """What the way messages travel costs: step time of each link against the in-process loop.
 
-    python tests/benchmarks/link.py [--quick]
+    python tests/benchmarks/link.py --quick          OPT-125M, HOSL Q = 1, under five minutes
+    python tests/benchmarks/link.py [--keep FOLDER]  the table; runs found there are not run again
 
 Same machine, one after the other: HOSL and HO-SFL on random weights, 8 x 64 tokens, in process,
 over a stream and over Flower messages in simulation, and over both on real SuperNodes on
-loopback (few steps over Flower messages there: each takes seconds). Bytes are those of the
-training messages over the closed form: (2Q + 1) A up for HOSL, A up and A down per client for
+loopback (few steps of one cell over Flower messages there: each takes tens of seconds). Bytes are
+those of the training messages over the closed form: (2Q + 1) A up for HOSL, A up and A down per client for
 HO-SFL, A = B S H 4 bytes of every mini-batch as it is padded. The last line is JSON: ratios to
 in-process, and medians in milliseconds of a small request and of a 12 MiB tensor there and
 back, over a stream between two processes. Clients by the hundred are scale.py's business.
@@ -60,14 +61,15 @@ MAILBOX = ("grid_deploy", "grid_deploy_4")  # 1 and 4 steps per message
 MAILBOX_STEPS = 5  # the first is not counted, then one message of 4
 
 
-def run(link: str, keys: dict, out: Path) -> dict:
+def run(name: str, link: str, keys: dict, out: Path) -> dict:
     """Seconds per step by part, of one run over one link, and its bytes over the closed form."""
-    name = f"{link}-{time.monotonic_ns()}"
     keys = {**keys, "run-name": name, "output-dir": str(out)}
     if link.startswith("grid_deploy"):
         keys |= {"link": "grid", "steps": MAILBOX_STEPS, "eval-every": MAILBOX_STEPS}
         keys["steps-per-message"] = 4 if link == "grid_deploy_4" else 1
-    if link == "in_process":
+    if (out / name / "results.json").is_file():
+        pass
+    elif link == "in_process":
         load_strategy(parse_config(keys)).run_in_process()
     elif link.endswith("_sim"):
         keys["link"] = "grid" if link == "grid_sim" else "stream"
@@ -162,24 +164,27 @@ def transport(repeats: int) -> dict[str, float]:
 def main() -> None:
     quick = "--quick" in sys.argv
     log_to_stderr()
+    keep = Path(sys.argv[sys.argv.index("--keep") + 1]) if "--keep" in sys.argv else None
     cells = [("opt-125m", "hosl-q1")] if quick else list(itertools.product(MODELS, METHODS))
-    steps = 5 if quick else 12
-    found: dict = {**transport(60 if quick else 300), "steps": steps, "cells": {}}
-    with tempfile.TemporaryDirectory() as out:
+    found: dict = {**transport(60 if quick else 300), "cells": {}}
+    with tempfile.TemporaryDirectory() as own:
+        out = keep or Path(own)
         for model, method in cells:
+            first = (model, method) == ("opt-125m", "hosl-q1")
+            steps = 5 if quick or method == "hosl-q5" else 12
             keys = {**COMMON, **MODELS[model], **METHODS[method], "steps": steps}
             keys["eval-every"] = steps
-            rows = {link: run(link, keys, Path(out)) for link in LINKS}
+            rows = {link: run(f"{model}-{method}-{link}", link, keys, out) for link in LINKS}
             prints = {row.pop("fingerprint") for row in rows.values()}
             assert len(prints) == 1, f"not the same bits over every link: {prints}"
-            if not quick and model == "opt-125m" and method != "hosl-q5":
-                rows |= {link: run(link, keys, Path(out)) for link in MAILBOX}
-            found["cells"][f"{model} {method}"] = rows
+            if first and not quick:
+                rows |= {x: run(f"{model}-{method}-{x}", x, keys, out) for x in MAILBOX}
+            found["cells"][f"{model} {method}"] = {"steps": steps, **rows}
     columns = ("client", "server", "transport", "total", "ratio", "up_ratio")
     print("| model, method, link | " + " | ".join(columns) + " |")
     print("|---" * (len(columns) + 1) + "|")
     for cell, rows in found["cells"].items():
-        for link, row in rows.items():
+        for link, row in ((k, v) for k, v in rows.items() if k != "steps"):
             row.pop("fingerprint", None)
             row["ratio"] = round(row["total"] / rows["in_process"]["total"], 3)
             print(f"| {cell}, {link} | {' | '.join(str(row[c]) for c in columns)} |")
