@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 PHASES = ("load", "forward", "probe", "backward", "update")
 
@@ -78,6 +78,10 @@ class LiveTensors(TorchDispatchMode):
 
     def _count(self, tensor: Tensor) -> None:
         if tensor.device.type == "meta":  # has a size, but no memory
+            return
+        if is_traceable_wrapper_subclass(tensor):  # 8-bit codes and scales that look like floats
+            inner, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+            self.hold(getattr(tensor, name) for name in inner)
             return
         storage = tensor.untyped_storage()
         address, size = storage._cdata, storage.nbytes()

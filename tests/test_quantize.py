@@ -12,6 +12,7 @@ from hosl_flower.config import parse_config
 from hosl_flower.errors import ConfigError
 from hosl_flower.ledger import Entry
 from hosl_flower.lora import Lora, is_adapter
+from hosl_flower.memory import LiveTensors
 from hosl_flower.probe import perturbed
 from hosl_flower.quantize import to_int8
 from hosl_flower.split import load_client, open_base, trainable_parameters
@@ -63,6 +64,12 @@ def test_the_forward_is_close_and_the_base_a_quarter(dtype):
     assert held / full == pytest.approx(0.25, abs=0.02)
     adapters = {p.dtype for n, p in small.canonical_parameters().items() if is_adapter(n)}
     assert adapters == {torch.float32}
+
+
+def test_the_meter_counts_codes_and_scales_not_the_floats_they_stand_for():
+    submodel, live = load("int8"), LiveTensors()
+    live.hold(submodel.parameters())
+    assert live.live_bytes == sum(stored_bytes(p.data) for p in submodel.parameters())
 
 
 def test_a_lookup_widens_its_own_rows_only():

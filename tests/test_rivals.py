@@ -11,6 +11,7 @@ from hosl_flower.split import load_client, open_base
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
+from memory import measure
 from rivals import RIVALS
 
 RATE = 0.5
@@ -46,3 +47,14 @@ def test_a_rival_makes_the_update_of_autograd(name, lora):
         update = updates.get(n, torch.zeros_like(parameter))
         assert torch.allclose(parameter, before[n] - RATE * update, rtol=1e-4, atol=1e-4), n
     assert all(update.abs().max() > 0 for n, update in updates.items() if "k_proj.bias" not in n)
+
+
+def test_the_memory_benchmark_measures_both_sides_of_its_table():
+    # the benchmark reaches into Client: this is what says so when Client changes
+    shape = ("opt-mini", 4, 16, "float32", "full")
+    ours = measure(shape, "together", "cpu")
+    whole = measure(shape, "ho_sfl", "cpu")
+    theirs = measure(shape, "fo", "cpu")
+    assert whole["weights"] < ours["inference"] <= ours["hosl"] <= 1.1 * ours["inference"]
+    assert ours["ho_sfl"] == pytest.approx(whole["peak"], rel=0.05)
+    assert theirs["peak"] > 2 * whole["weights"] > 0

@@ -6,8 +6,8 @@
 Same machine, one after the other: HOSL and HO-SFL on random weights, 8 x 64 tokens, in process,
 over a stream and over Flower messages in simulation, and over both on real SuperNodes on
 loopback (few steps of one cell over Flower messages there: each takes tens of seconds). Bytes are
-those of the training messages over the closed form: (2Q + 1) A up for HOSL, A up and A down per client for
-HO-SFL, A = B S H 4 bytes of every mini-batch as it is padded. The last line is JSON: ratios to
+those of the training messages over the closed form: (2Q + 1) A up for HOSL, A up and A down per
+client for HO-SFL, A = B S H 4 bytes of every mini-batch as padded. The last line is JSON: ratios to
 in-process, and medians in milliseconds of a small request and of a 12 MiB tensor there and
 back, over a stream between two processes. Clients by the hundred are scale.py's business.
 """

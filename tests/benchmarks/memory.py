@@ -86,7 +86,7 @@ def _client(shape: tuple, column: str, device: str) -> dict[str, Any]:
     client = Client(spec)
     ids, mask = _batch(size, length)
     batch = Batch(ids, mask, torch.zeros(size, dtype=torch.int64))
-    client._train_batch = lambda _: batch
+    client.compute.train_batch = lambda *_: batch
     at = {"step": 1, "partition": 0, "position": 0, "digest": client.state.digest}
 
     def ask(request: Any) -> None:
@@ -102,7 +102,7 @@ def _client(shape: tuple, column: str, device: str) -> dict[str, Any]:
 
     def cut_gradient() -> None:
         generator = torch.Generator().manual_seed(1)
-        cut = torch.empty(size, length, client.hidden, dtype=torch_dtype(dtype))
+        cut = torch.empty(size, length, client.submodel.hidden_size, dtype=torch_dtype(dtype))
         for row in cut:  # no full-size temporary in another dtype
             row.copy_(torch.randn(row.shape, generator=generator) * 1e-3)
         ask(
@@ -118,7 +118,7 @@ def _client(shape: tuple, column: str, device: str) -> dict[str, Any]:
         probe()
         forward()
         first = client.meter.peaks
-        client.meter = Meter(client.device)
+        client.meter = client.compute.meter = Meter(client.device)
         cut_gradient()
         update()
         second = client.meter.peaks
