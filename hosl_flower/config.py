@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from hosl_flower.codec import Codec
+from hosl_flower.config_rules import contradictions, split_words
 from hosl_flower.errors import ConfigError
 
 Scalar = bool | int | float | str
@@ -271,66 +272,10 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_together(self) -> "RunConfig":
-        if self.verbalizers and len(self.verbalizer_list) < 2:
-            raise ValueError("verbalizers: needs at least two comma-separated words")
-        if self.num_clients > self.train_examples > 0:
-            raise ValueError(
-                f"num-clients = {self.num_clients} is more than train-examples = "
-                f"{self.train_examples}: some clients would have no data"
-            )
-        self._check_used()
-        if self.clients_per_step > self.num_clients:
-            raise ValueError(
-                f"clients-per-step = {self.clients_per_step} is more than num-clients = "
-                f"{self.num_clients}"
-            )
-        if self.min_clients > self.sampled_clients:
-            raise ValueError(
-                f"min-clients = {self.min_clients} is more than the {self.sampled_clients} "
-                "clients of a step"
-            )
-        if self.client_seeds == "per-client" and self.aggregation in ("median", "trimmed-mean"):
-            raise ValueError(
-                f"aggregation = {self.aggregation} compares the clients' scalars along the same "
-                "directions; it needs client-seeds = shared"
-            )
-        if self.partitioner == "natural-id" and not self.partition_column:
-            raise ValueError("partitioner = natural-id needs partition-column")
-        if self.client_quantization != "none" and self.client_trainable != "lora":
-            raise ValueError(
-                f"client-quantization = {self.client_quantization} freezes the client's weights; "
-                "it needs client-trainable = lora"
-            )
-        if "lora" in (self.client_trainable, self.server_trainable) and not split_words(
-            self.lora_targets
-        ):
-            raise ValueError("lora-targets: names no module")
-        if self.save_format == "adapters" and not (
-            self.client_trainable == self.server_trainable == "lora"
-        ):
-            raise ValueError(
-                "save-format = adapters needs client-trainable = server-trainable = lora: "
-                "adapters cannot hold other changes"
-            )
+        problems = list(contradictions(self))
+        if problems:
+            raise ValueError("\n  ".join(problems))
         return self
-
-    def _check_used(self) -> None:
-        """A value that would change nothing is a mistake."""
-        lora = "lora" in (self.client_trainable, self.server_trainable)
-        needs = {
-            "trim_fraction": ("aggregation = trimmed-mean", self.aggregation == "trimmed-mean"),
-            "dirichlet_alpha": ("partitioner = dirichlet", self.partitioner == "dirichlet"),
-            "min_partition_size": ("partitioner = dirichlet", self.partitioner == "dirichlet"),
-            "partition_column": ("partitioner = natural-id", self.partitioner == "natural-id"),
-            **{
-                f"lora_{name}": ("client-trainable or server-trainable = lora", lora)
-                for name in ("rank", "alpha", "targets")
-            },
-        }
-        for name, (setting, used) in needs.items():
-            field = type(self).model_fields[name]
-            if not used and getattr(self, name) != field.default:
-                raise ValueError(f"{field.alias} has no use without {setting}")
 
     @property
     def sampled_clients(self) -> int:
@@ -345,11 +290,6 @@ class RunConfig(BaseModel):
     def as_keys(self) -> dict[str, Scalar]:
         """All keys with their values, as a run-config."""
         return self.model_dump(by_alias=True)
-
-
-def split_words(text: str) -> tuple[str, ...]:
-    """The words of a comma-separated list."""
-    return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 def parse_config(values: Mapping[str, Any], origin: str = "the run config") -> RunConfig:

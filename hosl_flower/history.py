@@ -11,6 +11,7 @@ from hosl_flower.errors import DivergedError, DriftError
 from hosl_flower.gradient import Dense
 from hosl_flower.ledger import Entry, Ledger, fingerprint
 from hosl_flower.messages import CatchUp, Fingerprinted, Request, Restore
+from hosl_flower.perturb import derive_seed
 from hosl_flower.state import ClientState, Snapshot
 from hosl_flower.wire import wire_bytes
 
@@ -51,8 +52,12 @@ class History:
         self, step: int, weights: Tensor, moments: Tensor | None = None, updates: int = 0
     ) -> None:
         """Make new weights [n], which no seeds and scalars can say, part of the run; with the
-        state of the optimizer that led to them, or with a fresh one."""
-        self.state.set_weights(weights)
+        state of the optimizer that led to them, or with a fresh one. Weights in another dtype
+        than the client's are rounded to it (ClientState.assign)."""
+        if weights.dtype == self.state.weights_like().dtype:
+            self.state.set_weights(weights)
+        else:
+            self.state.assign(weights, derive_seed(step, "jump"))
         fresh = torch.empty(0, 0) if moments is None else moments
         self.state.optimizer.load(fresh, updates, self.state.parameters)
         self.state.updates = updates

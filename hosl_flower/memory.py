@@ -80,7 +80,7 @@ class LiveTensors(TorchDispatchMode):
         if tensor.device.type == "meta":  # has a size, but no memory
             return
         if is_traceable_wrapper_subclass(tensor):  # 8-bit codes and scales that look like floats
-            inner, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+            inner, _ = tensor.__tensor_flatten__()
             self.hold(getattr(tensor, name) for name in inner)
             return
         storage = tensor.untyped_storage()

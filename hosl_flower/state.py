@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from hosl_flower.gradient import Gradient, Seeded
 from hosl_flower.ledger import Entry, chain, fingerprint, first_digest
 from hosl_flower.optimizer import make_optimizer, moments_of
-from hosl_flower.perturb import Layout
+from hosl_flower.perturb import Layout, as_matrix_shape, row_chunks
+from hosl_flower.rounding import store
 
 _TRAIL_ELEMENTS = 1 << 20  # up to so many, every update is fingerprinted (milliseconds)
 _TRAIL_LENGTH = 4096
@@ -120,6 +121,23 @@ class ClientState:
         for parameter in self.parameters.values():
             stop = start + parameter.numel()
             parameter.detach().copy_(weights[start:stop].view(parameter.shape))
+            start = stop
+
+    @torch.no_grad()
+    def assign(self, values: Tensor, seed: int) -> None:
+        """Take computed values [n], float32 or float64, as weights: 16-bit ones are rounded at
+        random (rounding.py), so that averages closer than their spacing are not lost."""
+        start = 0
+        for name, parameter in self.parameters.items():
+            stop = start + parameter.numel()
+            shape = as_matrix_shape(parameter.shape)
+            matrix, own = parameter.detach().view(shape), values[start:stop].view(shape).float()
+            for row, block in row_chunks(matrix):
+                value = own[row : row + len(block)].to(block.device)
+                if block.dtype == torch.float32:
+                    block.copy_(value)
+                else:
+                    store(block, value, seed, name, row)
             start = stop
 
     def weights_like(self) -> Tensor:

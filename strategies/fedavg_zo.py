@@ -42,4 +42,4 @@ class FedAvgZo(HoSfl):
     def commit(self, session: Session, cohort: Cohort, update: torch.Tensor) -> None:
         """New weights for everybody."""
         weights = session.history.state.weights()
-        session.history.jump(cohort.step, weights.double().add_(update).to(weights.dtype))
+        session.history.jump(cohort.step, weights.double().add_(update))

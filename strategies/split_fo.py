@@ -128,7 +128,7 @@ class SplitFo(HoSfl):
             total = torch.zeros(history.state.elements, dtype=torch.float64)
             for m, share in zip(members, cohort.weights, strict=True):
                 total.add_(replies.pop(m).weights, alpha=share)
-            history.jump(cohort.step, total.to(history.state.weights_like().dtype))
+            history.jump(cohort.step, total)
             return
         (alone,) = members
         before, own = session.at(cohort.step, alone), replies[alone]

@@ -223,3 +223,23 @@ def test_fingerprints_after_a_snapshot_belong_to_it():
     other.restore(one.snapshot())
     assert other.trail == {}
     assert other.mark().fingerprint == one.mark().fingerprint
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_averages_of_16_bit_weights_are_kept_on_average(dtype):
+    # a quarter of the spacing above 1: to the nearest it would always be lost
+    spacing = torch.finfo(dtype).eps
+    parameters = {"w": torch.nn.Parameter(torch.ones(100, 100, dtype=dtype))}
+    client = ClientState(parameters, "rank1", "sgd", "g")
+    values = torch.full((10_000,), 1 + spacing / 4, dtype=torch.float64)
+    client.assign(values, 3)
+    moved = parameters["w"].detach().double() - 1
+    assert set(moved.unique().tolist()) == {0.0, spacing}
+    assert float(moved.mean()) == pytest.approx(spacing / 4, rel=0.1)
+
+
+def test_a_jump_to_averaged_weights_is_exact_in_float32():
+    history = History(state("sgd"), "g")
+    wanted = torch.randn(history.state.elements, generator=torch.Generator().manual_seed(1))
+    history.jump(1, wanted.double())
+    assert torch.equal(history.state.weights(), wanted)

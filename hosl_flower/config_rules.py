@@ -1,0 +1,88 @@
+"""Which run-config values contradict each other, or would change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hosl_flower.config import RunConfig
+
+
+def split_words(text: str) -> tuple[str, ...]:
+    """The words of a comma-separated list."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def contradictions(config: RunConfig) -> Iterator[str]:
+    """One line for each thing that is wrong with the values together."""
+    yield from _data(config)
+    yield from _idle(config)
+    yield from _clients(config)
+    yield from _adapters(config)
+
+
+def _data(config: RunConfig) -> Iterator[str]:
+    if config.verbalizers and len(config.verbalizer_list) < 2:
+        yield "verbalizers: needs at least two comma-separated words"
+    if config.num_clients > config.train_examples > 0:
+        yield (
+            f"num-clients = {config.num_clients} is more than train-examples = "
+            f"{config.train_examples}: some clients would have no data"
+        )
+    if config.partitioner == "natural-id" and not config.partition_column:
+        yield "partitioner = natural-id needs partition-column"
+
+
+def _idle(config: RunConfig) -> Iterator[str]:
+    """A value that would change nothing is a mistake."""
+    lora = "lora" in (config.client_trainable, config.server_trainable)
+    needs = {
+        "trim_fraction": ("aggregation = trimmed-mean", config.aggregation == "trimmed-mean"),
+        "dirichlet_alpha": ("partitioner = dirichlet", config.partitioner == "dirichlet"),
+        "min_partition_size": ("partitioner = dirichlet", config.partitioner == "dirichlet"),
+        "partition_column": ("partitioner = natural-id", config.partitioner == "natural-id"),
+        **{
+            f"lora_{name}": ("client-trainable or server-trainable = lora", lora)
+            for name in ("rank", "alpha", "targets")
+        },
+    }
+    for name, (setting, used) in needs.items():
+        field = type(config).model_fields[name]
+        if not used and getattr(config, name) != field.default:
+            yield f"{field.alias} has no use without {setting}"
+
+
+def _clients(config: RunConfig) -> Iterator[str]:
+    if config.clients_per_step > config.num_clients:
+        yield (
+            f"clients-per-step = {config.clients_per_step} is more than num-clients = "
+            f"{config.num_clients}"
+        )
+    elif config.min_clients > config.sampled_clients:
+        yield (
+            f"min-clients = {config.min_clients} is more than the {config.sampled_clients} "
+            "clients of a step"
+        )
+    if config.client_seeds == "per-client" and config.aggregation in ("median", "trimmed-mean"):
+        yield (
+            f"aggregation = {config.aggregation} compares the clients' scalars along the same "
+            "directions; it needs client-seeds = shared"
+        )
+
+
+def _adapters(config: RunConfig) -> Iterator[str]:
+    if config.client_quantization != "none" and config.client_trainable != "lora":
+        yield (
+            f"client-quantization = {config.client_quantization} freezes the client's weights; "
+            "it needs client-trainable = lora"
+        )
+    lora = "lora" in (config.client_trainable, config.server_trainable)
+    if lora and not split_words(config.lora_targets):
+        yield "lora-targets: names no module"
+    both = config.client_trainable == config.server_trainable == "lora"
+    if config.save_format == "adapters" and not both:
+        yield (
+            "save-format = adapters needs client-trainable = server-trainable = lora: "
+            "adapters cannot hold other changes"
+        )
