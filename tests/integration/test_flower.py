@@ -127,6 +127,37 @@ def test_ten_clients_a_hundred_steps_over_flower_in_process_and_in_the_reference
     assert over_flower["accuracy"] == accuracy
 
 
+@pytest.mark.parametrize(
+    "own",
+    [
+        # weights that live on the clients between two averagings
+        {"strategy": "strategies.split_fo:SplitFo", "local_steps": 2, "client_trainable": "blocks"},
+        # heads on the clients, over an 8-bit base
+        {
+            "strategy": "strategies.heron:Heron", "local_steps": 2, "directions": 2,
+            "client_trainable": "lora", "client_quantization": "int8",
+        },
+    ],
+    ids=["split-fo", "heron-int8"],
+)  # fmt: skip
+def test_what_lives_on_clients_gives_the_same_bits_over_flower(tmp_path, own):
+    common = {
+        "directions": 1, **own, "steps": 4, "eval_every": 2, "eval_examples": 40, "num_clients": 3,
+        "clients_per_step": 2, "client_learning_rate": 1e-2, "output_dir": tmp_path,
+    }  # fmt: skip
+    federation = ["--federation", "num-supernodes=2 client-resources-num-cpus=1"]
+    code, output = simulate(QUICK, *keys(**common, run_name="flower"), *federation)
+    assert code == 0, output
+    load_strategy(read_app_config(QUICK, keys(**common, run_name="plain")[1::2])).run_in_process()
+    assert history(tmp_path / "flower") == history(tmp_path / "plain")
+    over_flower, plain = (
+        json.loads((tmp_path / name / "results.json").read_text()) for name in ("flower", "plain")
+    )
+    assert over_flower["fingerprint"] == plain["fingerprint"]
+    assert over_flower["clients"]["dropped"] == []
+    assert descendants() == []
+
+
 def test_the_main_simulation_falls_back_loudly_without_a_hub(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))  # nothing cached
