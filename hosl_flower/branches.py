@@ -45,6 +45,11 @@ class Branches:
         self._here = key
         return True
 
+    def has_taken(self, request: Request) -> bool:
+        """Whether the local step a request asks for has been made already."""
+        key = (request.partition, request.local + 1)
+        return key == self._here or key in self._kept
+
     def leave(self, request: Request) -> None:
         """To be called before a local step of the request's client: what others still need of
         the state in place is kept."""

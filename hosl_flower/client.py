@@ -136,11 +136,13 @@ class Client:
                 return self._catch_up(request)
             case Restore():
                 return self._restore(request)
-            case Losses() if self._already_applied(request):
+            case Losses() | Adopt() if self._already_applied(request):
                 return self._applied()
         here = (self.state.position, self.state.digest)
         if (request.position, request.digest) != here:
             return Behind, {"position": here[0], "digest": here[1]}
+        if isinstance(request, LocalStep) and self.branches.has_taken(request):
+            return Stepped, {"local": request.local + 1}  # asked again: its receipt was lost
         on_trunk = self.branches.on_trunk
         if not self.branches.enter(request):
             # nobody's ledger has this digest: whatever is needed will be sent
@@ -226,8 +228,9 @@ class Client:
         self._apply([entry])
         return self._applied()
 
-    def _already_applied(self, request: Losses) -> bool:
-        """Whether this update has been made: by another partition of this process."""
+    def _already_applied(self, request: Losses | Adopt) -> bool:
+        """Whether this update has been made: by another partition of this process, or the receipt
+        was lost."""
         if self.state.position == request.position + 1:
             return self.state.digest == request.digest_after
         return self.state.position > request.position

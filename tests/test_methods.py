@@ -15,7 +15,7 @@ from hosl_flower.client import Client
 from hosl_flower.errors import ClientError, ConfigError
 from hosl_flower.ledger import Ledger
 from hosl_flower.link.inprocess import InProcessLink
-from hosl_flower.messages import Behind, Fetch, Forward, LocalStep
+from hosl_flower.messages import Adopt, Behind, Fetch, Forward, LocalStep
 from hosl_flower.session import open_session
 from hosl_flower.zo_server import ZoServer
 from strategies.fedavg_zo import FedAvgZo
@@ -169,6 +169,30 @@ def test_a_process_serves_clients_that_are_at_different_weights(make):
     (back,) = process.answer([Forward(**session.at(1, 0), batch=0)])
     (start,) = Client(session.spec).answer([Forward(**session.at(1, 0), batch=0)])
     assert torch.equal(back.activations, start.activations), "the shared weights were kept"
+
+
+def test_a_local_step_or_an_adoption_asked_for_again_is_not_made_again(make):
+    _, _, config = make(SplitFo, **ONE, **FO, local_steps=2, save_model=False)
+    session = open_session(config, "r", 1)
+    client, at = Client(session.spec), session.at(1, 0)
+    (clean,) = client.answer([Forward(**at, batch=0)])
+    step = LocalStep(
+        **at, batch=0, gradient=clean.activations / 100, scales=torch.empty(0), scale=1.0,
+        learning_rate=0.1,
+    )  # fmt: skip
+    (first,) = client.answer([step])
+    once = client.state.weights()
+    (again,) = client.answer([step])
+    assert first.local == again.local == 1
+    assert torch.equal(client.state.weights(), once)
+    session.history.jump(1, once)
+    ledger = session.history.ledger
+    adopt = Adopt(
+        **at, local=1, weights=session.history.state.mark().fingerprint,
+        digest_after=ledger.digest(),
+    )  # fmt: skip
+    receipts = [reply for _ in range(2) for reply in client.answer([adopt])]
+    assert [(r.position, r.digest) for r in receipts] == [(1, ledger.digest())] * 2
 
 
 def test_split_zo_with_a_server_that_stands_still_is_hosl(make):
