@@ -79,6 +79,9 @@ class LiveTensors(TorchDispatchMode):
     def _count(self, tensor: Tensor) -> None:
         if tensor.device.type == "meta":  # has a size, but no memory
             return
+        if tensor.layout == torch.sparse_coo:  # an embedding's gradient, where it is sparse
+            self.hold((tensor._indices(), tensor._values()))
+            return
         if is_traceable_wrapper_subclass(tensor):  # 8-bit codes and scales that look like floats
             inner, _ = tensor.__tensor_flatten__()
             self.hold(getattr(tensor, name) for name in inner)

@@ -55,6 +55,8 @@ def test_the_memory_benchmark_measures_both_sides_of_its_table():
     ours = measure(shape, "together", "cpu")
     whole = measure(shape, "ho_sfl", "cpu")
     theirs = measure(shape, "fo", "cpu")
+    frugal = [measure(shape, f"fo_{name}", "cpu")["peak"] for name in ("fused", "fused_micro")]
     assert whole["weights"] < ours["inference"] <= ours["hosl"] <= 1.1 * ours["inference"]
     assert ours["ho_sfl"] == pytest.approx(whole["peak"], rel=0.05)
     assert theirs["peak"] > 2 * whole["weights"] > 0
+    assert whole["weights"] < min(frugal) <= max(frugal) < theirs["peak"]
