@@ -50,9 +50,11 @@ class Branches:
         key = (request.partition, request.local + 1)
         return key == self._here or key in self._kept
 
-    def leave(self, request: Request) -> None:
-        """To be called before a local step of the request's client: what others still need of
-        the state in place is kept."""
+    def keep_trunk(self) -> None:
+        """To be called before a local step: what others still need of the state is kept."""
         if self.on_trunk and len(self._asked) > 1:
             self._kept[_TRUNK] = self.state.snapshot()
+
+    def moved(self, request: Request) -> None:
+        """The local step a request asks for has been made."""
         self._here = (request.partition, request.local + 1)

@@ -4,8 +4,9 @@ import json
 import sys
 from pathlib import Path
 
+from hosl_flower.cells import DIVERGED
 from hosl_flower.config import parse_config
-from hosl_flower.errors import HoslError
+from hosl_flower.errors import DivergedError, HoslError
 from hosl_flower.local_flower import run_flower_app
 from hosl_flower.server_app import load_strategy, log_to_stderr
 
@@ -20,6 +21,9 @@ def main() -> None:
         else:
             log_to_stderr()
             load_strategy(parse_config(keys)).run_in_process()
+    except DivergedError as error:
+        (Path(keys["output-dir"]) / keys["run-name"] / DIVERGED).write_text(f"{error}\n")
+        print(f"diverged: {error}", file=sys.stderr)
     except HoslError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(1) from None

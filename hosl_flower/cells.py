@@ -1,6 +1,7 @@
 """Running the cells of an experiment: several processes, none twice."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from rich.progress import TimeRemainingColumn as Eta
 from hosl_flower.config import parse_config
 from hosl_flower.errors import ConfigError, HoslError
 from hosl_flower.experiment import Cell, Experiment, Keys, grid, trials
+
+DIVERGED = "diverged.txt"  # in the run directory of a run that did
 
 
 class CellError(HoslError):
@@ -45,9 +48,10 @@ def run_all(cells: Sequence[Cell], out: Path, processes: int, flower_app: str, w
             progress.console.print(f"{cell.name}: {_summary(out / cell.name)}")
 
         futures = [pool.submit(work, cell) for cell in todo]
-        done, waiting = wait(futures, return_when=FIRST_EXCEPTION)
-        for future in waiting:
-            future.cancel()
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        finally:  # also when interrupted: nothing more is begun
+            pool.shutdown(wait=False, cancel_futures=True)
         for future in done:
             future.result()
 
@@ -55,7 +59,7 @@ def run_all(cells: Sequence[Cell], out: Path, processes: int, flower_app: str, w
 def is_finished(cell: Cell, out: Path) -> bool:
     """Whether the cell's results are there. ConfigError when they are of another configuration."""
     directory = out / cell.name
-    if not (directory / "results.json").is_file():
+    if not (directory / "results.json").is_file() and not is_diverged(directory):
         return False
     found = json.loads((directory / "config.json").read_text())["config"]
     wanted = parse_config(dict(cell.keys)).as_keys()
@@ -86,12 +90,21 @@ def _run(cell: Cell, out: Path, processes: int, flower_app: str) -> None:
         [sys.executable, "-m", "hosl_flower.cell"], input=request, text=True, capture_output=True
     )
     (out / f"{cell.name}.log").write_text(done.stderr)
+    if is_diverged(directory):
+        return
     if done.returncode or not (directory / "results.json").is_file():
         last = "\n  ".join(done.stderr.strip().splitlines()[-5:])
         raise CellError(f"{cell.name} failed; the end of {out / cell.name}.log:\n  {last}")
 
 
+def is_diverged(directory: Path) -> bool:
+    """Whether the run ended because training left the finite numbers: it would again."""
+    return (directory / DIVERGED).is_file()
+
+
 def _summary(directory: Path) -> str:
+    if is_diverged(directory):
+        return "diverged"
     results = json.loads((directory / "results.json").read_text())
     return (
         f"accuracy {results['accuracy']:.4f}, loss {results['loss']:.4f}, "
@@ -105,10 +118,18 @@ def choose(experiment: Experiment, out: Path) -> Iterator[tuple[tuple[str, str],
     losses: dict[tuple[str, str], list[float]] = {}
     for cell in trials(experiment):
         method = cell.method.rpartition("-tune")[0]
-        results = json.loads((out / cell.name / "results.json").read_text())
-        losses.setdefault((cell.variant, method), []).append(results["loss"])
+        diverged = is_diverged(out / cell.name)
+        loss = math.inf if diverged else _loss(out / cell.name)
+        losses.setdefault((cell.variant, method), []).append(loss)
     for (variant, method), found in losses.items():
+        if min(found) == math.inf:
+            raise CellError(f"{variant} {method}: every setting of its tune grid diverged")
         settings = list(grid(experiment, method))
         best = settings[min(range(len(found)), key=found.__getitem__)]
-        table = [{**s, "loss": loss} for s, loss in zip(settings, found, strict=True)]
+        known = [loss if loss < math.inf else "diverged" for loss in found]
+        table = [{**s, "loss": loss} for s, loss in zip(settings, known, strict=True)]
         yield (variant, method), best, table
+
+
+def _loss(directory: Path) -> float:
+    return json.loads((directory / "results.json").read_text())["loss"]

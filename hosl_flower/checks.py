@@ -25,6 +25,7 @@ from hosl_flower.tensors import DTYPES, dtype_name, raw_bytes
 
 LARGEST_SCALAR = 1e12  # its square, in Adam's second moment, is far from float32's end
 _MOST_EXAMPLES = 10**9
+_MOST_UPDATES = 10**12
 
 
 @dataclass(frozen=True)
@@ -122,11 +123,15 @@ def check_change(reply: Change, elements: int) -> None:
 def check_gradient(reply: Gradient, elements: int) -> None:
     """ProtocolError unless there is one finite float32 per trainable element."""
     _check_vector("gradient", reply.gradient, torch.float32, elements)
+    if not (reply.gradient.abs() <= LARGEST_SCALAR).all():
+        raise OutOfRangeError(f"gradient: expected values of at most +-{LARGEST_SCALAR:g}")
 
 
 def check_weights(reply: Weights, state: ClientState) -> None:
     """ProtocolError unless they are all of this client state's, finite."""
     _check_vector("weights", reply.weights, state.weights_like().dtype, state.elements)
+    if reply.updates > _MOST_UPDATES:
+        raise ProtocolError(f"updates: expected at most {_MOST_UPDATES}, got {reply.updates}")
     if reply.moments.numel():
         rows = reply.moments
         if rows.dim() != 2 or len(rows) != state.moments:
@@ -135,6 +140,8 @@ def check_weights(reply: Weights, state: ClientState) -> None:
             )
         for row in rows:
             _check_vector("moments", row, torch.float32, state.elements)
+        if not (rows[-1] >= 0).all():
+            raise OutOfRangeError("moments: expected second moments of 0 or more")
 
 
 def _check_vector(what: str, found: Tensor, dtype: torch.dtype, elements: int) -> None:

@@ -195,13 +195,15 @@ class Client:
         return Gradient, {"gradient": self.compute.gradient(request)}
 
     def _local_step(self, request: LocalStep) -> Answer:
-        self.branches.leave(request)
+        self.branches.keep_trunk()
         self.compute.local_step(request)
+        self.branches.moved(request)
         return Stepped, {"local": request.local + 1}
 
     def _fetch(self, request: Fetch) -> Answer:
         now = self.state.snapshot()
-        return Weights, {"updates": now.updates, "weights": now.weights, "moments": now.moments}
+        moments = now.moments if request.moments else torch.empty(0, 0)
+        return Weights, {"updates": now.updates, "weights": now.weights, "moments": moments}
 
     def _adopt(self, request: Adopt) -> Answer:
         """The weights the client has come to by itself are everybody's."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hosl_flower.cells import CellError, is_diverged
 from hosl_flower.experiment import Cell, Experiment
 
 # Client forward passes of one mini-batch that a request costs, as implemented: P directions per
@@ -59,6 +60,8 @@ class Outcome:
 
 def outcome(directory: Path, target: float) -> Outcome:
     """Read a run directory."""
+    if is_diverged(directory):
+        raise CellError(f"{directory} diverged: choose another learning rate for it")
     results = json.loads((directory / "results.json").read_text())
     keys = json.loads((directory / "config.json").read_text())["config"]
     steps = results["steps"]
@@ -68,7 +71,7 @@ def outcome(directory: Path, target: float) -> Outcome:
         sum(results[way][kind]["bytes"] for kind in training if kind in results[way]) / steps
         for way in ("bytes_up", "bytes_down")
     )
-    seconds = results["seconds_per_step"]
+    seconds, peaks = results["seconds_per_step"], results["client_peak_memory"]["tensor_bytes"]
     curve = tuple((e["step"], e["loss"], e["accuracy"]) for e in results["evaluations"])
     return Outcome(
         accuracy=results["accuracy"],
@@ -77,7 +80,7 @@ def outcome(directory: Path, target: float) -> Outcome:
         bytes_up=up,
         bytes_down=down,
         forwards=sum(n * _FORWARDS[k](keys) for k, n in sent.items() if k in _FORWARDS) / steps,
-        peak_bytes=max(results["client_peak_memory"]["tensor_bytes"].values()),
+        peak_bytes=max(n for phase, n in peaks.items() if phase not in ("load", "evaluate")),
         server_seconds=seconds["server"],
         client_seconds=seconds["client"],
         step_seconds=seconds["total"],
@@ -140,6 +143,8 @@ def _gap(
     if zero is None or one is None:
         return None
     whole = [getattr(z, field) - getattr(o, field) for z, o in zip(zero, one, strict=True)]
+    if len(whole) < 2:
+        return None
     error = _spread(whole) / math.sqrt(len(whole))
     mean = statistics.fmean(whole)
     if abs(mean) <= 2 * error or mean == 0:

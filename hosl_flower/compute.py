@@ -75,7 +75,7 @@ class Compute:
         """Activations of a held-out batch."""
         data = self.pool.client(request.partition)
         batch = data.held_out_batch(request.batch, self.spec.eval_batch_size)
-        return self.activations("forward", batch)
+        return self.activations("evaluate", batch)
 
     def phase(self, name: str, size: int, *held: Tensor) -> AbstractContextManager[None]:
         """Measures what runs within; held: tensors that live beside the client's own."""

@@ -9,12 +9,13 @@
     [variants.cut2]                # keys of one column of cells: cuts, partitions, tasks ...
     [methods.ho-sfl]               # keys of one method
     tune = { client-learning-rate = [1e-4, 1e-3, 1e-2] }
-    [tuning]                       # how the best of a grid is found: on a seed of its own, so
-    seed = 100                     # on other held-out examples and another data order
-    steps = 300
+    [tuning]                       # how the best of a grid is found: on a seed of its own, so on
+    seed = 100                     # another data order and, with held-out-examples, on another
+    steps = 300                    # draw of them; a held-out part of the source's own is the same
 
 Every method that is tuned is tuned on the same number of settings. A key of [config] or of a
-variant that a method does not look at is left out for that method. Paths in the file are relative
+variant that a method does not look at is left out for that method. offline-fallback is false
+unless a key says otherwise: random weights are no results. Paths in the file are relative
 to the directory the command is run in, as in a run config.
 """
 
@@ -114,6 +115,9 @@ def _check(experiment: Experiment, path: Path) -> None:
         raise ConfigError(
             f"{path}: tuning.seed must be none of the seeds, it would favour that one"
         )
+    names = [cell.name for cell in cells(experiment, {})]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"{path}: a variant and a method together must make names of their own")
     for cell in itertools.chain(cells(experiment, {}), trials(experiment)):
         where = f"{path}, {cell.name}"
         load_strategy(parse_config(dict(cell.keys), where))
@@ -135,7 +139,8 @@ def _keys(experiment: Experiment, variant: str, method: str, seed: int, own: Key
     strategy = {**common, **given}.get("strategy")
     idle = strategy_class(str(strategy)).idle_keys() if strategy else []
     common = {key: value for key, value in common.items() if key not in idle}
-    return {**common, **given, **own, "seed": seed, "save-model": False}
+    fixed = {"seed": seed, "save-model": False}
+    return {"offline-fallback": False, **common, **given, **own, **fixed}
 
 
 def cells(experiment: Experiment, chosen: Mapping[tuple[str, str], Keys]) -> list[Cell]:

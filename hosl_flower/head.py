@@ -66,10 +66,12 @@ def _answer_rows(client: ClientSubmodel, base: Base, answers: Answers) -> Tensor
     name = embedding_name(base.config)
     tied = HEAD not in base.source and base.config.tie_word_embeddings
     parameters = client.canonical_parameters()
+    dtype = parameters[name].dtype
     if tied and parameters[name].is_floating_point() and type(parameters[name].data) is Tensor:
         embedding = parameters[name].detach()
         return embedding[ids.to(embedding.device)].float().clone()
     width = getattr(base.config, "word_embed_proj_dim", base.config.hidden_size)
-    whole = torch.empty(base.config.vocab_size, width)
+    # a tied head is the embedding as a client in this dtype has it, whether it is kept in 8 bits
+    whole = torch.empty(base.config.vocab_size, width, dtype=dtype if tied else torch.float32)
     base.source.fill(name if tied else HEAD, whole)
-    return whole[ids].clone()
+    return whole[ids].float()

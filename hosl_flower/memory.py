@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
-PHASES = ("load", "forward", "probe", "backward", "update")
+PHASES = ("load", "forward", "probe", "backward", "update", "evaluate")
 
 
 def peak_rss_bytes() -> int:

@@ -155,9 +155,10 @@ class LocalTrain(CutGradient):
 
 @dataclass(frozen=True, config=STRICT)
 class Fetch(Request):
-    """Asks for the weights after `local` steps."""
+    """Asks for the weights after `local` steps; moments: and for the state of the optimizer."""
 
     kind: ClassVar[str] = "fetch"
+    moments: bool
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -5,6 +5,7 @@ The same object serves the device, which must be brought to a position, and the 
 says what every client must be (history.py).
 """
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -142,8 +143,9 @@ class ClientState:
 
     def weights_like(self) -> Tensor:
         """Shape and dtype of `weights`, without memory."""
-        dtypes = {parameter.dtype for parameter in self.parameters.values()}
-        return torch.empty(self.elements, dtype=next(iter(dtypes), None), device="meta")
+        dtypes = [parameter.dtype for parameter in self.parameters.values()]
+        widest = functools.reduce(torch.promote_types, dtypes) if dtypes else None
+        return torch.empty(self.elements, dtype=widest, device="meta")
 
     def is_finite(self) -> bool:
         """Whether all weights and optimizer moments are numbers."""

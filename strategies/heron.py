@@ -42,17 +42,19 @@ class Heron(HoSfl):
         absent = link.absent()
         cohorts = [Cohort(session, step, session.sample(step, absent)) for step in steps]
         probed, forward = Question(session, link), Question(session, link)
+        batches: dict[tuple[int, int], int] = {}
         for cohort in cohorts:
             for m in cohort.partitions:
-                batch = session.next_batch(m)
+                batches[cohort.step, m] = batch = session.next_batch(m)
                 for _ in range(1, self.config.local_steps):
                     session.next_batch(m)
                 if self.uploads(cohort.step):
                     forward.add(Forward(**session.at(cohort.step, m), batch=batch))
-                probed.add(self.head_probe(session, cohort.step, m, batch))
         for cohort in cohorts:
             if self.uploads(cohort.step):
                 cohort.train_server(forward.answers(cohort))
+            for m in cohort.partitions:
+                probed.add(self.head_probe(session, cohort.step, m, batches[cohort.step, m]))
         losses, updates = [], []
         for cohort in cohorts:
             replies = probed.answers(cohort)

@@ -58,6 +58,12 @@ class SplitFo(HoSfl):
     def __init__(self, config: RunConfig):
         super().__init__(config)
         self.members: list[int] = []  # the clients between two averagings
+        if config.local_steps > 1 and (config.link == "grid" or config.max_session_seconds):
+            raise ConfigError(
+                f"local-steps = {config.local_steps} keeps weights on the clients between two "
+                "averagings: it needs a stream that stays open, so no link = grid and no "
+                "max-session-seconds"
+            )
         for key, value in (("eval-every", config.eval_every), ("steps", config.steps)):
             if value % config.local_steps:
                 raise ConfigError(
@@ -121,10 +127,11 @@ class SplitFo(HoSfl):
         local = self.config.local_steps
         question = Question(session, link)
         for m in cohort.partitions:
-            question.add(Fetch(**session.at(cohort.step, m), local=local))
+            at = session.at(cohort.step, m)
+            question.add(Fetch(**at, local=local, moments=session.config.num_clients == 1))
         replies: dict[int, Weights] = question.answers(cohort)
         history, members = session.history, cohort.partitions
-        if len(members) > 1:
+        if session.config.num_clients > 1:
             total = torch.zeros(history.state.elements, dtype=torch.float64)
             for m, share in zip(members, cohort.weights, strict=True):
                 total.add_(replies.pop(m).weights, alpha=share)

@@ -51,7 +51,7 @@ class SplitZo(Hosl):
     def step(self, session: Session, step: int, replies: Iterator[Any]) -> Probed:
         """Phases 1 and 2."""
         config = self.config
-        if self.server is None:
+        if self.server is None or self.server.server is not session.server:
             self.server = ZoServer(session.server, config)
         clean = next(replies)
         loss = session.server.loss(clean)

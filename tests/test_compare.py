@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 
 from hosl_flower import cells as cells_module
 from hosl_flower.cell import main as cell_main
-from hosl_flower.cells import CellError, is_finished, run_all
+from hosl_flower.cells import CellError, choose, is_diverged, is_finished, run_all
 from hosl_flower.cli import cli
 from hosl_flower.comparison import Outcome, Row, _gap, markdown, outcome
 from hosl_flower.errors import ConfigError
-from hosl_flower.experiment import cells, read_experiment, trials
+from hosl_flower.experiment import Cell, cells, read_experiment, trials
 
 SHIPPED = Path(__file__).parents[1] / "simulations" / "comparisons"
 
@@ -144,6 +144,24 @@ def test_a_run_that_stopped_halfway_is_run_again(experiment, in_this_process, tm
     run_all([first], out, 1, "", "runs")
     assert is_finished(first, out)
     assert (out / f"{first.name}.failed0" / "metrics.jsonl").is_file()
+
+
+def test_a_setting_that_diverges_is_the_worst_and_not_run_again(
+    experiment, in_this_process, tmp_path, monkeypatch
+):
+    found, out = read_experiment(experiment()), tmp_path / "out"
+    own = [c for c in trials(found) if c.variant == "cut2" and "split-fo" in c.method]
+    wild = {**own[1].keys, "server-learning-rate": 1e3, "steps": 40, "eval-every": 40}
+    own[1] = Cell("cut2", own[1].method, own[1].seed, wild)
+    run_all(own, out, 1, "", "tuning")
+    assert [is_diverged(out / cell.name) for cell in own] == [False, True]
+    assert all(is_finished(cell, out) for cell in own)
+    with pytest.raises(CellError, match="diverged"):
+        outcome(out / own[1].name, 0)
+    monkeypatch.setattr(cells_module, "trials", lambda _: own)
+    (((_, method), best, table),) = choose(found, out)
+    assert (method, best) == ("split-fo", {"client-learning-rate": 1e-3})
+    assert [trial["loss"] == "diverged" for trial in table] == [False, True]
 
 
 def test_results_of_another_configuration_are_not_mixed_in(experiment, in_this_process, tmp_path):

@@ -99,7 +99,7 @@ ALL = [
     HeadProbe(**{key: CUT[key] for key in PROBE}),
     Backward(**{key: CUT[key] for key in BACKWARD}, local=2),
     LocalStep(**{key: CUT[key] for key in (*BACKWARD, "learning_rate")}, local=2),
-    Fetch(**AT, local=3),
+    Fetch(**AT, local=3, moments=True),
     Adopt(**AT, local=3, weights=D, digest_after=D),
     Restore(**AT, updates=2, weights=torch.randn(5).bfloat16(), moments=torch.randn(2, 5)),
     Fingerprint(**AT, since=1),

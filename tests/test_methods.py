@@ -160,7 +160,7 @@ def test_a_process_serves_clients_that_are_at_different_weights(make):
     assert gradient.abs().max() > 0
     found = []
     for m in (1, 0, 1):
-        fetch = Fetch(**session.at(1, m), local=1)
+        fetch = Fetch(**session.at(1, m), local=1, moments=True)
         (one,), (other,) = process.answer([fetch]), lone[m].answer([fetch])
         assert torch.equal(one.weights, other.weights)
         found.append(one.weights)
@@ -318,6 +318,21 @@ def test_full_zo_trains_a_model_that_plain_transformers_agrees_about(make):
     assert results.loss == pytest.approx(total / count, rel=1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_float32_head_on_a_16_bit_client_trains_restores_and_saves(make, dtype):
+    results, directory, _ = make(
+        Heron, **MANY, dtype=dtype, local_steps=2, client_learning_rate=1e-2
+    )
+    assert results.clients["fingerprint_checked"] == [0, 1, 2, 3]
+    assert (directory / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("changes", [{"link": "grid"}, {"max_session_seconds": 5.0}])
+def test_weights_that_stay_on_clients_need_a_stream_that_stays_open(make, changes):
+    with pytest.raises(ConfigError, match="needs a stream that stays open"):
+        make(SplitFo, **ONE, **FO, local_steps=2, **changes)
+
+
 def test_full_zo_needs_the_whole_model_on_the_client(make):
     with pytest.raises(ConfigError, match="cut-layer = 3, the number of blocks"):
         make(FullZo, **MANY, **SERVERLESS, cut_layer=2)
@@ -383,6 +398,6 @@ def test_a_request_for_weights_that_are_nowhere_names_the_client(make):
     _, _, config = make(SplitFo, **ONE, **FO, save_model=False)
     session = open_session(config, "r", 1)
     link = InProcessLink(Client(session.spec), session.history, session.limits)
-    replies = link.exchange({0: [Fetch(**session.at(1, 0), local=2)]})
+    replies = link.exchange({0: [Fetch(**session.at(1, 0), local=2, moments=False)]})
     with pytest.raises(ClientError, match=r"client 0.*no longer has the weights of its 2 local"):
         list(replies[0])

@@ -24,6 +24,7 @@ from hosl_flower.messages import (
     Fetch,
     Forward,
     LocalTrain,
+    Probe,
     Reply,
     Request,
 )
@@ -107,13 +108,13 @@ class GridLink(Link):
         """Of a request or its reply, whichever is more."""
         _, tensors = to_wire(request)
         size = sum(tensor.nbytes for tensor in tensors.values())
-        if isinstance(request, Forward | Evaluate):  # a Probe is a Forward
+        if type(request) in (Forward, Probe, Evaluate):
             limits = self.limits
             item = DTYPES[limits.dtype].itemsize
             size = max(size, limits.batch * limits.length * limits.hidden * item)
-        if isinstance(request, LocalTrain | Backward | Fetch):
+        if type(request) in (LocalTrain, Backward, Fetch):
             state = self.history.state
-            moments = state.moments if isinstance(request, Fetch) else 0
+            moments = state.moments if isinstance(request, Fetch) and request.moments else 0
             size = max(size, 4 * state.elements * (1 + moments))
         return size
 
