@@ -16,6 +16,7 @@ from hosl_flower.errors import ClientError, ConfigError
 from hosl_flower.ledger import Ledger
 from hosl_flower.link.inprocess import InProcessLink
 from hosl_flower.messages import Adopt, Behind, Fetch, Forward, LocalStep
+from hosl_flower.server import Server
 from hosl_flower.session import open_session
 from hosl_flower.zo_server import ZoServer
 from strategies.fedavg_zo import FedAvgZo
@@ -229,6 +230,33 @@ def _server_gradient(server, batch, values):
     for name, value in now.items():
         server.trained[name].data.copy_(value)
     return gradients
+
+
+def test_the_server_of_split_zo_takes_tau_steps_before_it_answers_probes(make, monkeypatch):
+    events, loss, step = [], Server.loss, ZoServer.step
+
+    def noted_loss(self, batch):
+        events.append("loss")
+        return loss(self, batch)
+
+    def noted_step(self, batch, seeds):
+        before = len(events)
+        scalars = step(self, batch, seeds)
+        del events[before:]  # its own probes
+        events.append(tuple(seeds))
+        return scalars
+
+    monkeypatch.setattr(Server, "loss", noted_loss)
+    monkeypatch.setattr(ZoServer, "step", noted_step)
+    _, a, config = make(SplitZo, **ONE, steps=1, eval_every=1, server_steps=3)
+    clean, *turns = events[:4]
+    assert clean == "loss"
+    assert [len(seeds) for seeds in turns] == [config.directions] * 3
+    assert len({seed for seeds in turns for seed in seeds}) == 3 * config.directions
+    assert events[4:] == ["loss"] * 2 * config.directions
+    _, b, _ = make(SplitZo, **ONE, steps=1, eval_every=1, server_steps=1)
+    head = "model.decoder.final_layer_norm.weight"
+    assert not torch.equal(weights_of(a)[head], weights_of(b)[head])
 
 
 def test_split_zo_learns_and_sends_what_it_says(make):
