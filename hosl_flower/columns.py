@@ -18,10 +18,15 @@ def find_column(data: Dataset, wanted: str, task: Task) -> tuple[str, list[Any]]
             continue
         if len(known) == 1:
             return known[0], _values(data, known[0], task)
-        rows = zip(*(data[name] for name in known), strict=True)
+        rows = zip(*(column(data, name) for name in known), strict=True)
         joined = [None if None in row else " ".join(map(str, row)) for row in rows]
         return " ".join(known), joined
     return None
+
+
+def column(data: Dataset, name: str) -> list[Any]:
+    """All values of a column. data[name] alone is lazy and reads row by row, 80 us each."""
+    return data[name][:]
 
 
 def _match(names: Sequence[str], wanted: str) -> str | None:
@@ -44,7 +49,7 @@ def plain_name(name: str) -> str:
 def _values(data: Dataset, name: str, task: Task) -> list[Any]:
     """The values of a column. Numbers that have names come as the names, where those are the
     task's labels: publishers number them differently."""
-    values, feature = list(data[name]), data.features[name]
+    values, feature = column(data, name), data.features[name]
     if isinstance(feature, ClassLabel) and feature.names:
         names = [str(label).lower() for label in feature.names]
         if all(label in task.label_names for label in names):

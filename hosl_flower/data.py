@@ -13,6 +13,7 @@ import datasets
 from datasets import Dataset
 
 from hosl_flower import hub
+from hosl_flower.columns import column as column_of
 from hosl_flower.columns import find_column, plain_name
 from hosl_flower.errors import DataError, first_line
 from hosl_flower.formats import SUFFIXES, read_file
@@ -206,7 +207,7 @@ def _check_label_name(task: Task, where: str, partition_column: str) -> None:
 
 def _ids(data: Dataset, column: str, where: str) -> dict[str, list[str]]:
     """The partition column as text. A row that is nobody's would make one more client."""
-    ids = ["" if value is None else str(value) for value in data[column]]
+    ids = ["" if value is None else str(value) for value in column_of(data, column)]
     if "" in ids:
         raise DataError(
             f"{where}, row {ids.index('') + 1}: {column} (partition-column) is missing; say "

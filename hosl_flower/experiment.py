@@ -12,6 +12,7 @@
     [tuning]                       # how the best of a grid is found: on a seed of its own, so on
     seed = 100                     # another data order and, with held-out-examples, on another
     steps = 300                    # draw of them; a held-out part of the source's own is the same
+    config = { eval-examples = 1000 }  # keys of all trials
 
 Every method that is tuned is tuned on the same number of settings. A key of [config] or of a
 variant that a method does not look at is left out for that method. offline-fallback is false
@@ -40,11 +41,13 @@ _STRICT = ConfigDict(
 
 
 class Tuning(BaseModel):
-    """seed: none of the experiment's. steps: of a trial; the budget is the same for all."""
+    """seed: none of the experiment's. steps: of a trial; the budget is the same for all.
+    config: run-config keys of every trial, over those of the experiment."""
 
     model_config = _STRICT
     seed: int = Field(ge=0)
     steps: int = Field(ge=1)
+    config: Keys = {}
 
 
 class Experiment(BaseModel):
@@ -165,6 +168,7 @@ def trials(experiment: Experiment) -> list[Cell]:
         settings = list(grid(experiment, method))
         for number, own in enumerate(settings if len(settings) > 1 else []):
             steps = {"steps": tuning.steps, "eval-every": tuning.steps}
-            keys = _keys(experiment, variant, method, tuning.seed, {**own, **steps})
+            own = {**tuning.config, **own, **steps}
+            keys = _keys(experiment, variant, method, tuning.seed, own)
             found.append(Cell(variant, f"{method}-tune{number}", tuning.seed, keys))
     return found
