@@ -133,13 +133,11 @@ def check_weights(reply: Weights, state: ClientState) -> None:
     if reply.updates > _MOST_UPDATES:
         raise ProtocolError(f"updates: expected at most {_MOST_UPDATES}, got {reply.updates}")
     if reply.moments.numel():
-        rows = reply.moments
-        if rows.dim() != 2 or len(rows) != state.moments:
-            raise ProtocolError(
-                f"moments: expected [{state.moments}, {state.elements}], got {list(rows.shape)}"
-            )
+        rows, shape = reply.moments, state.moments_shape
+        if rows.shape != shape:
+            raise ProtocolError(f"moments: expected {list(shape)}, got {list(rows.shape)}")
         for row in rows:
-            _check_vector("moments", row, torch.float32, state.elements)
+            _check_vector("moments", row, torch.float32, shape[1])
         if not (rows[-1] >= 0).all():
             raise OutOfRangeError("moments: expected second moments of 0 or more")
 

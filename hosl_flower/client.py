@@ -49,6 +49,7 @@ from hosl_flower.messages import (
     Weights,
 )
 from hosl_flower.partition import DataPool
+from hosl_flower.residual import fed_back
 from hosl_flower.spec import ClientSpec, pick_device, torch_dtype
 from hosl_flower.split import ClientSubmodel, load_client, open_base, trainable_parameters
 from hosl_flower.state import ClientState
@@ -292,6 +293,9 @@ class Client:
 
 
 def new_state(submodel: ClientSubmodel, spec: ClientSpec) -> ClientState:
-    """The state of a freshly loaded client submodel: ledger position 0."""
+    """The state of a freshly loaded client submodel: ledger position 0. ConfigError where its
+    parameters cannot be trained as the run says."""
     parameters = trainable_parameters(submodel, spec.client_trainable)
+    if spec.client_gradient == "residual":
+        parameters = {name: parameters[name] for name in fed_back(submodel, parameters)}
     return ClientState(parameters, spec.perturbation, spec.client_optimizer, spec.genesis)

@@ -1,22 +1,24 @@
 """What a client computes of a mini-batch: activations, scalars, gradients. No ledger here."""
 
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hosl_flower.backprop import flat, gradients
+from hosl_flower.backprop import gradients, unflat
 from hosl_flower.codec import encode, has_scales
 from hosl_flower.errors import ProtocolError
 from hosl_flower.forward import HERE, Forwards, put_together
 from hosl_flower.gradient import Dense
 from hosl_flower.local import local_steps
 from hosl_flower.memory import Meter
+from hosl_flower.optimizer import matrix_of
 from hosl_flower.partition import DataPool
 from hosl_flower.perturb import derive_seed
+from hosl_flower.recompute import recomputed_gradients
 from hosl_flower.requests import (
     Backward,
     CutGradient,
@@ -25,6 +27,7 @@ from hosl_flower.requests import (
     HeadProbe,
     LocalStep,
 )
+from hosl_flower.residual import residual_gradients
 from hosl_flower.spec import ClientSpec
 from hosl_flower.split import ClientSubmodel
 from hosl_flower.state import ClientState
@@ -32,6 +35,12 @@ from hosl_flower.surrogate import Cotangent, Pieces, Surrogate, head_loss, linea
 from hosl_flower.tasks import Batch
 from hosl_flower.zo import Point
 
+# phase that is measured, and how the gradient comes about, by client-gradient
+_GRADIENTS: dict[str, tuple[str, Callable[..., Iterator[tuple[str, Tensor]]]]] = {
+    "backprop": ("backward", gradients),
+    "recompute": ("backward", recomputed_gradients),
+    "residual": ("update", residual_gradients),
+}
 _ANCHOR_BYTES = 256 << 20  # clean activations kept for the cut gradient's return, all partitions
 
 
@@ -172,25 +181,30 @@ class Compute:
         return scalars, clean[0]
 
     def gradient(self, request: Backward) -> Tensor:
-        """The client's gradient by back-propagation: float32 [n] on the CPU, in name order."""
-        return flat(self._gradients(request), self.state.parameters)
+        """The client's gradient: float32 [n] on the CPU, in name order."""
+        parameters = self.state.parameters
+        whole = torch.zeros(self.state.elements)
+        parts = unflat(whole, parameters)
+        with self._training(request) as computed:
+            for name, gradient in computed:
+                Dense({name: gradient}).subtract_(matrix_of(parts[name]), name, 0, -1.0)
+        return whole
 
     def local_step(self, request: LocalStep) -> None:
-        """One step of the client's own optimizer, in place."""
-        own = self._gradients(request)
+        """One step of the client's own optimizer, in place; each parameter's as soon as its
+        gradient is there."""
         seed = derive_seed(self.spec.seed, "local", request.step, request.partition)
         self.moved()
-        with self.phase("update", 1, *own.values()):
-            self.state.update(Dense(own, seed), request.learning_rate)
+        with self._training(request) as computed:
+            self.state.update_each(computed, request.learning_rate, seed)
 
-    def _gradients(self, request: Backward) -> dict[str, Tensor]:
+    @contextmanager
+    def _training(self, request: Backward) -> Iterator[Iterator[tuple[str, Tensor]]]:
+        """Measured: the client's gradients, of one parameter after the other."""
         batch, known = self._anchor(request)
-        known.clear()  # the pass is run again, with its graph
-        with self.phase("backward", batch.input_ids.numel(), request.gradient):
-            return gradients(
-                self.submodel,
-                self.state.parameters,
-                batch,
-                self._cotangent(request),
-                self.spec.client_micro_batch,
-            )
+        known.clear()  # the pass is run again
+        phase, compute = _GRADIENTS[self.spec.client_gradient]
+        micro_batch = self.spec.client_micro_batch
+        with self.phase(phase, batch.input_ids.numel(), request.gradient):
+            cotangent = self._cotangent(request)
+            yield compute(self.submodel, self.state.parameters, batch, cotangent, micro_batch)

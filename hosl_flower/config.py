@@ -29,6 +29,8 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Perturbation = Literal["rank1", "signs", "gaussian"]
 Trainable = Literal["full", "blocks", "lora"]
 Optimizer = Literal["sgd", "adamw"]
+ClientOptimizer = Literal["sgd", "adamw", "adafactor"]
+ClientGradient = Literal["backprop", "recompute", "residual"]
 Quantization = Literal["none", "int8"]
 Partitioner = Literal["iid", "dirichlet", "natural-id"]
 Aggregation = Literal["weighted-mean", "mean", "median", "trimmed-mean"]
@@ -184,8 +186,15 @@ class RunConfig(BaseModel):
         description="int8 keeps the client's frozen matrices in 8 bits, adapters in float32; "
         "needs client-trainable = lora and hosl-flower[quant]",
     )
-    client_optimizer: Optimizer = Field(
-        "sgd", description="of the reconstructed client gradient; adamw without weight decay"
+    client_gradient: ClientGradient = Field(
+        "backprop",
+        description="split FO: back-propagation, the same block by block (recompute), or residual "
+        "feedback: a forward pass only, of what is added to the stream",
+    )
+    client_optimizer: ClientOptimizer = Field(
+        "sgd",
+        description="of the client's gradient; adamw without weight decay; adafactor, with almost "
+        "no state, for split FO",
     )
     client_learning_rate: float = Field(1e-6, ge=0, le=1e3, description="of the client's optimizer")
     server_trainable: Trainable = Field(

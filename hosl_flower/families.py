@@ -5,6 +5,7 @@ positions and attention are never re-implemented here. A new family is one small
 `Opt` and an entry in FAMILIES; tests/test_split.py shows what it must satisfy.
 """
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +37,7 @@ class Family(Protocol):
 
     base_prefix: str  # attribute of the causal LM that holds the base model
     decoder_prefix: str  # canonical name prefix of the decoder's parameters
+    writers: tuple[str, ...]  # the linear maps of a block whose outputs are added to the stream
 
     def decoder(self, model: nn.Module) -> nn.Module:
         """The module that maps input ids or embeddings to the last hidden state."""
@@ -49,12 +51,21 @@ class Family(Protocol):
     def init_std(self, config: PretrainedConfig) -> float:
         """Standard deviation of freshly initialised matrices."""
 
+    def has_plain_stream(self, config: PretrainedConfig) -> bool:
+        """Whether embeddings and writers are added to the residual stream with nothing on it:
+        no projection of embeddings, no norm between the sums."""
+
+    def embedded(self, ids: Tensor, mask: Tensor) -> Mapping[str, Tensor]:
+        """Rows [b, S] of each embedding that ids and mask [b, S] take, by parameter name within
+        the decoder."""
+
 
 class Opt:
     """OPT (Zhang et al. 2022), 125M to 175B, including 350M's projections and post-norm."""
 
     base_prefix = "model"
     decoder_prefix = "model.decoder."
+    writers: tuple[str, ...] = ("self_attn.out_proj", "fc2")
 
     def decoder(self, model: Any) -> nn.Module:
         return model.model.decoder
@@ -77,6 +88,14 @@ class Opt:
 
     def init_std(self, config: PretrainedConfig) -> float:
         return config.init_std
+
+    def has_plain_stream(self, config: PretrainedConfig) -> bool:
+        return config.do_layer_norm_before and config.word_embed_proj_dim == config.hidden_size
+
+    def embedded(self, ids: Tensor, mask: Tensor) -> Mapping[str, Tensor]:
+        positions = (mask.cumsum(1) * mask - 1).long()
+        offset = 2  # of OPT's position embedding
+        return {"embed_tokens.weight": ids, "embed_positions.weight": positions + offset}
 
 
 FAMILIES: dict[str, Family] = {"opt": Opt()}

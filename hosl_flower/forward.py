@@ -52,9 +52,7 @@ class Forwards:
     ) -> Iterator[tuple[int, Tensor]]:
         direction = self.state.layout.draw(point.seed, self.device) if point.coefficient else None
         ids, mask = batch.input_ids, batch.attention_mask
-        size = self.micro_batch or len(ids)
-        for first in range(0, len(ids), size):
-            rows = slice(first, first + size)
+        for rows in batch.slices(self.micro_batch):
             # not open while the consumer runs: the pass, and nothing else, sees the probe
             with (
                 torch.no_grad(),
@@ -63,7 +61,7 @@ class Forwards:
                 else perturbed(self.state.parameters, direction, point.coefficient),
             ):
                 piece = [function(ids[rows].to(self.device), mask[rows].to(self.device))]
-            yield first, piece.pop()
+            yield rows.start, piece.pop()
 
 
 def put_together(parts: Iterable[tuple[int, Sequence[Tensor]]], count: int) -> list[Tensor]:

@@ -48,7 +48,8 @@ class Seeded:
 
 @dataclass(frozen=True)
 class Dense:
-    """A gradient that was computed, by parameter name, float32; no seeds and scalars say it.
+    """A gradient that was computed, by parameter name, float32, dense or as sparse rows; no seeds
+    and scalars say it.
 
     rounding_seed: derive it of what is never the same twice, such as the step.
     """
@@ -62,6 +63,21 @@ class Dense:
     def subtract_(self, block: Tensor, name: str, start: int, coefficient: float) -> None:
         """See Term; a parameter that is not named has no gradient."""
         tensor = self.tensors.get(name)
-        if tensor is not None:
-            rows = tensor.reshape(as_matrix_shape(tensor.shape))[start : start + len(block)]
-            block.sub_(rows.to(block.device) * coefficient)
+        if tensor is None:
+            return
+        if tensor.is_sparse:
+            rows, values = tensor.indices()[0], tensor.values()
+            low, high = torch.searchsorted(rows, rows.new_tensor([start, start + len(block)]))
+            own = slice(int(low), int(high))
+            scaled = values[own].to(block.device) * coefficient
+            block[(rows[own] - start).to(block.device)] -= scaled
+            return
+        matrix = tensor.reshape(as_matrix_shape(tensor.shape))[start : start + len(block)]
+        block.sub_(matrix.to(block.device) * coefficient)
+
+
+def sparse_rows(rows: Tensor, values: Tensor, shape: Sequence[int]) -> Tensor:
+    """A gradient [n, columns] that is zero but for some rows, ascending: values [r, columns]."""
+    return torch.sparse_coo_tensor(
+        rows.unsqueeze(0), values, tuple(shape), is_coalesced=True, check_invariants=False
+    )

@@ -1,6 +1,7 @@
 """The server's record of the client submodel: the ledger of the run, the state it gives, and
 how to bring a client there."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -37,8 +38,8 @@ class History:
     def snapshot_bytes(self) -> int:
         """Bytes of a client state as weights and moments."""
         weights = self.state.weights_like()
-        moments = 0 if self.private_optimizer else self.state.moments * 4
-        return _REQUEST_BYTES + weights.numel() * (weights.dtype.itemsize + moments)
+        moments = 0 if self.private_optimizer else 4 * math.prod(self.state.moments_shape)
+        return _REQUEST_BYTES + weights.numel() * weights.dtype.itemsize + moments
 
     def commit(self, entries: Iterable[Entry]) -> None:
         """Make updates part of the run. Raises DivergedError when they lead out of the numbers."""

@@ -8,6 +8,7 @@ sum of terms will do too (gradient.py).
     sgd    theta <- theta - eta g                                (HOSL Alg. 3; no state)
     adamw  m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2     (HO-SFL; 2 values per element)
            theta <- theta - eta (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+    adafactor  of computed gradients only, with almost no state (adafactor.py)
 
 adamw has no weight decay, betas (0.9, 0.999) and eps 1e-8, and computes in float32. Each line
 is made of single IEEE operations on float32 (no fused multiply-add), in a fixed order, so with
@@ -16,53 +17,67 @@ and rounded once, at random, so that steps smaller than their spacing add up (ro
 """
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from hosl_flower.gradient import Gradient
+from hosl_flower.gradient import Gradient, Term
 from hosl_flower.perturb import as_matrix_shape, row_chunks
 from hosl_flower.rounding import store
 from hosl_flower.zo import to_float32
 
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
 
+Terms = Sequence[tuple[float, Term]]
 
-class Optimizer(Protocol):
-    """What the state of a client submodel asks of its optimizer."""
+
+class Optimizer(ABC):
+    """What the state of a client submodel asks of its optimizer. An update is `begin`, then `move`
+    for each parameter, in any order."""
+
+    steps = 0  # updates begun
+
+    def begin(self) -> None:
+        """Of one update of some or all parameters."""
+        self.steps += 1
+
+    @abstractmethod
+    def move(
+        self, name: str, parameter: Tensor, terms: Terms, learning_rate: float, seed: int
+    ) -> None:
+        """Update one parameter in place along the sum of scalar times term. seed: of the random
+        rounding of 16-bit parameters."""
 
     def step(
         self, parameters: Mapping[str, Tensor], gradient: Gradient, learning_rate: float
     ) -> None:
-        """One update of the parameters, in place."""
+        """One update of all parameters, in place."""
+        self.begin()
+        terms = gradient.terms(_device(parameters))
+        for name, parameter in parameters.items():
+            self.move(name, parameter, terms, learning_rate, gradient.rounding_seed)
 
+    @abstractmethod
     def tensors(self) -> list[Tensor]:
         """The state, tensor by tensor."""
 
-    def save(self, order: Iterable[str]) -> Tensor:
-        """State as float32 [k, n], elements of the parameters in the given order; k may be 0."""
+    @abstractmethod
+    def save(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """State as float32 [k, m] (`state_shape`), in the order of the parameters; empty when there
+        is none."""
 
+    @abstractmethod
     def load(self, moments: Tensor, steps: int, parameters: Mapping[str, Tensor]) -> None:
         """State as `save` gave it, after `steps` updates; empty moments are a fresh start."""
-
-
-def make_optimizer(name: str) -> Optimizer:
-    """The optimizer of a config name."""
-    return Sgd() if name == "sgd" else AdamW()
-
-
-def moments_of(name: str) -> int:
-    """Values of state per trained element."""
-    return {"sgd": 0, "adamw": 2}[name]
 
 
 def _device(parameters: Mapping[str, Tensor]) -> torch.device:
     return next(iter(parameters.values())).device if parameters else torch.device("cpu")
 
 
-class Sgd:
+class Sgd(Optimizer):
     """theta -= learning_rate * sum_q scalars[q] * term_q. No gradient buffer.
 
     A chunk of rows of one parameter is updated by all terms in turn. Each coefficient is
@@ -71,61 +86,53 @@ class Sgd:
     """
 
     @torch.no_grad()
-    def step(
-        self, parameters: Mapping[str, Tensor], gradient: Gradient, learning_rate: float
+    def move(
+        self, name: str, parameter: Tensor, terms: Terms, learning_rate: float, seed: int
     ) -> None:
-        terms = [
-            (to_float32(learning_rate * scalar), term)
-            for scalar, term in gradient.terms(_device(parameters))
-        ]
-        for name, parameter in parameters.items():
-            for start, block in row_chunks(_matrix(parameter)):
-                work = block if block.dtype == torch.float32 else block.float()
-                for coefficient, term in terms:
-                    term.subtract_(work, name, start, coefficient)
-                if work is not block:
-                    store(block, work, gradient.rounding_seed, name, start)
+        rated = [(to_float32(learning_rate * scalar), term) for scalar, term in terms]
+        for start, block in row_chunks(matrix_of(parameter)):
+            work = block if block.dtype == torch.float32 else block.float()
+            for coefficient, term in rated:
+                term.subtract_(work, name, start, coefficient)
+            if work is not block:
+                store(block, work, seed, name, start)
 
     def tensors(self) -> list[Tensor]:
         return []
 
-    def save(self, order: Iterable[str]) -> Tensor:
+    def save(self, parameters: Mapping[str, Tensor]) -> Tensor:
         return torch.empty((0, 0))
 
     def load(self, moments: Tensor, steps: int, parameters: Mapping[str, Tensor]) -> None:
-        return
+        self.steps = steps
 
 
-class AdamW:
+class AdamW(Optimizer):
     """Adam on the gradient, a chunk of rows at a time: no gradient buffer of its own, two moments
     per element."""
 
     def __init__(self) -> None:
-        self.steps = 0
         self.moments: dict[str, tuple[Tensor, Tensor]] = {}  # float32, in parameter shape
 
     @torch.no_grad()
-    def step(
-        self, parameters: Mapping[str, Tensor], gradient: Gradient, learning_rate: float
+    def move(
+        self, name: str, parameter: Tensor, terms: Terms, learning_rate: float, seed: int
     ) -> None:
-        self.steps += 1
-        terms = gradient.terms(_device(parameters))
         rate = learning_rate / (1 - _BETA1**self.steps)
         spread = 1 / math.sqrt(1 - _BETA2**self.steps)
-        for name, parameter in parameters.items():
-            m, v = (_matrix(moment) for moment in self._moments(name, parameter))
-            for start, block in row_chunks(_matrix(parameter)):
-                rows = slice(start, start + block.shape[0])
-                g = torch.zeros_like(block, dtype=torch.float32)
-                for scalar, term in terms:
-                    term.subtract_(g, name, start, -scalar)
-                m[rows].mul_(_BETA1).add_(g.mul(1 - _BETA1))
-                v[rows].mul_(_BETA2).add_(g.mul_(g).mul_(1 - _BETA2))
-                scale = v[rows].sqrt().mul_(spread).add_(_EPSILON)
-                work = block if block.dtype == torch.float32 else block.float()
-                work.sub_(m[rows].mul(rate).div_(scale))
-                if work is not block:
-                    store(block, work, gradient.rounding_seed, name, start)
+        m, v = (matrix_of(moment) for moment in self._moments(name, parameter))
+        for start, block in row_chunks(matrix_of(parameter)):
+            rows = slice(start, start + block.shape[0])
+            g = torch.zeros_like(block, dtype=torch.float32)
+            for scalar, term in terms:
+                term.subtract_(g, name, start, -scalar)
+            m[rows].mul_(_BETA1).add_(g.mul(1 - _BETA1))
+            v[rows].mul_(_BETA2).add_(g.mul_(g).mul_(1 - _BETA2))
+            scale = v[rows].sqrt().mul_(spread).add_(_EPSILON)
+            work = block if block.dtype == torch.float32 else block.float()
+            work.sub_(m[rows].mul(rate).div_(scale))
+            if work is not block:
+                store(block, work, seed, name, start)
 
     def _moments(self, name: str, parameter: Tensor) -> tuple[Tensor, Tensor]:
         if name not in self.moments:
@@ -136,10 +143,10 @@ class AdamW:
     def tensors(self) -> list[Tensor]:
         return [moment for pair in self.moments.values() for moment in pair]
 
-    def save(self, order: Iterable[str]) -> Tensor:
-        pairs = [self.moments[name] for name in order if name in self.moments]
-        if not pairs:
+    def save(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        if not self.moments:
             return torch.empty((0, 0))
+        pairs = [self._moments(name, parameter) for name, parameter in parameters.items()]
         return torch.stack([torch.cat([p[i].reshape(-1) for p in pairs]).cpu() for i in range(2)])
 
     def load(self, moments: Tensor, steps: int, parameters: Mapping[str, Tensor]) -> None:
@@ -153,5 +160,6 @@ class AdamW:
             start = stop
 
 
-def _matrix(parameter: Tensor) -> Tensor:
+def matrix_of(parameter: Tensor) -> Tensor:
+    """A parameter as [out, in]; the same memory."""
     return parameter.detach().view(as_matrix_shape(parameter.shape))

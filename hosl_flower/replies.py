@@ -98,7 +98,7 @@ class Stepped(Reply):
 @dataclass(frozen=True, config=STRICT)
 class Weights(Reply):
     """Trainable weights [n] in name order, in their dtype, and the state of the optimizer after
-    `updates` updates: moments float32 [k, n] (state.py)."""
+    `updates` updates: moments float32 [k, m] (state.py)."""
 
     kind: ClassVar[str] = "weights"
     updates: Count

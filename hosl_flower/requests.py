@@ -215,7 +215,7 @@ class CatchUp(Request):
 
 @dataclass(frozen=True, config=STRICT)
 class Restore(Request):
-    """The client state at `position` as weights [n] and optimizer moments [k, n] (state.py)."""
+    """The client state at `position` as weights [n] and optimizer moments [k, m] (state.py)."""
 
     kind: ClassVar[str] = "restore"
     updates: Count

@@ -11,11 +11,12 @@ from hosl_flower import hub
 from hosl_flower.codec import Codec
 from hosl_flower.config import (
     Alpha,
+    ClientGradient,
+    ClientOptimizer,
     Device,
     Dtype,
     Length,
     Natural,
-    Optimizer,
     Partitioner,
     Perturbation,
     Positive,
@@ -54,7 +55,8 @@ class ClientSpec:
     client_trainable: Trainable
     client_quantization: Quantization
     client_head: bool
-    client_optimizer: Optimizer
+    client_gradient: ClientGradient
+    client_optimizer: ClientOptimizer
     lora_rank: Positive
     lora_alpha: Alpha
     lora_targets: str
@@ -100,6 +102,8 @@ class ClientSpec:
             parts.append(self.client_quantization)
         if self.client_head:
             parts.append("head")
+        if self.client_gradient != "backprop":
+            parts.append(self.client_gradient)
         return "|".join(map(str, parts))
 
     @property

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hosl_flower.gradient import Gradient, Seeded
+from hosl_flower.gradient import Dense, Gradient, Seeded
 from hosl_flower.ledger import Entry, chain, fingerprint, first_digest
-from hosl_flower.optimizer import make_optimizer, moments_of
+from hosl_flower.optimizers import make_optimizer, state_shape
 from hosl_flower.perturb import Layout, as_matrix_shape, row_chunks
 from hosl_flower.rounding import store
 
@@ -34,7 +34,7 @@ class Mark(NamedTuple):
 class Snapshot:
     """A client state without its history.
 
-    weights [n]: trainable parameters in name order, in their dtype; moments float32 [k, n]:
+    weights [n]: trainable parameters in name order, in their dtype; moments float32 [k, m]:
     optimizer state, empty where there is none; updates: how many the optimizer has made.
     """
 
@@ -68,9 +68,9 @@ class ClientState:
         self._step = 0
 
     @property
-    def moments(self) -> int:
-        """Values of optimizer state per trainable element."""
-        return moments_of(self.optimizer_name)
+    def moments_shape(self) -> tuple[int, int]:
+        """[k, m] of the optimizer's state as a snapshot has it; k = 0 for none."""
+        return state_shape(self.optimizer_name, [p.shape for p in self.parameters.values()])
 
     @property
     def elements(self) -> int:
@@ -93,6 +93,17 @@ class ClientState:
     def update(self, gradient: Gradient, learning_rate: float) -> None:
         """One optimizer step that is in no ledger (yet)."""
         self.optimizer.step(self.parameters, gradient, learning_rate)
+        self.updates += 1
+
+    def update_each(
+        self, gradients: Iterable[tuple[str, Tensor]], learning_rate: float, seed: int
+    ) -> None:
+        """As update, along gradients that come one parameter at a time and go at once. seed: see
+        Dense. Parameters whose gradient does not come stay as they are."""
+        self.optimizer.begin()
+        for name, gradient in gradients:
+            terms = [(1.0, Dense({name: gradient}))]
+            self.optimizer.move(name, self.parameters[name], terms, learning_rate, seed)
         self.updates += 1
 
     def mark(self) -> Mark:
@@ -159,10 +170,10 @@ class ClientState:
 
     def restore(self, snapshot: Snapshot, step: int = 0) -> None:
         """Become what the snapshot holds; ValueError when it is of another submodel."""
-        count, n = self.moments, self.elements
-        if snapshot.moments.numel() and snapshot.moments.shape != (count, n):
+        expected = self.moments_shape
+        if snapshot.moments.numel() and snapshot.moments.shape != expected:
             raise ValueError(
-                f"expected optimizer state [{count}, {n}], got {list(snapshot.moments.shape)}"
+                f"expected optimizer state {list(expected)}, got {list(snapshot.moments.shape)}"
             )
         self.roll_back(snapshot)
         self.position, self.digest, self._step = snapshot.position, snapshot.digest, step

@@ -22,7 +22,7 @@ from hosl_flower.report import Report, Results, log
 from hosl_flower.session import Session, open_session
 from hosl_flower.training import train
 
-_RARE = ("server-steps", "upload-every")  # keys a method must say it uses
+_RARE = ("server-steps", "upload-every", "client-gradient")  # keys a method must say it uses
 
 
 class SplitStrategy(Strategy):
@@ -38,6 +38,7 @@ class SplitStrategy(Strategy):
     uses: tuple[str, ...] = ()
     client_head = False
     tolerates_absence = False
+    client_optimizers: tuple[str, ...] = ("sgd", "adamw")  # those that replay a ledger to the bit
 
     def __init__(self, config: RunConfig):
         self.config = config
@@ -46,6 +47,11 @@ class SplitStrategy(Strategy):
         if idle:
             raise ConfigError(
                 f"{self.name} does not use {', '.join(idle)}: leave it at its default"
+            )
+        if config.client_optimizer not in self.client_optimizers:
+            raise ConfigError(
+                f"{self.name} has no client-optimizer = {config.client_optimizer}: it has "
+                f"{', '.join(self.client_optimizers)}"
             )
 
     @classmethod

@@ -95,6 +95,12 @@ class Batch:
     attention_mask: Tensor
     labels: Tensor
 
+    def slices(self, micro_batch: int) -> list[slice]:
+        """Rows of consecutive micro-batches of so many sequences; 0 is one of all."""
+        count = len(self.input_ids)
+        size = micro_batch or count
+        return [slice(first, min(first + size, count)) for first in range(0, count, size)]
+
 
 class Encoder:
     """Renders examples of a task into token ids."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from hosl_flower.config import RunConfig
 from hosl_flower.gradient import Seeded
 from hosl_flower.messages import Activations
-from hosl_flower.optimizer import make_optimizer
+from hosl_flower.optimizers import make_optimizer
 from hosl_flower.perturb import Layout
 from hosl_flower.probe import perturbed
 from hosl_flower.server import Server

@@ -1,4 +1,4 @@
-"""Split first-order learning: clients back-propagate, as the server does.
+"""Split first-order learning: clients compute a gradient of their half, as the server does.
 
 SplitFed (Thapa et al. 2022, arXiv 2004.12088, Algorithms 1 and 2) with one server model, and with
 client-trainable = server-trainable = lora SplitLoRA (Lin et al. 2024, arXiv 2407.00952). Phases 1
@@ -12,9 +12,18 @@ and 2 are those of strategies/ho_sfl.py: activations up, lambda_m down. Then, by
             theta_c <- sum_m w_m theta_c,m. The clients of those E steps stay the same.
 
 With one client its weights, and its optimizer's state, are simply the run's every E steps, so E
-changes what travels and not what is learnt; that is how one device would train. Clients must be
-able to back-propagate through their half: memory is that of training, which is what the
-zeroth-order methods spare.
+changes what travels and not what is learnt; that is how one device would train.
+
+How a client comes by g_m is client-gradient:
+
+    backprop    the chain rule with the whole graph: memory is that of training, which is what the
+                zeroth-order methods spare
+    recompute   the same gradient, one block at a time (hosl_flower/recompute.py)
+    residual    an approximation from one more forward pass, without a graph or a backward pass,
+                of what is added to the residual stream (hosl_flower/residual.py)
+
+With the last two and E > 1 a client updates each parameter as soon as its gradient is there, and
+client-optimizer = adafactor has almost no state: then a device that can run its half can train it.
 """
 
 from collections.abc import Sequence
@@ -44,6 +53,8 @@ class SplitFo(HoSfl):
     """
 
     name = "split-fo"
+    uses = ("client-gradient",)
+    client_optimizers = ("sgd", "adamw", "adafactor")
     unused = (
         "turn-steps",
         "directions",

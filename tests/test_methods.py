@@ -196,6 +196,52 @@ def test_a_local_step_or_an_adoption_asked_for_again_is_not_made_again(make):
     assert [(r.position, r.digest) for r in receipts] == [(1, ledger.digest())] * 2
 
 
+@pytest.mark.parametrize("local_steps", [1, 2])
+def test_recomputing_clients_learn_what_back_propagating_ones_do(make, local_steps):
+    keys = {**FO, "client_trainable": "full", "num_clients": 2, "local_steps": local_steps}
+    _, a, _ = make(SplitFo, **keys, client_optimizer="adafactor")
+    _, b, _ = make(
+        SplitFo, **keys, client_optimizer="adafactor", client_gradient="recompute",
+        client_micro_batch=2,
+    )  # fmt: skip
+    assert losses(a) == pytest.approx(losses(b), rel=1e-4)
+
+
+def test_residual_feedback_moves_what_writes_to_the_stream_and_nothing_else(make):
+    keys = {**FO, "client_trainable": "full", "client_gradient": "residual", "local_steps": 2}
+    _, a, _ = make(SplitFo, **{**keys, "client_learning_rate": 0.0})
+    moved, b, _ = make(SplitFo, **keys, client_optimizer="adafactor")
+    before, after = weights_of(a), weights_of(b)
+    changed = {name for name in before if ".layers.2." not in name and "decoder." in name}
+    changed = {name for name in changed if not torch.equal(before[name], after[name])}
+    written = [f"layers.{i}.{w}.{k}" for i in (0, 1) for w in ("fc2", "self_attn.out_proj")
+               for k in ("weight", "bias")]  # fmt: skip
+    written += ["embed_tokens.weight", "embed_positions.weight"]
+    assert {f"model.decoder.{name}" for name in written} | {
+        "model.decoder.final_layer_norm.weight", "model.decoder.final_layer_norm.bias"
+    } == changed  # fmt: skip
+    assert losses(a) != losses(b)
+    assert (m := moved.client_peak_memory["tensor_bytes"])["backward"] == 0 < m["update"]
+
+
+def test_residual_feedback_serves_many_clients_on_either_path(make):
+    for local_steps in (1, 2):
+        results, _, _ = make(
+            SplitFo, **FO, client_trainable="full", client_gradient="residual", num_clients=4,
+            clients_per_step=2, local_steps=local_steps, client_optimizer="adafactor",
+        )  # fmt: skip
+        assert results.clients["dropped"] == []
+
+
+def test_only_methods_that_send_gradients_have_adafactor(make):
+    with pytest.raises(ConfigError, match="ho-sfl has no client-optimizer = adafactor"):
+        make(HoSfl, **ONE, client_optimizer="adafactor")
+    with pytest.raises(ConfigError, match="does not use client-gradient"):
+        make(HoSfl, **ONE, client_gradient="residual")
+    with pytest.raises(ConfigError, match="needs client-trainable = full"):
+        make(SplitFo, **FO, client_gradient="residual", client_trainable="lora")
+
+
 def test_split_zo_with_a_server_that_stands_still_is_hosl(make):
     keys = {**ONE, "server_learning_rate": 0.0, "client_learning_rate": 1e-2}
     _, a, _ = make(SplitZo, **keys, server_steps=2)

@@ -5,6 +5,7 @@ serves, answered by one with all replies. It works wherever Flower works, and co
 Flower's mailbox costs: 0.1 s per exchange in simulation, seconds in deployment.
 """
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -114,8 +115,9 @@ class GridLink(Link):
             size = max(size, limits.batch * limits.length * limits.hidden * item)
         if type(request) in (LocalTrain, Backward, Fetch):
             state = self.history.state
-            moments = state.moments if isinstance(request, Fetch) and request.moments else 0
-            size = max(size, 4 * state.elements * (1 + moments))
+            fetched = isinstance(request, Fetch) and request.moments
+            moments = math.prod(state.moments_shape) if fetched else 0
+            size = max(size, 4 * (state.elements + moments))
         return size
 
     def _send_and_wait(self, parts: Mapping[Node, Part]) -> dict[Node, Message]:

@@ -1,0 +1,134 @@
+"""Adafactor (Shazeer & Stern 2018, arXiv 1804.04235): second moments of a matrix, factored.
+
+    R <- b R + (1 - b) mean_j(g_ij^2),  C <- b C + (1 - b) mean_i(g_ij^2),  b = 1 - t^-0.8
+    u = g / sqrt(R C^T / mean(R)),  theta <- theta - eta u / max(1, rms(u))
+
+An [out, in] matrix has out + in numbers of state instead of AdamW's 2 out in; a vector has its
+second moments whole. No first moments, no weight decay, no scaling by the parameter's size: eta
+is that of Adam. A chunk of rows at a time, in three passes over the gradient: no buffer.
+
+Of a gradient that is sparse rows (an embedding's) only those are visited: the others' update is
+zero, their R decays. That is the dense algorithm's result to rounding, at the cost of the rows.
+
+The sums make results depend, in the last bits, on the device and its number of threads. So it is
+for gradients a client computes itself, and not for replaying a ledger (optimizer.py).
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from hosl_flower.gradient import Dense
+from hosl_flower.optimizer import Optimizer, Terms, matrix_of
+from hosl_flower.perturb import as_matrix_shape, row_chunks
+from hosl_flower.rounding import store
+
+_DECAY, _TINY, _CLIP = 0.8, 1e-30, 1.0
+
+
+class _Seen:
+    """A parameter's gradient, chunk by chunk, as often as wanted. rows: those that are not zero,
+    ascending, or None for all."""
+
+    def __init__(self, name: str, terms: Terms):
+        self.name, self.terms = name, terms
+        self.rows: Tensor | None = None
+        if len(terms) == 1 and isinstance(term := terms[0][1], Dense):
+            tensor = term.tensors.get(name)
+            if tensor is not None and tensor.is_sparse:
+                self.rows, self._values = tensor.indices()[0], tensor.values()
+
+    def chunks(self, own: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(first row, float32 [rows, in]), a new tensor, along the rows of `own`."""
+        for start, block in row_chunks(own):
+            if self.rows is not None:
+                yield start, self._values[start : start + len(block)] * self.terms[0][0]
+                continue
+            g = torch.zeros_like(block, dtype=torch.float32)
+            for scalar, term in self.terms:
+                term.subtract_(g, self.name, start, -scalar)
+            yield start, g
+
+    def updates(self, own: Tensor, rows: Tensor, columns: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """As chunks, g times rows [own rows, 1] times columns [in]."""
+        for start, g in self.chunks(own):
+            yield start, g.mul_(rows[start : start + len(g)]).mul_(columns)
+
+
+class Adafactor(Optimizer):
+    """State per parameter: R [out] and C [in] of a matrix, v [n] of a vector, as one vector."""
+
+    def __init__(self) -> None:
+        self.moments: dict[str, Tensor] = {}  # R and C one after the other, float32
+
+    @torch.no_grad()
+    def move(
+        self, name: str, parameter: Tensor, terms: Terms, learning_rate: float, seed: int
+    ) -> None:
+        matrix, seen = matrix_of(parameter), _Seen(name, terms)
+        own = matrix if seen.rows is None else matrix[seen.rows]
+        rows, columns = self._learn(name, parameter, own, seen)
+        square = sum(float(u.square_().sum()) for _, u in seen.updates(own, rows, columns))
+        rate = learning_rate / max(1.0, math.sqrt(square / matrix.numel()) / _CLIP)
+        for start, u in seen.updates(own, rows, columns):
+            block = own[start : start + len(u)]
+            work = block if block.dtype == torch.float32 else block.float()
+            work.sub_(u.mul_(rate))
+            if work is not block:
+                store(block, work, seed, name, start)
+        if seen.rows is not None:
+            matrix[seen.rows] = own
+
+    def _learn(
+        self, name: str, parameter: Tensor, own: Tensor, seen: _Seen
+    ) -> tuple[Tensor, Tensor]:
+        """Bring the moments up to date; what g is to be multiplied by: [own rows, 1] and [in]."""
+        count, width = matrix_of(parameter).shape
+        if name not in self.moments:
+            self.moments[name] = torch.zeros(state_size(parameter.shape), device=own.device)
+        squares = torch.full_like(self.moments[name], _TINY)
+        of_rows, of_columns = squares[:count], squares[count:]
+        for start, g in seen.chunks(own):
+            g.square_()
+            stop = start + len(g)
+            place = slice(start, stop) if seen.rows is None else seen.rows[start:stop]
+            of_rows[place] += g.mean(1)
+            if len(of_columns):
+                of_columns += g.sum(0) / count
+        kept = 1.0 - self.steps**-_DECAY
+        moments = self.moments[name].mul_(kept).add_(squares, alpha=1.0 - kept)
+        rows, columns = moments[:count], moments[count:]
+        if not len(columns):
+            return rows.rsqrt().unsqueeze(1), rows.new_ones(width)
+        level = rows / rows.mean()
+        level = level if seen.rows is None else level[seen.rows]
+        return level.rsqrt().unsqueeze(1), columns.rsqrt()
+
+    def tensors(self) -> list[Tensor]:
+        return list(self.moments.values())
+
+    def save(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        if not self.moments:
+            return torch.empty((0, 0))
+        own = [
+            self.moments[name] if name in self.moments else torch.zeros(state_size(p.shape))
+            for name, p in parameters.items()
+        ]
+        return torch.cat([moments.cpu() for moments in own]).unsqueeze(0)
+
+    def load(self, moments: Tensor, steps: int, parameters: Mapping[str, Tensor]) -> None:
+        self.steps = steps if moments.numel() else 0
+        self.moments = {}
+        start = 0
+        for name, parameter in parameters.items() if moments.numel() else ():
+            stop = start + state_size(parameter.shape)
+            self.moments[name] = moments[0, start:stop].to(parameter.device, copy=True)
+            start = stop
+
+
+def state_size(shape: torch.Size) -> int:
+    """Numbers of state of a parameter."""
+    rows, columns = as_matrix_shape(shape)
+    return rows if len(shape) < 2 else rows + columns

@@ -1,0 +1,103 @@
+"""Adafactor against transformers' own, by hand, and on sparse rows."""
+
+import pytest
+import torch
+from transformers.optimization import Adafactor as Published
+
+from hosl_flower.adafactor import Adafactor, state_size
+from hosl_flower.gradient import Dense, sparse_rows
+from hosl_flower.optimizers import make_optimizer, state_shape
+
+RATE = 0.1
+
+
+def gradients(shapes, steps, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        yield {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def test_it_is_the_published_algorithm():
+    shapes = {"matrix": (5, 7), "vector": (6,)}
+    own = {name: torch.ones(shape) for name, shape in shapes.items()}
+    theirs = {name: torch.nn.Parameter(torch.ones(shape)) for name, shape in shapes.items()}
+    published = Published(
+        theirs.values(), lr=RATE, scale_parameter=False, relative_step=False, eps=(1e-30, 1e-3)
+    )
+    optimizer = Adafactor()
+    for gradient in gradients(shapes, 5):
+        optimizer.step(own, Dense(gradient), RATE)
+        for name, parameter in theirs.items():
+            parameter.grad = gradient[name]
+        published.step()
+    for name, parameter in theirs.items():
+        assert torch.allclose(own[name], parameter, rtol=1e-5, atol=1e-6), name
+
+
+def test_the_first_step_by_hand():
+    # b = 0 at t = 1. rows: mean of squares 1, 4; columns: 2.5, 2.5; u = g / sqrt(R C / mean R)
+    parameter = {"w": torch.zeros(2, 2)}
+    Adafactor().step(parameter, Dense({"w": torch.tensor([[1.0, -1.0], [2.0, 2.0]])}), RATE)
+    assert torch.allclose(parameter["w"], torch.tensor([[-0.1, 0.1], [-0.1, -0.1]]))
+
+
+def test_sparse_rows_are_the_dense_algorithm():
+    dense, sparse = {"e": torch.zeros(9, 4)}, {"e": torch.zeros(9, 4)}
+    one, other = Adafactor(), Adafactor()
+    for number, gradient in enumerate(gradients({"e": (3, 4)}, 4)):
+        rows = torch.tensor([number, number + 2, 8])
+        own = sparse_rows(rows, gradient["e"], (9, 4))
+        one.step(dense, Dense({"e": own.to_dense()}), RATE)
+        other.step(sparse, Dense({"e": own}), RATE)
+    assert torch.allclose(dense["e"], sparse["e"], rtol=1e-5, atol=1e-7)
+    assert torch.allclose(one.moments["e"], other.moments["e"], rtol=1e-5)
+    assert (sparse["e"] != 0).any(1).tolist() == [True] * 6 + [False] * 2 + [True]
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_sparse_rows_serve_the_other_optimizers(name):
+    dense, sparse = {"e": torch.zeros(9, 4)}, {"e": torch.zeros(9, 4)}
+    one, other = make_optimizer(name), make_optimizer(name)
+    for gradient in gradients({"e": (2, 4)}, 3):
+        own = sparse_rows(torch.tensor([1, 6]), gradient["e"], (9, 4))
+        one.step(dense, Dense({"e": own.to_dense()}), RATE)
+        other.step(sparse, Dense({"e": own}), RATE)
+    assert torch.equal(dense["e"], sparse["e"])
+
+
+def test_its_state_is_almost_none_and_goes_on_where_it_was():
+    parameters = {"b": torch.zeros(6), "m": torch.zeros(5, 7)}
+    shapes = {name: p.shape for name, p in parameters.items()}
+    optimizer = Adafactor()
+    assert optimizer.save(parameters).numel() == 0
+    steps = list(gradients(shapes, 4))
+    for gradient in steps[:2]:
+        optimizer.step(parameters, Dense(gradient), RATE)
+    saved = optimizer.save(parameters)
+    assert saved.shape == state_shape("adafactor", list(shapes.values())) == (1, 6 + 12)
+    assert sum(t.numel() for t in optimizer.tensors()) == 18
+    copy = {name: p.clone() for name, p in parameters.items()}
+    other = Adafactor()
+    other.load(saved, 2, copy)
+    for gradient in steps[2:]:
+        optimizer.step(parameters, Dense(gradient), RATE)
+        other.step(copy, Dense(gradient), RATE)
+    assert all(torch.equal(copy[name], p) for name, p in parameters.items())
+    assert state_size(torch.Size([50272, 768])) == 51040
+
+
+def test_a_large_parameter_is_updated_in_chunks_alike(monkeypatch):
+    (gradient,) = gradients({"m": (40, 6)}, 1)
+    whole, chunked = {"m": torch.zeros(40, 6)}, {"m": torch.zeros(40, 6)}
+    Adafactor().step(whole, Dense(gradient), RATE)
+    monkeypatch.setattr("hosl_flower.perturb._CHUNK_ELEMENTS", 50)
+    Adafactor().step(chunked, Dense(gradient), RATE)
+    assert torch.allclose(whole["m"], chunked["m"], rtol=1e-5)
+
+
+def test_16_bit_weights_are_rounded_at_random():
+    parameter = {"m": torch.ones(200, 50, dtype=torch.bfloat16)}
+    gradient = {"m": torch.ones(200, 50)}
+    Adafactor().step(parameter, Dense(gradient, rounding_seed=7), 1e-3)  # spacing is 0.004
+    moved = 1 - parameter["m"].float().mean()
+    assert 0.8e-3 < float(moved) < 1.2e-3
