@@ -6,7 +6,7 @@ positions and attention are never re-implemented here. A new family is one small
 """
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +32,22 @@ class _NoPositions(nn.Module):
         return torch.zeros((), device=attention_mask.device)
 
 
+class Parts(NamedTuple):
+    """Names of the modules of a block that residual feedback goes by: the attention's output
+    projection, and the MLP's norm, first and second matrix."""
+
+    attention: str
+    norm: str
+    up: str
+    down: str
+
+
 class Family(Protocol):
     """What split.py asks of a model family."""
 
     base_prefix: str  # attribute of the causal LM that holds the base model
     decoder_prefix: str  # canonical name prefix of the decoder's parameters
-    writers: tuple[str, ...]  # the linear maps of a block whose outputs are added to the stream
+    parts: "Parts"
 
     def decoder(self, model: nn.Module) -> nn.Module:
         """The module that maps input ids or embeddings to the last hidden state."""
@@ -52,8 +62,8 @@ class Family(Protocol):
         """Standard deviation of freshly initialised matrices."""
 
     def has_plain_stream(self, config: PretrainedConfig) -> bool:
-        """Whether embeddings and writers are added to the residual stream with nothing on it:
-        no projection of embeddings, no norm between the sums."""
+        """Whether embeddings, attention and MLP are added to the residual stream with nothing on
+        it, no projection and no norm between the sums, and the MLP is down(relu(up(norm(h))))."""
 
     def embedded(self, ids: Tensor, mask: Tensor) -> Mapping[str, Tensor]:
         """Rows [b, S] of each embedding that ids and mask [b, S] take, by parameter name within
@@ -65,7 +75,7 @@ class Opt:
 
     base_prefix = "model"
     decoder_prefix = "model.decoder."
-    writers: tuple[str, ...] = ("self_attn.out_proj", "fc2")
+    parts = Parts("self_attn.out_proj", "final_layer_norm", "fc1", "fc2")
 
     def decoder(self, model: Any) -> nn.Module:
         return model.model.decoder
@@ -90,7 +100,8 @@ class Opt:
         return config.init_std
 
     def has_plain_stream(self, config: PretrainedConfig) -> bool:
-        return config.do_layer_norm_before and config.word_embed_proj_dim == config.hidden_size
+        plain = config.word_embed_proj_dim == config.hidden_size
+        return config.do_layer_norm_before and plain and config.activation_function == "relu"
 
     def embedded(self, ids: Tensor, mask: Tensor) -> Mapping[str, Tensor]:
         positions = (mask.cumsum(1) * mask - 1).long()

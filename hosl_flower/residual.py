@@ -1,25 +1,26 @@
-"""Residual feedback: gradients of a client's half without back-propagating through it.
+"""Residual feedback: a client gradient from one forward pass, each block by itself.
 
-In a pre-norm transformer every block adds to a stream, h_out = h_in + attention + MLP, and the
-stream ends at the cut. For a matrix W that writes to it (the attention's output projection, the
-MLP's second matrix), y = W x, the chain rule says
+In a pre-norm transformer blocks add to a stream that ends at the cut:
 
-    dL/dW = sum_tokens g x^T,   g = J^T lambda,   lambda = dL/dh_cut
+    h' = h + attention(h),   h'' = h' + mlp(h'),   mlp(h') = W2 relu(W1 norm(h') + b1) + b2
 
-with J the Jacobian of the later client blocks, the identity plus what those blocks do. Residual
-feedback takes g = lambda: the later blocks are skipped on the way back, as they can be on
-the way forward. The last block's MLP has no block after it, so there it is the gradient itself;
-for the embeddings, which are added to the stream too, each token's gradient is its lambda.
+With g the loss gradient at a block's output, back-propagation gives dL/dW2 = sum_tokens g a^T and
+so on, but g is lambda = dL/dh_cut through all later blocks, which takes a backward pass. Each
+later block's Jacobian is the identity plus what the block does. Residual feedback keeps the
+identity and takes g = lambda in every block. Within a block the MLP, which acts on each token by
+itself, is seen through, since all that takes is at hand while the block runs:
 
-What is needed is x, which one more forward pass has at hand: no graph, no backward pass, and one
-block's sums at a time. docs/residual.md has the derivation, its relatives (feedback alignment,
-Lillicrap et al. 2016; synthetic gradients, Jaderberg et al. 2017) and where it fails. Matrices
-that only read from the stream (queries, keys, values, the MLP's first) and norms stay as they are.
+    d   = (W2^T g) * [a > 0]                 a = relu(...)     -> W2: g a^T,  W1: d norm(h')^T
+    g'  = g + J_norm(h')^T W1^T d            what the attention's output gets: W_o: g' o^T
+
+and the embeddings get g' of the first block. No graph, no pass in reverse order, nothing kept of
+one block for another: a block's gradients are whole, and can be applied, before the next block
+runs. The last block's MLP gets the exact gradient. Queries, keys, values and the norm before them
+are not trained. Derivation, relatives and limits: docs/residual.md.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from hosl_flower.split import ClientSubmodel
 from hosl_flower.surrogate import Cotangent
 from hosl_flower.tasks import Batch
 
-_CHUNK_TOKENS = 2048  # of 16-bit inputs, widened at a time
+_PIECE_TOKENS = 4096  # run at a time: what a block makes of them is small beside the weights
 
 
 def fed_back(submodel: ClientSubmodel, names: Collection[str]) -> list[str]:
@@ -43,19 +44,19 @@ def fed_back(submodel: ClientSubmodel, names: Collection[str]) -> list[str]:
     family = family_of(config)
     if not family.has_plain_stream(config):
         raise ConfigError(
-            "client-gradient = residual needs a pre-norm model that adds its embeddings to the "
-            "stream as they are; use recompute"
+            "client-gradient = residual needs a pre-norm model with a ReLU MLP that adds its "
+            "embeddings to the stream as they are; use recompute"
         )
     nothing = torch.zeros(1, 1, dtype=torch.int64)
-    adding = [f"decoder.{name}" for name in family.embedded(nothing, nothing)]
+    trained = [f"decoder.{name}" for name in family.embedded(nothing, nothing)]
     for index in range(len(Blocks(submodel))):
-        for writer in family.writers:
-            adding += [f"decoder.layers.{index}.{writer}.{kind}" for kind in ("weight", "bias")]
-    known = set(map(submodel.canonical, adding))
+        for part in family.parts:
+            trained += [f"decoder.layers.{index}.{part}.{kind}" for kind in ("weight", "bias")]
+    known = set(map(submodel.canonical, trained))
     found = [name for name in names if name in known]
     if not found:
         raise ConfigError(
-            "client-gradient = residual trains embeddings and what blocks add to the stream: it "
+            "client-gradient = residual trains embeddings, MLPs and the attention's output: it "
             "needs client-trainable = full, or blocks with cut-layer > 0"
         )
     return found
@@ -72,84 +73,151 @@ def residual_gradients(
     """(name, gradient) of every parameter given, all of which `fed_back` has chosen: float32,
     embeddings' as sparse rows. A parameter may be changed as soon as its gradient is there.
 
-    micro_batch: sequences at a time, block after block; 0 is all.
+    micro_batch: sequences at a time, block after block; 0 is some thousand tokens.
     """
     blocks, device = Blocks(submodel), cotangent.payload.device
-    pieces, running = batch.slices(micro_batch), []
+    pieces = batch.slices(micro_batch or max(1, _PIECE_TOKENS // batch.input_ids.shape[1]))
+    embeddings = _Embeddings(submodel, parameters, batch, device)
+    running = []
     for rows in pieces:
         ids, mask = batch.input_ids[rows].to(device), batch.attention_mask[rows].to(device)
         running.append(blocks.enter(ids, mask))
+        if not len(blocks):
+            embeddings.add(rows, cotangent.dense(rows))
+    if not len(blocks):
+        yield from embeddings.gradients()
     for index in range(len(blocks)):
-        sums: dict[str, Tensor] = {}
+        feedback = _Feedback(submodel, blocks[index], index, parameters)
         for number, rows in enumerate(pieces):
             hidden, arguments = running[number]
-            with _fed(submodel, blocks, index, cotangent.dense(rows), parameters, sums):
-                hidden = blocks.run(index, hidden, arguments)
-            running[number] = hidden, arguments
-        del hidden
-        for name in list(sums):
-            yield name, sums.pop(name)
-    running.clear()
-    yield from _embedded(submodel, parameters, batch, cotangent, pieces)
+            with feedback.of(cotangent.dense(rows)):
+                running[number] = blocks.run(index, hidden, arguments), arguments
+            if not index:
+                embeddings.add(rows, feedback.before)
+        feedback.clear()
+        yield from feedback.gradients()
+        if not index:
+            yield from embeddings.gradients()
 
 
-@contextmanager
-def _fed(
-    submodel: ClientSubmodel,
-    blocks: Blocks,
-    index: int,
-    feedback: Tensor,
-    parameters: Mapping[str, nn.Parameter],
-    sums: dict[str, Tensor],
-) -> Iterator[None]:
-    """Within it block `index` adds to `sums` what its writers' inputs and lambda [b, S, H] give."""
-    g = feedback.flatten(0, 1)
+class _Feedback:
+    """The rule of one block, summed over pieces. before: g' of the latest piece, as the
+    attention's output gets it."""
 
-    def hook(name: str, _: nn.Module, args: tuple[Tensor, ...], __: Any) -> None:
-        x = args[0].flatten(0, -2)
-        if f"{name}.weight" in parameters:
-            total = sums.setdefault(f"{name}.weight", g.new_zeros(g.shape[1], x.shape[1]))
-            size = len(x) if x.dtype == torch.float32 else _CHUNK_TOKENS
-            for start in range(0, len(x), size):
-                own = slice(start, start + size)
-                total.addmm_(g[own].T, x[own].float())
-        if f"{name}.bias" in parameters:
-            sums.setdefault(f"{name}.bias", g.new_zeros(g.shape[1])).add_(g.sum(0))
+    before: Tensor
 
-    handles = []
-    for writer in family_of(_config(submodel)).writers:
-        name = submodel.canonical(f"decoder.layers.{index}.{writer}")
-        module = blocks[index].get_submodule(writer)
-        handles.append(module.register_forward_hook(partial(hook, name)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    def __init__(
+        self,
+        submodel: ClientSubmodel,
+        block: nn.Module,
+        index: int,
+        parameters: Mapping[str, nn.Parameter],
+    ):
+        self.parameters = parameters
+        self.parts = family_of(_config(submodel)).parts
+        self._name = {p: submodel.canonical(f"decoder.layers.{index}.{p}") for p in self.parts}
+        self._module: dict[str, Any] = {p: block.get_submodule(p) for p in self.parts}
+        self._sums: dict[str, Tensor] = {}
+
+    @contextmanager
+    def of(self, feedback: Tensor) -> Iterator[None]:
+        """Within it the block runs, once, on the tokens whose g is `feedback` [b, S, H]."""
+        g = feedback.flatten(0, 1)
+        seen: list[Tensor] = []  # o, the attention's output before its projection, and h'
+
+        def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.append(args[0].flatten(0, -2))
+
+        def learn(_: nn.Module, args: tuple[Tensor, ...], __: Tensor) -> None:
+            self._learn(g, args[0].flatten(0, -2), *seen)
+
+        module = self._module
+        hooks = [
+            module[self.parts.attention].register_forward_pre_hook(note),
+            module[self.parts.norm].register_forward_pre_hook(note),
+            module[self.parts.down].register_forward_hook(learn),
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _learn(self, g: Tensor, a: Tensor, o: Tensor, h: Tensor) -> None:
+        attention, norm, up, down = self.parts
+        self._add(down, g, a)
+        d = (g @ self._module[down].weight.float()).mul_(a > 0)
+        gamma, shift = self._module[norm].weight, self._module[norm].bias
+        h = h.float()
+        centred = h - h.mean(1, keepdim=True)
+        scale = (centred.square().mean(1, keepdim=True) + self._module[norm].eps).rsqrt_()
+        unit = centred.mul_(scale)
+        normed = unit if gamma is None else unit * gamma.float() + shift.float()
+        self._add(up, d, normed)
+        du = d @ self._module[up].weight.float()
+        del d, normed
+        self._accumulate(f"{self._name[norm]}.bias", lambda: du.sum(0))
+        self._accumulate(f"{self._name[norm]}.weight", lambda: (du * unit).sum(0))
+        if gamma is not None:
+            du.mul_(gamma.float())
+        # J_norm^T: what is left when mean and spread are held
+        du -= du.mean(1, keepdim=True) + unit * (du * unit).mean(1, keepdim=True)
+        self.before = g + du.mul_(scale)
+        self._add(attention, self.before, o)
+
+    def _add(self, part: str, g: Tensor, x: Tensor) -> None:
+        """y = W x + b with g [n, out] at y: W gets g x^T, b gets g."""
+        self._accumulate(f"{self._name[part]}.weight", lambda: g.T @ x.float())
+        self._accumulate(f"{self._name[part]}.bias", lambda: g.sum(0))
+
+    def _accumulate(self, name: str, gradient: Callable[[], Tensor]) -> None:
+        if name in self.parameters:
+            value = gradient()
+            self._sums[name] = self._sums[name].add_(value) if name in self._sums else value
+
+    def clear(self) -> None:
+        """Let go of what is not a gradient."""
+        self.__dict__.pop("before", None)
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """The sums, each let go as it is handed out."""
+        for name in list(self._sums):
+            yield name, self._sums.pop(name)
 
 
-def _embedded(
-    submodel: ClientSubmodel,
-    parameters: Mapping[str, nn.Parameter],
-    batch: Batch,
-    cotangent: Cotangent,
-    pieces: Sequence[slice],
-) -> Iterator[tuple[str, Tensor]]:
-    """Each row of an embedding gets the sum of the lambdas of its tokens."""
-    device, mask = cotangent.payload.device, batch.attention_mask
-    for name, rows in family_of(_config(submodel)).embedded(batch.input_ids, mask).items():
-        name = submodel.canonical(f"decoder.{name}")
-        if name not in parameters:
-            continue
-        # padding is no token: nothing attends to it, its lambda is zero
-        used, place = rows.where(mask.bool(), -1).unique(return_inverse=True)
-        padded = int(used[0] == -1)
-        shape = parameters[name].shape
-        total = torch.zeros(len(used), shape[1], device=device)
-        for piece in pieces:
-            index = place[piece].flatten().to(device)
-            total.index_add_(0, index, cotangent.dense(piece).flatten(0, 1))
-        yield name, sparse_rows(used[padded:].to(device), total[padded:], shape)
+class _Embeddings:
+    """Each row of an embedding gets the sum of what its tokens get."""
+
+    def __init__(
+        self,
+        submodel: ClientSubmodel,
+        parameters: Mapping[str, nn.Parameter],
+        batch: Batch,
+        device: torch.device,
+    ):
+        self._parts: list[tuple[str, torch.Size, Tensor, Tensor, Tensor]] = []
+        mask = batch.attention_mask
+        taken = family_of(_config(submodel)).embedded(batch.input_ids, mask)
+        for name, rows in taken.items():
+            name = submodel.canonical(f"decoder.{name}")
+            if name in parameters:
+                # padding is no token: nothing attends to it, its lambda is zero
+                used, place = rows.where(mask.bool(), -1).unique(return_inverse=True)
+                shape = parameters[name].shape
+                total = torch.zeros(len(used), shape[1], device=device)
+                self._parts.append((name, shape, used.to(device), place.to(device), total))
+
+    def add(self, rows: slice, feedback: Tensor) -> None:
+        """Some sequences' g' [b, S, H] or [b * S, H]."""
+        for _, _, _, place, total in self._parts:
+            total.index_add_(0, place[rows].flatten(), feedback.reshape(-1, total.shape[1]))
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """As sparse rows."""
+        while self._parts:
+            name, shape, used, _, total = self._parts.pop()
+            padded = int(used[0] == -1)
+            yield name, sparse_rows(used[padded:], total[padded:], shape)
 
 
 def _config(submodel: ClientSubmodel) -> Any:

@@ -207,15 +207,15 @@ def test_recomputing_clients_learn_what_back_propagating_ones_do(make, local_ste
     assert losses(a) == pytest.approx(losses(b), rel=1e-4)
 
 
-def test_residual_feedback_moves_what_writes_to_the_stream_and_nothing_else(make):
+def test_residual_feedback_trains_mlps_attention_outputs_and_embeddings_only(make):
     keys = {**FO, "client_trainable": "full", "client_gradient": "residual", "local_steps": 2}
     _, a, _ = make(SplitFo, **{**keys, "client_learning_rate": 0.0})
     moved, b, _ = make(SplitFo, **keys, client_optimizer="adafactor")
     before, after = weights_of(a), weights_of(b)
     changed = {name for name in before if ".layers.2." not in name and "decoder." in name}
     changed = {name for name in changed if not torch.equal(before[name], after[name])}
-    written = [f"layers.{i}.{w}.{k}" for i in (0, 1) for w in ("fc2", "self_attn.out_proj")
-               for k in ("weight", "bias")]  # fmt: skip
+    parts = ("fc1", "fc2", "final_layer_norm", "self_attn.out_proj")
+    written = [f"layers.{i}.{w}.{k}" for i in (0, 1) for w in parts for k in ("weight", "bias")]
     written += ["embed_tokens.weight", "embed_positions.weight"]
     assert {f"model.decoder.{name}" for name in written} | {
         "model.decoder.final_layer_norm.weight", "model.decoder.final_layer_norm.bias"
