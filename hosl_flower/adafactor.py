@@ -29,32 +29,34 @@ _DECAY, _TINY, _CLIP = 0.8, 1e-30, 1.0
 
 
 class _Seen:
-    """A parameter's gradient, chunk by chunk, as often as wanted. rows: those that are not zero,
-    ascending, or None for all."""
+    """A parameter's gradient, some rows at a time, as often as wanted. rows: those that are not
+    zero, ascending, or None for all."""
 
-    def __init__(self, name: str, terms: Terms):
-        self.name, self.terms = name, terms
+    def __init__(self, name: str, matrix: Tensor, terms: Terms):
+        self.name, self.matrix, self.terms = name, matrix, terms
         self.rows: Tensor | None = None
+        self._values = matrix
         if len(terms) == 1 and isinstance(term := terms[0][1], Dense):
             tensor = term.tensors.get(name)
             if tensor is not None and tensor.is_sparse:
                 self.rows, self._values = tensor.indices()[0], tensor.values()
 
-    def chunks(self, own: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """(first row, float32 [rows, in]), a new tensor, along the rows of `own`."""
-        for start, block in row_chunks(own):
+    def chunks(self) -> Iterator[tuple[slice | Tensor, Tensor]]:
+        """(which rows, their gradient as a new float32 [rows, in])."""
+        for start, block in row_chunks(self._values):
+            stop = start + len(block)
             if self.rows is not None:
-                yield start, self._values[start : start + len(block)] * self.terms[0][0]
+                yield self.rows[start:stop], block * self.terms[0][0]
                 continue
             g = torch.zeros_like(block, dtype=torch.float32)
             for scalar, term in self.terms:
                 term.subtract_(g, self.name, start, -scalar)
-            yield start, g
+            yield slice(start, stop), g
 
-    def updates(self, own: Tensor, rows: Tensor, columns: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """As chunks, g times rows [own rows, 1] times columns [in]."""
-        for start, g in self.chunks(own):
-            yield start, g.mul_(rows[start : start + len(g)]).mul_(columns)
+    def updates(self, rows: Tensor, columns: Tensor) -> Iterator[tuple[slice | Tensor, Tensor]]:
+        """As chunks, g times rows [out] times columns [in]."""
+        for which, g in self.chunks():
+            yield which, g.mul_(rows[which].unsqueeze(1)).mul_(columns)
 
 
 class Adafactor(Optimizer):
@@ -67,44 +69,40 @@ class Adafactor(Optimizer):
     def move(
         self, name: str, parameter: Tensor, terms: Terms, learning_rate: float, seed: int
     ) -> None:
-        matrix, seen = matrix_of(parameter), _Seen(name, terms)
-        own = matrix if seen.rows is None else matrix[seen.rows]
-        rows, columns = self._learn(name, parameter, own, seen)
-        square = sum(float(u.square_().sum()) for _, u in seen.updates(own, rows, columns))
+        matrix = matrix_of(parameter)
+        seen = _Seen(name, matrix, terms)
+        rows, columns = self._learn(seen, parameter.shape)
+        square = sum(float(u.square_().sum()) for _, u in seen.updates(rows, columns))
         rate = learning_rate / max(1.0, math.sqrt(square / matrix.numel()) / _CLIP)
-        for start, u in seen.updates(own, rows, columns):
-            block = own[start : start + len(u)]
-            work = block if block.dtype == torch.float32 else block.float()
-            work.sub_(u.mul_(rate))
-            if work is not block:
-                store(block, work, seed, name, start)
-        if seen.rows is not None:
-            matrix[seen.rows] = own
+        start = 0
+        for which, u in seen.updates(rows, columns):
+            u.mul_(rate)
+            if matrix.dtype == torch.float32:
+                matrix[which] -= u
+            else:
+                block = matrix[which]
+                store(block, block.float().sub_(u), seed, name, start)
+                matrix[which] = block
+            start += len(u)
 
-    def _learn(
-        self, name: str, parameter: Tensor, own: Tensor, seen: _Seen
-    ) -> tuple[Tensor, Tensor]:
-        """Bring the moments up to date; what g is to be multiplied by: [own rows, 1] and [in]."""
-        count, width = matrix_of(parameter).shape
-        if name not in self.moments:
-            self.moments[name] = torch.zeros(state_size(parameter.shape), device=own.device)
-        squares = torch.full_like(self.moments[name], _TINY)
-        of_rows, of_columns = squares[:count], squares[count:]
-        for start, g in seen.chunks(own):
+    def _learn(self, seen: _Seen, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """Bring the moments up to date; what g is to be multiplied by: [out] and [in]."""
+        count, width = seen.matrix.shape
+        if seen.name not in self.moments:
+            self.moments[seen.name] = torch.zeros(state_size(shape), device=seen.matrix.device)
+        moments = self.moments[seen.name]
+        squares = torch.full_like(moments, _TINY)
+        for which, g in seen.chunks():
             g.square_()
-            stop = start + len(g)
-            place = slice(start, stop) if seen.rows is None else seen.rows[start:stop]
-            of_rows[place] += g.mean(1)
-            if len(of_columns):
-                of_columns += g.sum(0) / count
+            squares[:count][which] += g.mean(1)
+            if len(shape) > 1:
+                squares[count:] += g.sum(0) / count
         kept = 1.0 - self.steps**-_DECAY
-        moments = self.moments[name].mul_(kept).add_(squares, alpha=1.0 - kept)
+        moments.mul_(kept).add_(squares, alpha=1.0 - kept)
         rows, columns = moments[:count], moments[count:]
-        if not len(columns):
-            return rows.rsqrt().unsqueeze(1), rows.new_ones(width)
-        level = rows / rows.mean()
-        level = level if seen.rows is None else level[seen.rows]
-        return level.rsqrt().unsqueeze(1), columns.rsqrt()
+        if len(shape) < 2:
+            return rows.rsqrt(), rows.new_ones(width)
+        return (rows / rows.mean()).rsqrt_(), columns.rsqrt()
 
     def tensors(self) -> list[Tensor]:
         return list(self.moments.values())

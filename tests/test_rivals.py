@@ -56,6 +56,8 @@ def test_the_memory_benchmark_measures_both_sides_of_its_table():
     whole = measure(shape, "ho_sfl", "cpu")
     theirs = measure(shape, "fo", "cpu")
     frugal = [measure(shape, f"fo_{name}", "cpu")["peak"] for name in ("fused", "fused_micro")]
+    local = [measure(shape, column, "cpu")["peak"] for column in ("residual", "recompute")]
+    assert whole["weights"] < min(local) <= max(local) < theirs["peak"]
     assert whole["weights"] < ours["inference"] <= ours["hosl"] <= 1.1 * ours["inference"]
     assert ours["ho_sfl"] == pytest.approx(whole["peak"], rel=0.05)
     assert theirs["peak"] > 2 * whole["weights"] > 0

@@ -5,7 +5,8 @@
     python tests/benchmarks/memory.py --table               the table of the results so far
 
 Random weights, cut 5, synthetic full-length batches (memory depends on shapes only). HOSL with one
-direction, HO-SFL with one, SGD. Every cell is a process of its own, so that its peak resident set
+direction, HO-SFL with one, SGD; residual feedback and recomputing with adafactor, whose state is in
+the peak, updating in place. Every cell is a process of its own, so that its peak resident set
 is too. Peaks are of tensors, weights and cut gradient included, on CUDA from the allocator, on
 the CPU from memory.LiveTensors; loading is not in them. Seconds are of one watched step. A cell
 that would not fit into --limit-gib is skipped and named.
@@ -22,6 +23,7 @@ from typing import Any
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "memory.json"
 COLUMNS = (
     "inference", "inference_micro", "hosl", "hosl_micro", "ho_sfl", "ho_sfl_micro",
+    "residual", "residual_micro", "recompute", "recompute_micro",
     "fo", "fo_checkpoint", "fo_fused", "fo_fused_micro",
 )  # fmt: skip
 MICRO_BATCH = 2
@@ -72,16 +74,18 @@ def _client(shape: tuple, column: str, device: str) -> dict[str, Any]:
     from hosl_flower.client import Client
     from hosl_flower.ledger import Entry
     from hosl_flower.memory import Meter
-    from hosl_flower.messages import CutGradient, Failure, Forward, Probe
+    from hosl_flower.messages import CutGradient, Failure, Forward, LocalStep, Probe
     from hosl_flower.spec import torch_dtype
     from hosl_flower.tasks import Batch
 
     model, size, length, dtype, trainable = shape
     method = column.removesuffix("_micro")
+    local = method in ("residual", "recompute")
     spec = client_spec(
         model=f"random:{model}", cut_layer=5, dtype=dtype, client_trainable=trainable,
         batch_size=size, max_length=length, threads=0, device=device,
         client_micro_batch=MICRO_BATCH if column.endswith("_micro") else 0,
+        **({"client_gradient": method, "client_optimizer": "adafactor"} if local else {}),
     )  # fmt: skip
     client = Client(spec)
     ids, mask = _batch(size, length)
@@ -100,15 +104,19 @@ def _client(shape: tuple, column: str, device: str) -> dict[str, Any]:
     def forward() -> None:
         ask(Forward(**at, batch=0))
 
-    def cut_gradient() -> None:
+    def lambda_() -> dict[str, Any]:
         generator = torch.Generator().manual_seed(1)
         cut = torch.empty(size, length, client.submodel.hidden_size, dtype=torch_dtype(dtype))
         for row in cut:  # no full-size temporary in another dtype
             row.copy_(torch.randn(row.shape, generator=generator) * 1e-3)
-        ask(
-            CutGradient(**at, batch=0, directions=1, seeds=(1,), epsilon=1e-3, learning_rate=1e-6,
-                        gradient=cut, scales=torch.empty(0), scale=1.0)
-        )  # fmt: skip
+        return {"batch": 0, "gradient": cut, "scales": torch.empty(0), "scale": 1.0}
+
+    def cut_gradient() -> None:
+        ask(CutGradient(**at, **lambda_(), directions=1, seeds=(1,), epsilon=1e-3,
+                        learning_rate=1e-6))  # fmt: skip
+
+    def local_step() -> None:
+        ask(LocalStep(**at, **lambda_(), learning_rate=1e-6))
 
     def update() -> None:
         client._apply([Entry(1, (1,), (0.125,), 1e-6)])
@@ -132,6 +140,8 @@ def _client(shape: tuple, column: str, device: str) -> dict[str, Any]:
         "inference": [forward],
         "hosl": [probe, probe, forward, update],
         "ho_sfl": [forward, cut_gradient, update],
+        "residual": [forward, local_step],
+        "recompute": [forward, local_step],
     }
     started = time.perf_counter()
     for step in steps[method]:
@@ -212,6 +222,10 @@ def summary(cells: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "ho_sfl_over_inference": ("ho_sfl", "inference"),
         "hosl_micro_over_inference_micro": ("hosl_micro", "inference_micro"),
         "ho_sfl_micro_over_inference_micro": ("ho_sfl_micro", "inference_micro"),
+        "residual_over_inference": ("residual", "inference"),
+        "residual_micro_over_inference_micro": ("residual_micro", "inference_micro"),
+        "recompute_over_inference": ("recompute", "inference"),
+        "recompute_micro_over_inference_micro": ("recompute_micro", "inference_micro"),
         "fo_over_hosl": ("fo", "hosl"),
         "fo_over_hosl_micro": ("fo", "hosl_micro"),
         "fo_over_ho_sfl": ("fo", "ho_sfl"),
@@ -235,7 +249,7 @@ def quick(device: str) -> None:
             cells[f"{method}{micro}"] = {"peak": peak}
     cells["fo"] = in_process_of_its_own(QUICK, "fo", device)
     ratios = summary(cells)
-    train = [v for name, v in ratios.items() if "_over_inference" in name]
+    train = [v for name, v in ratios.items() if name.startswith("ho") and "_over_inf" in name]
     print(
         json.dumps(
             {
