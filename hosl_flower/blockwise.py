@@ -11,10 +11,20 @@ from torch import Tensor, nn
 
 from hosl_flower.families import Absent
 from hosl_flower.split import ClientSubmodel
+from hosl_flower.tasks import Batch
+
+_PIECE_TOKENS = 2048  # what a block makes of them is small beside the weights
 
 
 class _Entered(Exception):
     """The first block is about to be called; not an error."""
+
+
+def pieces(batch: Batch, micro_batch: int) -> list[slice]:
+    """Rows of the sequences that are run at a time: micro_batch of them or, where that is 0, some
+    thousand tokens. A block's gradient is summed over all of them before it is used, so that their
+    size changes memory and nothing else."""
+    return batch.slices(micro_batch or max(1, _PIECE_TOKENS // batch.input_ids.shape[1]))
 
 
 class Blocks(Sequence[nn.Module]):

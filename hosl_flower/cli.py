@@ -44,7 +44,7 @@ def simulate(
     from hosl_flower.server_app import load_strategy
 
     try:
-        overrides = dict(map(_key_value, config or []))
+        overrides = dict(map(key_value, config or []))
         checked = read_app_config(app, config or [])
         load_strategy(checked)  # what it refuses, it refuses before anything is started
         results = run_flower_app(app, overrides, federation, Path(checked.output_dir))
@@ -66,7 +66,7 @@ def compare(
     from hosl_flower.compare import compare as run_comparison
 
     try:
-        overrides = dict(map(_key_value, config or []))
+        overrides = dict(map(key_value, config or []))
         typer.echo(run_comparison(experiment, out, processes, overrides))
     except HoslError as error:
         _fail(error)
@@ -88,12 +88,12 @@ def read_app_config(app: Path, overrides: list[str]) -> RunConfig:
     except (tomllib.TOMLDecodeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{path} has no [tool.flwr.app] section ({error!r})") from error
     return parse_config(
-        {**values, **dict(map(_key_value, overrides))},
+        {**values, **dict(map(key_value, overrides))},
         f"{path} with -c" if overrides else str(path),
     )
 
 
-def _key_value(text: str) -> tuple[str, Any]:
+def key_value(text: str) -> tuple[str, Any]:
     """The pair ("steps", 5) of "steps=5": values are TOML scalars, but text keys need no quotes."""
     key, equals, value = text.partition("=")
     key = key.strip()

@@ -7,7 +7,7 @@ from typing import Any
 
 from hosl_flower.cells import choose, is_finished, run_all
 from hosl_flower.comparison import csv_text, markdown, rows
-from hosl_flower.comparison_plot import draw_comparison
+from hosl_flower.comparison_plot import draw_comparison, draw_frontier
 from hosl_flower.experiment import Keys, cells, read_experiment, trials
 
 
@@ -15,8 +15,9 @@ def compare(path: Path, out: Path, processes: int, overrides: Mapping[str, Any])
     """Everything the experiment asks for that is not in `out` yet; the table, as Markdown.
     overrides: of keys of its [config].
 
-    Writes tuned.json, results.md, results.csv and curves-<variant>.png beside the run
-    directories. Raises ConfigError before anything is run, CellError when a run fails.
+    Writes tuned.json, results.md, results.csv, curves-<variant>.png and, where there is a gap,
+    frontier-<variant>.png beside the run directories. Raises ConfigError before anything is run,
+    CellError when a run fails.
     """
     experiment = read_experiment(path, overrides)
     app, out = experiment.flower_app, out.absolute()
@@ -38,7 +39,9 @@ def compare(path: Path, out: Path, processes: int, overrides: Mapping[str, Any])
     (out / "results.md").write_text(text)
     (out / "results.csv").write_text(csv_text(experiment, own, out))
     for variant in experiment.variants:
-        name = f"curves-{variant}.png" if variant else "curves.png"
+        suffix = f"-{variant}.png" if variant else ".png"
         title = f"{path.stem} {variant}".strip()
-        draw_comparison(out / name, title, [row for row in table if row.variant == variant])
+        own_rows = [row for row in table if row.variant == variant]
+        draw_comparison(out / f"curves{suffix}", title, own_rows)
+        draw_frontier(out / f"frontier{suffix}", title, own_rows)
     return text

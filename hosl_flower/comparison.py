@@ -2,104 +2,28 @@
 
 import csv
 import io
-import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from hosl_flower.cells import CellError, is_diverged
 from hosl_flower.experiment import Cell, Experiment
-
-# Client forward passes of one mini-batch that a request costs, as implemented: P directions per
-# local step. A backward pass counts as two forwards, and the first-order client runs its forward
-# again for the graph.
-_FORWARDS: dict[str, Callable[[Mapping[str, Any]], float]] = {
-    "forward": lambda keys: 1,
-    "probe": lambda keys: 1,
-    "cut-gradient": lambda keys: _linear(keys),
-    "local-train": lambda keys: _linear(keys),
-    "head-probe": lambda keys: keys["local-steps"] * (keys["directions"] + 1),
-    "backward": lambda keys: 3,
-    "local-step": lambda keys: 3,
-}
-_UPDATES = ("losses", "catch-up", "restore", "fetch", "adopt")
-
-
-def _linear(keys: Mapping[str, Any]) -> int:
-    """Of E local steps on <lambda, f_c>: the first knows the clean value, unless activations come
-    in micro-batches and are not kept."""
-    known = not keys["client-micro-batch"]
-    return keys["local-steps"] * (keys["directions"] + 1) - known
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One finished run, training alone: bytes and forwards of evaluations are left out.
-
-    forwards: client forward-equivalents per step, of all its clients together. curve: (step, loss,
-    accuracy) of the evaluations. to_target: steps until the accuracy was first there, or None.
-    """
-
-    accuracy: float
-    loss: float
-    balanced_accuracy: float
-    bytes_up: float
-    bytes_down: float
-    forwards: float
-    peak_bytes: int
-    server_seconds: float
-    client_seconds: float
-    step_seconds: float
-    wall_seconds: float
-    to_target: int | None
-    curve: tuple[tuple[int, float, float], ...]
-
-
-def outcome(directory: Path, target: float) -> Outcome:
-    """Read a run directory."""
-    if is_diverged(directory):
-        raise CellError(f"{directory} diverged: choose another learning rate for it")
-    results = json.loads((directory / "results.json").read_text())
-    keys = json.loads((directory / "config.json").read_text())["config"]
-    steps = results["steps"]
-    sent = {kind: way["messages"] for kind, way in results["bytes_up"].items()}
-    training = [k for k in results["bytes_up"] if k in _FORWARDS or k in _UPDATES]
-    up, down = (
-        sum(results[way][kind]["bytes"] for kind in training if kind in results[way]) / steps
-        for way in ("bytes_up", "bytes_down")
-    )
-    seconds, peaks = results["seconds_per_step"], results["client_peak_memory"]["tensor_bytes"]
-    curve = tuple((e["step"], e["loss"], e["accuracy"]) for e in results["evaluations"])
-    return Outcome(
-        accuracy=results["accuracy"],
-        loss=results["loss"],
-        balanced_accuracy=results["balanced_accuracy"],
-        bytes_up=up,
-        bytes_down=down,
-        forwards=sum(n * _FORWARDS[k](keys) for k, n in sent.items() if k in _FORWARDS) / steps,
-        peak_bytes=max(n for phase, n in peaks.items() if phase not in ("load", "evaluate")),
-        server_seconds=seconds["server"],
-        client_seconds=seconds["client"],
-        step_seconds=seconds["total"],
-        wall_seconds=results["wall_seconds"],
-        to_target=next((step for step, _, acc in curve if target and acc >= target), None),
-        curve=curve,
-    )
+from hosl_flower.outcome import Outcome, outcome
 
 
 @dataclass(frozen=True)
 class Row:
-    """A method in a variant: its runs, and the share of the gap between the control and the
-    reference that its loss and its accuracy close (None without a gap to speak of)."""
+    """A method in a variant: its runs, the share of the gap between the control and the reference
+    that its loss and its accuracy close (None without a gap to speak of), and its client's peak
+    memory over the control's, which only infers (None without a control)."""
 
     variant: str
     method: str
     runs: Sequence[Outcome]
     gap_loss: tuple[float, float] | None
     gap_accuracy: tuple[float, float] | None
+    memory: float | None
 
     def mean(self, field: str) -> float:
         """Over seeds."""
@@ -123,9 +47,15 @@ def rows(experiment: Experiment, cells: Iterable[Cell], out: Path) -> list[Row]:
         )
         for method in experiment.methods:
             own = runs[variant, method]
-            gaps = [_gap(own, zero, one, field) for field in ("loss", "accuracy")]
-            table.append(Row(variant, method, own, *gaps))
+            loss, accuracy = (_gap(own, zero, one, field) for field in ("loss", "accuracy"))
+            table.append(Row(variant, method, own, loss, accuracy, _memory(own, zero)))
     return table
+
+
+def _memory(own: Sequence[Outcome], zero: Sequence[Outcome] | None) -> float | None:
+    if zero is None:
+        return None
+    return sum(run.peak_bytes for run in own) / sum(run.peak_bytes for run in zero)
 
 
 def _gap(
@@ -159,7 +89,7 @@ def _spread(values: Sequence[float]) -> float:
 
 COLUMNS = (
     "accuracy", "loss", "gap closed (loss)", "gap closed (accuracy)", "kB up", "kB down",
-    "client forwards", "client peak MiB", "server s", "client s", "run s",
+    "client forwards", "client peak MiB", "over control", "server s", "client s", "run s",
 )  # fmt: skip
 
 
@@ -179,6 +109,7 @@ def _cells_of(row: Row) -> list[str]:
         f"{row.mean('bytes_down') / 1e3:.1f}",
         f"{row.mean('forwards'):.1f}",
         f"{row.mean('peak_bytes') / 2**20:.1f}",
+        "" if row.memory is None else f"{row.memory:.2f}",
         f"{row.mean('server_seconds'):.4f}",
         f"{row.mean('client_seconds'):.4f}",
         f"{row.mean('wall_seconds'):.0f}",

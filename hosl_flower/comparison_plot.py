@@ -1,4 +1,4 @@
-"""The pictures of a comparison: curves against steps, bytes and client forwards; final losses."""
+"""The pictures of a comparison: curves against steps, bytes and client forwards; the frontier."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -10,7 +10,8 @@ matplotlib.use("Agg")  # a server has no display
 
 from matplotlib import pyplot
 
-from hosl_flower.comparison import Outcome, Row
+from hosl_flower.comparison import Row
+from hosl_flower.outcome import Outcome
 
 _AXES: tuple[tuple[str, Callable[[Outcome, int], float]], ...] = (
     ("step", lambda run, step: step),
@@ -51,3 +52,30 @@ def _draw(
     axes.plot(xs, [statistics.fmean(v) for v in values], label=row.method, **style)
     low, high = [min(v) for v in values], [max(v) for v in values]
     axes.fill_between(xs, low, high, alpha=0.12, color=style["color"], linewidth=0)
+
+
+def draw_frontier(path: Path, title: str, rows: Sequence[Row]) -> None:
+    """How much of first order's benefit in how much client memory: one mark per method. Nothing is
+    drawn where control and reference leave no gap."""
+    marks = [
+        (row.method, row.memory, *row.gap_loss)
+        for row in rows
+        if row.gap_loss is not None and row.memory is not None
+    ]
+    if not marks:
+        return
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for number, (method, memory, gap, error) in enumerate(marks):
+        axes.errorbar(memory, gap, yerr=error, fmt="o", color=f"C{number % 10}", capsize=3)
+        axes.annotate(method, (memory, gap), xytext=(6, 5), textcoords="offset points")
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.axhline(1, color="grey", linewidth=0.8)
+    axes.set(
+        title=title,
+        xlabel="client peak memory over inference",
+        ylabel="gap closed (held-out loss), with standard error",
+    )
+    axes.margins(x=0.15)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from hosl_flower.blockwise import Blocks
+from hosl_flower.blockwise import Blocks, pieces
 from hosl_flower.split import ClientSubmodel
 from hosl_flower.surrogate import Cotangent
 from hosl_flower.tasks import Batch
@@ -29,14 +29,14 @@ def recomputed_gradients(
     """(name, gradient) of every parameter given: that of <lambda, f_c>, float32, embeddings' as
     sparse rows. A parameter may be changed as soon as its gradient is there.
 
-    micro_batch: sequences at a time, block after block; 0 is all.
+    micro_batch: sequences at a time, block after block (blockwise.pieces).
     """
     blocks, device = Blocks(submodel), cotangent.payload.device
-    pieces = batch.slices(micro_batch)
+    parts = pieces(batch, micro_batch)
     inputs: list[list[Tensor]] = [[] for _ in blocks]
     arguments = []
     with torch.no_grad():
-        for rows in pieces:
+        for rows in parts:
             ids, mask = batch.input_ids[rows].to(device), batch.attention_mask[rows].to(device)
             hidden, own = blocks.enter(ids, mask)
             arguments.append(own)
@@ -45,7 +45,7 @@ def recomputed_gradients(
                 if index + 1 < len(blocks):
                     hidden = blocks.run(index, hidden, own)
             del hidden
-    feedback = [cotangent.dense(rows) for rows in pieces]
+    feedback = [cotangent.dense(rows) for rows in parts]
     for index in reversed(range(len(blocks))):
         wanted = {n: p for n, p in blocks.parameters(index) if n in parameters}
         sums: dict[str, Tensor] = {}
@@ -59,7 +59,7 @@ def recomputed_gradients(
         for name in list(sums):
             yield name, sums.pop(name)
     inputs.clear()
-    yield from _embeddings(submodel, blocks, parameters, batch, feedback, pieces)
+    yield from _embeddings(submodel, blocks, parameters, batch, feedback, parts)
 
 
 def _accumulate(
@@ -88,7 +88,7 @@ def _embeddings(
     parameters: Mapping[str, nn.Parameter],
     batch: Batch,
     feedback: list[Tensor],
-    pieces: Sequence[slice],
+    parts: Sequence[slice],
 ) -> Iterator[tuple[str, Tensor]]:
     """What comes before the blocks; of an embedding only the batch's rows."""
     of_blocks = {name for index in range(len(blocks)) for name, _ in blocks.parameters(index)}
@@ -97,7 +97,7 @@ def _embeddings(
         return
     sums: dict[str, Tensor] = {}
     with _sparse_embeddings(submodel):
-        for number, rows in enumerate(pieces):
+        for number, rows in enumerate(parts):
             device = feedback[number].device
             ids, mask = batch.input_ids[rows].to(device), batch.attention_mask[rows].to(device)
             with torch.enable_grad():

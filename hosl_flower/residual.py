@@ -26,15 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hosl_flower.blockwise import Blocks
+from hosl_flower.blockwise import Blocks, pieces
 from hosl_flower.errors import ConfigError
 from hosl_flower.families import family_of
 from hosl_flower.gradient import sparse_rows
 from hosl_flower.split import ClientSubmodel
 from hosl_flower.surrogate import Cotangent
 from hosl_flower.tasks import Batch
-
-_PIECE_TOKENS = 4096  # run at a time: what a block makes of them is small beside the weights
 
 
 def fed_back(submodel: ClientSubmodel, names: Collection[str]) -> list[str]:
@@ -73,13 +71,13 @@ def residual_gradients(
     """(name, gradient) of every parameter given, all of which `fed_back` has chosen: float32,
     embeddings' as sparse rows. A parameter may be changed as soon as its gradient is there.
 
-    micro_batch: sequences at a time, block after block; 0 is some thousand tokens.
+    micro_batch: sequences at a time, block after block (blockwise.pieces).
     """
     blocks, device = Blocks(submodel), cotangent.payload.device
-    pieces = batch.slices(micro_batch or max(1, _PIECE_TOKENS // batch.input_ids.shape[1]))
+    parts = pieces(batch, micro_batch)
     embeddings = _Embeddings(submodel, parameters, batch, device)
     running = []
-    for rows in pieces:
+    for rows in parts:
         ids, mask = batch.input_ids[rows].to(device), batch.attention_mask[rows].to(device)
         running.append(blocks.enter(ids, mask))
         if not len(blocks):
@@ -88,7 +86,7 @@ def residual_gradients(
         yield from embeddings.gradients()
     for index in range(len(blocks)):
         feedback = _Feedback(submodel, blocks[index], index, parameters)
-        for number, rows in enumerate(pieces):
+        for number, rows in enumerate(parts):
             hidden, arguments = running[number]
             with feedback.of(cotangent.dense(rows)):
                 running[number] = blocks.run(index, hidden, arguments), arguments

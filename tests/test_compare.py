@@ -13,9 +13,10 @@ from hosl_flower import cells as cells_module
 from hosl_flower.cell import main as cell_main
 from hosl_flower.cells import CellError, choose, is_diverged, is_finished, run_all
 from hosl_flower.cli import cli
-from hosl_flower.comparison import Outcome, Row, _gap, markdown, outcome
+from hosl_flower.comparison import Row, _gap, markdown
 from hosl_flower.errors import ConfigError
 from hosl_flower.experiment import Cell, cells, read_experiment, trials
+from hosl_flower.outcome import Outcome, outcome
 
 SHIPPED = Path(__file__).parents[1] / "simulations" / "comparisons"
 
@@ -105,7 +106,10 @@ def test_one_command_tunes_runs_and_tabulates_and_runs_nothing_twice(
     assert done.exit_code == 0, done.output
     assert len(in_this_process) == 2 * 2 + 2 * 3, "trials and runs"
     assert (out / "results.md").read_text() in done.output
-    assert [p.name for p in out.glob("*.png")] == ["curves-cut2.png"]
+    pictures = {p.name for p in out.glob("*.png")}
+    assert "curves-cut2.png" in pictures
+    rows = (out / "results.md").read_text()
+    assert ("frontier-cut2.png" in pictures) == (" | 0.00 +- 0.00 | " in rows), "gaps of control"
     lines = list(csv.DictReader((out / "results.csv").open()))
     assert len(lines) == 6
     results = json.loads((out / "cut2-ho-sfl-seed1" / "results.json").read_text())
@@ -249,7 +253,7 @@ def test_a_row_says_when_the_target_was_reached(experiment):
     found = read_experiment(experiment("target-accuracy = 0.01", "target-accuracy = 0.9"))
     there = run(0.5, to_target=10, bytes_up=1e6, bytes_down=1e6, step_seconds=0.5)
     table = [
-        Row(v, m, [there, run(0.5)], None, None) for v in found.variants for m in found.methods
+        Row(v, m, [there, run(0.5)], None, None, 1.5) for v in found.variants for m in found.methods
     ]
     text = markdown(found, table)
     assert "| steps to 0.9 | MB to 0.9 | s to 0.9 |" in text

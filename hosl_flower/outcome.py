@@ -1,0 +1,89 @@
+"""What one finished run of an experiment says."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hosl_flower.cells import CellError, is_diverged
+
+# A backward pass counts as two. The forward is run again: for the graph; for the blocks' inputs and
+# then block by block; for the rules of residual feedback, which multiply 34 H^2 numbers per token
+# where a block's forward multiplies 24 H^2.
+_GRADIENT: dict[str, float] = {"backprop": 3, "recompute": 4, "residual": 1 + 34 / 24}
+
+# Client forward passes of one mini-batch that a request costs, as implemented: P directions per
+# local step.
+_FORWARDS: dict[str, Callable[[Mapping[str, Any]], float]] = {
+    "forward": lambda keys: 1,
+    "probe": lambda keys: 1,
+    "cut-gradient": lambda keys: _linear(keys),
+    "local-train": lambda keys: _linear(keys),
+    "head-probe": lambda keys: keys["local-steps"] * (keys["directions"] + 1),
+    "backward": lambda keys: _GRADIENT[keys.get("client-gradient", "backprop")],
+    "local-step": lambda keys: _GRADIENT[keys.get("client-gradient", "backprop")],
+}
+_UPDATES = ("losses", "catch-up", "restore", "fetch", "adopt")
+
+
+def _linear(keys: Mapping[str, Any]) -> int:
+    """Of E local steps on <lambda, f_c>: the first knows the clean value, unless activations come
+    in micro-batches and are not kept."""
+    known = not keys["client-micro-batch"]
+    return keys["local-steps"] * (keys["directions"] + 1) - known
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One finished run, training alone: bytes and forwards of evaluations are left out.
+
+    forwards: client forward-equivalents per step, of all its clients together. curve: (step, loss,
+    accuracy) of the evaluations. to_target: steps until the accuracy was first there, or None.
+    """
+
+    accuracy: float
+    loss: float
+    balanced_accuracy: float
+    bytes_up: float
+    bytes_down: float
+    forwards: float
+    peak_bytes: int
+    server_seconds: float
+    client_seconds: float
+    step_seconds: float
+    wall_seconds: float
+    to_target: int | None
+    curve: tuple[tuple[int, float, float], ...]
+
+
+def outcome(directory: Path, target: float) -> Outcome:
+    """Read a run directory."""
+    if is_diverged(directory):
+        raise CellError(f"{directory} diverged: choose another learning rate for it")
+    results = json.loads((directory / "results.json").read_text())
+    keys = json.loads((directory / "config.json").read_text())["config"]
+    steps = results["steps"]
+    sent = {kind: way["messages"] for kind, way in results["bytes_up"].items()}
+    training = [k for k in results["bytes_up"] if k in _FORWARDS or k in _UPDATES]
+    up, down = (
+        sum(results[way][kind]["bytes"] for kind in training if kind in results[way]) / steps
+        for way in ("bytes_up", "bytes_down")
+    )
+    seconds, peaks = results["seconds_per_step"], results["client_peak_memory"]["tensor_bytes"]
+    curve = tuple((e["step"], e["loss"], e["accuracy"]) for e in results["evaluations"])
+    return Outcome(
+        accuracy=results["accuracy"],
+        loss=results["loss"],
+        balanced_accuracy=results["balanced_accuracy"],
+        bytes_up=up,
+        bytes_down=down,
+        forwards=sum(n * _FORWARDS[k](keys) for k, n in sent.items() if k in _FORWARDS) / steps,
+        peak_bytes=max(n for phase, n in peaks.items() if phase not in ("load", "evaluate")),
+        server_seconds=seconds["server"],
+        client_seconds=seconds["client"],
+        step_seconds=seconds["total"],
+        wall_seconds=results["wall_seconds"],
+        to_target=next((step for step, _, acc in curve if target and acc >= target), None),
+        curve=curve,
+    )
