@@ -80,6 +80,7 @@ class StreamLink(Link):
         self.server = StreamServer(bind, self.limit, 4 * nodes.count + 8, certificate)
         self.endpoint = endpoint or f"127.0.0.1:{self.server.port}"
         self._lines: dict[int, _Line] = {}  # by node id
+        self._served: dict[int, _Line] = {}  # by partition: who answered last
         self._exchange = 0
         try:
             self._call_nodes()
@@ -134,9 +135,12 @@ class StreamLink(Link):
         streams: dict[int, Iterator[Reply]] = {}
         for partition, own in requests.items():
             line = self._line_of(partition)
+            if any(request.local for request in own):  # its weights are where it took its steps
+                line = self._served.get(partition, line)
             if line is None:
                 streams[partition] = _absent(partition)
                 continue
+            self._served[partition] = line
             keys = [Key(self._exchange, partition, index) for index in range(len(own))]
             asked.setdefault(line.node.id, {}).update(zip(keys, own, strict=True))
             streams[partition] = self._read(line, partition, keys)

@@ -131,19 +131,26 @@ def test_ten_clients_a_hundred_steps_over_flower_in_process_and_in_the_reference
     "own",
     [
         # weights that live on the clients between two averagings
-        {"strategy": "strategies.split_fo:SplitFo", "local_steps": 2, "client_trainable": "blocks"},
+        {
+            "strategy": "strategies.split_fo:SplitFo", "local_steps": 2, "num_clients": 10,
+            "client_gradient": "residual", "client_optimizer": "adafactor",
+        },
+        {
+            "strategy": "strategies.split_fo:SplitFo", "local_steps": 2, "num_clients": 1,
+            "clients_per_step": 1, "client_gradient": "recompute", "client_optimizer": "adafactor",
+        },
         # heads on the clients, over an 8-bit base
         {
             "strategy": "strategies.heron:Heron", "local_steps": 2, "directions": 2,
             "client_trainable": "lora", "client_quantization": "int8",
         },
     ],
-    ids=["split-fo", "heron-int8"],
+    ids=["residual-10-clients", "recompute-1-client", "heron-int8"],
 )  # fmt: skip
 def test_what_lives_on_clients_gives_the_same_bits_over_flower(tmp_path, own):
     common = {
-        "directions": 1, **own, "steps": 4, "eval_every": 2, "eval_examples": 40, "num_clients": 3,
-        "clients_per_step": 2, "client_learning_rate": 1e-2, "output_dir": tmp_path,
+        "directions": 1, "num_clients": 3, "clients_per_step": 2, "client_learning_rate": 1e-2,
+        **own, "steps": 4, "eval_every": 2, "eval_examples": 40, "output_dir": tmp_path,
     }  # fmt: skip
     federation = ["--federation", "num-supernodes=2 client-resources-num-cpus=1"]
     code, output = simulate(QUICK, *keys(**common, run_name="flower"), *federation)
