@@ -48,8 +48,9 @@ class SplitFo(HoSfl):
     """Per step and client: activations up, their gradient down; trainable weights up and down
     every local-steps.
 
-    Run-config keys: num-clients, clients-per-step, min-clients, local-steps (E), client-optimizer
-    and the server's. eval-every and steps must be multiples of E.
+    Run-config keys: num-clients, clients-per-step, min-clients, local-steps (E), client-gradient,
+    client-optimizer, aggregation (weighted-mean or mean) and the server's. eval-every and steps
+    must be multiples of E.
     """
 
     name = "split-fo"
@@ -61,7 +62,6 @@ class SplitFo(HoSfl):
         "epsilon",
         "perturbation",
         "client-seeds",
-        "aggregation",
         "trim-fraction",
         "steps-per-message",
     )
@@ -69,6 +69,11 @@ class SplitFo(HoSfl):
     def __init__(self, config: RunConfig):
         super().__init__(config)
         self.members: list[int] = []  # the clients between two averagings
+        if config.aggregation in ("median", "trimmed-mean"):
+            raise ConfigError(
+                f"split-fo averages gradients or weights: aggregation = {config.aggregation} is of "
+                "scalars; use weighted-mean or mean"
+            )
         if config.local_steps > 1 and (config.link == "grid" or config.max_session_seconds):
             raise ConfigError(
                 f"local-steps = {config.local_steps} keeps weights on the clients between two "
