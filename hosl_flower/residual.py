@@ -19,7 +19,7 @@ runs. The last block's MLP gets the exact gradient. Queries, keys, values and th
 are not trained. Derivation, relatives and limits: docs/residual.md.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,6 +33,8 @@ from hosl_flower.gradient import sparse_rows
 from hosl_flower.split import ClientSubmodel
 from hosl_flower.surrogate import Cotangent
 from hosl_flower.tasks import Batch
+
+_CHUNK_TOKENS = 256  # whose feedback is worked out at a time: small beside what a block makes
 
 
 def fed_back(submodel: ClientSubmodel, names: Collection[str]) -> list[str]:
@@ -100,7 +102,7 @@ def residual_gradients(
 
 class _Feedback:
     """The rule of one block, summed over pieces. before: g' of the latest piece, as the
-    attention's output gets it."""
+    attention's output gets it; of the first block only, where embeddings want it."""
 
     before: Tensor
 
@@ -111,7 +113,7 @@ class _Feedback:
         index: int,
         parameters: Mapping[str, nn.Parameter],
     ):
-        self.parameters = parameters
+        self.parameters, self.first = parameters, index == 0
         self.parts = family_of(_config(submodel)).parts
         self._name = {p: submodel.canonical(f"decoder.layers.{index}.{p}") for p in self.parts}
         self._module: dict[str, Any] = {p: block.get_submodule(p) for p in self.parts}
@@ -127,7 +129,17 @@ class _Feedback:
             seen.append(args[0].flatten(0, -2))
 
         def learn(_: nn.Module, args: tuple[Tensor, ...], __: Tensor) -> None:
-            self._learn(g, args[0].flatten(0, -2), *seen)
+            tokens = zip(
+                *(t.split(_CHUNK_TOKENS) for t in (g, args[0].flatten(0, -2), *seen)), strict=True
+            )
+            seen.clear()
+            before = []
+            for some in tokens:
+                own = self._learn(*some)
+                if self.first:
+                    before.append(own)
+            if before:
+                self.before = torch.cat(before)
 
         module = self._module
         hooks = [
@@ -141,7 +153,8 @@ class _Feedback:
             for hook in hooks:
                 hook.remove()
 
-    def _learn(self, g: Tensor, a: Tensor, o: Tensor, h: Tensor) -> None:
+    def _learn(self, g: Tensor, a: Tensor, o: Tensor, h: Tensor) -> Tensor:
+        """Add what some tokens [n, ...] say; their g'."""
         attention, norm, up, down = self.parts
         self._add(down, g, a)
         d = (g @ self._module[down].weight.float()).mul_(a > 0)
@@ -153,25 +166,32 @@ class _Feedback:
         normed = unit if gamma is None else unit * gamma.float() + shift.float()
         self._add(up, d, normed)
         du = d @ self._module[up].weight.float()
-        del d, normed
-        self._accumulate(f"{self._name[norm]}.bias", lambda: du.sum(0))
-        self._accumulate(f"{self._name[norm]}.weight", lambda: (du * unit).sum(0))
+        if (total := self._sum(f"{self._name[norm]}.bias")) is not None:
+            total += du.sum(0)
+        if (total := self._sum(f"{self._name[norm]}.weight")) is not None:
+            total += (du * unit).sum(0)
         if gamma is not None:
             du.mul_(gamma.float())
         # J_norm^T: what is left when mean and spread are held
         du -= du.mean(1, keepdim=True) + unit * (du * unit).mean(1, keepdim=True)
-        self.before = g + du.mul_(scale)
-        self._add(attention, self.before, o)
+        before = g + du.mul_(scale)
+        self._add(attention, before, o)
+        return before
 
     def _add(self, part: str, g: Tensor, x: Tensor) -> None:
         """y = W x + b with g [n, out] at y: W gets g x^T, b gets g."""
-        self._accumulate(f"{self._name[part]}.weight", lambda: g.T @ x.float())
-        self._accumulate(f"{self._name[part]}.bias", lambda: g.sum(0))
+        if (total := self._sum(f"{self._name[part]}.weight")) is not None:
+            total.addmm_(g.T, x.float())
+        if (total := self._sum(f"{self._name[part]}.bias")) is not None:
+            total += g.sum(0)
 
-    def _accumulate(self, name: str, gradient: Callable[[], Tensor]) -> None:
-        if name in self.parameters:
-            value = gradient()
-            self._sums[name] = self._sums[name].add_(value) if name in self._sums else value
+    def _sum(self, name: str) -> Tensor | None:
+        """The sum so far of a parameter's gradient; None where it is not wanted."""
+        if name not in self.parameters:
+            return None
+        if name not in self._sums:
+            self._sums[name] = torch.zeros_like(self.parameters[name], dtype=torch.float32)
+        return self._sums[name]
 
     def clear(self) -> None:
         """Let go of what is not a gradient."""

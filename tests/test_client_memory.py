@@ -11,7 +11,7 @@ from hosl_flower.client import Client
 from hosl_flower.forward import put_together
 from hosl_flower.ledger import Entry
 from hosl_flower.memory import Meter
-from hosl_flower.messages import CatchUp, CutGradient, Forward, LocalTrain, Probe
+from hosl_flower.messages import CatchUp, CutGradient, Forward, LocalStep, LocalTrain, Probe
 from hosl_flower.surrogate import Cotangent
 
 SPEC = client_spec(
@@ -68,6 +68,22 @@ def test_training_needs_little_more_than_inference(dtype, micro_batch):
     peaks = peaks_of(dtype=dtype, client_micro_batch=micro_batch)
     assert peaks["hosl"] <= 1.10 * peaks["inference"], peaks
     assert peaks["ho_sfl"] <= 1.10 * peaks["inference"], peaks
+
+
+@pytest.mark.parametrize(("kind", "most"), [("residual", 1.1), ("recompute", 1.5)])
+def test_gradients_without_a_whole_graph_need_little_more_than_inference(kind, most):
+    # optimizer, its state and the cut gradient included; the embedding's rows are most of it
+    changes = {"client_gradient": kind, "client_optimizer": "adafactor"}
+    client, at = make(**changes)
+    request = probe_request(client, at)
+    step = LocalStep(
+        **at, batch=0, gradient=request.gradient, scales=request.scales, scale=1.0,
+        learning_rate=1e-3,
+    )  # fmt: skip
+    (stepped,) = client.answer([step])
+    assert stepped.local == 1
+    peaks = client.meter.peaks
+    assert max(peaks["update"], peaks["backward"]) <= most * peaks["forward"], peaks
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
