@@ -217,6 +217,11 @@ def test_trials_take_a_seed_and_steps_of_their_own(experiment):
     assert {cell.seed for cell in trials(found)} == {9}
     assert {cell.keys["steps"] for cell in trials(found)} == {2}
     assert not any(cell.method.startswith("frozen") for cell in trials(found))
+    found = read_experiment(
+        experiment("steps = 2\n", "steps = 2\nconfig = { eval-examples = 5 }\n")
+    )
+    assert {cell.keys["eval-examples"] for cell in trials(found)} == {5}
+    assert not any("eval-examples" in cell.keys for cell in cells(found, {}))
 
 
 def run(loss, accuracy=0.5, curve=((0, 1.0, 0.5),), **changes):
