@@ -102,7 +102,8 @@ class Adafactor(Optimizer):
         rows, columns = moments[:count], moments[count:]
         if len(shape) < 2:
             return rows.rsqrt(), rows.new_ones(width)
-        return (rows / rows.mean()).rsqrt_(), columns.rsqrt()
+        # a row without a gradient beside a huge one: no 0 / 0
+        return (rows / rows.mean()).clamp_(min=_TINY).rsqrt_(), columns.rsqrt()
 
     def tensors(self) -> list[Tensor]:
         return list(self.moments.values())

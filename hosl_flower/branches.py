@@ -10,6 +10,7 @@ from hosl_flower.state import ClientState, Snapshot
 
 _Key = tuple[int, int]  # partition and its local steps
 _TRUNK: _Key = (-1, 0)  # what all clients share: the ledger's weights
+_NOWHERE: _Key = (-1, -1)  # what a local step that failed half-way has left
 
 
 class Branches:
@@ -40,7 +41,8 @@ class Branches:
             return True
         if key not in self._kept:
             return False
-        self._kept[self._here] = self.state.snapshot()
+        if self._here != _NOWHERE:
+            self._kept[self._here] = self.state.snapshot()
         self.state.roll_back(self._kept.pop(key))
         self._here = key
         return True
@@ -54,6 +56,11 @@ class Branches:
         """To be called before a local step: what others still need of the state is kept."""
         if self.on_trunk and len(self._asked) > 1:
             self._kept[_TRUNK] = self.state.snapshot()
+
+    def lost(self) -> None:
+        """The state in place is nobody's: parameters are stepped one after the other, and not all
+        have been."""
+        self._here = _NOWHERE
 
     def moved(self, request: Request) -> None:
         """The local step a request asks for has been made."""

@@ -197,7 +197,11 @@ class Client:
 
     def _local_step(self, request: LocalStep) -> Answer:
         self.branches.keep_trunk()
-        self.compute.local_step(request)
+        try:
+            self.compute.local_step(request)
+        except BaseException:
+            self.branches.lost()
+            raise
         self.branches.moved(request)
         return Stepped, {"local": request.local + 1}
 

@@ -135,10 +135,13 @@ def grid(experiment: Experiment, method: str) -> Iterator[Keys]:
         yield dict(zip(tune, values, strict=True))
 
 
-def _keys(experiment: Experiment, variant: str, method: str, seed: int, own: Keys) -> Keys:
-    """What is common to all methods is left out for one that does not look at it."""
+def _keys(
+    experiment: Experiment, variant: str, method: str, seed: int, own: Keys, trial: Keys
+) -> Keys:
+    """What is common to all methods is left out for one that does not look at it. trial: common to
+    all trials."""
     given = {k: v for k, v in experiment.methods[method].items() if k != "tune"}
-    common = {**experiment.config, **experiment.variants[variant]}
+    common = {**experiment.config, **experiment.variants[variant], **trial}
     strategy = {**common, **given}.get("strategy")
     idle = strategy_class(str(strategy)).idle_keys() if strategy else []
     common = {key: value for key, value in common.items() if key not in idle}
@@ -154,7 +157,7 @@ def cells(experiment: Experiment, chosen: Mapping[tuple[str, str], Keys]) -> lis
         experiment.seeds, experiment.variants, experiment.methods
     ):
         own = chosen.get((variant, method)) or next(grid(experiment, method))
-        found.append(Cell(variant, method, seed, _keys(experiment, variant, method, seed, own)))
+        found.append(Cell(variant, method, seed, _keys(experiment, variant, method, seed, own, {})))
     return found
 
 
@@ -168,7 +171,7 @@ def trials(experiment: Experiment) -> list[Cell]:
         settings = list(grid(experiment, method))
         for number, own in enumerate(settings if len(settings) > 1 else []):
             steps = {"steps": tuning.steps, "eval-every": tuning.steps}
-            own = {**tuning.config, **own, **steps}
-            keys = _keys(experiment, variant, method, tuning.seed, own)
+            own = {**own, **steps}
+            keys = _keys(experiment, variant, method, tuning.seed, own, tuning.config)
             found.append(Cell(variant, f"{method}-tune{number}", tuning.seed, keys))
     return found

@@ -9,8 +9,8 @@ from typing import Any
 from hosl_flower.cells import CellError, is_diverged
 
 # A backward pass counts as two. The forward is run again: for the graph; for the blocks' inputs and
-# then block by block; for the rules of residual feedback, which multiply 34 H^2 numbers per token
-# where a block's forward multiplies 24 H^2.
+# then block by block; for the rules of residual feedback, 34 H^2 operations per token where a
+# block's forward takes 24 H^2.
 _GRADIENT: dict[str, float] = {"backprop": 3, "recompute": 4, "residual": 1 + 34 / 24}
 
 # Client forward passes of one mini-batch that a request costs, as implemented: P directions per

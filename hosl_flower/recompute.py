@@ -3,8 +3,9 @@
 Only the inputs of the blocks are kept, [cut, B, S, H]. From the last block down each is run again
 with its graph, a micro-batch at a time (activation checkpointing, Chen et al. 2016), and its
 gradient is handed out, so that it can be applied and dropped, before the next block's is computed
-(as in LOMO, Lv et al. 2023). What is in memory beside the weights is those inputs, one block's
-graph of one micro-batch, and one block's gradient.
+(as in LOMO, Lv et al. 2023). What is in memory beside the weights is those inputs, lambda and the
+gradient at the block in work [B, S, H] each, one block's graph of one micro-batch, and one block's
+gradient.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -95,9 +95,9 @@ def residual_gradients(
             if not index:
                 embeddings.add(rows, feedback.before)
         feedback.clear()
-        yield from feedback.gradients()
         if not index:
             yield from embeddings.gradients()
+        yield from feedback.gradients()
 
 
 class _Feedback:
@@ -134,10 +134,12 @@ class _Feedback:
             )
             seen.clear()
             before = []
+            self._wide = {p: module[p].weight.float() for p in (self.parts.up, self.parts.down)}
             for some in tokens:
                 own = self._learn(*some)
                 if self.first:
                     before.append(own)
+            self._wide.clear()
             if before:
                 self.before = torch.cat(before)
 
@@ -157,7 +159,7 @@ class _Feedback:
         """Add what some tokens [n, ...] say; their g'."""
         attention, norm, up, down = self.parts
         self._add(down, g, a)
-        d = (g @ self._module[down].weight.float()).mul_(a > 0)
+        d = (g @ self._wide[down]).mul_(a > 0)
         gamma, shift = self._module[norm].weight, self._module[norm].bias
         h = h.float()
         centred = h - h.mean(1, keepdim=True)
@@ -165,7 +167,7 @@ class _Feedback:
         unit = centred.mul_(scale)
         normed = unit if gamma is None else unit * gamma.float() + shift.float()
         self._add(up, d, normed)
-        du = d @ self._module[up].weight.float()
+        du = d @ self._wide[up]
         if (total := self._sum(f"{self._name[norm]}.bias")) is not None:
             total += du.sum(0)
         if (total := self._sum(f"{self._name[norm]}.weight")) is not None:
@@ -228,7 +230,11 @@ class _Embeddings:
     def add(self, rows: slice, feedback: Tensor) -> None:
         """Some sequences' g' [b, S, H] or [b * S, H]."""
         for _, _, _, place, total in self._parts:
-            total.index_add_(0, place[rows].flatten(), feedback.reshape(-1, total.shape[1]))
+            own, g = place[rows].flatten(), feedback.reshape(-1, total.shape[1])
+            if total.is_cuda:  # there index_add_ adds in any order, and this in one
+                total.index_put_((own,), g, accumulate=True)
+            else:
+                total.index_add_(0, own, g)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """As sparse rows."""

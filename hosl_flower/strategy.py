@@ -31,6 +31,7 @@ class SplitStrategy(Strategy):
     unused: run-config keys the method does not look at; setting one is an error, not a wish
     silently ignored. uses: keys that it does look at, of those few methods do. tolerates_absence:
     steps go on without clients that are not there. client_head: clients have an auxiliary head.
+    client_optimizers: those it can use.
     """
 
     name = "split"

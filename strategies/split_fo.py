@@ -12,7 +12,7 @@ and 2 are those of strategies/ho_sfl.py: activations up, lambda_m down. Then, by
             theta_c <- sum_m w_m theta_c,m. The clients of those E steps stay the same.
 
 With one client its weights, and its optimizer's state, are simply the run's every E steps, so E
-changes what travels and not what is learnt; that is how one device would train.
+changes what travels and not what is learnt, to rounding; that is how one device would train.
 
 How a client comes by g_m is client-gradient:
 
@@ -23,7 +23,8 @@ How a client comes by g_m is client-gradient:
                 of what is added to the residual stream (hosl_flower/residual.py)
 
 With the last two and E > 1 a client updates each parameter as soon as its gradient is there, and
-client-optimizer = adafactor has almost no state: then a device that can run its half can train it.
+client-optimizer = adafactor has almost no state: a step then takes about the memory of inference.
+An averaging takes a copy of the trained weights besides.
 """
 
 from collections.abc import Sequence

@@ -101,3 +101,12 @@ def test_16_bit_weights_are_rounded_at_random():
     Adafactor().step(parameter, Dense(gradient, rounding_seed=7), 1e-3)  # spacing is 0.004
     moved = 1 - parameter["m"].float().mean()
     assert 0.8e-3 < float(moved) < 1.2e-3
+
+
+def test_a_row_without_a_gradient_beside_a_huge_one_stays_a_number():
+    gradient = torch.zeros(4, 3)
+    gradient[1] = 1e12
+    parameter = {"m": torch.zeros(4, 3)}
+    Adafactor().step(parameter, Dense({"m": gradient}), RATE)
+    assert torch.isfinite(parameter["m"]).all()
+    assert (parameter["m"][[0, 2, 3]] == 0).all()

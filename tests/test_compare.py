@@ -14,6 +14,7 @@ from hosl_flower.cell import main as cell_main
 from hosl_flower.cells import CellError, choose, is_diverged, is_finished, run_all
 from hosl_flower.cli import cli
 from hosl_flower.comparison import Row, _gap, markdown
+from hosl_flower.comparison_plot import draw_frontier
 from hosl_flower.errors import ConfigError
 from hosl_flower.experiment import Cell, cells, read_experiment, trials
 from hosl_flower.outcome import Outcome, outcome
@@ -106,10 +107,7 @@ def test_one_command_tunes_runs_and_tabulates_and_runs_nothing_twice(
     assert done.exit_code == 0, done.output
     assert len(in_this_process) == 2 * 2 + 2 * 3, "trials and runs"
     assert (out / "results.md").read_text() in done.output
-    pictures = {p.name for p in out.glob("*.png")}
-    assert "curves-cut2.png" in pictures
-    rows = (out / "results.md").read_text()
-    assert ("frontier-cut2.png" in pictures) == (" | 0.00 +- 0.00 | " in rows), "gaps of control"
+    assert "curves-cut2.png" in {p.name for p in out.glob("*.png")}
     lines = list(csv.DictReader((out / "results.csv").open()))
     assert len(lines) == 6
     results = json.loads((out / "cut2-ho-sfl-seed1" / "results.json").read_text())
@@ -217,9 +215,11 @@ def test_trials_take_a_seed_and_steps_of_their_own(experiment):
     assert {cell.seed for cell in trials(found)} == {9}
     assert {cell.keys["steps"] for cell in trials(found)} == {2}
     assert not any(cell.method.startswith("frozen") for cell in trials(found))
+    own = "seed = 9\nsteps = 2\n"
     found = read_experiment(
-        experiment("steps = 2\n", "steps = 2\nconfig = { eval-examples = 5 }\n")
+        experiment(own, own + "config = { eval-examples = 5, epsilon = 1e-2 }\n")
     )
+    assert {cell.keys.get("epsilon") for cell in trials(found)} == {1e-2, None}, "not of split FO"
     assert {cell.keys["eval-examples"] for cell in trials(found)} == {5}
     assert not any("eval-examples" in cell.keys for cell in cells(found, {}))
 
@@ -277,3 +277,18 @@ def test_forwards_and_bytes_of_every_kind(experiment, in_this_process, tmp_path)
     fo = json.loads((out / "cut1-split-fo-seed0" / "results.json").read_text())
     fetched = fo["bytes_up"]["fetch"]["bytes"]
     assert outcome(out / "cut1-split-fo-seed0", 0).bytes_up * 4 > fetched > 0
+
+
+def test_the_frontier_is_drawn_where_there_is_a_gap(tmp_path, monkeypatch):
+    marks = []
+    monkeypatch.setattr("matplotlib.axes.Axes.errorbar", lambda _, *at, **__: marks.append(at))
+    rows = [
+        Row("", "frozen", [run(0.5)], (0.0, 0.0), None, 1.0),
+        Row("", "residual", [run(0.5)], (0.8, 0.1), None, 1.07),
+        Row("", "no-gap", [run(0.5)], None, None, 1.0),
+    ]
+    draw_frontier(tmp_path / "frontier.png", "a title", rows)
+    assert marks == [(1.0, 0.0), (1.07, 0.8)], "memory over inference, gap closed"
+    assert (tmp_path / "frontier.png").is_file()
+    draw_frontier(tmp_path / "none.png", "a title", rows[2:])
+    assert not (tmp_path / "none.png").exists()

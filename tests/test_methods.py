@@ -1,5 +1,6 @@
 """The methods HO-SFL and HOSL are compared with, each against something it must equal."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,11 +12,15 @@ from safetensors.torch import load_file
 from test_steps import losses
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hosl_flower.adafactor import Adafactor
+from hosl_flower.backprop import unflat
+from hosl_flower.checks import check_weights
 from hosl_flower.client import Client
-from hosl_flower.errors import ClientError, ConfigError
+from hosl_flower.errors import ClientError, ConfigError, ProtocolError
+from hosl_flower.gradient import Dense
 from hosl_flower.ledger import Ledger
 from hosl_flower.link.inprocess import InProcessLink
-from hosl_flower.messages import Adopt, Behind, Fetch, Forward, LocalStep
+from hosl_flower.messages import Activations, Adopt, Behind, Fetch, Forward, LocalStep, Restore
 from hosl_flower.server import Server
 from hosl_flower.session import open_session
 from hosl_flower.zo_server import ZoServer
@@ -226,11 +231,94 @@ def test_residual_feedback_trains_mlps_attention_outputs_and_embeddings_only(mak
 
 def test_residual_feedback_serves_many_clients_on_either_path(make):
     for local_steps in (1, 2):
-        results, _, _ = make(
+        results, directory, _ = make(
             SplitFo, **FO, client_trainable="full", client_gradient="residual", num_clients=4,
             clients_per_step=2, local_steps=local_steps, client_optimizer="adafactor",
         )  # fmt: skip
         assert results.clients["dropped"] == []
+        assert sum(results.clients["steps_taken_part"].values()) == 2 * 4
+        still, other, _ = make(
+            SplitFo, **{**FO, "client_learning_rate": 0.0}, client_trainable="full", num_clients=4,
+            client_gradient="residual", clients_per_step=2, local_steps=local_steps,
+        )  # fmt: skip
+        assert results.fingerprint != still.fingerprint
+        assert losses(directory)[0] == losses(other)[0]
+
+
+def test_parameters_stepped_as_their_gradients_come_learn_as_those_stepped_together(make):
+    keys = {
+        **FO, "client_trainable": "full", "client_gradient": "residual", "steps": 6,
+        "client_optimizer": "adafactor", "eval_every": 6,
+    }  # fmt: skip
+    _, together, _ = make(SplitFo, **keys)  # E = 1: the whole gradient travels, then one step
+    _, apart, _ = make(SplitFo, **keys, local_steps=3)
+    assert losses(together) == pytest.approx(losses(apart), rel=1e-4)
+    one, other = weights_of(together), weights_of(apart)
+    assert all(torch.allclose(one[name], other[name], atol=1e-4) for name in one)
+
+
+def test_a_local_step_that_fails_half_way_is_nobodys_weights(make, monkeypatch):
+    _, _, config = make(
+        SplitFo, **FO, num_clients=2, local_steps=2, client_gradient="residual",
+        client_optimizer="adafactor", save_model=False,
+    )  # fmt: skip
+    session = open_session(config, "r", 2)
+    client = Client(session.spec)
+    start = client.state.weights()
+
+    def ask(m):
+        (clean,) = client.answer([Forward(**session.at(1, m), batch=0)])
+        assert isinstance(clean, Activations)
+        (reply,) = client.answer(
+            [
+                LocalStep(
+                    **session.at(1, m), batch=0, gradient=clean.activations / 100,
+                    scales=torch.empty(0), scale=1.0, learning_rate=0.1,
+                )
+            ]
+        )  # fmt: skip
+        return reply
+
+    def fails(self, *arguments, made=Adafactor.move):
+        made(self, *arguments)
+        if len(self.moments) == 3:
+            raise MemoryError("no more")
+
+    with monkeypatch.context() as during:
+        during.setattr(Adafactor, "move", fails)
+        assert "MemoryError" in ask(0).error
+    assert not torch.equal(client.state.weights(), start)
+    # nobody is served from there: the client must be restored, and then it is where it was
+    (behind,) = client.answer([Forward(**session.at(1, 1), batch=0)])
+    assert isinstance(behind, Behind)
+    restore = Restore.of(session.history.snapshot(), Forward(**session.at(1, 1), batch=0))
+    list(client.answer([restore]))
+    assert torch.equal(client.state.weights(), start)
+    assert ask(1).local == 1
+
+
+def test_adafactors_state_is_checked_like_any_other(make):
+    _, _, config = make(
+        SplitFo, **FO, local_steps=2, client_gradient="residual", client_optimizer="adafactor",
+        save_model=False,
+    )  # fmt: skip
+    session = open_session(config, "r", 1)
+    client, state = Client(session.spec), session.history.state
+    gradient = torch.ones(state.elements)
+    client.state.update(Dense(unflat(gradient, client.state.parameters)), 0.1)
+    (own,) = client.answer([Fetch(**session.at(1, 0), moments=True)])
+    assert own.moments.shape == state.moments_shape
+    check_weights(own, state)
+    for moments, expected in ((own.moments[:, 1:], "expected"), (-own.moments, "0 or more")):
+        with pytest.raises(ProtocolError, match=expected):
+            check_weights(replace(own, moments=moments), state)
+    session.history.jump(1, own.weights, own.moments, own.updates)
+    fresh = Client(session.spec)
+    restore = Restore.of(session.history.snapshot(), Forward(**session.at(2, 0), batch=0))
+    list(fresh.answer([restore]))
+    for one in (client, fresh):
+        one.state.update(Dense(unflat(gradient, one.state.parameters)), 0.1)
+    assert torch.equal(client.state.weights(), fresh.state.weights())
 
 
 def test_only_methods_that_send_gradients_have_adafactor(make):

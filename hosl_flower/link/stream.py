@@ -94,7 +94,7 @@ class StreamLink(Link):
         return {p for p in range(self.spec.num_clients) if self._line_of(p) is None}
 
     def describe_client(self, partition: int) -> str:
-        line = self._line_of(partition)
+        line = self._served.get(partition) or self._line_of(partition)
         return f"client {partition} ({f'node {line.node.id}' if line else 'without a node'})"
 
     def close(self) -> None:
@@ -136,7 +136,7 @@ class StreamLink(Link):
         for partition, own in requests.items():
             line = self._line_of(partition)
             if any(request.local for request in own):  # its weights are where it took its steps
-                line = self._served.get(partition, line)
+                line = self._line_that_served(partition) or line
             if line is None:
                 streams[partition] = _absent(partition)
                 continue
@@ -188,6 +188,16 @@ class StreamLink(Link):
             return ready[partition % len(ready)] if ready else None
         node = self.nodes.of(partition)
         return self._lines.get(node.id) if node else None
+
+    def _line_that_served(self, partition: int) -> _Line | None:
+        """Who answered for a client last, if it is there, or dials again in a moment."""
+        line = self._served.get(partition)
+        give_up = time.monotonic() + _OTHERS_SECONDS
+        while line and not line.session.connected:
+            if time.monotonic() > give_up:
+                return None
+            time.sleep(0.05)
+        return line
 
     def _call_nodes(self) -> None:
         """Invite nodes that have not been."""
