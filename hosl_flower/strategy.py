@@ -66,6 +66,11 @@ class SplitStrategy(Strategy):
         config = self.config
         return config.min_clients if self.tolerates_absence else config.num_clients
 
+    @property
+    def needs_stream(self) -> bool:
+        """Whether clients keep state between requests that is in no ledger."""
+        return False
+
     @abstractmethod
     def steps(self, session: Session, link: Link, steps: Sequence[int]) -> list[float]:
         """Consecutive training steps over the link; their training losses.
@@ -98,6 +103,7 @@ class SplitStrategy(Strategy):
             session.history,
             session.limits,
             self.required_clients,
+            self.needs_stream,
         )
         try:
             return _flower_result(train(self, session, link, report))

@@ -88,6 +88,11 @@ class SplitFo(HoSfl):
                     "weights are only averaged every so many steps"
                 )
 
+    @property
+    def needs_stream(self) -> bool:
+        """Weights live on the clients between two averagings."""
+        return self.config.local_steps > 1
+
     def local(self, step: int) -> int:
         """Steps a client has taken on its own before this one."""
         return (step - 1) % self.config.local_steps

@@ -1,10 +1,14 @@
 """link/choose.py: a stream does not leave the machine unencrypted by accident."""
 
 import pytest
+from flwr.supercore.task_identity import TaskIdentity
+from grids import LocalGrid
+from specs import client_spec, history_for
 
+from hosl_flower.checks import Limits
 from hosl_flower.config import parse_config
 from hosl_flower.errors import ConfigError
-from hosl_flower.link.choose import _bind, _certificates, check_stream
+from hosl_flower.link.choose import _bind, _certificates, check_stream, open_link
 
 
 @pytest.mark.parametrize(
@@ -64,3 +68,13 @@ def test_certificates_are_read_from_pem_files(tmp_path):
     files["certificate"].unlink()
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         _certificates(parse_config({**own, "stream-key": str(files["authority"])}))
+
+
+def test_a_method_that_needs_a_stream_does_not_start_without(monkeypatch):
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    grid = LocalGrid({7: {"partition-id": 0}})
+    spec = client_spec(num_clients=1)
+    limits = Limits(batch=8, length=32, hidden=64, dtype="float32", classes=2)
+    with pytest.raises(ConfigError, match="local-steps keep weights on the clients"):
+        open_link(grid, parse_config({}), spec, history_for(spec), limits, 1, needs_stream=True)

@@ -23,12 +23,14 @@ def open_link(
     history: History,
     limits: Limits,
     required_clients: int,
+    needs_stream: bool = False,
 ) -> Link:
-    """Find the nodes, then talk to them as the config says.
+    """Find the nodes, then talk to them as the config says. needs_stream: clients hold what a
+    process called anew would not have.
 
     link = auto is a stream in simulation, and on real SuperNodes where there is a
     stream-endpoint; Flower messages otherwise. Raises ConfigError for a stream that would cross
-    a network unencrypted without that being asked for.
+    a network unencrypted without that being asked for, and for a method that needs one without.
     """
     check_stream(config)
     nodes = Nodes(grid, config.num_clients, config.clients_per_node, config.reply_deadline)
@@ -36,6 +38,12 @@ def open_link(
     stream = config.link == "stream" or (
         config.link == "auto" and (nodes.simulated or bool(config.stream_endpoint))
     )
+    if not stream and needs_stream:
+        raise ConfigError(
+            "this method's local-steps keep weights on the clients, which Flower messages do not: "
+            "set stream-endpoint, the host:port of this ServerApp that SuperNodes can dial, or "
+            "local-steps = 1"
+        )
     if not stream:
         return GridLink(grid, spec, history, limits, config.reply_deadline, nodes)
     if not nodes.simulated and not config.stream_endpoint:
