@@ -206,7 +206,8 @@ class Client:
         return Stepped, {"local": request.local + 1}
 
     def _fetch(self, request: Fetch) -> Answer:
-        now = self.state.snapshot()
+        with self.compute.phase("exchange", self.state.elements):
+            now = self.state.snapshot()
         moments = now.moments if request.moments else torch.empty(0, 0)
         return Weights, {"updates": now.updates, "weights": now.weights, "moments": moments}
 
@@ -262,8 +263,10 @@ class Client:
         here = (self.state.position, self.state.digest) == (request.position, request.digest)
         if not (here and self.branches.on_trunk):
             self.compute.moved()
+            tensors = (request.weights, request.moments)
             try:
-                self.state.restore(request.snapshot, request.step)
+                with self.compute.phase("exchange", self.state.elements, *tensors):
+                    self.state.restore(request.snapshot, request.step)
             except ValueError as error:
                 raise ProtocolError(f"restore: {error}") from error
             self.branches.clear()

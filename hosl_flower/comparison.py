@@ -140,7 +140,8 @@ def markdown(experiment: Experiment, table: Sequence[Row]) -> str:
         f"its standard error: 0 is {experiment.control or 'no control'}, 1 is "
         f"{experiment.reference or 'no reference'}, empty where the two do not differ by more than "
         "twice its standard error. Bytes, forwards (a backward pass counts as two) and seconds are "
-        "per training step, of all clients together.",
+        "per training step, of all clients together. Client peak: of tensors in a step; sending "
+        "weights, every local-steps, takes a copy of those trained besides.",
     ]
     for variant in experiment.variants:
         title = f"### {variant}" if variant else ""

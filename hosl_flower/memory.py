@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
-PHASES = ("load", "forward", "probe", "backward", "update", "evaluate")
+# exchange: weights sent and taken whole
+PHASES = ("load", "forward", "probe", "backward", "update", "evaluate", "exchange")
 
 
 def peak_rss_bytes() -> int:

@@ -24,6 +24,7 @@ _FORWARDS: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "backward": lambda keys: _GRADIENT[keys.get("client-gradient", "backprop")],
     "local-step": lambda keys: _GRADIENT[keys.get("client-gradient", "backprop")],
 }
+_NOT_TRAINING = ("load", "evaluate", "exchange")
 _UPDATES = ("losses", "catch-up", "restore", "fetch", "adopt")
 
 
@@ -36,7 +37,8 @@ def _linear(keys: Mapping[str, Any]) -> int:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One finished run, training alone: bytes and forwards of evaluations are left out.
+    """One finished run, training alone: bytes and forwards of evaluations are left out, and of the
+    peak of memory what loading and sending whole weights take.
 
     forwards: client forward-equivalents per step, of all its clients together. curve: (step, loss,
     accuracy) of the evaluations. to_target: steps until the accuracy was first there, or None.
@@ -79,7 +81,7 @@ def outcome(directory: Path, target: float) -> Outcome:
         bytes_up=up,
         bytes_down=down,
         forwards=sum(n * _FORWARDS[k](keys) for k, n in sent.items() if k in _FORWARDS) / steps,
-        peak_bytes=max(n for phase, n in peaks.items() if phase not in ("load", "evaluate")),
+        peak_bytes=max(n for phase, n in peaks.items() if phase not in _NOT_TRAINING),
         server_seconds=seconds["server"],
         client_seconds=seconds["client"],
         step_seconds=seconds["total"],

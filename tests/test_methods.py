@@ -93,6 +93,8 @@ def test_for_one_client_local_steps_change_what_travels_and_nothing_else(make, o
     assert every.bytes_up["backward"]["messages"] == 6
     assert thrice.bytes_up["fetch"]["messages"] == 2
     assert "restore" not in thrice.bytes_down, "the client is where the run is already"
+    peaks = thrice.client_peak_memory["tensor_bytes"]
+    assert peaks["exchange"] > peaks["forward"] / 2 > 0, "weights are copied to be sent"
 
 
 def test_averaged_weights_are_the_mean_of_what_each_client_came_to(make):
