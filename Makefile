@@ -30,7 +30,7 @@ fast-test: setup
 
 integration-test: setup
 	$(BIN)/python -m pytest -m slow
-	$(BIN)/python -m pytest tests/integration --override-ini addopts=-q
+	$(BIN)/python -m pytest tests/integration --override-ini addopts='-q -n 2 --dist load'
 
 lint: setup
 	$(BIN)/ruff format --check .

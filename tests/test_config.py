@@ -11,6 +11,7 @@ from conftest import put_into_hub_cache
 
 from hosl_flower.config import RunConfig, help_table, parse_config
 from hosl_flower.errors import CheckpointError, ConfigError, ProtocolError
+from hosl_flower.server_app import load_strategy
 from hosl_flower.spec import ClientSpec, resolve
 from hosl_flower.tasks import TASKS
 
@@ -249,6 +250,15 @@ def test_the_papers_setting_is_a_valid_override():
     simulation = SIMULATIONS[0].parents[1] / "opt125m_hosl"
     paper = tomllib.loads((simulation / "paper.toml").read_text())
     assert parse_config(paper).directions == 10
+
+
+def test_residual_feedback_is_a_valid_override():
+    simulation = Path(__file__).parents[1] / "simulations" / "opt125m_ho_sfl"
+    app = tomllib.loads((simulation / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+    own = tomllib.loads((simulation / "residual.toml").read_text())
+    assert own.keys() <= app["config"].keys(), "flwr run takes those the app lists"
+    config = parse_config({**app["config"], **own})
+    assert load_strategy(config).config.client_gradient == "residual"
 
 
 def test_local_paths_reach_the_clients_as_absolute_paths(hub_cache, tiny_opt, monkeypatch):

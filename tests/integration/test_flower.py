@@ -17,6 +17,7 @@ from hosl_flower.server_app import load_strategy
 
 ROOT = Path(__file__).parents[2]
 QUICK = ROOT / "simulations" / "quickstart"
+MARK = f"{os.getpid()}"  # tests run in several processes
 
 
 def start(app, *arguments):
@@ -24,7 +25,7 @@ def start(app, *arguments):
     return subprocess.Popen(
         [sys.executable, "-m", "hosl_flower", "simulate", str(app), *arguments],
         cwd=ROOT,
-        env={**os.environ, "TEST_FLOWER_RUN": "1"},
+        env={**os.environ, "TEST_FLOWER_RUN": MARK},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -40,11 +41,11 @@ def simulate(app, *arguments):
 
 
 def descendants():
-    """Processes any test here has started and left: they carry its environment."""
+    """Processes the tests of this process have started and left: they carry its environment."""
     left = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            if b"TEST_FLOWER_RUN=1" in (path / "environ").read_bytes().split(b"\0"):
+            if f"TEST_FLOWER_RUN={MARK}".encode() in (path / "environ").read_bytes().split(b"\0"):
                 left.append((path / "cmdline").read_bytes().replace(b"\0", b" ").decode())
         except OSError:
             continue
