@@ -35,18 +35,21 @@ class _Seen:
     def __init__(self, name: str, matrix: Tensor, terms: Terms):
         self.name, self.matrix, self.terms = name, matrix, terms
         self.rows: Tensor | None = None
-        self._values = matrix
+        self._values: Tensor | None = None  # of a gradient that is one tensor
         if len(terms) == 1 and isinstance(term := terms[0][1], Dense):
             tensor = term.tensors.get(name)
             if tensor is not None and tensor.is_sparse:
                 self.rows, self._values = tensor.indices()[0], tensor.values()
+            elif tensor is not None:
+                self._values = matrix_of(tensor).to(matrix.device)
 
     def chunks(self) -> Iterator[tuple[slice | Tensor, Tensor]]:
         """(which rows, their gradient as a new float32 [rows, in])."""
-        for start, block in row_chunks(self._values):
+        for start, block in row_chunks(self.matrix if self._values is None else self._values):
             stop = start + len(block)
-            if self.rows is not None:
-                yield self.rows[start:stop], block * self.terms[0][0]
+            if self._values is not None:
+                which = slice(start, stop) if self.rows is None else self.rows[start:stop]
+                yield which, block * self.terms[0][0]
                 continue
             g = torch.zeros_like(block, dtype=torch.float32)
             for scalar, term in self.terms:

@@ -113,10 +113,10 @@ class Compute:
         }
 
     def clean(self, request: Forward) -> dict[str, Any]:
-        """Activations at theta itself, remembered for the cut gradient that may come back. With
+        """Activations at theta itself, remembered where probes will start from them. With
         micro-batches memory matters more than time: then they are computed again."""
         batch = self.train_batch(request)
-        if self.spec.client_micro_batch:
+        if self.spec.client_micro_batch or not request.anchor:
             return self.activations("forward", batch)
         with self.phase("forward", batch.input_ids.numel()):
             ((_, activations),) = self.forwards.pieces(batch)

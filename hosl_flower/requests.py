@@ -42,10 +42,12 @@ class Describe(Request):
 
 @dataclass(frozen=True, config=STRICT)
 class Forward(Request):
-    """batch: number of the client's own mini-batch."""
+    """batch: number of the client's own mini-batch; anchor: its cut gradient will come back, and
+    probes of it start from these activations, which a client may remember."""
 
     kind: ClassVar[str] = "forward"
     batch: Count
+    anchor: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True, config=STRICT)

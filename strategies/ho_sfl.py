@@ -58,6 +58,7 @@ class HoSfl(SplitStrategy):
     unused: tuple[str, ...] = ("turn-steps",)
     tolerates_absence = True
     request: type[CutGradient] = CutGradient
+    anchors = True  # probes start from the clean activations
 
     def steps(self, session: Session, link: Link, steps: Sequence[int]) -> list[float]:
         """These steps, all of the clients' work at the weights as they are now; the weighted
@@ -94,7 +95,8 @@ class HoSfl(SplitStrategy):
             for m in cohort.partitions:
                 batches[cohort.step, m] = session.next_batch(m)
                 at = self.at(session, cohort.step, m)
-                forward.add(Forward(**at, batch=batches[cohort.step, m]))
+                number = batches[cohort.step, m]
+                forward.add(Forward(**at, batch=number, anchor=self.anchors))
 
         # 3: each client probes <lambda, f_c>, as soon as it has its lambda
         def send(step: int, m: int, gradient: Tensor) -> None:

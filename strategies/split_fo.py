@@ -56,6 +56,7 @@ class SplitFo(HoSfl):
 
     name = "split-fo"
     uses = ("client-gradient",)
+    anchors = False  # the forward pass is run again
     client_optimizers = ("sgd", "adamw", "adafactor")
     unused = (
         "turn-steps",
