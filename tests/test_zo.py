@@ -115,13 +115,13 @@ def test_the_mean_over_many_seeds_is_the_gradient(small, distribution):
     layout = layout_of(small, distribution)
     small.loss().backward()
     before = {n: p.detach().clone() for n, p in small.named_parameters()}
-    seeds = list(range(300))
+    seeds = list(range(600))
     scalars = estimate(surrogate_of(small, layout), seeds, 1e-3)
     Sgd().step(dict(small.named_parameters()), Seeded(layout, seeds, scalars), 1.0)
     estimated = torch.cat([(before[n] - p.detach()).flatten() for n, p in small.named_parameters()])
     exact = torch.cat([p.grad.flatten() for _, p in small.named_parameters()])
-    assert torch.cosine_similarity(estimated, exact, dim=0) > 0.75
-    assert estimated.norm() / exact.norm() == pytest.approx(1.2, abs=0.3)
+    assert torch.cosine_similarity(estimated, exact, dim=0) > 0.85
+    assert estimated.norm() / exact.norm() == pytest.approx(1.1, abs=0.2)
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)

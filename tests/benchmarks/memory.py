@@ -275,7 +275,9 @@ def full(device: str, minutes: float, limit: float) -> None:
                 continue
             if time.monotonic() > deadline:
                 return
-            if estimate_bytes(shape, column) > limit * 2**30:
+            if column.startswith("residual") and shape[-1] == "lora":
+                cells[column] = {"skipped": "residual feedback trains no adapters"}
+            elif estimate_bytes(shape, column) > limit * 2**30:
                 cells[column] = {"skipped": f"would need more than {limit:g} GiB"}
             else:
                 cells[column] = in_process_of_its_own(shape, column, device)
