@@ -251,7 +251,7 @@ def test_a_client_that_stalls_is_absent_after_the_deadline(history, make, monkey
     started = time.monotonic()
     with pytest.raises(AbsentError, match=r"client 1 \(node 8\) did not answer within 1 s"):
         list(streams[1])
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 5
     stall.set()
     monkeypatch.setattr(Client, "_handle", original)
     link.deadline = 30.0
@@ -270,7 +270,7 @@ def test_a_client_that_sends_garbage_is_told_apart_at_once(history, make, monkey
     started = time.monotonic()
     with pytest.raises(ProtocolError, match=r"client 0 \(node 7\): frame: "):
         list(streams[0])
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 5
     assert len(list(streams[1])) == 3, "it goes on over a new connection"
 
 
