@@ -2,6 +2,7 @@
 
     python tests/benchmarks/memory.py --quick               OPT-125M, 64 x 256 tokens, one JSON line
     python tests/benchmarks/memory.py [--minutes 25]        the table; goes on where it stopped
+    python tests/benchmarks/memory.py --traced              what is missing, on shapes alone
     python tests/benchmarks/memory.py --table               the table of the results so far
 
 Random weights, cut 5, synthetic full-length batches (memory depends on shapes only). HOSL with one
@@ -9,7 +10,9 @@ direction, HO-SFL with one, SGD; residual feedback and recomputing with adafacto
 the peak, updating in place. Every cell is a process of its own, so that its peak resident set
 is too. Peaks are of tensors, weights and cut gradient included, on CUDA from the allocator, on
 the CPU from memory.LiveTensors; loading is not in them. Seconds are of one watched step. A cell
-that would not fit into --limit-gib is skipped and named.
+that would not fit into --limit-gib is skipped and named. A traced cell is the same code on tensors
+without data (hosl_flower/traced.py): bytes, no seconds and no resident set, a batch of tokens
+that all differ.
 """
 
 import argparse
@@ -30,18 +33,16 @@ MICRO_BATCH = 2
 QUICK = ("opt-125m", 64, 256, "float32", "full")
 SHAPES = [  # the telling ones first: a run may end before the last
     QUICK,
-    ("opt-125m", 64, 256, "float32", "lora"),
-    ("opt-1.3b", 8, 256, "float32", "full"),
-    ("opt-125m", 64, 256, "bfloat16", "full"),
-    ("opt-125m", 64, 64, "float32", "full"),
-    ("opt-125m", 8, 256, "float32", "full"),
-    ("opt-125m", 8, 512, "float32", "full"),
-    ("opt-1.3b", 64, 64, "float32", "full"),
-    ("opt-1.3b", 8, 512, "float32", "full"),
-    ("opt-1.3b", 8, 64, "float32", "full"),
-    ("opt-125m", 64, 512, "float32", "full"),
-    ("opt-1.3b", 64, 256, "float32", "full"),
-    ("opt-1.3b", 64, 512, "float32", "full"),
+    *[
+        (model, batch, length, dtype, trainable)
+        for length in (256, 64, 512)
+        for trainable in ("full", "lora")
+        for dtype in ("float32", "bfloat16")
+        for model in ("opt-125m", "opt-1.3b")
+        for batch in (8, 64)
+        if (trainable == "full" or length == 256)
+        and (model, batch, length, dtype, trainable) != QUICK
+    ],
 ]
 
 
@@ -53,6 +54,16 @@ def measure(shape: tuple, column: str, device: str) -> dict[str, Any]:
     use_threads(0)
     work = _first_order if column.startswith("fo") else _client
     return {**work(shape, column, device), "rss": peak_rss_bytes()}
+
+
+def trace(shape: tuple, column: str) -> dict[str, Any]:
+    """The bytes of a cell, from its shapes."""
+    from hosl_flower.traced import shapes_only
+
+    work = _first_order if column.startswith("fo") else _client
+    with shapes_only():
+        cell = work(shape, column, "cpu")
+    return {**cell, "seconds": None, "traced": True}
 
 
 def _batch(batch: int, length: int) -> tuple[Any, Any]:
@@ -264,20 +275,26 @@ def quick(device: str) -> None:
     )
 
 
-def full(device: str, minutes: float, limit: float) -> None:
-    """Every cell that is not in the results yet, until the time is up."""
+def full(device: str, minutes: float, limit: float, traced: bool) -> None:
+    """Every cell that is not in the results yet, until the time is up. What was traced, or too
+    large for another machine, is measured."""
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     deadline = time.monotonic() + 60 * minutes
     for shape in SHAPES:
         cells = results.setdefault(f"{device} " + " ".join(map(str, shape)), {})
         for column in COLUMNS:
-            if column in cells:
+            known = cells.get(column, {})
+            if "peak" in known and (traced or not known.get("traced")):
                 continue
             if time.monotonic() > deadline:
                 return
             if column.startswith("residual") and shape[-1] == "lora":
                 cells[column] = {"skipped": "residual feedback trains no adapters"}
+            elif traced:
+                cells[column] = trace(shape, column)
             elif estimate_bytes(shape, column) > limit * 2**30:
+                if known:
+                    continue
                 cells[column] = {"skipped": f"would need more than {limit:g} GiB"}
             else:
                 cells[column] = in_process_of_its_own(shape, column, device)
@@ -286,7 +303,7 @@ def full(device: str, minutes: float, limit: float) -> None:
 
 
 def table() -> str:
-    """Markdown: peak MiB (times inference), seconds; a dash is not measured, ... skipped."""
+    """Markdown: peak MiB (times inference), seconds; ~ traced, - not there, ... skipped."""
     lines = ["| shape | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for shape, cells in json.loads(RESULTS.read_text()).items():
         row = [shape]
@@ -295,7 +312,7 @@ def table() -> str:
             base = cells.get("inference_micro" if "micro" in column else "inference", {})
             text = "-" if not cell else "..."
             if "peak" in cell:
-                text = f"{cell['peak'] / 2**20:.0f}"
+                text = "~" * cell.get("traced", False) + f"{cell['peak'] / 2**20:.0f}"
                 text += f" ({cell['peak'] / base['peak']:.2f})" if "peak" in base else ""
                 text += f", {cell['seconds']:.1f} s" if cell["seconds"] else ""
             row.append(text)
@@ -307,6 +324,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--traced", action="store_true", help="bytes from shapes, no seconds")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--minutes", type=float, default=25.0)
@@ -320,7 +338,7 @@ def main() -> None:
     elif arguments.table:
         print(table())
     else:
-        full(arguments.device, arguments.minutes, arguments.limit_gib)
+        full(arguments.device, arguments.minutes, arguments.limit_gib, arguments.traced)
 
 
 if __name__ == "__main__":
