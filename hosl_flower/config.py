@@ -223,6 +223,14 @@ class RunConfig(BaseModel):
         pattern=r"^([\w-][\w.-]*)?$",
         description="the run directory's name; default: a time stamp",
     )
+    checkpoint_every: Natural = Field(
+        0, description="write a checkpoint every so many steps, to go on from; 0 never does"
+    )
+    resume: str = Field(
+        "",
+        description="a run directory with a checkpoint: go on from it, in it; what decides the "
+        "numbers must be as it was",
+    )
     save_model: bool = Field(True, description="write the trained model at the end")
     save_format: Literal["merged", "adapters"] = Field(
         "merged", description="plain weights, or LoRA adapters in peft's format"

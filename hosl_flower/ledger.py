@@ -107,6 +107,10 @@ class Ledger:
         self.entries, self._digests, self._bytes = [], [digest], 0
         self._write({"step": step, "weights": weights})
 
+    def skip(self, position: int, digest: str) -> None:
+        """Become a history of so many updates of which none is held: that of a checkpoint."""
+        self.start, self.entries, self._digests, self._bytes = position, [], [digest], 0
+
     def compact(self, limit: int) -> None:
         """Let go of the oldest entries until the rest is at most `limit` bytes."""
         dropped = 0
@@ -134,6 +138,10 @@ class Ledger:
         """Keep the whole history in a file too: JSON lines, added to at every `seal`."""
         path.write_text(json.dumps({"genesis": self.genesis}) + "\n")
         self._path, self._unwritten = path, [asdict(entry) for entry in self.entries]
+
+    def go_on(self, path: Path) -> None:
+        """As `record`, with a file that has been sealed here already."""
+        self._path, self._unwritten = path, []
 
     def seal(self) -> None:
         """Write what is new to the file, and a line with the digest up to here."""

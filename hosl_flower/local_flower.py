@@ -43,6 +43,11 @@ def run_flower_app(
     name = str(overrides.get("run-name") or f"{time.strftime('%Y%m%d-%H%M%S')}-{app.name}")
     directory = output_directory.expanduser().absolute()
     given = {**overrides, "run-name": name, "output-dir": str(directory)}
+    results = directory / name / "results.json"
+    if overrides.get("resume"):
+        results = Path(str(overrides["resume"])).expanduser().absolute() / "results.json"
+        given["resume"] = str(results.parent)
+    before = results.stat().st_mtime_ns if results.is_file() else None
     # As a file: on the command line, Flower's own parser stumbles over quotes and spaces.
     run_config = "".join(f"{key} = {json.dumps(value)}\n" for key, value in given.items())
     with private_superlink() as environment:
@@ -53,8 +58,8 @@ def run_flower_app(
         if federation:
             command += ["--federation-config", federation]
         code = subprocess.run(command, env=environment, check=False).returncode
-    results = directory / name / "results.json"
-    if code != 0 or not results.is_file():
+    written = results.is_file() and results.stat().st_mtime_ns != before
+    if code != 0 or not written:
         raise RunFailedError(
             f"the run did not finish (flwr exit code {code}, no {results}); the log above says why"
         )

@@ -6,6 +6,7 @@ results.json    the outcome; written last, so its absence means the run did not 
 curve.png       loss and accuracy against steps
 partition.png   training examples per client and label
 ledger.jsonl    the client submodel's history
+checkpoint-N/   the run after step N, to go on from (checkpoint.py), if wanted
 model/          the merged model, for transformers, or the LoRA adapters, for peft
 """
 
@@ -15,22 +16,21 @@ import os
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from hosl_flower.checkpoint import sync, write
 from hosl_flower.config import RunConfig
-from hosl_flower.errors import ConfigError
+from hosl_flower.errors import CheckpointError, ConfigError
 from hosl_flower.link.base import Traffic
 from hosl_flower.memory import PHASES
 from hosl_flower.plot import draw_curve, draw_partition
+from hosl_flower.resume import Resumable, collect, run_directory
 from hosl_flower.server import Score
 from hosl_flower.session import Session
+from hosl_flower.summary import plan, table
 
 log = logging.getLogger("hosl_flower")
 
@@ -73,13 +73,18 @@ class Report:
         self.config = config
         name = config.run_name or time.strftime("%Y%m%d-%H%M%S")
         self.directory = (Path(config.output_dir).expanduser() / name).absolute()
-        if self.directory.is_file() or (self.directory.exists() and any(self.directory.iterdir())):
+        if config.resume:
+            self.directory = run_directory(config)
+        elif self.directory.is_file() or (
+            self.directory.exists() and any(self.directory.iterdir())
+        ):
             raise ConfigError(f"{self.directory} already holds a run; choose another run-name")
         self.evaluations: list[dict[str, float]] = []
         self.final: Score | None = None
         self._seconds: dict[str, float] = defaultdict(float)
         self._started = self._last_line = time.perf_counter()
         self._last_loss = float("nan")
+        self._earlier = 0.0  # seconds before the checkpoint this run goes on from
 
     def open(self, method: Any, session: Session) -> None:
         """Everything checked: make the directory and log the plan."""
@@ -96,17 +101,60 @@ class Report:
             "versions": {p: _version(p) for p in _PACKAGES},
             "python": platform.python_version(),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            **({"resumed_after_step": session.done} if session.resumed else {}),
         }
         self._write("config.json", json.dumps(record, indent=2))
-        (self.directory / "metrics.jsonl").write_text("")
-        session.history.ledger.record(self.directory / "ledger.jsonl")
+        if session.resumed is not None:
+            self._go_on(session, session.resumed.values["report"])
+        else:
+            (self.directory / "metrics.jsonl").write_text("")
+            session.history.ledger.record(self.directory / "ledger.jsonl")
         counts = [client.label_counts for _, client in sorted(session.clients.items())]
         names = session.spec.task.label_names or session.spec.task.verbalizers
         draw_partition(self.directory / "partition.png", counts, names)
-        for line in _plan(method, session):
+        for line in plan(method, session):
             log.info(line)
         log.info("run directory: %s", self.directory)
         self._started = self._last_line = time.perf_counter()
+
+    def _go_on(self, session: Session, state: dict[str, Any]) -> None:
+        """Take up the files where a checkpoint saw them; what came after it is made again."""
+        (self.directory / "results.json").unlink(missing_ok=True)
+        for name, size in state["sizes"].items():
+            path = self.directory / name
+            if not path.is_file() or path.stat().st_size < size:
+                raise CheckpointError(
+                    f"{path} is shorter than when the checkpoint of step {session.done} was "
+                    "written: files of the run are damaged or missing"
+                )
+            os.truncate(path, size)
+        session.history.ledger.go_on(self.directory / "ledger.jsonl")
+        self.evaluations = state["evaluations"]
+        self._seconds.update(state["seconds"])
+        self._earlier = state["wall_seconds"]
+        log.info("resumed after step %d", session.done)
+
+    def checkpoint(self, step: int, session: Session, method: Resumable, traffic: Traffic) -> None:
+        """Write a checkpoint. One that cannot be written ends no run: the last is still there."""
+        session.history.ledger.seal()
+        files = [self.directory / name for name in ("metrics.jsonl", "ledger.jsonl")]
+        try:
+            for file in files:
+                sync(file)
+            state = {
+                "sizes": {file.name: file.stat().st_size for file in files},
+                "evaluations": self.evaluations,
+                "seconds": self._seconds,
+                "wall_seconds": self._wall_seconds(),
+            }
+            write(self.directory, collect(step, session, method, traffic, state))
+        except OSError as error:
+            log.warning(
+                "the checkpoint of step %d cannot be written (%s); training goes on", step, error
+            )
+
+    def _wall_seconds(self) -> float:
+        return self._earlier + time.perf_counter() - self._started
 
     def stepped(
         self,
@@ -175,7 +223,7 @@ class Report:
             accuracy=self.final.accuracy,
             balanced_accuracy=self.final.balanced_accuracy,
             loss=self.final.loss,
-            wall_seconds=time.perf_counter() - self._started,
+            wall_seconds=self._wall_seconds(),
             notice=session.notice,
             majority_accuracy=self.final.majority,
             held_out_examples=self.final.examples,
@@ -200,7 +248,7 @@ class Report:
             ledger_digest=session.history.ledger.digest(),
         )
         self._write("results.json", json.dumps(asdict(results), indent=2))
-        for line in _table(results, traffic).splitlines():
+        for line in table(results, traffic).splitlines():
             log.info(line)
         log.info("run directory: %s", self.directory)
         return results
@@ -240,57 +288,3 @@ def _version(package: str) -> str:
 
 def _by_kind(way: dict[str, list[int]]) -> dict[str, dict[str, int]]:
     return {kind: {"messages": n, "bytes": size} for kind, (n, size) in sorted(way.items())}
-
-
-def _plan(method: Any, session: Session) -> Iterable[str]:
-    """What is about to happen, before it happens."""
-    config, spec = session.config, session.spec
-    held, trained = session.client_counts()
-    origin = "pretrained" if session.base.pretrained else "random weights"
-    yield f"{method.name}: {spec.model} ({origin}), task {spec.task.name}, seed {spec.seed}"
-    yield (
-        f"cut after block {spec.cut_layer} of {session.base.blocks}: client holds "
-        f"{held / 1e6:.1f} M parameters and probes {trained / 1e6:.1f} M; server trains "
-        f"{session.server.trained_count() / 1e6:.1f} M"
-    )
-    if spec.dtype != "float32":
-        yield (
-            f"{spec.dtype} client: probes at distance {config.epsilon:g}; updates are rounded at "
-            "random, so that steps smaller than a weight's spacing count on average, with noise"
-        )
-    examples = [client.train_examples for client in session.clients.values()]
-    yield (
-        f"{len(examples)} client(s) with {min(examples)} to {max(examples)} training examples; "
-        f"{next(iter(session.clients.values())).held_out_examples} held out"
-    )
-    sequences = spec.batch_size * session.encoder.answers.sequences
-    most = sequences * spec.max_length * session.activation_bytes_per_token
-    up, down = method.activations_per_step()
-    yield (
-        f"{config.steps} steps of {spec.batch_size} examples; per step {up} activations up, "
-        f"{down} down, each at most {most / 1e6:.2f} MB"
-    )
-
-
-def _table(results: Results, traffic: Traffic) -> str:
-    table = Table(title=f"{results.method} on {results.task}", show_header=False)
-    seconds, peaks = results.seconds_per_step, results.client_peak_memory["tensor_bytes"]
-    rows = {
-        "model": f"{results.model} ({'pretrained' if results.pretrained else 'RANDOM WEIGHTS'})",
-        "accuracy": f"{results.accuracy:.4f} (majority class {results.majority_accuracy:.4f})",
-        "balanced accuracy": f"{results.balanced_accuracy:.4f}",
-        "loss": f"{results.loss:.4f} (before training {results.evaluations[0]['loss']:.4f})",
-        "steps": f"{results.steps} in {results.wall_seconds:.1f} s",
-        "seconds per step": ", ".join(f"{part} {value:.3f}" for part, value in seconds.items()),
-        "bytes": f"{traffic.total(traffic.up) / 1e6:.1f} MB up, "
-        f"{traffic.total(traffic.down) / 1e6:.3f} MB down",
-        "client peak memory": f"{results.client_peak_memory['bytes'] / 2**20:.0f} MiB, tensors: "
-        + ", ".join(f"{p} {n / 2**20:.0f}" for p, n in peaks.items()),
-    }
-    if results.clients["dropped"]:
-        rows["dropped"] = f"{len(results.clients['dropped'])} times a step went on without a client"
-    for name, value in rows.items():
-        table.add_row(name, value)
-    console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(table)
-    return console.export_text()

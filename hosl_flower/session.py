@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hosl_flower.checkpoint import Checkpoint
 from hosl_flower.checks import Limits
 from hosl_flower.client import new_state
 from hosl_flower.codec import encode
@@ -72,6 +73,12 @@ class Session:
     unchecked: set[int] = field(default_factory=set)  # took part since the last fingerprints
     checked_at: int = 0  # ledger position of the last fingerprints
     dropped: list[Drop] = field(default_factory=list)
+    resumed: Checkpoint | None = None  # what this session goes on from
+
+    @property
+    def done(self) -> int:
+        """Steps that were completed before this session began."""
+        return self.resumed.step if self.resumed else 0
 
     @property
     def limits(self) -> Limits:

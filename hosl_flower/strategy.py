@@ -5,12 +5,13 @@ A step of split learning is a conversation, not one message per round, so `start
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
+from torch import Tensor
 
 from hosl_flower.client import Client
 from hosl_flower.config import RunConfig, parse_config
@@ -19,6 +20,7 @@ from hosl_flower.link.base import Link
 from hosl_flower.link.choose import open_link
 from hosl_flower.link.inprocess import InProcessLink
 from hosl_flower.report import Report, Results, log
+from hosl_flower.resume import find, restore
 from hosl_flower.session import Session, open_session
 from hosl_flower.training import train
 
@@ -85,6 +87,17 @@ class SplitStrategy(Strategy):
     def settle(self, session: Session) -> None:  # most have nothing left to do
         """Called before every evaluation and before the model is saved."""
 
+    def may_pause(self, step: int) -> bool:
+        """Whether after this step the server knows all there is to know of the run."""
+        return True
+
+    def save_state(self) -> dict[str, Tensor]:
+        """Tensors of the method's own that outlive a step, for a checkpoint: most have none."""
+        return {}
+
+    def load_state(self, session: Session, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `save_state`."""
+
     @abstractmethod
     def activations_per_step(self) -> tuple[int, int]:
         """How many activation-sized tensors [B, S, H] go (up, down) per step."""
@@ -118,8 +131,11 @@ class SplitStrategy(Strategy):
         return train(self, session, link, report)
 
     def _open(self, run: str) -> Session:
+        checkpoint = find(self.config) if self.config.resume else None
         session = open_session(self.config, run, self.required_clients, self.client_head)
         self.check(session)
+        if checkpoint is not None:
+            restore(checkpoint, session, self)
         self.summary()
         return session
 

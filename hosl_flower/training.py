@@ -6,9 +6,11 @@ A method is anything with a `name` and `steps`; strategies/ has one per file.
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
+
+from torch import Tensor
 
 from hosl_flower.client import Client
 from hosl_flower.errors import (
@@ -32,6 +34,7 @@ from hosl_flower.messages import (
     Fingerprinted,
 )
 from hosl_flower.report import Report, Results
+from hosl_flower.resume import earlier_traffic
 from hosl_flower.server import Score
 from hosl_flower.session import Session
 from hosl_flower.split import trainable_parameters
@@ -55,19 +58,33 @@ class Method(Protocol):
     def settle(self, session: Session) -> None:
         """Called before every evaluation and before the model is saved."""
 
+    def may_pause(self, step: int) -> bool:
+        """Whether after this step the server knows all there is to know of the run."""
+
+    def save_state(self) -> dict[str, Tensor]:
+        """Tensors of the method's own, for a checkpoint."""
+
+    def load_state(self, session: Session, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `save_state`."""
+
 
 def train(method: Method, session: Session, link: Link, report: Report) -> Results:
-    """Run a method from the first step to the saved model; what is in results.json."""
-    config = session.config
+    """Run a method to the saved model, from the first step or from where a checkpoint left it;
+    what is in results.json."""
+    config, first = session.config, session.done + 1
+    if session.resumed:
+        link.traffic = earlier_traffic(session.resumed)
     describe_all(session, link)
-    check_clients(session, link, session.clients, 0)
+    check_clients(session, link, session.clients, session.done)
     judge = link
     if config.evaluation == "central":
         judge = InProcessLink(Client(session.spec), session.history, session.limits)
     report.open(method, session)
-    method.settle(session)
-    report.evaluated(0, evaluate(session, judge, 0), session)
-    for steps in grouped(config.steps, config.steps_per_message, config.eval_every):
+    if not session.resumed:
+        method.settle(session)
+        report.evaluated(0, evaluate(session, judge, 0), session)
+    saved = session.done
+    for steps in grouped(config.steps, config.steps_per_message, config.eval_every, first):
         started = time.perf_counter()
         waited, computed = link.traffic.waited_seconds, link.traffic.client_seconds
         try:
@@ -90,12 +107,15 @@ def train(method: Method, session: Session, link: Link, report: Report) -> Resul
             session.unchecked.clear()
             method.settle(session)
             report.evaluated(step, evaluate(session, judge, step), session)
+        due = 0 < config.checkpoint_every <= step - saved
+        if due and step < config.steps and method.may_pause(step):
+            report.checkpoint(step, session, method, link.traffic)
+            saved = step
     return finish(method, session, link, report)
 
 
-def grouped(steps: int, together: int, eval_every: int) -> Iterator[range]:
-    """Steps 1..steps, `together` at a time, with no evaluation inside a group."""
-    first = 1
+def grouped(steps: int, together: int, eval_every: int, first: int = 1) -> Iterator[range]:
+    """Steps first..steps, `together` at a time, with no evaluation inside a group."""
     while first <= steps:
         evaluation = -(-first // eval_every) * eval_every
         last = min(first + together - 1, evaluation, steps)

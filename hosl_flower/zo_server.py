@@ -1,6 +1,9 @@
 """A server submodel that is trained without back-propagation, for the baselines that do so."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
 
 from hosl_flower.config import RunConfig
 from hosl_flower.gradient import Seeded
@@ -25,6 +28,15 @@ class ZoServer:
         shapes = {name: p.shape for name, p in server.trained.items()}
         self.layout = Layout(shapes, config.perturbation)
         self.optimizer = make_optimizer(config.server_optimizer)
+
+    def save_state(self) -> dict[str, Tensor]:
+        """The optimizer's state: the parameters are the server's."""
+        steps = torch.tensor(self.optimizer.steps)
+        return {"moments": self.optimizer.save(self.server.trained), "steps": steps}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `save_state`."""
+        self.optimizer.load(tensors["moments"], int(tensors["steps"]), self.server.trained)
 
     def step(self, batch: Activations, seeds: Sequence[int]) -> list[float]:
         """One step along len(seeds) directions, probed on both sides; their projected gradients.

@@ -94,6 +94,10 @@ class SplitFo(HoSfl):
         """Weights live on the clients between two averagings."""
         return self.config.local_steps > 1
 
+    def may_pause(self, step: int) -> bool:
+        """After an averaging."""
+        return not self.local(step + 1)
+
     def local(self, step: int) -> int:
         """Steps a client has taken on its own before this one."""
         return (step - 1) % self.config.local_steps
@@ -110,7 +114,7 @@ class SplitFo(HoSfl):
             own, stepped = self.probe(session, link, [cohort])
             stepped.answers(cohort)
             losses += own
-            if self.local(step + 1) == 0:
+            if self.may_pause(step):
                 self.average(session, link, cohort)
             self.members = cohort.partitions
             cohort.done()

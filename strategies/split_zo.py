@@ -14,8 +14,10 @@ is zeroth-order too, and may take tau steps to a step of the client, as in MU-Sp
 Clients take turns as HOSL's do, where MU-SplitFed averages weights with a global learning rate.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from torch import Tensor
 
 from hosl_flower.checks import BatchKey, check_same_batch
 from hosl_flower.messages import Forward, Probe, Request
@@ -37,6 +39,20 @@ class SplitZo(Hosl):
     uses = ("server-steps",)
     server: ZoServer | None = None
 
+    def zo_server(self, session: Session) -> ZoServer:
+        """The session's server, trained without back-propagation."""
+        if self.server is None or self.server.server is not session.server:
+            self.server = ZoServer(session.server, self.config)
+        return self.server
+
+    def save_state(self) -> dict[str, Tensor]:
+        """Of the server's zeroth-order optimizer."""
+        return self.server.save_state() if self.server else {}
+
+    def load_state(self, session: Session, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `save_state`."""
+        self.zo_server(session).load_state(tensors)
+
     def requests(self, session: Session, step: int) -> list[Request]:
         """The clean forward first: the server moves before it answers the probes."""
         client = session.turn(step)
@@ -50,9 +66,7 @@ class SplitZo(Hosl):
 
     def step(self, session: Session, step: int, replies: Iterator[Any]) -> Probed:
         """Phases 1 and 2."""
-        config = self.config
-        if self.server is None or self.server.server is not session.server:
-            self.server = ZoServer(session.server, config)
+        config, server = self.config, self.zo_server(session)
         clean = next(replies)
         loss = session.server.loss(clean)
         for turn in range(config.server_steps):
@@ -60,7 +74,7 @@ class SplitZo(Hosl):
                 derive_seed(config.seed, "server-direction", step, turn, q)
                 for q in range(config.directions)
             ]
-            self.server.step(clean, seeds)
+            server.step(clean, seeds)
         batches, losses = [BatchKey.of(clean)], []
         del clean
         for _ in range(2 * config.directions):  # one activation held at a time

@@ -63,7 +63,9 @@ def deployment(nodes: int) -> Iterator[dict[str, str]]:
             _stop(process, environment[_MARK])
 
 
-def run_deployed(environment: dict[str, str], app: Path, keys: dict, seconds: float) -> str:
+def run_deployed(
+    environment: dict[str, str], app: Path, keys: dict, seconds: float, results: Path | None = None
+) -> str:
     """Submit a run and wait for its results.json; the log. Raises TimeoutError without one."""
     config = Path(environment["FLWR_HOME"]) / f"{keys['run-name']}.toml"
     config.write_text(
@@ -76,7 +78,7 @@ def run_deployed(environment: dict[str, str], app: Path, keys: dict, seconds: fl
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=seconds, check=False
     )
-    results = Path(keys["output-dir"]) / keys["run-name"] / "results.json"
+    results = results or Path(keys["output-dir"]) / keys["run-name"] / "results.json"
     give_up = time.monotonic() + 10
     while not results.is_file() and time.monotonic() < give_up:
         time.sleep(0.2)

@@ -1,5 +1,6 @@
 """Real SuperLink, SuperNodes and ClientApp processes on loopback."""
 
+import contextlib
 import json
 import os
 import signal
@@ -44,19 +45,24 @@ def test_a_deployment_over_streams_gives_the_same_bits(tmp_path, strategy):
     assert "of 2 node(s) have come to 127.0.0.1" in log  # the second may join a moment later
 
 
+def processes(environment):
+    """Pids of a deployment."""
+    own = f"FLWR_HOME={environment['FLWR_HOME']}".encode()
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if own in (path / "environ").read_bytes().split(b"\0"):
+                yield int(path.name)
+
+
+def command_of(pid):
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
 def client_apps(environment):
     """Pids of the ClientApp processes of a deployment."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            own = f"FLWR_HOME={environment['FLWR_HOME']}".encode()
-            if own in (path / "environ").read_bytes().split(b"\0"):
-                command = (path / "cmdline").read_bytes()
-                if b"clientapp" in command.lower():
-                    found.append(int(path.name))
-        except OSError:
-            continue
-    return found
+    return [pid for pid in processes(environment) if b"clientapp" in command_of(pid).lower()]
 
 
 def test_a_clientapp_killed_in_the_middle_comes_back_with_the_same_numbers(tmp_path):
@@ -86,6 +92,43 @@ def test_a_clientapp_killed_in_the_middle_comes_back_with_the_same_numbers(tmp_p
     assert "is called again" in log
     run_plain(keys)
     assert metrics(tmp_path / "stream") == metrics(tmp_path / "plain")
+
+
+def server_app(environment):
+    """Pid of the ServerApp process of a deployment."""
+    return next(pid for pid in processes(environment) if b"serverapp" in command_of(pid).lower())
+
+
+def test_a_run_whose_server_app_is_killed_is_resumed_with_the_same_bits(tmp_path):
+    keys = {
+        **KEYS, "strategy": "strategies.ho_sfl:HoSfl", "steps": 80, "eval-every": 40,
+        "checkpoint-every": 10, "output-dir": str(tmp_path),
+    }  # fmt: skip
+    directory = tmp_path / "stream"
+
+    def kill(environment):
+        give_up = time.monotonic() + 150
+        while time.monotonic() < give_up and not list(directory.glob("checkpoint-[2-9]0")):
+            time.sleep(0.02)
+        os.kill(server_app(environment), signal.SIGKILL)
+        for pid in processes(environment):  # `flwr run` would wait for the SuperLink to notice
+            if b"--stream" in command_of(pid):
+                os.kill(pid, signal.SIGKILL)
+
+    with deployment(nodes=2) as environment:
+        over = {**keys, "stream-endpoint": f"127.0.0.1:{_free_port()}"}
+        killer = threading.Thread(target=kill, args=(environment,))
+        killer.start()
+        with pytest.raises(TimeoutError):
+            run_deployed(environment, QUICK, {**over, "run-name": "stream"}, 200.0)
+        killer.join()
+        assert metrics(directory)[-1]["step"] < 80
+        over["stream-endpoint"] = f"127.0.0.1:{_free_port()}"
+        again = {**over, "run-name": "again", "resume": str(directory)}
+        log = run_deployed(environment, QUICK, again, 300.0, directory / "results.json")
+    assert "resumed after step" in log
+    run_plain(keys)
+    assert metrics(directory) == metrics(tmp_path / "plain")
 
 
 def test_flower_messages_of_several_steps_and_sessions_that_are_renewed(tmp_path):

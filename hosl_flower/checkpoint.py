@@ -1,0 +1,124 @@
+"""Checkpoints on disk: a run at a completed step, whole or not at all.
+
+A checkpoint is a directory `checkpoint-<step>` in the run directory:
+
+    tensors.safetensors   all tensors, by name
+    checkpoint.json       {"format", "step", "sha256" of the tensors, "values": all the rest}
+
+It is written under another name, synced to disk and renamed; the one before it is removed after
+that. So whatever stops a run, there is a whole checkpoint, the last one or the one before.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hosl_flower.errors import CheckpointError
+
+FORMAT = 1
+_NAME = "checkpoint-"
+_TENSORS, _VALUES = "tensors.safetensors", "checkpoint.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """step: the last one completed. values: JSON. What they mean is resume.py's business."""
+
+    step: int
+    values: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+
+def write(run: Path, checkpoint: Checkpoint) -> Path:
+    """Add a checkpoint to a run directory and remove those before it; where it is.
+
+    Raises OSError when it cannot be written; what was there stays.
+    """
+    path = run / f"{_NAME}{checkpoint.step}"
+    part = run / f".{path.name}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir()
+        tensors = {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}
+        _save(tensors, part / _TENSORS)
+        record = {
+            "format": FORMAT,
+            "step": checkpoint.step,
+            "sha256": _sha256(part / _TENSORS),
+            "values": checkpoint.values,
+        }
+        (part / _VALUES).write_text(json.dumps(record, indent=1) + "\n")
+        for written in (part / _TENSORS, part / _VALUES, part):
+            sync(written)
+        shutil.rmtree(path, ignore_errors=True)
+        part.rename(path)
+        sync(run)
+    except OSError:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    for step, other in _found(run):
+        if step != checkpoint.step:
+            shutil.rmtree(other, ignore_errors=True)
+    return path
+
+
+def read(run: Path) -> Checkpoint:
+    """The latest checkpoint of a run directory. CheckpointError when there is none, or when it is
+    damaged or of another version."""
+    if not run.is_dir():
+        raise CheckpointError(f"resume: there is no run directory {run}")
+    found = _found(run)
+    if not found:
+        raise CheckpointError(
+            f"{run} has no checkpoint to resume from: a run writes them every checkpoint-every "
+            "steps, if that is not 0"
+        )
+    step, path = max(found)
+    try:
+        record = json.loads((path / _VALUES).read_text())
+        if record["format"] != FORMAT:
+            raise CheckpointError(
+                f"{path} has format {record['format']}, this version of hosl-flower reads {FORMAT}"
+            )
+        if record["step"] != step or record["sha256"] != _sha256(path / _TENSORS):
+            raise ValueError("its parts do not belong together")
+        return Checkpoint(step, record["values"], load_file(path / _TENSORS))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}); remove it, and resume from another if there is one"
+        ) from error
+
+
+def sync(path: Path) -> None:
+    """Have a file's or a directory's contents on the disk when this returns."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # a full disk is one
+        raise OSError(str(error)) from error
+
+
+def _found(run: Path) -> list[tuple[int, Path]]:
+    numbers = ((path.name.removeprefix(_NAME), path) for path in run.glob(f"{_NAME}*"))
+    return [(int(number), path) for number, path in numbers if number.isdecimal()]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

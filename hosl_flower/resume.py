@@ -1,0 +1,192 @@
+"""What of a run is in a checkpoint, and a run that goes on from one.
+
+All is on the server: its parameters and optimizer, its copy of what clients train with the
+optimizer's state and the place in the ledger, the clients' places in their data, what has been
+measured. Random numbers are functions of seed and step and have no state. Clients need not know:
+they are brought up to date like any that was away. So a run that is stopped and resumed gives the
+same numbers, bit for bit, as one that was not.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hosl_flower.checkpoint import Checkpoint, read
+from hosl_flower.config import RunConfig
+from hosl_flower.errors import CheckpointError, ConfigError
+from hosl_flower.history import History
+from hosl_flower.link.base import Traffic
+from hosl_flower.server import Server
+from hosl_flower.session import Drop, Session
+from hosl_flower.state import Snapshot
+
+# keys that may differ: they change how a run goes on, not what it computes
+_FREE = {
+    "steps", "resume", "checkpoint-every", "output-dir", "run-name", "save-model", "save-format",
+    "threads", "device", "link", "min-clients", "clients-per-node", "nodes-deadline",
+    "reply-deadline", "max-session-seconds", "stream-endpoint", "stream-bind",
+    "stream-certificate", "stream-key", "stream-authority", "stream-insecure", "stream-lifetime",
+}  # fmt: skip
+
+
+class Resumable(Protocol):
+    """What a method must offer."""
+
+    def save_state(self) -> dict[str, Tensor]:
+        """Tensors that outlive a step and are neither the server's nor the clients'."""
+
+    def load_state(self, session: Session, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `save_state`."""
+
+
+def run_directory(config: RunConfig) -> Path:
+    """Of the run that is resumed."""
+    return Path(config.resume).expanduser().absolute()
+
+
+def find(config: RunConfig) -> Checkpoint:
+    """The checkpoint that a config wants to go on from. CheckpointError when it is not there,
+    ConfigError when the config is of another run or nothing is left to do."""
+    directory = run_directory(config)
+    checkpoint = read(directory)
+    try:
+        record = json.loads((directory / "config.json").read_text())["config"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{directory}/config.json cannot be read ({error})") from error
+    wanted = config.as_keys()
+    differ = [
+        f"{key} = {record.get(key, 'not set')!r}, here {value!r}"
+        for key, value in wanted.items()
+        if key not in _FREE and record.get(key, value) != value
+    ]
+    if differ:
+        raise ConfigError(
+            f"resume: {directory} is a run with {'; '.join(differ)}; only what does not change "
+            "what is computed may be another"
+        )
+    if config.steps <= checkpoint.step:
+        raise ConfigError(
+            f"resume: {directory} has a checkpoint of step {checkpoint.step}, and steps = "
+            f"{config.steps}: nothing is left to do"
+        )
+    return checkpoint
+
+
+def collect(
+    step: int, session: Session, method: Resumable, traffic: Traffic, report: dict[str, Any]
+) -> Checkpoint:
+    """All of a run after a step."""
+    history = session.history
+    snapshot = history.state.snapshot()
+    values = {
+        "client": {
+            "genesis": history.ledger.genesis,
+            "position": snapshot.position,
+            "digest": snapshot.digest,
+            "updates": snapshot.updates,
+            "private_optimizer": history.private_optimizer,
+        },
+        "session": {
+            "batches": sorted(session.batches.items()),
+            "took_part": sorted(session.took_part.items()),
+            "evaluator": session.evaluator,
+            "unchecked": sorted(session.unchecked),
+            "checked_at": session.checked_at,
+            "dropped": session.dropped,
+        },
+        "traffic": asdict(traffic),
+        "report": report,
+    }
+    tensors = {
+        "client.weights": snapshot.weights,
+        "client.moments": snapshot.moments,
+        **{f"server.{name}": tensor for name, tensor in _server_tensors(session.server).items()},
+        **{f"method.{name}": tensor for name, tensor in method.save_state().items()},
+    }
+    return Checkpoint(step, values, tensors)
+
+
+def restore(checkpoint: Checkpoint, session: Session, method: Resumable) -> None:
+    """Bring a session that has just been opened to where the checkpoint is. CheckpointError when
+    it is of another model."""
+    values = checkpoint.values
+    try:
+        _restore_history(session.history, values["client"], checkpoint)
+        _load_server(session.server, _part(checkpoint.tensors, "server."))
+        method.load_state(session, _part(checkpoint.tensors, "method."))
+        own = values["session"]
+        session.batches = Counter(dict(own["batches"]))
+        session.took_part = Counter(dict(own["took_part"]))
+        session.evaluator, session.checked_at = own["evaluator"], own["checked_at"]
+        session.unchecked = set(own["unchecked"])
+        session.dropped = [Drop(*drop) for drop in own["dropped"]]
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the checkpoint of step {checkpoint.step} does not fit this run ({error})"
+        ) from error
+    session.resumed = checkpoint
+
+
+def earlier_traffic(checkpoint: Checkpoint) -> Traffic:
+    """What had been sent when the checkpoint was made."""
+    values = dict(checkpoint.values["traffic"])
+    return Traffic(**{**values, "tensor_peaks": tuple(values["tensor_peaks"])})
+
+
+def _restore_history(history: History, place: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    if place["genesis"] != history.ledger.genesis:
+        raise ValueError(
+            f"its client submodel is {place['genesis']!r}, not {history.ledger.genesis!r}"
+        )
+    snapshot = Snapshot(
+        place["position"],
+        place["digest"],
+        place["updates"],
+        checkpoint.tensors["client.weights"],
+        checkpoint.tensors["client.moments"],
+    )
+    history.state.restore(snapshot, checkpoint.step)
+    history.ledger.skip(snapshot.position, snapshot.digest)
+    history.private_optimizer = place["private_optimizer"]
+
+
+def _server_tensors(server: Server) -> dict[str, Tensor]:
+    """Parameters and what the optimizer keeps of each."""
+    found = {}
+    for name, parameter in server.trained.items():
+        found[f"parameter.{name}"] = parameter.detach().cpu()
+        for key, value in server.optimizer.state.get(parameter, {}).items():
+            found[f"{key}.{name}"] = torch.as_tensor(value).cpu()
+    return found
+
+
+def _load_server(server: Server, tensors: Mapping[str, Tensor]) -> None:
+    rest = dict(tensors)
+    own = server.optimizer.state_dict()
+    kept: dict[int, dict[str, Tensor]] = {}
+    for number, (name, parameter) in enumerate(server.trained.items()):
+        value = rest.pop(f"parameter.{name}")
+        if value.shape != parameter.shape:
+            raise ValueError(f"{name} is {list(value.shape)}, not {list(parameter.shape)}")
+        with torch.no_grad():
+            parameter.copy_(value)
+        mine = [key for key in rest if key.partition(".")[2] == name]
+        if mine:
+            kept[number] = {key.partition(".")[0]: rest.pop(key) for key in mine}
+    if rest:
+        raise ValueError(f"it has {sorted(rest)[0]}, which is not trained here")
+    server.optimizer.load_state_dict({**own, "state": kept})
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }

@@ -1,0 +1,69 @@
+"""What a run says of itself in the log: its plan before it starts, its results in the end."""
+
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from hosl_flower.link.base import Traffic
+from hosl_flower.session import Session
+
+if TYPE_CHECKING:
+    from hosl_flower.report import Results
+
+
+def plan(method: Any, session: Session) -> Iterable[str]:
+    """What is about to happen, line by line."""
+    config, spec = session.config, session.spec
+    held, trained = session.client_counts()
+    origin = "pretrained" if session.base.pretrained else "random weights"
+    yield f"{method.name}: {spec.model} ({origin}), task {spec.task.name}, seed {spec.seed}"
+    yield (
+        f"cut after block {spec.cut_layer} of {session.base.blocks}: client holds "
+        f"{held / 1e6:.1f} M parameters and probes {trained / 1e6:.1f} M; server trains "
+        f"{session.server.trained_count() / 1e6:.1f} M"
+    )
+    if spec.dtype != "float32":
+        yield (
+            f"{spec.dtype} client: probes at distance {config.epsilon:g}; updates are rounded at "
+            "random, so that steps smaller than a weight's spacing count on average, with noise"
+        )
+    examples = [client.train_examples for client in session.clients.values()]
+    yield (
+        f"{len(examples)} client(s) with {min(examples)} to {max(examples)} training examples; "
+        f"{next(iter(session.clients.values())).held_out_examples} held out"
+    )
+    sequences = spec.batch_size * session.encoder.answers.sequences
+    most = sequences * spec.max_length * session.activation_bytes_per_token
+    up, down = method.activations_per_step()
+    yield (
+        f"{config.steps} steps of {spec.batch_size} examples; per step {up} activations up, "
+        f"{down} down, each at most {most / 1e6:.2f} MB"
+    )
+
+
+def table(results: "Results", traffic: Traffic) -> str:
+    """The results, as text."""
+    grid = Table(title=f"{results.method} on {results.task}", show_header=False)
+    seconds, peaks = results.seconds_per_step, results.client_peak_memory["tensor_bytes"]
+    rows = {
+        "model": f"{results.model} ({'pretrained' if results.pretrained else 'RANDOM WEIGHTS'})",
+        "accuracy": f"{results.accuracy:.4f} (majority class {results.majority_accuracy:.4f})",
+        "balanced accuracy": f"{results.balanced_accuracy:.4f}",
+        "loss": f"{results.loss:.4f} (before training {results.evaluations[0]['loss']:.4f})",
+        "steps": f"{results.steps} in {results.wall_seconds:.1f} s",
+        "seconds per step": ", ".join(f"{part} {value:.3f}" for part, value in seconds.items()),
+        "bytes": f"{traffic.total(traffic.up) / 1e6:.1f} MB up, "
+        f"{traffic.total(traffic.down) / 1e6:.3f} MB down",
+        "client peak memory": f"{results.client_peak_memory['bytes'] / 2**20:.0f} MiB, tensors: "
+        + ", ".join(f"{p} {n / 2**20:.0f}" for p, n in peaks.items()),
+    }
+    if results.clients["dropped"]:
+        rows["dropped"] = f"{len(results.clients['dropped'])} times a step went on without a client"
+    for name, value in rows.items():
+        grid.add_row(name, value)
+    console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(grid)
+    return console.export_text()
