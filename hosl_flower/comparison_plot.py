@@ -13,11 +13,14 @@ from matplotlib import pyplot
 from hosl_flower.comparison import Row
 from hosl_flower.outcome import Outcome
 
+_BYTES = "MB up and down"
 _AXES: tuple[tuple[str, Callable[[Outcome, int], float]], ...] = (
     ("step", lambda run, step: step),
-    ("MB up and down", lambda run, step: step * (run.bytes_up + run.bytes_down) / 1e6),
+    (_BYTES, lambda run, step: step * (run.bytes_up + run.bytes_down) / 1e6),
     ("client forward-equivalents", lambda run, step: step * run.forwards),
 )
+
+_MARKS = "osD^vP*Xph"
 
 
 def draw_comparison(path: Path, title: str, rows: Sequence[Row]) -> None:
@@ -30,8 +33,8 @@ def draw_comparison(path: Path, title: str, rows: Sequence[Row]) -> None:
             for number, row in enumerate(rows):
                 _draw(axes, row, scale, index, number)
             axes.set(xlabel=label, ylabel=f"held-out {what}")
-            if column:
-                axes.set_xscale("log")
+            if label == _BYTES:  # from kilobytes to gigabytes, and a start at none
+                axes.set_xscale("symlog", linthresh=1.0)
             axes.grid(alpha=0.3)
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper")
@@ -66,8 +69,8 @@ def draw_frontier(path: Path, title: str, rows: Sequence[Row]) -> None:
         return
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for number, (method, memory, gap, error) in enumerate(marks):
-        axes.errorbar(memory, gap, yerr=error, fmt="o", color=f"C{number % 10}", capsize=3)
-        axes.annotate(method, (memory, gap), xytext=(6, 5), textcoords="offset points")
+        style = {"fmt": _MARKS[number % len(_MARKS)], "color": f"C{number % 10}"}
+        axes.errorbar(memory, gap, yerr=error, capsize=3, label=method, **style)
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.axhline(1, color="grey", linewidth=0.8)
     axes.set(
@@ -75,7 +78,7 @@ def draw_frontier(path: Path, title: str, rows: Sequence[Row]) -> None:
         xlabel="client peak memory over inference",
         ylabel="gap closed (held-out loss), with standard error",
     )
-    axes.margins(x=0.15)
+    figure.legend(loc="outside right upper")  # methods that learn nothing lie on one another
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
