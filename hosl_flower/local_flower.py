@@ -11,7 +11,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,16 +20,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
-
-from hosl_flower.errors import HoslError
-
-_START_SECONDS = 60.0
-_STOP_SECONDS = 20.0
-
-
-class RunFailedError(HoslError):
-    """A Flower run ended without results."""
+from hosl_flower.processes import (
+    MARK,
+    RunFailedError,
+    free_port,
+    script,
+    stop,
+    wait_until_healthy,
+)
 
 
 def run_flower_app(
@@ -54,7 +51,7 @@ def run_flower_app(
         overrides_file = Path(environment["FLWR_HOME"]) / "overrides.toml"
         overrides_file.write_text(run_config)
         options = ["--stream", "--run-config", str(overrides_file)]
-        command = [_script("flwr"), "run", str(app), *options]
+        command = [script("flwr"), "run", str(app), *options]
         if federation:
             command += ["--federation-config", federation]
         code = subprocess.run(command, env=environment, check=False).returncode
@@ -74,11 +71,11 @@ def private_superlink() -> Iterator[dict[str, str]]:
     Ray with it, also when this process is interrupted.
     """
     home = Path(tempfile.mkdtemp(prefix="hosl-flwr-"))
-    http, control = _free_port(), _free_port()
+    http, control = free_port(), free_port()
     environment = {
-        # marks every descendant, those in sessions of their own too, for _stop; first, where a
+        # marks every descendant, those in sessions of their own too, for stop; first, where a
         # process title that grows into the environment is least likely to cut it off
-        _MARK: secrets.token_hex(8),
+        MARK: secrets.token_hex(8),
         **os.environ,
         "FLWR_HOME": str(home),
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(http),
@@ -95,7 +92,7 @@ def private_superlink() -> Iterator[dict[str, str]]:
         with (home / "superlink.log").open("wb") as log:
             process = subprocess.Popen(
                 [
-                    _script("flower-superlink"),
+                    script("flower-superlink"),
                     *("--insecure", "--simulation", "--isolation", "subprocess"),
                     *("--host", "127.0.0.1", "--port", str(http)),
                     *("--control-api-address", f"127.0.0.1:{control}"),
@@ -105,97 +102,10 @@ def private_superlink() -> Iterator[dict[str, str]]:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        _wait_until_healthy(http, process, home / "superlink.log")
+        wait_until_healthy(http, process, home / "superlink.log")
         yield environment
     finally:
         if process is not None:
-            _stop(process, environment[_MARK])
+            stop(process, environment[MARK])
         signal.signal(signal.SIGTERM, before)
         shutil.rmtree(home, ignore_errors=True)
-
-
-_MARK = "HOSL_FLWR_RUN"
-
-
-def _wait_until_healthy(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    give_up = time.monotonic() + _START_SECONDS
-    while time.monotonic() < give_up and process.poll() is None:
-        try:
-            if httpx.get(f"http://127.0.0.1:{port}/health", timeout=1.0).is_success:
-                return
-        except httpx.HTTPError:
-            pass
-        time.sleep(0.2)
-    tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
-    raise RunFailedError(f"the local SuperLink did not start: {tail or 'no output'}")
-
-
-def _stop(process: subprocess.Popen[bytes], mark: str) -> None:
-    """End the SuperLink and all it started: politely first, then for good.
-
-    A process is known by the mark in its environment or, since Ray's overwrite theirs with a
-    process title, by its line of descent, taken before any parent is gone. A pid alone may be
-    reused, so it is kept with its start time.
-    """
-    family = _descendants(process.pid)
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is None:
-            process.send_signal(number)
-        for pid in _alive(family, mark):
-            try:
-                os.kill(pid, number)
-            except ProcessLookupError:
-                continue
-        give_up = time.monotonic() + _STOP_SECONDS
-        while time.monotonic() < give_up and (process.poll() is None or _alive(family, mark)):
-            time.sleep(0.1)
-
-
-def _processes() -> dict[int, tuple[int, str]]:
-    """pid -> (parent, start time) of every process that is not a zombie (Linux)."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if fields[0] != "Z":
-            found[int(path.parent.name)] = (int(fields[1]), fields[19])
-    return found
-
-
-def _descendants(root: int) -> dict[int, str]:
-    """pid -> start time of everything below `root`."""
-    processes = _processes()
-    family: dict[int, str] = {}
-    generation = {root}
-    while generation:
-        generation = {pid for pid, (parent, _) in processes.items() if parent in generation}
-        family |= {pid: processes[pid][1] for pid in generation}
-    return family
-
-
-def _alive(family: Mapping[int, str], mark: str) -> list[int]:
-    """Pids of the family, or with the mark, that still run."""
-    wanted = f"{_MARK}={mark}".encode()
-    found = []
-    for pid, (_, started) in _processes().items():
-        try:
-            marked = wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        except OSError:
-            marked = False
-        if marked or family.get(pid) == started:
-            found.append(pid)
-    return found
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _script(name: str) -> str:
-    """A console script of this very environment, not of whatever comes first on PATH."""
-    own = Path(sys.executable).parent / name
-    return str(own) if own.is_file() else name

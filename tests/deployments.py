@@ -9,16 +9,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from hosl_flower.local_flower import _MARK, _free_port, _script, _stop, _wait_until_healthy
+from hosl_flower.processes import MARK, free_port, script, stop, wait_until_healthy
 
 
 @contextlib.contextmanager
 def deployment(nodes: int) -> Iterator[dict[str, str]]:
     """Environment in which `flwr run APP dep` reaches a SuperLink with `nodes` SuperNodes."""
     home = Path(tempfile.mkdtemp(prefix="hosl-dep-"))
-    http, control = _free_port(), _free_port()
+    http, control = free_port(), free_port()
     environment = {
-        _MARK: f"deployment{os.getpid()}-{http}",
+        MARK: f"deployment{os.getpid()}-{http}",
         **os.environ,
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
@@ -34,7 +34,7 @@ def deployment(nodes: int) -> Iterator[dict[str, str]]:
         log = (home / f"{len(processes)}-{name}.log").open("wb")
         processes.append(
             subprocess.Popen(
-                [_script(name), "--insecure", *arguments],
+                [script(name), "--insecure", *arguments],
                 env=environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -49,18 +49,18 @@ def deployment(nodes: int) -> Iterator[dict[str, str]]:
             *("--host", "127.0.0.1", "--port", str(http)),
             *("--control-api-address", f"127.0.0.1:{control}"),
         )
-        _wait_until_healthy(http, superlink, home / "0-flower-superlink.log")
+        wait_until_healthy(http, superlink, home / "0-flower-superlink.log")
         for number in range(nodes):
             start(
                 "flower-supernode",
                 *("--superlink", f"127.0.0.1:{http}"),
-                *("--host", "127.0.0.1", "--port", str(_free_port())),
+                *("--host", "127.0.0.1", "--port", str(free_port())),
                 *("--node-config", f"partition-id={number} num-partitions={nodes}"),
             )
         yield environment
     finally:
         for process in reversed(processes):
-            _stop(process, environment[_MARK])
+            stop(process, environment[MARK])
 
 
 def run_deployed(
@@ -74,7 +74,7 @@ def run_deployed(
             for key, value in keys.items()
         )
     )
-    command = [_script("flwr"), "run", str(app), "dep", "--stream", "--run-config", str(config)]
+    command = [script("flwr"), "run", str(app), "dep", "--stream", "--run-config", str(config)]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=seconds, check=False
     )

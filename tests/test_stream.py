@@ -24,7 +24,6 @@ from hosl_flower.link.inprocess import InProcessLink
 from hosl_flower.link.nodes import Nodes
 from hosl_flower.link.sessions import METHOD
 from hosl_flower.link.stream import SESSION, StreamLink
-from hosl_flower.local_flower import _free_port
 from hosl_flower.messages import (
     REPLIES,
     REQUESTS,
@@ -35,6 +34,7 @@ from hosl_flower.messages import (
     LocalStep,
     Probe,
 )
+from hosl_flower.processes import free_port
 
 SPEC = client_spec(num_clients=5)
 LIMITS = Limits(batch=8, length=32, hidden=64, dtype="float32", classes=2)
@@ -321,7 +321,7 @@ def authority():
 
 
 def test_a_stream_with_tls(history, make, authority):
-    port = _free_port()
+    port = free_port()
     tls = {
         "endpoint": f"localhost:{port}", "bind": f"127.0.0.1:{port}", "certificate": authority,
     }  # fmt: skip

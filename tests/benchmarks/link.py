@@ -32,8 +32,9 @@ from hosl_flower.config import parse_config
 from hosl_flower.link.dial import Invitation, serve
 from hosl_flower.link.frames import Key
 from hosl_flower.link.sessions import StreamServer
-from hosl_flower.local_flower import _free_port, run_flower_app
+from hosl_flower.local_flower import run_flower_app
 from hosl_flower.messages import Applied, Change, Describe, LocalTrain
+from hosl_flower.processes import free_port
 from hosl_flower.server_app import load_strategy, log_to_stderr
 from hosl_flower.spec import resolve
 
@@ -76,7 +77,7 @@ def run(name: str, link: str, keys: dict, out: Path) -> dict:
         run_flower_app(APP, keys, "num-supernodes=1", out)
     else:
         if link == "stream_deploy":
-            keys["stream-endpoint"] = f"127.0.0.1:{_free_port()}"
+            keys["stream-endpoint"] = f"127.0.0.1:{free_port()}"
         with deployment(1) as environment:
             run_deployed(environment, APP, keys, 580.0)
     results = json.loads((out / name / "results.json").read_text())

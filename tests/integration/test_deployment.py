@@ -13,7 +13,7 @@ from deployments import deployment, run_deployed
 from runs import metrics
 
 from hosl_flower.cli import read_app_config
-from hosl_flower.local_flower import _free_port
+from hosl_flower.processes import free_port
 from hosl_flower.server_app import load_strategy
 
 QUICK = Path(__file__).parents[2] / "simulations" / "quickstart"
@@ -36,7 +36,7 @@ def run_plain(keys):
 def test_a_deployment_over_streams_gives_the_same_bits(tmp_path, strategy):
     keys = {**KEYS, "strategy": strategy, "output-dir": str(tmp_path)}
     with deployment(nodes=2) as environment:
-        over = {**keys, "run-name": "stream", "stream-endpoint": f"127.0.0.1:{_free_port()}"}
+        over = {**keys, "run-name": "stream", "stream-endpoint": f"127.0.0.1:{free_port()}"}
         log = run_deployed(environment, QUICK, over, 200.0)
     run_plain(keys)
     assert metrics(tmp_path / "stream") == metrics(tmp_path / "plain")
@@ -83,7 +83,7 @@ def test_a_clientapp_killed_in_the_middle_comes_back_with_the_same_numbers(tmp_p
             time.sleep(0.05)
 
     with deployment(nodes=1) as environment:
-        over = {**keys, "run-name": "stream", "stream-endpoint": f"127.0.0.1:{_free_port()}"}
+        over = {**keys, "run-name": "stream", "stream-endpoint": f"127.0.0.1:{free_port()}"}
         killer = threading.Thread(target=kill, args=(environment,))
         killer.start()
         log = run_deployed(environment, QUICK, over, 300.0)
@@ -116,14 +116,14 @@ def test_a_run_whose_server_app_is_killed_is_resumed_with_the_same_bits(tmp_path
                 os.kill(pid, signal.SIGKILL)
 
     with deployment(nodes=2) as environment:
-        over = {**keys, "stream-endpoint": f"127.0.0.1:{_free_port()}"}
+        over = {**keys, "stream-endpoint": f"127.0.0.1:{free_port()}"}
         killer = threading.Thread(target=kill, args=(environment,))
         killer.start()
         with pytest.raises(TimeoutError):
             run_deployed(environment, QUICK, {**over, "run-name": "stream"}, 200.0)
         killer.join()
         assert metrics(directory)[-1]["step"] < 80
-        over["stream-endpoint"] = f"127.0.0.1:{_free_port()}"
+        over["stream-endpoint"] = f"127.0.0.1:{free_port()}"
         again = {**over, "run-name": "again", "resume": str(directory)}
         log = run_deployed(environment, QUICK, again, 300.0, directory / "results.json")
     assert "resumed after step" in log
@@ -143,7 +143,7 @@ def test_flower_messages_of_several_steps_and_sessions_that_are_renewed(tmp_path
             QUICK,
             {
                 **keys, "run-name": "stream", "max-session-seconds": 1.0,
-                "stream-endpoint": f"127.0.0.1:{_free_port()}",
+                "stream-endpoint": f"127.0.0.1:{free_port()}",
             },
             300.0,
         )  # fmt: skip
