@@ -1,6 +1,7 @@
 # make run    set up, train simulations/opt125m_hosl through `flwr run`, write runs/<time>-opt125m_hosl
 # make test   set up, run the fast tests and the real Flower tests
 # make lint   ruff and mypy
+# make deploy-demo   SuperLink, three SuperNodes, TLS and authentication on this machine
 # SIMULATION=simulations/quickstart make run    another simulation
 # ARGS="-c steps=50 -c seed=1" make run         other run-config values
 
@@ -9,7 +10,7 @@ VENV ?= .venv
 SIMULATION ?= simulations/opt125m_hosl
 BIN := $(VENV)/bin
 
-.PHONY: setup run test fast-test integration-test lint clean
+.PHONY: setup run deploy-demo test fast-test integration-test lint clean
 
 setup: $(VENV)/.ready
 
@@ -22,6 +23,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 run: setup
 	$(BIN)/python -m hosl_flower simulate $(SIMULATION) $(ARGS)
+
+deploy-demo: setup
+	$(BIN)/python deploy/demo.py
 
 test: fast-test integration-test
 
