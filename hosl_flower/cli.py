@@ -1,5 +1,6 @@
 """The command line: run a simulation in this process, or through a private Flower SuperLink."""
 
+import json
 import os
 import tomllib
 from pathlib import Path
@@ -68,6 +69,37 @@ def compare(
     try:
         overrides = dict(map(key_value, config or []))
         typer.echo(run_comparison(experiment, out, processes, overrides))
+    except HoslError as error:
+        _fail(error)
+
+
+@cli.command()
+def plan(
+    app: App,
+    config: Override = None,
+    client_memory: Annotated[str, typer.Option(help="of a device, e.g. 1GB")] = "",
+    uplink: Annotated[str, typer.Option(help="of a device, e.g. 10Mbps")] = "",
+    downlink: Annotated[str, typer.Option(help="of a device, e.g. 50Mbps")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+) -> None:
+    """What a run will need of a device: memory, bytes and seconds, from a few steps here."""
+    from hosl_flower.server_app import log_to_stderr  # first: it settles how threads wait
+
+    log_to_stderr()
+    from hosl_flower import plan as planning
+    from hosl_flower.summary import plan_table
+
+    try:
+        memory = planning.parse_bytes("--client-memory", client_memory)
+        rates = planning.parse_rate("--uplink", uplink), planning.parse_rate("--downlink", downlink)
+        found = planning.plan(read_app_config(app, config or []))
+        typer.echo(json.dumps(found.as_json()) if as_json else plan_table(found, memory, *rates))
+        if found.client_bytes > memory:
+            raise ConfigError(
+                f"a client needs about {found.client_bytes / 1e9:.2f} GB, --client-memory is "
+                f"{memory / 1e9:.2f} GB: lower cut-layer, client-micro-batch or max-length, or use "
+                "dtype = bfloat16"
+            )
     except HoslError as error:
         _fail(error)
 

@@ -233,7 +233,7 @@ class Client:
                 f"step {request.step}: this client's update gives ledger {digest}, "
                 f"the server's {request.digest_after}"
             )
-        self._apply([entry])
+        self.apply([entry])
         return self._applied()
 
     def _already_applied(self, request: Losses | Adopt) -> bool:
@@ -256,7 +256,7 @@ class Client:
             done = 0
             if self.state.digest != request.digest:
                 raise ProtocolError("catch-up: the entries are of another run")
-        self._apply(entries[done:])
+        self.apply(entries[done:])
         return self._applied()
 
     def _restore(self, request: Restore) -> Answer:
@@ -272,7 +272,8 @@ class Client:
             self.branches.clear()
         return self._applied()
 
-    def _apply(self, entries: list[Entry]) -> None:
+    def apply(self, entries: list[Entry]) -> None:
+        """Make the updates of ledger entries that follow on the position."""
         if entries:
             self.compute.moved()
             self.branches.clear()

@@ -1,5 +1,6 @@
 """What a run says of itself in the log: its plan before it starts, its results in the end."""
 
+import math
 import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from hosl_flower.link.base import Traffic
 from hosl_flower.session import Session
 
 if TYPE_CHECKING:
+    from hosl_flower.plan import Plan
     from hosl_flower.report import Results
 
 
@@ -64,6 +66,53 @@ def table(results: "Results", traffic: Traffic) -> str:
         rows["dropped"] = f"{len(results.clients['dropped'])} times a step went on without a client"
     for name, value in rows.items():
         grid.add_row(name, value)
+    return _rendered(grid)
+
+
+def plan_table(found: "Plan", memory: float, uplink: float, downlink: float) -> str:
+    """A plan as text. memory: bytes a client has; uplink, downlink: bytes per second; infinite
+    where nothing was said of them."""
+    grid = Table(title=f"a run of {found.method}, before it is started", show_header=False)
+    peaks = found.peak_bytes
+    worst = max(peaks.values())
+    training = max(peak for phase, peak in peaks.items() if phase != "load")
+    over = f"; {training / peaks['forward']:.2f} of inference" if "forward" in peaks else ""
+    rows = {
+        "model": f"{found.model} ({'pretrained' if found.pretrained else 'RANDOM WEIGHTS'})",
+        "client": f"{found.client_parameters / 1e6:.1f} M parameters, "
+        f"{found.client_weight_bytes / 1e6:.0f} MB; trains {found.client_trained / 1e6:.1f} M",
+        "server": f"trains {found.server_trained / 1e6:.1f} M parameters",
+        "client memory": f"{worst / 1e6:.0f} MB of tensors, for the longest batch ("
+        + ", ".join(f"{phase} {peak / 1e6:.0f}" for phase, peak in peaks.items())
+        + f"){over}; the process about {found.client_bytes / 1e9:.2f} GB",
+        "per step": f"{found.clients:.2g} client(s): {found.up_bytes / 1e6:.2f} MB up, "
+        f"{found.down_bytes / 1e6:.2f} MB down; on this machine client "
+        f"{found.client_seconds / found.clients:.2f} s each, server {found.server_seconds:.2f} s",
+        "an evaluation": f"{found.evaluation_bytes / 1e6:.1f} MB up, "
+        f"{found.evaluation_seconds:.1f} s, {found.evaluations} times",
+        "run": f"{found.steps} steps, about "
+        f"{_duration(found.run_seconds(uplink, downlink))}{_assumed(uplink, downlink)}",
+    }
+    if memory < math.inf:
+        fits = "fits" if found.client_bytes <= memory else "DOES NOT FIT"
+        rows["device"] = f"{memory / 1e9:.2f} GB: {fits}"
+    for name, value in rows.items():
+        grid.add_row(name, value)
+    return _rendered(grid)
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
+
+
+def _assumed(uplink: float, downlink: float) -> str:
+    known = {"up": uplink, "down": downlink}
+    rates = [f"{8 * rate / 1e6:g} Mbps {way}" for way, rate in known.items() if rate < math.inf]
+    return f" with {' and '.join(rates)}" if rates else ", not counting the network"
+
+
+def _rendered(grid: Table) -> str:
     console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(grid)
     return console.export_text()

@@ -341,8 +341,8 @@ def test_drift_is_found_at_the_next_evaluation_and_names_the_step(make, monkeypa
     class Flipped(original):
         """Its memory is damaged while it applies step 3."""
 
-        def _apply(self, entries):
-            super()._apply(entries)
+        def apply(self, entries):
+            super().apply(entries)
             if entries and entries[-1].step == 3 and self.state.position == 3:
                 with torch.no_grad():
                     next(iter(self.state.parameters.values())).view(-1)[0] += 1e-3

@@ -53,7 +53,7 @@ def peaks_of(traced: bool, **changes) -> dict[str, int]:
         for request in requests:
             list(client.answer([request]))
         if client.spec.client_gradient == "backprop":
-            client._apply([Entry(1, (11, 12), (0.5, -0.5), 1e-3)])
+            client.apply([Entry(1, (11, 12), (0.5, -0.5), 1e-3)])
         return dict(client.meter.peaks)
 
 

@@ -142,6 +142,10 @@ class Link(ABC):
     def close(self) -> None:  # noqa: B027  # most links hold nothing open
         """Let go of everything held open; the link is not used again."""
 
+    def arrived(self, partition: int) -> None:
+        """Take it that a client is at the end of the ledger."""
+        self._positions[partition] = len(self.history.ledger), self.history.ledger.digest()
+
     def flush(self) -> None:
         """Deliver everything posted."""
         for replies in self.exchange({partition: [] for partition in self._outbox}).values():

@@ -130,7 +130,7 @@ def _client(shape: tuple, column: str, device: str) -> dict[str, Any]:
         ask(LocalStep(**at, **lambda_(), learning_rate=1e-6))
 
     def update() -> None:
-        client._apply([Entry(1, (1,), (0.125,), 1e-6)])
+        client.apply([Entry(1, (1,), (0.125,), 1e-6)])
 
     weights = sum(p.nbytes for p in client.submodel.parameters())
     if method == "together":  # inference, HOSL and HO-SFL with as few forwards as they can share

@@ -1,0 +1,214 @@
+"""What a run will need, before it is started: memory, bytes and time of a step.
+
+Time and bytes are those of a few real steps in this process, with real batches. Memory is that of
+the largest batch there can be, batch-size examples of max-length tokens, found on shapes alone
+(traced.py) with the client's own code. Nothing is written.
+"""
+
+import copy
+import logging
+import math
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
+from hosl_flower.client import Client
+from hosl_flower.config import RunConfig
+from hosl_flower.errors import ConfigError
+from hosl_flower.link.inprocess import InProcessLink
+from hosl_flower.memory import PHASES, Meter
+from hosl_flower.messages import Activations, Evaluate
+from hosl_flower.server import Score
+from hosl_flower.server_app import load_strategy
+from hosl_flower.session import Session
+from hosl_flower.spec import torch_dtype
+from hosl_flower.strategy import SplitStrategy
+from hosl_flower.tasks import Batch
+from hosl_flower.traced import shapes_only
+from hosl_flower.training import describe_all
+
+# What a client's process has besides its tensors, libraries and interpreter, on a CPU: resident
+# sets less peaks of tensors are 0.41 to 0.47 GB in docs/results/memory.json (recompute: 0.6).
+PROCESS_BYTES = 450_000_000
+
+_SECONDS = 5.0  # of real steps, at least two
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of one run. Bytes, seconds and counts are of one training step and all its clients together,
+    unless they say otherwise."""
+
+    method: str
+    model: str
+    pretrained: bool
+    steps: int
+    clients: float  # that work in a step
+    client_parameters: int
+    client_trained: int
+    server_trained: int
+    client_weight_bytes: int
+    peak_bytes: dict[str, int]  # of one client's tensors, by phase, for the largest batch
+    up_bytes: float
+    down_bytes: float
+    client_seconds: float
+    server_seconds: float
+    evaluation_bytes: float  # one evaluation
+    evaluation_seconds: float
+    evaluations: int
+
+    @property
+    def client_bytes(self) -> int:
+        """What a client's process needs on a CPU."""
+        return max(self.peak_bytes.values()) + PROCESS_BYTES
+
+    def step_seconds(self, uplink: float, downlink: float) -> float:
+        """Of one step: computing and sending one after the other, clients at the same time.
+
+        uplink, downlink: bytes per second of each client; infinite where sending takes no time.
+        """
+        sending = self.up_bytes / self.clients / uplink + self.down_bytes / self.clients / downlink
+        return self.client_seconds / self.clients + self.server_seconds + sending
+
+    def run_seconds(self, uplink: float, downlink: float) -> float:
+        """Of the whole run, evaluations included."""
+        sending = self.evaluation_bytes / uplink
+        evaluations = self.evaluations * (self.evaluation_seconds + sending)
+        return self.steps * self.step_seconds(uplink, downlink) + evaluations
+
+    def as_json(self) -> dict[str, object]:
+        """All of it."""
+        return {**asdict(self), "client_bytes": self.client_bytes}
+
+
+def plan(config: RunConfig) -> Plan:
+    """Measure and count. Raises what the run itself would at its start."""
+    logging.getLogger("hosl_flower").setLevel(logging.WARNING)
+    method = load_strategy(config)
+    session = method._open("plan")
+    client = Client(session.spec)
+    link = InProcessLink(client, session.history, session.limits)
+    describe_all(session, link)
+    method.settle(session)
+    evaluation = _one_evaluation(session, link)
+    step = _steps(method, session, link)
+    held, trained = session.client_counts()
+    return Plan(
+        method=method.name,
+        model=session.spec.model,
+        pretrained=session.base.pretrained,
+        steps=config.steps,
+        client_parameters=held,
+        client_trained=trained,
+        server_trained=session.server.trained_count(),
+        client_weight_bytes=held * torch_dtype(session.spec.dtype).itemsize,
+        peak_bytes=peaks_of(config, session.sample(1)),
+        **step,
+        **evaluation,
+        evaluations=1 + math.ceil(config.steps / config.eval_every),
+    )
+
+
+def peaks_of(config: RunConfig, partitions: list[int]) -> dict[str, int]:
+    """Peak bytes of a client's tensors by phase, weights included, in the first two steps: what an
+    optimizer keeps is there in the second.
+
+    partitions: the clients of these steps.
+    """
+    with shapes_only():
+        method = load_strategy(config)
+        session = method._open("plan")
+        session.sample = lambda step, absent=(): partitions  # type: ignore[method-assign]
+        client = Client(session.spec)
+        size, length = config.batch_size, config.max_length
+        rows = size * session.encoder.answers.sequences
+        batch = Batch(
+            torch.arange(rows * length).view(rows, length),
+            torch.ones(rows, length, dtype=torch.int64),
+            torch.zeros(size, dtype=torch.int64),
+        )
+        client.compute.train_batch = lambda *_: batch  # type: ignore[method-assign]
+        link = InProcessLink(client, session.history, session.limits)
+        describe_all(session, link)
+        method.steps(session, link, [1])
+        first, ledger = client.meter.peaks, session.history.ledger
+        client.meter = client.compute.meter = Meter(client.device)  # to look at all anew
+        if ledger.start <= client.state.position:  # entries in a message would be all zeros
+            client.apply(ledger.since(client.state.position))
+            for partition in partitions:
+                link.arrived(partition)
+        method.steps(session, link, [2])
+        second = client.meter.peaks
+        return {phase: most for phase in PHASES if (most := max(first[phase], second[phase]))}
+
+
+def _steps(method: SplitStrategy, session: Session, link: InProcessLink) -> dict[str, float]:
+    """Per step; the first warms up."""
+    done, steps = 0, iter(range(1, session.config.steps + 2))
+    method.steps(session, link, [next(steps)])
+    session.took_part.clear()
+    before, started = copy.deepcopy(link.traffic), time.perf_counter()
+    for step in steps:
+        method.steps(session, link, [step])
+        done += 1
+        if time.perf_counter() - started > _SECONDS:
+            break
+    link.flush()
+    seconds = time.perf_counter() - started
+    client = link.traffic.client_seconds - before.client_seconds
+    clients = session.took_part.total()
+    # weights travel every local-steps: whether one of these steps was such a one is chance
+    apart = ("fetch", "restore") if method.needs_stream else ()
+    up = _sent(link.traffic.up, apart) - _sent(before.up, apart)
+    down = _sent(link.traffic.down, apart) - _sent(before.down, apart)
+    if method.needs_stream:
+        weights = session.history.snapshot_bytes * clients // session.config.local_steps
+        up, down = up + weights, down + weights * (session.config.num_clients > 1)
+    return {
+        "clients": clients / done,
+        "up_bytes": up / done,
+        "down_bytes": down / done,
+        "client_seconds": client / done,
+        "server_seconds": max(0.0, seconds - client) / done,
+    }
+
+
+def _sent(way: dict[str, list[int]], apart: tuple[str, ...]) -> int:
+    """Bytes of all kinds of requests but these."""
+    return sum(size for kind, (_, size) in way.items() if kind not in apart)
+
+
+def _one_evaluation(session: Session, link: InProcessLink) -> dict[str, float]:
+    """From one batch of the first client's held-out part."""
+    size, each = session.clients[0].held_out_examples, session.spec.eval_batch_size
+    batches = math.ceil(size / each)
+    before, started = link.traffic.total(link.traffic.up), time.perf_counter()
+    (reply,) = link.exchange({0: [Evaluate(**session.at(0, 0), batch=batches // 2)]})[0]
+    assert isinstance(reply, Activations)  # Link has checked it
+    session.server.score(reply, Score(len(session.spec.task.verbalizers)))
+    return {
+        "evaluation_bytes": batches * (link.traffic.total(link.traffic.up) - before),
+        "evaluation_seconds": batches * (time.perf_counter() - started),
+    }
+
+
+def parse_bytes(name: str, text: str) -> float:
+    """Bytes of "2GB" or "512MiB"; infinite for nothing. ConfigError for anything else."""
+    if not text:
+        return math.inf
+    try:
+        return float(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError as error:
+        raise ConfigError(f"{name} = {text!r}: expected a size such as 512MB or 2GiB") from error
+
+
+def parse_rate(name: str, text: str) -> float:
+    """Bytes per second of "10Mbps"; infinite for nothing. ConfigError for anything else."""
+    if text and not text.lower().endswith("bps"):
+        raise ConfigError(f"{name} = {text!r}: expected a rate such as 10Mbps")
+    try:
+        return parse_bytes(name, text[:-3] + "bit" if text else "")
+    except ConfigError as error:
+        raise ConfigError(f"{name} = {text!r}: expected a rate such as 10Mbps") from error
