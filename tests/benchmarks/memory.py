@@ -3,7 +3,7 @@
     python tests/benchmarks/memory.py --quick               OPT-125M, 64 x 256 tokens, one JSON line
     python tests/benchmarks/memory.py [--minutes 25]        the table; goes on where it stopped
     python tests/benchmarks/memory.py --traced              what is missing, on shapes alone
-    python tests/benchmarks/memory.py --table               the table of the results so far
+    python tests/benchmarks/memory.py --table [micro]       the table of the results so far
 
 Random weights, cut 5, synthetic full-length batches (memory depends on shapes only). HOSL with one
 direction, HO-SFL with one, SGD; residual feedback and recomputing with adafactor, whose state is in
@@ -309,28 +309,40 @@ def _is_traced_micro(shape: tuple) -> bool:
     return shape[1] <= 8 or shape[2:] == QUICK[2:]
 
 
-def table() -> str:
-    """Markdown: peak MiB (times inference), seconds; ~ traced, - not there, ... skipped."""
-    lines = ["| shape | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for shape, cells in json.loads(RESULTS.read_text()).items():
-        row = [shape]
-        for column in COLUMNS:
-            cell = cells.get(column, {})
-            base = cells.get("inference_micro" if "micro" in column else "inference", {})
-            text = "-" if not cell else "..."
-            if "peak" in cell:
-                text = "~" * cell.get("traced", False) + f"{cell['peak'] / 2**20:.0f}"
-                text += f" ({cell['peak'] / base['peak']:.2f})" if "peak" in base else ""
-                text += f", {cell['seconds']:.1f} s" if cell["seconds"] else ""
-            row.append(text)
-        lines.append("| " + " | ".join(row) + " |")
+def table(micro: bool) -> str:
+    """Markdown of the columns with micro-batches, or of those without: peak MiB (times inference),
+    seconds; ~ traced, - not there, ... skipped."""
+    columns = [name for name in COLUMNS if name.endswith("_micro") == micro]
+    lines = [
+        "| shape | " + " | ".join(columns) + " | fo / hosl |",
+        "|---" * (len(columns) + 2) + "|",
+    ]
+    results = json.loads(RESULTS.read_text())
+    for shape in SHAPES:
+        for device in ("cuda", "cpu"):
+            cells = results.get(f"{device} " + " ".join(map(str, shape)), {})
+            texts = [_text(cells, column, columns[0]) for column in columns]
+            if any(text != "-" for text in texts):
+                model, batch, length, *rest = shape
+                name = ", ".join([device, model, f"{batch} x {length}", *rest])
+                ratio = summary(cells).get("fo_over_hosl_micro" if micro else "fo_over_hosl")
+                lines.append(f"| {name} | " + " | ".join(texts) + f" | {ratio or '-'} |")
     return "\n".join(lines)
+
+
+def _text(cells: dict[str, dict[str, Any]], column: str, inference: str) -> str:
+    cell, base = cells.get(column, {}), cells.get(inference, {})
+    if "peak" not in cell:
+        return "..." if "skipped" in cell else "-"
+    text = "~" * cell.get("traced", False) + f"{cell['peak'] / 2**20:.0f}"
+    text += f" ({cell['peak'] / base['peak']:.2f})" if "peak" in base else ""
+    return text + (f", {cell['seconds']:.1f} s" if cell["seconds"] else "")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--table", nargs="?", const="whole", choices=["whole", "micro"])
     parser.add_argument("--traced", action="store_true", help="bytes from shapes, no seconds")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -343,7 +355,7 @@ def main() -> None:
     elif arguments.quick:
         quick(arguments.device)
     elif arguments.table:
-        print(table())
+        print(table(arguments.table == "micro"))
     else:
         full(arguments.device, arguments.minutes, arguments.limit_gib, arguments.traced)
 
