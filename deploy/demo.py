@@ -199,6 +199,8 @@ def main() -> None:
         results = demo(home, arguments.out.absolute())
     except RunFailedError as error:
         sys.exit(f"error: {error}")
+    except subprocess.TimeoutExpired:
+        sys.exit(f"error: the run takes too long; the logs are in {home}")
     if not arguments.keep:
         shutil.rmtree(home, ignore_errors=True)
     clients = json.loads(results.read_text())["clients"]

@@ -3,7 +3,8 @@
 A checkpoint is a directory `checkpoint-<step>` in the run directory:
 
     tensors.safetensors   all tensors, by name
-    checkpoint.json       {"format", "step", "sha256" of the tensors, "values": all the rest}
+    checkpoint.json       {"format", "step", "sha256" of the tensors, "values": all the rest,
+                          "values_sha256"}
 
 It is written under another name, synced to disk and renamed; the one before it is removed after
 that. So whatever stops a run, there is a whole checkpoint, the last one or the one before.
@@ -55,6 +56,7 @@ def write(run: Path, checkpoint: Checkpoint) -> Path:
             "step": checkpoint.step,
             "sha256": _sha256(part / _TENSORS),
             "values": checkpoint.values,
+            "values_sha256": _digest(checkpoint.values),
         }
         (part / _VALUES).write_text(json.dumps(record, indent=1) + "\n")
         for written in (part / _TENSORS, part / _VALUES, part):
@@ -66,7 +68,7 @@ def write(run: Path, checkpoint: Checkpoint) -> Path:
         shutil.rmtree(part, ignore_errors=True)
         raise
     for step, other in _found(run):
-        if step != checkpoint.step:
+        if step < checkpoint.step:
             shutil.rmtree(other, ignore_errors=True)
     return path
 
@@ -89,7 +91,8 @@ def read(run: Path) -> Checkpoint:
             raise CheckpointError(
                 f"{path} has format {record['format']}, this version of hosl-flower reads {FORMAT}"
             )
-        if record["step"] != step or record["sha256"] != _sha256(path / _TENSORS):
+        whole = record["values_sha256"] == _digest(record["values"])
+        if record["step"] != step or not whole or record["sha256"] != _sha256(path / _TENSORS):
             raise ValueError("its parts do not belong together")
         return Checkpoint(step, record["values"], load_file(path / _TENSORS))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -117,6 +120,11 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
 def _found(run: Path) -> list[tuple[int, Path]]:
     numbers = ((path.name.removeprefix(_NAME), path) for path in run.glob(f"{_NAME}*"))
     return [(int(number), path) for number, path in numbers if number.isdecimal()]
+
+
+def _digest(values: Any) -> str:
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

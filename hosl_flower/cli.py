@@ -93,7 +93,8 @@ def plan(
         memory = planning.parse_bytes("--client-memory", client_memory)
         rates = planning.parse_rate("--uplink", uplink), planning.parse_rate("--downlink", downlink)
         found = planning.plan(read_app_config(app, config or []))
-        typer.echo(json.dumps(found.as_json()) if as_json else plan_table(found, memory, *rates))
+        both = {**found.as_json(), "run_seconds": found.run_seconds(*rates)}
+        typer.echo(json.dumps(both) if as_json else plan_table(found, memory, *rates))
         if found.client_bytes > memory:
             raise ConfigError(
                 f"a client needs about {found.client_bytes / 1e9:.2f} GB, --client-memory is "

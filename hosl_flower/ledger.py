@@ -12,6 +12,7 @@ number of entries; its digest, a running hash, names the history up to there.
 import hashlib
 import json
 import math
+import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -144,12 +145,18 @@ class Ledger:
         self._path, self._unwritten = path, []
 
     def seal(self) -> None:
-        """Write what is new to the file, and a line with the digest up to here."""
+        """Write what is new to the file, and a line with the digest up to here. OSError when it
+        cannot be written; the file is as it was then."""
         if self._path is None:
             return
         rows = [*self._unwritten, {"position": len(self), "digest": self.digest()}]
-        with self._path.open("a") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        size = self._path.stat().st_size
+        try:
+            with self._path.open("a") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
+        except OSError:
+            os.truncate(self._path, size)  # all or nothing: the next attempt writes them again
+            raise
         self._unwritten = []
 
     def _write(self, row: dict[str, Any]) -> None:

@@ -8,9 +8,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from hosl_flower.memory import PHASES
-from hosl_flower.requests import STRICT, Count, Digest, Finite
+from hosl_flower.requests import STRICT, Count, Counts, Digest, Digests, Finite
 
-Peaks = Annotated[tuple[Count, ...], Field(min_length=len(PHASES), max_length=len(PHASES))]
+Peaks = Annotated[Counts, Field(min_length=len(PHASES), max_length=len(PHASES))]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -32,7 +32,7 @@ class Described(Reply):
     kind: ClassVar[str] = "described"
     train_examples: Count
     held_out_examples: Count
-    label_counts: tuple[Count, ...]
+    label_counts: Counts
     memory_meter: Literal["live_storages", "cuda_allocated"]
 
 
@@ -112,8 +112,8 @@ class Fingerprinted(Reply):
     in order, that of the request last."""
 
     kind: ClassVar[str] = "fingerprinted"
-    positions: tuple[Count, ...]
-    fingerprints: tuple[Digest, ...]
+    positions: Counts
+    fingerprints: Digests
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
@@ -23,8 +24,9 @@ from typing import Any
 
 from hosl_flower.checkpoint import sync, write
 from hosl_flower.config import RunConfig
-from hosl_flower.errors import CheckpointError, ConfigError
+from hosl_flower.errors import ConfigError, HoslError
 from hosl_flower.link.base import Traffic
+from hosl_flower.lock import lock
 from hosl_flower.memory import PHASES
 from hosl_flower.plot import draw_curve, draw_partition
 from hosl_flower.resume import Resumable, collect, run_directory
@@ -92,6 +94,7 @@ class Report:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"output-dir: cannot make {self.directory}: {error}") from error
+        self._lock = lock(self.directory)
         record = {
             "config": self.config.as_keys(),
             "model_used": session.spec.model,
@@ -103,10 +106,10 @@ class Report:
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             **({"resumed_after_step": session.done} if session.resumed else {}),
         }
-        self._write("config.json", json.dumps(record, indent=2))
         if session.resumed is not None:
             self._go_on(session, session.resumed.values["report"])
-        else:
+        self._write("config.json", json.dumps(record, indent=2))
+        if session.resumed is None:
             (self.directory / "metrics.jsonl").write_text("")
             session.history.ledger.record(self.directory / "ledger.jsonl")
         counts = [client.label_counts for _, client in sorted(session.clients.items())]
@@ -120,14 +123,10 @@ class Report:
     def _go_on(self, session: Session, state: dict[str, Any]) -> None:
         """Take up the files where a checkpoint saw them; what came after it is made again."""
         (self.directory / "results.json").unlink(missing_ok=True)
+        for left in ("model", ".model.part"):
+            shutil.rmtree(self.directory / left, ignore_errors=True)
         for name, size in state["sizes"].items():
-            path = self.directory / name
-            if not path.is_file() or path.stat().st_size < size:
-                raise CheckpointError(
-                    f"{path} is shorter than when the checkpoint of step {session.done} was "
-                    "written: files of the run are damaged or missing"
-                )
-            os.truncate(path, size)
+            os.truncate(self.directory / name, size)
         session.history.ledger.go_on(self.directory / "ledger.jsonl")
         self.evaluations = state["evaluations"]
         self._seconds.update(state["seconds"])
@@ -136,9 +135,9 @@ class Report:
 
     def checkpoint(self, step: int, session: Session, method: Resumable, traffic: Traffic) -> None:
         """Write a checkpoint. One that cannot be written ends no run: the last is still there."""
-        session.history.ledger.seal()
         files = [self.directory / name for name in ("metrics.jsonl", "ledger.jsonl")]
         try:
+            session.history.ledger.seal()
             for file in files:
                 sync(file)
             state = {
@@ -185,7 +184,10 @@ class Report:
 
     def evaluated(self, step: int, score: Score, session: Session) -> None:
         """Record one evaluation, and the client submodel's history up to it."""
-        session.history.ledger.seal()
+        try:
+            session.history.ledger.seal()
+        except OSError as error:  # its entries are kept, and written when there is room
+            log.warning("ledger.jsonl cannot be written (%s)", error)
         row = {
             "loss": score.loss,
             "accuracy": score.accuracy,
@@ -269,8 +271,15 @@ class Report:
         )
 
     def _append(self, row: dict[str, Any]) -> None:
-        with (self.directory / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        path = self.directory / "metrics.jsonl"
+        try:
+            with path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise HoslError(
+                f"{path} cannot be written ({error}): make room, then go on from the last "
+                "checkpoint with resume"
+            ) from error
 
     def _write(self, name: str, text: str) -> None:
         """Whole or not at all."""

@@ -4,7 +4,7 @@ from dataclasses import field
 from typing import Annotated, ClassVar
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, FailFast, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -16,6 +16,10 @@ from hosl_flower.zo import Point
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+# the first bad element is enough: an error for each would be a hundred times the message's size
+Counts = Annotated[tuple[Count, ...], FailFast()]
+Finites = Annotated[tuple[Finite, ...], FailFast()]
+Digests = Annotated[tuple[Digest, ...], FailFast()]
 STRICT = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
 
 
@@ -80,8 +84,8 @@ class Losses(Request):
     """
 
     kind: ClassVar[str] = "losses"
-    seeds: tuple[Count, ...]
-    losses: tuple[Finite, ...]
+    seeds: Counts
+    losses: Finites
     epsilon: Finite
     learning_rate: Finite
     digest_after: Digest
@@ -94,7 +98,7 @@ class LocalProbe(Forward):
     the steps, which the client takes back at the end."""
 
     directions: Annotated[int, Field(ge=1, lt=2**31)]
-    seeds: tuple[Count, ...]
+    seeds: Counts
     epsilon: Finite
     learning_rate: Finite
 
@@ -178,9 +182,9 @@ class CatchUp(Request):
     """Entries from `position` on, as columns: seeds int64 [n], scalars float32 [n] ..."""
 
     kind: ClassVar[str] = "catch-up"
-    steps: tuple[Count, ...]
-    counts: tuple[Count, ...]
-    learning_rates: tuple[Finite, ...]
+    steps: Counts
+    counts: Counts
+    learning_rates: Finites
     seeds: Tensor
     scalars: Tensor
 

@@ -10,7 +10,7 @@ same numbers, bit for bit, as one that was not.
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +26,8 @@ from hosl_flower.server import Server
 from hosl_flower.session import Drop, Session
 from hosl_flower.state import Snapshot
 
-# keys that may differ: they change how a run goes on, not what it computes
+# keys that may differ: they change how a run goes on, not what it computes (another device or
+# number of threads may round differently, as between any two machines)
 _FREE = {
     "steps", "resume", "checkpoint-every", "output-dir", "run-name", "save-model", "save-format",
     "threads", "device", "link", "min-clients", "clients-per-node", "nodes-deadline",
@@ -57,11 +58,11 @@ def find(config: RunConfig) -> Checkpoint:
     checkpoint = read(directory)
     try:
         record = json.loads((directory / "config.json").read_text())["config"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{directory}/config.json cannot be read ({error})") from error
     wanted = config.as_keys()
     differ = [
-        f"{key} = {record.get(key, 'not set')!r}, here {value!r}"
+        f"{key} = {record[key]!r}, here {value!r}"
         for key, value in wanted.items()
         if key not in _FREE and record.get(key, value) != value
     ]
@@ -70,12 +71,23 @@ def find(config: RunConfig) -> Checkpoint:
             f"resume: {directory} is a run with {'; '.join(differ)}; only what does not change "
             "what is computed may be another"
         )
+    _check_files(directory, checkpoint)
     if config.steps <= checkpoint.step:
         raise ConfigError(
             f"resume: {directory} has a checkpoint of step {checkpoint.step}, and steps = "
             f"{config.steps}: nothing is left to do"
         )
     return checkpoint
+
+
+def _check_files(directory: Path, checkpoint: Checkpoint) -> None:
+    for name, size in checkpoint.values["report"]["sizes"].items():
+        path = directory / name
+        if not path.is_file() or path.stat().st_size < size:
+            raise CheckpointError(
+                f"{path} is shorter than when the checkpoint of step {checkpoint.step} was "
+                "written: files of the run are damaged or missing"
+            )
 
 
 def collect(
@@ -85,6 +97,7 @@ def collect(
     history = session.history
     snapshot = history.state.snapshot()
     values = {
+        "task": _task(session),
         "client": {
             "genesis": history.ledger.genesis,
             "position": snapshot.position,
@@ -116,6 +129,11 @@ def restore(checkpoint: Checkpoint, session: Session, method: Resumable) -> None
     """Bring a session that has just been opened to where the checkpoint is. CheckpointError when
     it is of another model."""
     values = checkpoint.values
+    if values["task"] != _task(session):
+        raise CheckpointError(
+            f"the checkpoint of step {checkpoint.step} is of a run on {values['task']}, this one "
+            f"would be on {_task(session)}: is the hub there as it was?"
+        )
     try:
         _restore_history(session.history, values["client"], checkpoint)
         _load_server(session.server, _part(checkpoint.tensors, "server."))
@@ -130,7 +148,13 @@ def restore(checkpoint: Checkpoint, session: Session, method: Resumable) -> None
         raise CheckpointError(
             f"the checkpoint of step {checkpoint.step} does not fit this run ({error})"
         ) from error
-    session.resumed = checkpoint
+    session.resumed = replace(checkpoint, tensors={})  # not to be held for the rest of the run
+
+
+def _task(session: Session) -> str:
+    """Model and data that were really used, after any fallback."""
+    spec = session.spec
+    return f"{spec.model}, task {spec.task.name} of {spec.source or 'data of the clients'}"
 
 
 def earlier_traffic(checkpoint: Checkpoint) -> Traffic:

@@ -1,6 +1,7 @@
 """What a client must know to take part: everything, in one small JSON that travels with
 the messages. A client never reads the server's files or environment."""
 
+import json
 import os
 
 import torch
@@ -85,9 +86,12 @@ class ClientSpec:
     def from_json(cls, text: str) -> "ClientSpec":
         """From the wire; ProtocolError when it is not one."""
         try:
-            return _ADAPTER.validate_json(text)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
+            # not validate_json, which copies the whole text for every field it misses
+            return _ADAPTER.validate_python(json.loads(text))
+        except (ValueError, RecursionError) as error:
+            if not isinstance(error, ValidationError):
+                raise ProtocolError("client spec: it is not JSON") from error
+            first = error.errors(include_url=False, include_input=False)[0]
             raise ProtocolError(f"client spec: {first['loc']}: {first['msg']}") from error
 
     @property

@@ -85,7 +85,7 @@ def plan_table(found: "Plan", memory: float, uplink: float, downlink: float) -> 
         "client memory": f"{worst / 1e6:.0f} MB of tensors, for the longest batch ("
         + ", ".join(f"{phase} {peak / 1e6:.0f}" for phase, peak in peaks.items())
         + f"){over}; the process about {found.client_bytes / 1e9:.2f} GB",
-        "per step": f"{found.clients:.2g} client(s): {found.up_bytes / 1e6:.2f} MB up, "
+        "per step": f"{found.clients:g} client(s): {found.up_bytes / 1e6:.2f} MB up, "
         f"{found.down_bytes / 1e6:.2f} MB down; on this machine client "
         f"{found.client_seconds / found.clients:.2f} s each, server {found.server_seconds:.2f} s",
         "an evaluation": f"{found.evaluation_bytes / 1e6:.1f} MB up, "

@@ -33,10 +33,11 @@ STRATEGIES = {
     "ho-sfl": {"strategy": "strategies.ho_sfl:HoSfl", "num-clients": 3, "clients-per-step": 2},
     "full-zo": {"strategy": "strategies.full_zo:FullZo", "cut-layer": 3},
     "split-zo": {"strategy": "strategies.split_zo:SplitZo"},
+    "heron": {"strategy": "strategies.heron:Heron", "upload-every": 3},
     "frozen": {"strategy": "strategies.frozen_client:FrozenClient", "client-trainable": "full"},
     "residual": {
         "strategy": "strategies.split_fo:SplitFo", "client-gradient": "residual",
-        "client-optimizer": "adafactor", "local-steps": 2, "steps": 4,
+        "client-optimizer": "adafactor", "local-steps": 4, "steps": 4, "eval-every": 4,
         "client-trainable": "full",
     },
 }  # fmt: skip
@@ -57,8 +58,10 @@ def test_a_plan_is_what_the_run_then_needs(keys, name):
     clients = sum(results.clients["steps_taken_part"].values()) / config.steps
     assert planned.clients == clients
     needed = results.client_peak_memory["tensor_bytes"]
-    for phase, peak in planned.peak_bytes.items():
-        assert needed[phase] <= 1.01 * peak, (phase, needed, planned.peak_bytes)
+    for phase, peak in needed.items():
+        if phase != "evaluate":
+            most = planned.peak_bytes.get(phase, 0)
+            assert peak <= 1.01 * most, (phase, needed, planned.peak_bytes)
 
 
 def numbers(**changes):
@@ -88,9 +91,9 @@ def test_sizes_and_rates():
     assert parse_bytes("--x", "") == parse_rate("--x", "") == math.inf
 
 
-@pytest.mark.parametrize("text", ["much", "10", "10MB"])
+@pytest.mark.parametrize("text", ["much", "10", "10MB", "0Mbps"])
 def test_a_rate_that_is_none_is_refused(text):
-    with pytest.raises(ConfigError, match=rf"--uplink = '{text}': expected a rate such as 10Mbps"):
+    with pytest.raises(ConfigError, match=rf"--uplink = '{text}': expected "):
         parse_rate("--uplink", text)
 
 

@@ -3,11 +3,13 @@
 import json
 import resource
 import shutil
+import subprocess
+import sys
 
 import pytest
 from runs import metrics, run_factory
 
-from hosl_flower.checkpoint import Checkpoint, read, write
+from hosl_flower.checkpoint import Checkpoint, _digest, read, write
 from hosl_flower.errors import CheckpointError, ConfigError
 from strategies.fedavg_zo import FedAvgZo
 from strategies.heron import Heron
@@ -87,12 +89,14 @@ def test_one_checkpoint_is_kept_and_none_is_made_of_the_end(make):
 
 
 def test_a_run_can_be_made_longer(make):
-    _, short, _ = make(steps=6, save_model=False)
-    longer, _, _ = make(steps=8, save_model=False, resume=str(short))
-    _, whole, _ = make(steps=8, save_model=False)
+    _, short, _ = make(steps=6)
+    (short / ".model.part").mkdir()  # as if it had been stopped while it saved
+    longer, _, _ = make(steps=8, resume=str(short))
+    _, whole, _ = make(steps=8)
     assert longer.steps == 8
-    # the short one was evaluated at its end too
     assert metrics(short) == metrics(whole)
+    models = [run / "model" / "model.safetensors" for run in (short, whole)]
+    assert models[0].read_bytes() == models[1].read_bytes()
 
 
 def test_what_was_sent_before_counts(make):
@@ -144,7 +148,8 @@ def test_a_damaged_checkpoint_is_not_used(make, stopped, part, damage):
     elif damage == "cut":
         path.write_bytes(content[: len(content) // 2])
     else:
-        path.write_bytes(content[:40] + bytes([content[40] ^ 1]) + content[41:])
+        at = content.find(b'"position"') + 12 if part == "checkpoint.json" else 300
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
     with pytest.raises(CheckpointError, match="checkpoint"):
         make(resume=str(stopped))
 
@@ -158,7 +163,30 @@ def test_another_format_is_named(make, stopped):
 
 def test_files_shorter_than_the_checkpoint_saw_are_refused(make, stopped):
     (stopped / "metrics.jsonl").write_text("")
+    (stopped / "results.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl is shorter"):
+        make(resume=str(stopped))
+    assert (stopped / "results.json").is_file()  # nothing is lost
+
+
+def test_a_run_that_still_goes_on_is_not_resumed(make, stopped):
+    script = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, 2); print(flush=True)"
+    command = [sys.executable, "-c", script + "; input()", str(stopped / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(ConfigError, match="is being written by another process"):
+            make(resume=str(stopped))
+        other.communicate(b"\n")
+    make(resume=str(stopped), save_model=False)
+
+
+def test_a_checkpoint_on_other_data_is_refused(make, stopped):
+    path = stopped / "checkpoint-4" / "checkpoint.json"
+    record = json.loads(path.read_text())
+    record["values"]["task"] = "m, task sst2 of hub:x"
+    record["values_sha256"] = _digest(record["values"])
+    path.write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=r"is of a run on m, task sst2 of hub:x, this one"):
         make(resume=str(stopped))
 
 

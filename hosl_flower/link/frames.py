@@ -63,9 +63,10 @@ def decode(frame: bytes, known: Mapping[str, type]) -> tuple[Key, Any]:
         raise ProtocolError("frame: its envelope is not of this protocol")
     body, tensors = memoryview(frame)[start:], {}
     for name, dtype, shape in listed:
-        sizes = all(isinstance(size, int) and 0 <= size < 2**40 for size in shape)
-        if dtype not in DTYPES or not sizes or name in tensors:
-            raise ProtocolError(f"frame: tensor {name!r} {dtype} {shape} is not valid")
+        sizes = all(type(size) is int and 0 <= size < 2**40 for size in shape)  # true is no size
+        named = isinstance(name, str) and isinstance(dtype, str)
+        if not named or dtype not in DTYPES or not sizes or name in tensors:
+            raise ProtocolError(f"frame: tensor {[name, dtype, shape]!r:.200} is not valid")
         size = math.prod(shape) * DTYPES[dtype].itemsize
         tensors[name] = tensor_from_bytes(body[:size], dtype, shape)
         body = body[size:]
