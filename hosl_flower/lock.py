@@ -15,7 +15,7 @@ _NAME = ".lock"
 
 
 def lock(directory: Path) -> IO[str]:
-    """Take a directory until the file returned is closed, at the latest when this process ends.
+    """Take a directory, until `unlock` of what is returned, at the latest when this process ends.
 
     Raises ConfigError while another process has it.
     """
@@ -31,3 +31,9 @@ def lock(directory: Path) -> IO[str]:
             ) from error
         # a file system without locks: nothing to be had
     return file
+
+
+def unlock(file: IO[str]) -> None:
+    """Give a directory back."""
+    Path(file.name).unlink(missing_ok=True)
+    file.close()

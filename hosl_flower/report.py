@@ -26,7 +26,7 @@ from hosl_flower.checkpoint import sync, write
 from hosl_flower.config import RunConfig
 from hosl_flower.errors import ConfigError, HoslError
 from hosl_flower.link.base import Traffic
-from hosl_flower.lock import lock
+from hosl_flower.lock import lock, unlock
 from hosl_flower.memory import PHASES
 from hosl_flower.plot import draw_curve, draw_partition
 from hosl_flower.resume import Resumable, collect, run_directory
@@ -250,6 +250,7 @@ class Report:
             ledger_digest=session.history.ledger.digest(),
         )
         self._write("results.json", json.dumps(asdict(results), indent=2))
+        unlock(self._lock)
         for line in table(results, traffic).splitlines():
             log.info(line)
         log.info("run directory: %s", self.directory)
