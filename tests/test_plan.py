@@ -31,8 +31,6 @@ def keys(tiny_opt, tmp_path, monkeypatch):
 STRATEGIES = {
     "hosl": {"strategy": "strategies.hosl:Hosl"},
     "ho-sfl": {"strategy": "strategies.ho_sfl:HoSfl", "num-clients": 3, "clients-per-step": 2},
-    "full-zo": {"strategy": "strategies.full_zo:FullZo", "cut-layer": 3},
-    "split-zo": {"strategy": "strategies.split_zo:SplitZo"},
     "heron": {"strategy": "strategies.heron:Heron", "upload-every": 3},
     "frozen": {"strategy": "strategies.frozen_client:FrozenClient", "client-trainable": "full"},
     "residual": {
