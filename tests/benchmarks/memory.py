@@ -3,6 +3,7 @@
     python tests/benchmarks/memory.py --quick               OPT-125M, 64 x 256 tokens, one JSON line
     python tests/benchmarks/memory.py [--minutes 25]        the table; goes on where it stopped
     python tests/benchmarks/memory.py --traced              what is missing, on shapes alone
+    python tests/benchmarks/memory.py --process             a whole ClientApp process, one JSON line
     python tests/benchmarks/memory.py --table [micro]       the table of the results so far
 
 Random weights, cut 5, synthetic full-length batches (memory depends on shapes only). HOSL with one
@@ -304,6 +305,32 @@ def full(device: str, minutes: float, limit: float, traced: bool) -> None:
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
+def process() -> dict[str, Any]:
+    """MiB resident of a process that is a Flower ClientApp of OPT-125M, cut 5, 8 x 64 tokens: with
+    its imports, with the model and the bundled data, and at its peak in a forward and a probe."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    import hosl_flower.client_app  # noqa: F401
+    from hosl_flower.memory import peak_rss_bytes
+
+    found = {"imports": peak_rss_bytes() >> 20}
+    from specs import client_spec
+
+    from hosl_flower.client import Client
+    from hosl_flower.messages import Describe, Forward, Probe
+
+    spec = client_spec(
+        model="random:opt-125m", cut_layer=5, client_trainable="full", batch_size=8, max_length=64,
+        num_clients=1, train_examples=0, threads=0,
+    )  # fmt: skip
+    client = Client(spec)
+    found["loaded"] = peak_rss_bytes() >> 20
+    at = {"step": 1, "partition": 0, "position": 0, "digest": client.state.digest}
+    probe = Probe(**at, batch=0, seed=1, coefficient=1e-3)
+    list(client.answer([Describe(**at), Forward(**at, batch=0), probe]))
+    found["tensors"] = max(client.meter.peaks.values()) >> 20
+    return {**found, "peak": peak_rss_bytes() >> 20}
+
+
 def _is_traced_micro(shape: tuple) -> bool:
     """Tracing takes a millisecond per operation, whatever its size: 32 micro-batches only once."""
     return shape[1] <= 8 or shape[2:] == QUICK[2:]
@@ -343,13 +370,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--table", nargs="?", const="whole", choices=["whole", "micro"])
+    parser.add_argument("--process", action="store_true")
     parser.add_argument("--traced", action="store_true", help="bytes from shapes, no seconds")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--minutes", type=float, default=25.0)
     parser.add_argument("--limit-gib", type=float, default=14.0)
     arguments = parser.parse_args()
-    if arguments.cell:
+    if arguments.process:
+        print(json.dumps(process()))
+    elif arguments.cell:
         shape, column = json.loads(arguments.cell)
         print(json.dumps(measure(tuple(shape), column, arguments.device)))
     elif arguments.quick:
