@@ -87,7 +87,15 @@ class Plan:
 
 def plan(config: RunConfig) -> Plan:
     """Measure and count. Raises what the run itself would at its start."""
+    level = log.level
     log.setLevel(logging.WARNING)  # what a run says at its start is not wanted here
+    try:
+        return _plan(config)
+    finally:
+        log.setLevel(level)
+
+
+def _plan(config: RunConfig) -> Plan:
     config = config.model_copy(update={"resume": ""})  # from the first step, whatever is there
     method = load_strategy(config)
     session = method._open("plan")
