@@ -13,6 +13,7 @@
     seed = 100                     # another data order and, with held-out-examples, on another
     steps = 300                    # draw of them; a held-out part of the source's own is the same
     config = { eval-examples = 1000 }  # keys of all trials
+    variant = "cut2"               # tuned on this variant alone, the others take what it found
 
 Every method that is tuned is tuned on the same number of settings. A key of [config] or of a
 variant that a method does not look at is left out for that method. offline-fallback is false
@@ -42,12 +43,14 @@ _STRICT = ConfigDict(
 
 class Tuning(BaseModel):
     """seed: none of the experiment's. steps: of a trial; the budget is the same for all.
-    config: run-config keys of every trial, over those of the experiment."""
+    config: run-config keys of every trial, over those of the experiment. variant: the only one
+    that is tuned on, for all of them; empty: each is tuned on its own."""
 
     model_config = _STRICT
     seed: int = Field(ge=0)
     steps: int = Field(ge=1)
     config: Keys = {}
+    variant: str = ""
 
 
 class Experiment(BaseModel):
@@ -114,16 +117,26 @@ def _check(experiment: Experiment, path: Path) -> None:
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{method} {size}" for method, size in sizes.items())
         raise ConfigError(f"{path}: every tuned method must have as many settings: {listed}")
-    if experiment.tuning is not None and experiment.tuning.seed in experiment.seeds:
-        raise ConfigError(
-            f"{path}: tuning.seed must be none of the seeds, it would favour that one"
-        )
+    if experiment.tuning is not None:
+        _check_tuning(experiment.tuning, experiment, path)
     names = [cell.name for cell in cells(experiment, {})]
     if len(set(names)) < len(names):
         raise ConfigError(f"{path}: a variant and a method together must make names of their own")
     for cell in itertools.chain(cells(experiment, {}), trials(experiment)):
         where = f"{path}, {cell.name}"
         load_strategy(parse_config(dict(cell.keys), where))
+
+
+def _check_tuning(tuning: Tuning, experiment: Experiment, path: Path) -> None:
+    if tuning.seed in experiment.seeds:
+        raise ConfigError(
+            f"{path}: tuning.seed must be none of the seeds, it would favour that one"
+        )
+    if tuning.variant and tuning.variant not in experiment.variants:
+        raise ConfigError(
+            f"{path}: tuning.variant = {tuning.variant!r} is none of the variants "
+            f"{', '.join(experiment.variants)}"
+        )
 
 
 def grid(experiment: Experiment, method: str) -> Iterator[Keys]:
@@ -156,9 +169,15 @@ def cells(experiment: Experiment, chosen: Mapping[tuple[str, str], Keys]) -> lis
     for seed, variant, method in itertools.product(
         experiment.seeds, experiment.variants, experiment.methods
     ):
-        own = chosen.get((variant, method)) or next(grid(experiment, method))
+        tuned = _tuned_on(experiment, variant), method
+        own = chosen.get(tuned) or next(grid(experiment, method))
         found.append(Cell(variant, method, seed, _keys(experiment, variant, method, seed, own, {})))
     return found
+
+
+def _tuned_on(experiment: Experiment, variant: str) -> str:
+    """The variant whose trials decide about this one."""
+    return (experiment.tuning.variant if experiment.tuning else "") or variant
 
 
 def trials(experiment: Experiment) -> list[Cell]:
@@ -167,7 +186,8 @@ def trials(experiment: Experiment) -> list[Cell]:
     tuning = experiment.tuning
     if tuning is None:
         return found
-    for variant, method in itertools.product(experiment.variants, experiment.methods):
+    variants = list(dict.fromkeys(_tuned_on(experiment, name) for name in experiment.variants))
+    for variant, method in itertools.product(variants, experiment.methods):
         settings = list(grid(experiment, method))
         for number, own in enumerate(settings if len(settings) > 1 else []):
             steps = {"steps": tuning.steps, "eval-every": tuning.steps}
