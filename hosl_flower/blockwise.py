@@ -1,11 +1,11 @@
 """A client submodel run one block at a time, as transformers runs it.
 
-Masks and positions are transformers' own: the decoder is entered, and left again when it calls
-its first block, whose arguments are then used for every block.
+Masks and positions are transformers' own: the decoder is run with something in the place of each
+block that notes what the block would be given.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -16,8 +16,23 @@ from hosl_flower.tasks import Batch
 _PIECE_TOKENS = 2048  # what a block makes of them is small beside the weights
 
 
-class _Entered(Exception):
-    """The first block is about to be called; not an error."""
+class Arguments(NamedTuple):
+    """What a block is given beside the hidden state."""
+
+    positional: tuple[Any, ...]
+    named: dict[str, Any]
+
+
+class _Notes(Absent):
+    """In the place of a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arguments = Arguments((), {})
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.arguments = Arguments(args, kwargs)
+        return hidden
 
 
 def pieces(batch: Batch, micro_batch: int) -> list[slice]:
@@ -32,9 +47,9 @@ class Blocks(Sequence[nn.Module]):
 
     def __init__(self, submodel: ClientSubmodel):
         self.submodel = submodel
-        decoder: Any = submodel.decoder
-        self._decoder = decoder
-        self._own = [block for block in decoder.layers if not isinstance(block, Absent)]
+        self._list = submodel.family.blocks
+        self._all: Any = getattr(submodel.decoder, self._list)
+        self._own = [block for block in self._all if not isinstance(block, Absent)]
 
     def __len__(self) -> int:
         return len(self._own)
@@ -45,26 +60,20 @@ class Blocks(Sequence[nn.Module]):
     def parameters(self, index: int) -> Iterator[tuple[str, nn.Parameter]]:
         """A block's parameters, by canonical name."""
         for name, parameter in self._own[index].named_parameters():
-            yield self.submodel.canonical(f"decoder.layers.{index}.{name}"), parameter
+            yield self.submodel.canonical(f"decoder.{self._list}.{index}.{name}"), parameter
 
-    def enter(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """ids, mask [b, S] -> what the first block is given: embeddings [b, S, H], and the other
-        arguments, which are every block's."""
-
-        def leave(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            raise _Entered(args[0], kwargs)
-
-        hook = self._decoder.layers[0].register_forward_pre_hook(leave, with_kwargs=True)
+    def enter(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, list[Arguments]]:
+        """ids, mask [b, S] -> embeddings [b, S, H], and each block's other arguments."""
+        notes = [_Notes() for _ in self._all]
+        setattr(self.submodel.decoder, self._list, nn.ModuleList(notes))
         try:
-            self._decoder(input_ids=ids, attention_mask=mask, use_cache=False)
-        except _Entered as entered:
-            hidden, arguments = entered.args
-            return hidden, arguments
+            hidden = self.submodel(ids, mask)
         finally:
-            hook.remove()
-        raise RuntimeError("the decoder has not called its first block")
+            setattr(self.submodel.decoder, self._list, self._all)
+        return hidden, [note.arguments for note in notes]
 
-    def run(self, index: int, hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    def run(self, index: int, hidden: Tensor, arguments: Sequence[Arguments]) -> Tensor:
         """The output [b, S, H] of one block."""
-        output = self._own[index](hidden, **arguments)
+        positional, named = arguments[index]
+        output = self._own[index](hidden, *positional, **named)
         return output[0] if isinstance(output, tuple) else output

@@ -2,7 +2,7 @@
 
 The submodels run transformers' own decoder, with the other side's modules taken out: masks,
 positions and attention are never re-implemented here. A new family is one small class like
-`Opt` and an entry in FAMILIES; tests/test_split.py shows what it must satisfy.
+`Gpt2` and an entry in FAMILIES; tests/test_families.py shows what it must satisfy.
 """
 
 from collections.abc import Mapping
@@ -10,9 +10,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import OPTConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from hosl_flower.errors import ConfigError
+
+HEAD = "lm_head.weight"  # in every family
 
 
 class Absent(nn.Module):
@@ -26,10 +28,10 @@ class Absent(nn.Module):
 
 
 class _NoPositions(nn.Module):
-    """Server-side stand-in for OPT's position embedding: the client has added it already."""
+    """Server-side stand-in for a position embedding: the client has added it already."""
 
-    def forward(self, attention_mask: Tensor, *_: Any, **__: Any) -> Tensor:
-        return torch.zeros((), device=attention_mask.device)
+    def forward(self, positions: Tensor, *_: Any, **__: Any) -> Tensor:
+        return torch.zeros((), device=positions.device)
 
 
 class Parts(NamedTuple):
@@ -43,14 +45,14 @@ class Parts(NamedTuple):
 
 
 class Family(Protocol):
-    """What split.py asks of a model family."""
+    """What split.py asks of a model family. Names are attributes of the causal LM and of its
+    decoder, the module that maps input ids or embeddings to the last hidden state."""
 
-    base_prefix: str  # attribute of the causal LM that holds the base model
+    base_prefix: str  # of the causal LM: the base model
     decoder_prefix: str  # canonical name prefix of the decoder's parameters
-    parts: "Parts"
-
-    def decoder(self, model: nn.Module) -> nn.Module:
-        """The module that maps input ids or embeddings to the last hidden state."""
+    embedding: str  # of the decoder: the token embedding
+    blocks: str  # of the decoder: the list of blocks
+    transposed: bool  # matrices are stored [in, out]
 
     def keep_client(self, decoder: Any, cut: int) -> None:
         """Take out everything after block `cut`."""
@@ -58,16 +60,23 @@ class Family(Protocol):
     def keep_server(self, decoder: Any, cut: int) -> None:
         """Take out the embeddings and the first `cut` blocks."""
 
+    def positions(self, mask: Tensor) -> Mapping[str, Tensor]:
+        """What the decoder is told beside the mask [B, S], so that padding shifts nothing."""
+
     def init_std(self, config: PretrainedConfig) -> float:
         """Standard deviation of freshly initialised matrices."""
 
-    def has_plain_stream(self, config: PretrainedConfig) -> bool:
-        """Whether embeddings, attention and MLP are added to the residual stream with nothing on
-        it, no projection and no norm between the sums, and the MLP is down(relu(up(norm(h))))."""
+    def starts_at_one(self, name: str) -> bool:
+        """Whether a freshly initialised vector, by canonical name, is ones, not zeros."""
+
+    def residual_parts(self, config: PretrainedConfig) -> Parts | None:
+        """For residual feedback: None unless embeddings, attention and MLP are added to the
+        residual stream with nothing on it, no projection and no norm between the sums, and the MLP
+        is down(relu(up(norm(h))))."""
 
     def embedded(self, ids: Tensor, mask: Tensor) -> Mapping[str, Tensor]:
-        """Rows [b, S] of each embedding that ids and mask [b, S] take, by parameter name within
-        the decoder."""
+        """For residual feedback: rows [b, S] of each embedding that ids and mask [b, S] take, by
+        parameter name within the decoder."""
 
 
 class Opt:
@@ -75,10 +84,9 @@ class Opt:
 
     base_prefix = "model"
     decoder_prefix = "model.decoder."
-    parts = Parts("self_attn.out_proj", "final_layer_norm", "fc1", "fc2")
-
-    def decoder(self, model: Any) -> nn.Module:
-        return model.model.decoder
+    embedding = "embed_tokens"
+    blocks = "layers"
+    transposed = False
 
     def keep_client(self, decoder: Any, cut: int) -> None:
         for index in range(cut, len(decoder.layers)):
@@ -96,20 +104,110 @@ class Opt:
         decoder.embed_positions = _NoPositions()
         decoder.project_in = None
 
+    def positions(self, mask: Tensor) -> Mapping[str, Tensor]:
+        return {}  # it counts the mask itself
+
     def init_std(self, config: PretrainedConfig) -> float:
         return config.init_std
 
-    def has_plain_stream(self, config: PretrainedConfig) -> bool:
-        plain = config.word_embed_proj_dim == config.hidden_size
-        return config.do_layer_norm_before and plain and config.activation_function == "relu"
+    def starts_at_one(self, name: str) -> bool:
+        return name.endswith("norm.weight")
+
+    def residual_parts(self, config: PretrainedConfig) -> Parts | None:
+        plain = config.word_embed_proj_dim == config.hidden_size and config.do_layer_norm_before
+        if not plain or config.activation_function != "relu":
+            return None
+        return Parts("self_attn.out_proj", "final_layer_norm", "fc1", "fc2")
 
     def embedded(self, ids: Tensor, mask: Tensor) -> Mapping[str, Tensor]:
-        positions = (mask.cumsum(1) * mask - 1).long()
         offset = 2  # of OPT's position embedding
-        return {"embed_tokens.weight": ids, "embed_positions.weight": positions + offset}
+        positions = (mask.cumsum(1) * mask - 1).long() + offset
+        return {"embed_tokens.weight": ids, "embed_positions.weight": positions}
 
 
-FAMILIES: dict[str, Family] = {"opt": Opt()}
+class _Decoder:
+    """What the families below have in common. They count positions from the first column unless
+    told otherwise, padding or not."""
+
+    transposed = False
+
+    def positions(self, mask: Tensor) -> Mapping[str, Tensor]:
+        return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+
+    def init_std(self, config: PretrainedConfig) -> float:
+        return config.initializer_range
+
+    def residual_parts(self, config: PretrainedConfig) -> Parts | None:
+        return None
+
+    def embedded(self, ids: Tensor, mask: Tensor) -> Mapping[str, Tensor]:
+        return {}
+
+
+class Gpt2(_Decoder):
+    """GPT-2 (Radford et al. 2019)."""
+
+    base_prefix = "transformer"
+    decoder_prefix = "transformer."
+    embedding = "wte"
+    blocks = "h"
+    transposed = True
+
+    def keep_client(self, decoder: Any, cut: int) -> None:
+        for index in range(cut, len(decoder.h)):
+            decoder.h[index] = Absent()
+        decoder.ln_f = Absent()
+
+    def keep_server(self, decoder: Any, cut: int) -> None:
+        for index in range(cut):
+            decoder.h[index] = Absent()
+        decoder.wte = None
+        decoder.wpe = _NoPositions()
+
+    def starts_at_one(self, name: str) -> bool:
+        return name.rpartition(".")[0].endswith(("ln_1", "ln_2", "ln_f"))
+
+
+class Llama(_Decoder):
+    """Llama (Touvron et al. 2023) and the families whose modules have its names: Llama 2 and 3,
+    SmolLM, Mistral, Qwen2 and Qwen3. Rotary positions are made on both sides."""
+
+    base_prefix = "model"
+    decoder_prefix = "model."
+    embedding = "embed_tokens"
+    blocks = "layers"
+
+    def keep_client(self, decoder: Any, cut: int) -> None:
+        for index in range(cut, len(decoder.layers)):
+            decoder.layers[index] = Absent()
+        decoder.norm = Absent()
+
+    def keep_server(self, decoder: Any, cut: int) -> None:
+        for index in range(cut):
+            decoder.layers[index] = Absent()
+        decoder.embed_tokens = None
+
+    def starts_at_one(self, name: str) -> bool:
+        return name.endswith("norm.weight")
+
+
+class Gemma3(Llama):
+    """Gemma 3's text models (Gemma Team 2025). The embedding scales its own rows; norms multiply
+    by 1 + weight."""
+
+    def starts_at_one(self, name: str) -> bool:
+        return False
+
+
+FAMILIES: dict[str, Family] = {
+    "gemma3_text": Gemma3(),
+    "gpt2": Gpt2(),
+    "llama": Llama(),
+    "mistral": Llama(),
+    "opt": Opt(),
+    "qwen2": Llama(),
+    "qwen3": Llama(),
+}
 
 
 def family_of(config: PretrainedConfig) -> Family:
@@ -117,39 +215,15 @@ def family_of(config: PretrainedConfig) -> Family:
     if config.model_type not in FAMILIES:
         raise ConfigError(
             f"model type {config.model_type!r} is not supported; supported: "
-            f"{', '.join(sorted(FAMILIES))}. A family is one adapter in hosl_flower/families.py"
+            f"{', '.join(sorted(FAMILIES))}. A family is one adapter in hosl_flower/families.py: "
+            "the names of its modules and how to take out those of the other side"
         )
+    if getattr(config, "final_logit_softcapping", None):
+        raise ConfigError("a model that caps its logits (final_logit_softcapping) is not supported")
     return FAMILIES[config.model_type]
 
 
-def _opt(hidden: int, layers: int, heads: int, **other: Any) -> dict[str, Any]:
-    return {
-        "hidden_size": hidden,
-        "word_embed_proj_dim": hidden,
-        "ffn_dim": 4 * hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        **other,
-    }
-
-
-# Architectures that can be built without a checkpoint, as `model = "random:<name>"`.
-# The published sizes are from Table 1 of arXiv 2205.01068 and the models' config.json.
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "opt-tiny": _opt(64, 4, 4, max_position_embeddings=256, init_std=0.06),
-    "opt-mini": _opt(192, 6, 6, max_position_embeddings=512),
-    "opt-125m": _opt(768, 12, 12),
-    "opt-350m": _opt(1024, 24, 16, word_embed_proj_dim=512, do_layer_norm_before=False),
-    "opt-1.3b": _opt(2048, 24, 32),
-    "opt-2.7b": _opt(2560, 32, 32),
-    "opt-6.7b": _opt(4096, 32, 32),
-    "opt-13b": _opt(5120, 40, 40),
-    "opt-30b": _opt(7168, 48, 56),
-}
-
-
-def architecture(name: str) -> OPTConfig:
-    """The configuration of a named architecture; ConfigError lists the names."""
-    if name not in ARCHITECTURES:
-        raise ConfigError(f"no architecture {name!r}; there are {', '.join(ARCHITECTURES)}")
-    return OPTConfig(**ARCHITECTURES[name])
+def embedding_name(config: PretrainedConfig) -> str:
+    """Canonical name of the token embedding."""
+    family = family_of(config)
+    return f"{family.decoder_prefix}{family.embedding}.weight"

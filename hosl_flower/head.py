@@ -11,14 +11,9 @@ from torch import Tensor, nn
 
 from hosl_flower.answers import Answers
 from hosl_flower.errors import ConfigError
-from hosl_flower.split import (
-    AUXILIARY,
-    HEAD,
-    Base,
-    ClientSubmodel,
-    embedding_name,
-    server_skeleton,
-)
+from hosl_flower.families import HEAD, embedding_name
+from hosl_flower.materialise import fill_buffers
+from hosl_flower.split import AUXILIARY, Base, ClientSubmodel, server_skeleton
 
 ROWS = f"{AUXILIARY}rows"
 
@@ -52,10 +47,11 @@ def attach_head(client: ClientSubmodel, base: Base, answers: Answers, device: st
             "of one token each; choose others, or another strategy"
         )
     decoder = server_skeleton(base.config, base.blocks).decoder
+    fill_buffers(decoder, device)
     for name, empty in list(decoder.named_parameters()):
         owner, _, attribute = name.rpartition(".")
         value = torch.empty(empty.shape, device=device)
-        base.source.fill(f"{client.prefix}{name}", value)
+        base.source.fill(f"{client.family.decoder_prefix}{name}", value)
         setattr(decoder.get_submodule(owner), attribute, nn.Parameter(value))
     client.head = AnswerHead(decoder, _answer_rows(client, base, answers).to(device))
 

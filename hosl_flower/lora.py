@@ -18,12 +18,14 @@ import numpy
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from hosl_flower.errors import ConfigError
 from hosl_flower.perturb import derive_seed
 
 _NAME = re.compile(r"\.(lora_[AB])\.default\.")
 _ADAPTER = re.compile(r"\.lora_[AB]\.weight$")
+_LINEAR = (nn.Linear, Conv1D)  # GPT-2's, which stores [in, out]
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def check_targets(decoder: nn.Module, lora: Lora) -> None:
     linear = _linear_names(decoder)
     for target in lora.targets:
         matches = [m for n, m in decoder.named_modules() if _matches(n, target)]
-        if not matches or not all(isinstance(module, nn.Linear) for module in matches):
+        if not matches or not all(isinstance(module, _LINEAR) for module in matches):
             raise ConfigError(
                 f"lora-targets = {','.join(lora.targets)!r}: {target!r} matches no linear module "
                 f"of this model; there are {', '.join(linear)}"
@@ -77,7 +79,9 @@ def attach(decoder: nn.Module, lora: Lora, side: str) -> None:
             f"which at this cut-layer has {', '.join(_linear_names(decoder)) or 'no blocks'}; "
             f"choose another cut-layer or {side}-trainable"
         )
-    inject_adapter_in_model(_peft_config(lora), decoder, low_cpu_mem_usage=True)
+    transposed = any(isinstance(module, Conv1D) for module in decoder.modules())
+    config = _peft_config(lora, transposed)
+    inject_adapter_in_model(config, decoder, low_cpu_mem_usage=True)
 
 
 def _matches(name: str, target: str) -> bool:
@@ -88,10 +92,10 @@ def _matches(name: str, target: str) -> bool:
 def _linear_names(decoder: nn.Module) -> list[str]:
     """Last parts of the names of the linear modules, each once."""
     named = decoder.named_modules()
-    return sorted({n.rpartition(".")[2] for n, m in named if isinstance(m, nn.Linear)})
+    return sorted({n.rpartition(".")[2] for n, m in named if isinstance(m, _LINEAR)})
 
 
-def _peft_config(lora: Lora, **more: Any) -> Any:
+def _peft_config(lora: Lora, transposed: bool, **more: Any) -> Any:
     from peft import LoraConfig
 
     return LoraConfig(
@@ -100,6 +104,7 @@ def _peft_config(lora: Lora, **more: Any) -> Any:
         target_modules=list(lora.targets),
         lora_dropout=0.0,
         bias="none",
+        fan_in_fan_out=transposed,
         **more,
     )
 
@@ -116,25 +121,35 @@ def is_adapter(name: str) -> bool:
 
 
 @torch.no_grad()
-def merged(parameters: Mapping[str, Tensor], lora: Lora | None) -> dict[str, Tensor]:
+def merged(
+    parameters: Mapping[str, Tensor], lora: Lora | None, transposed: bool = False
+) -> dict[str, Tensor]:
     """Canonical parameters with the adapters folded in: W + alpha / r * B A, float32 where
-    there is an adapter. Without adapters, the parameters as they are."""
+    there is an adapter. Without adapters, the parameters as they are. transposed: W is stored
+    [in, out]."""
     tensors = {name: t.detach() for name, t in parameters.items() if not is_adapter(name)}
     for name, a in parameters.items():
         if not name.endswith(".lora_A.weight") or lora is None:
             continue
         b = parameters[name.replace(".lora_A.", ".lora_B.")]
         weight = name.replace(".lora_A.", ".")
-        tensors[weight] = tensors[weight].float() + (b @ a) * (lora.alpha / lora.rank)
+        change = (b @ a) * (lora.alpha / lora.rank)
+        tensors[weight] = tensors[weight].float() + (change.T if transposed else change)
     return tensors
 
 
 def save_adapters(
-    directory: Path, model: str, lora: Lora, adapters: Mapping[str, Tensor], tokenizer: Any
+    directory: Path,
+    model: str,
+    lora: Lora,
+    adapters: Mapping[str, Tensor],
+    tokenizer: Any,
+    transposed: bool = False,
 ) -> None:
     """Write both sides' adapters for `PeftModel.from_pretrained(base, directory)`.
 
-    model: the base model they belong to. adapters: canonical name -> tensor.
+    model: the base model they belong to. adapters: canonical name -> tensor. transposed: as in
+    `merged`.
     """
     tensors = {
         f"base_model.model.{name}": tensor.detach().cpu().contiguous()
@@ -142,7 +157,7 @@ def save_adapters(
     }
     part = directory.with_name(f".{directory.name}.part")  # half-written adapters have no name
     part.mkdir(parents=True)
-    config = _peft_config(lora, task_type="CAUSAL_LM", base_model_name_or_path=model)
+    config = _peft_config(lora, transposed, task_type="CAUSAL_LM", base_model_name_or_path=model)
     config.inference_mode = True
     config.save_pretrained(part)
     written = json.loads((part / "adapter_config.json").read_text())

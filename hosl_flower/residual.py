@@ -42,7 +42,8 @@ def fed_back(submodel: ClientSubmodel, names: Collection[str]) -> list[str]:
     no plain sum, or when there are none."""
     config = _config(submodel)
     family = family_of(config)
-    if not family.has_plain_stream(config):
+    parts = family.residual_parts(config)
+    if parts is None:
         raise ConfigError(
             "client-gradient = residual needs a pre-norm model with a ReLU MLP that adds its "
             "embeddings to the stream as they are; use recompute"
@@ -50,8 +51,9 @@ def fed_back(submodel: ClientSubmodel, names: Collection[str]) -> list[str]:
     nothing = torch.zeros(1, 1, dtype=torch.int64)
     trained = [f"decoder.{name}" for name in family.embedded(nothing, nothing)]
     for index in range(len(Blocks(submodel))):
-        for part in family.parts:
-            trained += [f"decoder.layers.{index}.{part}.{kind}" for kind in ("weight", "bias")]
+        for part in parts:
+            block = f"decoder.{family.blocks}.{index}"
+            trained += [f"{block}.{part}.{kind}" for kind in ("weight", "bias")]
     known = set(map(submodel.canonical, trained))
     found = [name for name in names if name in known]
     if not found:
@@ -114,8 +116,13 @@ class _Feedback:
         parameters: Mapping[str, nn.Parameter],
     ):
         self.parameters, self.first = parameters, index == 0
-        self.parts = family_of(_config(submodel)).parts
-        self._name = {p: submodel.canonical(f"decoder.layers.{index}.{p}") for p in self.parts}
+        family = submodel.family
+        parts = family.residual_parts(_config(submodel))
+        if parts is None:
+            raise ConfigError("this model has no plain residual stream")  # fed_back has said so
+        self.parts = parts
+        block_name = f"decoder.{family.blocks}.{index}"
+        self._name = {p: submodel.canonical(f"{block_name}.{p}") for p in parts}
         self._module: dict[str, Any] = {p: block.get_submodule(p) for p in self.parts}
         self._sums: dict[str, Tensor] = {}
 

@@ -9,6 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from hosl_flower import hub
+from hosl_flower.architectures import ARCHITECTURES
 from hosl_flower.codec import Codec
 from hosl_flower.config import (
     Alpha,
@@ -28,7 +29,6 @@ from hosl_flower.config import (
     split_words,
 )
 from hosl_flower.errors import CheckpointError, ConfigError, ProtocolError
-from hosl_flower.families import ARCHITECTURES
 from hosl_flower.lora import Lora
 from hosl_flower.split import RANDOM, check_cut, open_base
 from hosl_flower.task_table import TASKS, Task
@@ -185,7 +185,7 @@ def _absolute(path: str) -> str:
 
 def _fallback_model(config: RunConfig, error: CheckpointError) -> str:
     """random:<architecture> for a known hub model that cannot be had; else the error."""
-    architecture = config.model.rpartition("/")[2]
+    architecture = config.model.rpartition("/")[2].lower()
     is_hub_model = config.model.count("/") == 1 and not config.model.startswith((".", "/", "~"))
     unreachable = not hub.is_reachable()
     if is_hub_model and unreachable and config.offline_fallback and architecture in ARCHITECTURES:

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from hosl_flower import hub
+from hosl_flower.architectures import architecture
 from hosl_flower.errors import CheckpointError, ConfigError, first_line
-from hosl_flower.families import Family, architecture, family_of
+from hosl_flower.families import HEAD, Family, family_of
 from hosl_flower.lora import Lora, attach, check_targets, is_adapter, merged
 from hosl_flower.lora import canonical as lora_canonical
-from hosl_flower.quantize import is_quantised, place, to_int8
+from hosl_flower.materialise import materialise
 from hosl_flower.weights import Checkpoint, RandomWeights, WeightSource
 
-HEAD = "lm_head.weight"
 AUXILIARY = "head."  # what names of a client's auxiliary head start with (head.py)
 RANDOM = "random:"
 
@@ -38,13 +38,13 @@ class Submodel(nn.Module):
         super().__init__()
         self.decoder = decoder
         self.lora = lora
-        self.prefix = family.decoder_prefix
+        self.family = family
         self.eval()
 
     def canonical(self, name: str) -> str:
         """Own parameter name -> name in the unsplit model's state dict, or of an adapter."""
         name = lora_canonical(name)
-        return f"{self.prefix}{name[8:]}" if name.startswith("decoder.") else name
+        return f"{self.family.decoder_prefix}{name[8:]}" if name.startswith("decoder.") else name
 
     def canonical_parameters(self) -> dict[str, nn.Parameter]:
         """Every parameter of this side by its name in the unsplit model, sorted by name."""
@@ -52,7 +52,7 @@ class Submodel(nn.Module):
 
     def merged_parameters(self) -> dict[str, Tensor]:
         """As canonical_parameters, with LoRA adapters folded into the weights they adapt."""
-        return merged(self.canonical_parameters(), self.lora)
+        return merged(self.canonical_parameters(), self.lora, self.family.transposed)
 
 
 class ClientSubmodel(Submodel):
@@ -75,8 +75,12 @@ class ClientSubmodel(Submodel):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """ids [B, S] int64, mask [B, S] (1 = token) -> activations [B, S, H]."""
-        output = self.decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        return output.last_hidden_state
+        return self.decoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            use_cache=False,
+            **self.family.positions(attention_mask),
+        ).last_hidden_state
 
 
 class ServerSubmodel(Submodel):
@@ -91,7 +95,10 @@ class ServerSubmodel(Submodel):
     def hidden(self, activations: Tensor, attention_mask: Tensor) -> Tensor:
         """activations [B, S, H], mask [B, S] -> last hidden state [B, S, D]."""
         return self.decoder(
-            inputs_embeds=activations, attention_mask=attention_mask, use_cache=False
+            inputs_embeds=activations,
+            attention_mask=attention_mask,
+            use_cache=False,
+            **self.family.positions(attention_mask),
         ).last_hidden_state
 
     def forward(self, activations: Tensor, attention_mask: Tensor) -> Tensor:
@@ -129,10 +136,13 @@ def open_base(model: str, seed: int = 0) -> Base:
     """
     if model.startswith(RANDOM):
         config = architecture(model.removeprefix(RANDOM))
-        source = RandomWeights(seed, family_of(config).init_std(config), absent={HEAD})
+        family = family_of(config)
+        ones = family.starts_at_one
+        source = RandomWeights(seed, family.init_std(config), ones, absent={HEAD})
         return Base(model, config, source, pretrained=False)
     config = load_model_config(model)
-    checkpoint = Checkpoint(model, family_of(config).base_prefix)
+    family = family_of(config)
+    checkpoint = Checkpoint(model, family.base_prefix, family.blocks)
     if checkpoint.blocks() > config.num_hidden_layers:
         raise CheckpointError(
             f"{model}: config.json says {config.num_hidden_layers} blocks, the weights have "
@@ -176,7 +186,7 @@ def _skeleton(
             f"model: {first_line(error)}"
         ) from error
     family = family_of(config)
-    decoder = family.decoder(model)
+    decoder = model.get_submodule(family.decoder_prefix.rstrip("."))
     if lora is not None:
         check_targets(decoder, lora)
     return model, decoder, family
@@ -217,7 +227,7 @@ def load_client(
     quantization: "int8" keeps the frozen matrices in 8 bits (quantize.py).
     """
     submodel = client_skeleton(base.config, cut, lora)
-    _materialise(submodel, base, dtype, device, quantization)
+    materialise(submodel, base, dtype, device, quantization)
     return submodel
 
 
@@ -226,40 +236,8 @@ def load_server(
 ) -> ServerSubmodel:
     """The server submodel with its tensors, and no other's, on `device`; fresh adapters."""
     submodel = server_skeleton(base.config, cut, lora)
-    _materialise(submodel, base, dtype, device)
+    materialise(submodel, base, dtype, device)
     return submodel
-
-
-def _materialise(
-    submodel: Submodel, base: Base, dtype: torch.dtype, device: str, quantization: str = "none"
-) -> None:
-    """Fill a skeleton tensor by tensor, straight into the final dtype and device."""
-    embedding = embedding_name(base.config)
-    for name, empty in list(submodel.named_parameters()):
-        wanted = submodel.canonical(name)
-        owner, _, attribute = name.rpartition(".")
-        module = submodel.get_submodule(owner)
-        if submodel.lora is not None and is_adapter(wanted):
-            value = submodel.lora.start(wanted, empty.shape).to(device)
-        else:
-            # A tied head is usually not stored: it is the embedding.
-            tied = wanted == HEAD and HEAD not in base.source and base.config.tie_word_embeddings
-            stored = embedding if tied else wanted
-            if quantization == "int8" and is_quantised(module, attribute):
-                whole = torch.empty(empty.shape, dtype=dtype)  # one matrix, on the CPU
-                base.source.fill(stored, whole)
-                codes = to_int8(whole, dtype, device)
-                place(submodel, owner, nn.Parameter(codes, requires_grad=False))
-                continue
-            value = torch.empty(empty.shape, dtype=dtype, device=device)
-            base.source.fill(stored, value)
-        parameter = nn.Parameter(value, requires_grad=empty.requires_grad)  # frozen under LoRA
-        setattr(module, attribute, parameter)
-
-
-def embedding_name(config: PretrainedConfig) -> str:
-    """Canonical name of the token embedding."""
-    return f"{family_of(config).decoder_prefix}embed_tokens.weight"
 
 
 def trainable_parameters(submodel: Submodel, trainable: str) -> dict[str, nn.Parameter]:
@@ -274,7 +252,8 @@ def trainable_parameters(submodel: Submodel, trainable: str) -> dict[str, nn.Par
         return parameters
     if trainable == "lora":
         return {n: p for n, p in parameters.items() if is_adapter(n) or n.startswith(AUXILIARY)}
-    return {n: p for n, p in parameters.items() if ".layers." in n or n.startswith(AUXILIARY)}
+    block = f".{submodel.family.blocks}."
+    return {n: p for n, p in parameters.items() if block in n or n.startswith(AUXILIARY)}
 
 
 def count(parameters: Mapping[str, Tensor]) -> int:

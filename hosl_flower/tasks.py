@@ -126,6 +126,7 @@ class Encoder:
             )
         pad = tokenizer.pad_token_id
         self.pad_id: int = pad if pad is not None else tokenizer.eos_token_id
+        self._beyond: dict[int, str] = {}  # ids the model has no row for
 
     def _tokens(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -143,6 +144,11 @@ class Encoder:
         token: where that is too long the longest field is cut, never the prompt's own words."""
         texts = [text + example[name] for text, name in self._pairs]
         ids = self._prefix + self._tokens("".join(texts) + self._tail)
+        if self._beyond and (unknown := self._beyond.keys() & set(ids)):
+            raise DataError(
+                f"an example has the text {self._beyond[min(unknown)]!r}, a special token that "
+                "this model has no embedding for; take it out of the data"
+            )
         if len(ids) + self.answers.longest - 1 <= self.max_length:
             return ids
         parts = [self._tokens(text) for text in texts]
@@ -167,12 +173,17 @@ class Encoder:
         return Batch(input_ids, mask, torch.tensor([example["label"] for example in examples]))
 
     def check_vocabulary(self, vocabulary: int) -> None:
-        """CheckpointError when the tokenizer can produce ids the model has no row for."""
-        if len(self.tokenizer) > vocabulary:
+        """CheckpointError when the tokenizer can produce ids the model has no row for. Special
+        tokens may be beyond it (Gemma 3 has one for images, its text models no row for it): no
+        text means them but one that spells them out, which `encode` then refuses."""
+        beyond = {t: i for t, i in self.tokenizer.get_vocab().items() if i >= vocabulary}
+        added = self.tokenizer.added_tokens_decoder
+        if not all(i in added and added[i].special for i in beyond.values()):
             raise CheckpointError(
                 f"the tokenizer has {len(self.tokenizer)} tokens, the model's embedding only "
                 f"{vocabulary} rows; they do not belong together"
             )
+        self._beyond = {i: token for token, i in beyond.items()}
 
 
 def cut_longest(lengths: Sequence[int], room: int) -> list[int]:

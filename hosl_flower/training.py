@@ -234,7 +234,12 @@ def save_model(directory: Path, session: Session) -> None:
             **trainable_parameters(server.submodel, "lora"),
         }
         save_adapters(
-            directory, session.spec.model, client.lora, adapters, session.encoder.tokenizer
+            directory,
+            session.spec.model,
+            client.lora,
+            adapters,
+            session.encoder.tokenizer,
+            client.family.transposed,
         )
         return
     save_merged(

@@ -43,23 +43,31 @@ class WeightSource(Protocol):
 
 
 class RandomWeights:
-    """Fresh weights for a model that has no checkpoint: matrices of std `init_std`, unit norms.
+    """Fresh weights for a model that has no checkpoint: matrices of std `init_std`, vectors of ones
+    (norms) and zeros.
 
     Every tensor has its own generator, so each side can make its half alone and the halves
     fit. Uniform, not normal: numpy's uniform float32 is 24 random bits, the same on every
     machine, while torch's normals already differ between instruction sets.
     """
 
-    def __init__(self, seed: int, init_std: float, absent: Iterable[str] = ()):
+    def __init__(
+        self,
+        seed: int,
+        init_std: float,
+        starts_at_one: Callable[[str], bool] = lambda name: False,
+        absent: Iterable[str] = (),
+    ):
         self.origin = f"random weights (seed {seed})"
-        self.seed, self.init_std, self.absent = seed, init_std, frozenset(absent)
+        self.seed, self.init_std, self.starts_at_one = seed, init_std, starts_at_one
+        self.absent = frozenset(absent)
 
     def __contains__(self, name: str) -> bool:
         return name not in self.absent
 
     def fill(self, name: str, out: Tensor) -> None:
         if out.dim() < 2:
-            out.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+            out.fill_(1.0 if self.starts_at_one(name) else 0.0)
             return
         # one generator, so that the numbers are the same however many are drawn at a time
         generator = numpy.random.default_rng(derive_seed(self.seed, "init", name))
@@ -72,12 +80,13 @@ class Checkpoint:
     """A pretrained checkpoint: a local directory or a hub repository.
 
     base_prefix: what canonical names of the decoder start with ("model"); checkpoints saved
-    from the bare base model leave it out and are understood too.
+    from the bare base model leave it out and are understood too. block_list: what comes before
+    the number of a block in them ("layers").
     """
 
-    def __init__(self, model: str, base_prefix: str):
+    def __init__(self, model: str, base_prefix: str, block_list: str):
         self.origin = model
-        self.base_prefix = base_prefix
+        self.base_prefix, self.block_list = base_prefix, block_list
         self._files = self._index()
 
     def __contains__(self, name: str) -> bool:
@@ -115,7 +124,7 @@ class Checkpoint:
 
     def blocks(self) -> int:
         """Number of transformer blocks the files hold."""
-        found = (re.search(r"\blayers\.(\d+)\.", name) for name in self._files)
+        found = (re.search(rf"\b{self.block_list}\.(\d+)\.", name) for name in self._files)
         return max((int(match.group(1)) + 1 for match in found if match), default=0)
 
     def _index(self) -> dict[str, tuple[str, str]]:
@@ -211,7 +220,7 @@ def _keys_bin(path: Path) -> list[str]:
 def _convert_bin(path: Path, key: str) -> Path:
     """A safetensors copy, in the cache, of the block of a legacy file that holds a tensor. Making
     it takes the memory of that block once."""
-    block = re.match(r"(.*\blayers\.\d+)\.", key)
+    block = re.match(r"(.*?\.\d+)\.", key)  # whatever the list of blocks is called
     group = block.group(1) if block else key
     converted = _conversion_directory(path) / f"{group}.safetensors"
     if not converted.is_file():

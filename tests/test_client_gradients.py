@@ -4,10 +4,10 @@ import pytest
 import torch
 from specs import client_spec
 
+from hosl_flower.architectures import architecture
 from hosl_flower.backprop import gradients
 from hosl_flower.client import new_state
 from hosl_flower.errors import ConfigError
-from hosl_flower.families import architecture
 from hosl_flower.lora import Lora
 from hosl_flower.recompute import recomputed_gradients
 from hosl_flower.residual import fed_back, residual_gradients

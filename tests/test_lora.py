@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from hosl_flower.answers import Answers
+from hosl_flower.architectures import architecture
 from hosl_flower.errors import ConfigError
-from hosl_flower.families import architecture
 from hosl_flower.lora import Lora, save_adapters
 from hosl_flower.merge import save_merged
 from hosl_flower.perturb import DISTRIBUTIONS, Layout

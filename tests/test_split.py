@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM
 
+from hosl_flower.architectures import ARCHITECTURES, architecture
 from hosl_flower.errors import ConfigError
-from hosl_flower.families import ARCHITECTURES, architecture, family_of
+from hosl_flower.families import HEAD
 from hosl_flower.merge import save_merged
 from hosl_flower.split import (
-    HEAD,
     client_skeleton,
     count,
     load_client,
@@ -77,7 +77,7 @@ def test_dropout_is_off_on_both_sides(tiny_opt):
         assert torch.equal(server(client(ids, mask), mask), server(client(ids, mask), mask))
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name.startswith("opt")])
 def test_published_sizes_split_on_the_meta_device(name):
     config = architecture(name)
     blocks = config.num_hidden_layers
@@ -107,11 +107,6 @@ def test_a_cut_beyond_the_model_is_refused(tiny_opt, cut):
     base = open_base(str(tiny_opt()[0]))
     with pytest.raises(ConfigError, match=r"cut-layer = -?\d is outside 0\.\.3"):
         load_client(base, cut, torch.float32, "cpu")
-
-
-def test_other_families_are_refused_with_those_there_are():
-    with pytest.raises(ConfigError, match=r"'gpt2' is not supported; supported: opt"):
-        family_of(GPT2Config())
 
 
 def test_unknown_architecture_lists_the_known():

@@ -346,3 +346,13 @@ def test_damaged_tokenizer_is_refused(tiny_opt):
 def test_tokenizer_of_a_model_that_cannot_be_had_is_refused(hub_cache):
     with pytest.raises(CheckpointError, match="org/tiny has no usable tokenizer"):
         load_tokenizer("org/tiny")
+
+
+def test_a_special_token_without_an_embedding_is_refused_only_where_it_is_used():
+    tokenizer = load_tokenizer("random:any")
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
+    encoder = Encoder(SST2, tokenizer, 32)
+    encoder.check_vocabulary(TOKENIZER_SIZE)  # one row fewer than there are tokens
+    assert encoder.encode({"sentence": "an image"})
+    with pytest.raises(DataError, match=r"the text '<image>', a special token that this model"):
+        encoder.encode({"sentence": "an <image>"})
