@@ -137,6 +137,7 @@ def test_ten_clients_a_hundred_steps_over_flower_in_process_and_in_the_reference
             "client_gradient": "residual", "client_optimizer": "adafactor",
         },
         {
+            "model": "random:qwen3-tiny",
             "strategy": "strategies.split_fo:SplitFo", "local_steps": 2, "num_clients": 1,
             "clients_per_step": 1, "client_gradient": "recompute", "client_optimizer": "adafactor",
         },
