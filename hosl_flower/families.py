@@ -36,12 +36,15 @@ class _NoPositions(nn.Module):
 
 class Parts(NamedTuple):
     """Names of the modules of a block that residual feedback goes by: the attention's output
-    projection, and the MLP's norm, first and second matrix."""
+    projection, the MLP's norm, first and second matrix and activation; gate: of an MLP that is
+    down(activation(gate(x)) * up(x)), else down(activation(up(x)))."""
 
     attention: str
     norm: str
     up: str
     down: str
+    activation: str
+    gate: str = ""
 
 
 class Family(Protocol):
@@ -71,8 +74,7 @@ class Family(Protocol):
 
     def residual_parts(self, config: PretrainedConfig) -> Parts | None:
         """For residual feedback: None unless embeddings, attention and MLP are added to the
-        residual stream with nothing on it, no projection and no norm between the sums, and the MLP
-        is down(relu(up(norm(h))))."""
+        residual stream as they are: no projection, and no norm after attention or MLP."""
 
     def embedded(self, ids: Tensor, mask: Tensor) -> Mapping[str, Tensor]:
         """For residual feedback: rows [b, S] of each embedding that ids and mask [b, S] take, by
@@ -115,9 +117,9 @@ class Opt:
 
     def residual_parts(self, config: PretrainedConfig) -> Parts | None:
         plain = config.word_embed_proj_dim == config.hidden_size and config.do_layer_norm_before
-        if not plain or config.activation_function != "relu":
+        if not plain:
             return None
-        return Parts("self_attn.out_proj", "final_layer_norm", "fc1", "fc2")
+        return Parts("self_attn.out_proj", "final_layer_norm", "fc1", "fc2", "activation_fn")
 
     def embedded(self, ids: Tensor, mask: Tensor) -> Mapping[str, Tensor]:
         offset = 2  # of OPT's position embedding
@@ -136,12 +138,6 @@ class _Decoder:
 
     def init_std(self, config: PretrainedConfig) -> float:
         return config.initializer_range
-
-    def residual_parts(self, config: PretrainedConfig) -> Parts | None:
-        return None
-
-    def embedded(self, ids: Tensor, mask: Tensor) -> Mapping[str, Tensor]:
-        return {}
 
 
 class Gpt2(_Decoder):
@@ -167,6 +163,12 @@ class Gpt2(_Decoder):
     def starts_at_one(self, name: str) -> bool:
         return name.rpartition(".")[0].endswith(("ln_1", "ln_2", "ln_f"))
 
+    def residual_parts(self, config: PretrainedConfig) -> Parts | None:
+        return Parts("attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj", "mlp.act")
+
+    def embedded(self, ids: Tensor, mask: Tensor) -> Mapping[str, Tensor]:
+        return {"wte.weight": ids, "wpe.weight": self.positions(mask)["position_ids"]}
+
 
 class Llama(_Decoder):
     """Llama (Touvron et al. 2023) and the families whose modules have its names: Llama 2 and 3,
@@ -190,6 +192,13 @@ class Llama(_Decoder):
     def starts_at_one(self, name: str) -> bool:
         return name.endswith("norm.weight")
 
+    def residual_parts(self, config: PretrainedConfig) -> Parts | None:
+        mlp = ("mlp.up_proj", "mlp.down_proj", "mlp.act_fn", "mlp.gate_proj")
+        return Parts("self_attn.o_proj", "post_attention_layernorm", *mlp)
+
+    def embedded(self, ids: Tensor, mask: Tensor) -> Mapping[str, Tensor]:
+        return {"embed_tokens.weight": ids}
+
 
 class Gemma3(Llama):
     """Gemma 3's text models (Gemma Team 2025). The embedding scales its own rows; norms multiply
@@ -197,6 +206,9 @@ class Gemma3(Llama):
 
     def starts_at_one(self, name: str) -> bool:
         return False
+
+    def residual_parts(self, config: PretrainedConfig) -> Parts | None:
+        return None  # there are norms after attention and MLP
 
 
 FAMILIES: dict[str, Family] = {

@@ -1,5 +1,7 @@
 """The ways a client comes by a gradient of its half: each against what it must equal."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from specs import client_spec
@@ -8,6 +10,7 @@ from hosl_flower.architectures import architecture
 from hosl_flower.backprop import gradients
 from hosl_flower.client import new_state
 from hosl_flower.errors import ConfigError
+from hosl_flower.feedback import residual_parts, trained_parts
 from hosl_flower.lora import Lora
 from hosl_flower.recompute import recomputed_gradients
 from hosl_flower.residual import fed_back, residual_gradients
@@ -19,8 +22,8 @@ LORA = Lora(4, 8.0, ("q_proj", "v_proj"), 0)
 LAST = "model.decoder.layers.2."
 
 
-def problem(cut=3, lora=None, dtype=torch.float32):
-    client = load_client(open_base("random:opt-tiny"), cut, dtype, "cpu", lora)
+def problem(cut=3, lora=None, dtype=torch.float32, model="opt-tiny"):
+    client = load_client(open_base(f"random:{model}"), cut, dtype, "cpu", lora)
     generator = torch.Generator().manual_seed(0)
     if lora is not None:  # else the gradient of A is zero
         for name, parameter in client.named_parameters():
@@ -110,6 +113,48 @@ def without_attention(client, index, batch, cotangent):
     wanted = [stream, *(block.get_parameter(n) for n in names)]
     before, *found = torch.autograd.grad(out, wanted, cotangent.payload.flatten(0, 1))
     return before, dict(zip(names, found, strict=True))
+
+
+@pytest.mark.parametrize("model", ["gpt2-tiny", "llama-tiny", "qwen3-tiny"])
+def test_the_rule_holds_for_other_activations_norms_and_gates(model):
+    """As above, over transformers' own MLP: what comes after the attention, by autograd."""
+    client, batch, cotangent = problem(cut=2, model=model)
+    with torch.no_grad():  # norms and biases too must matter
+        generator = torch.Generator().manual_seed(1)
+        for parameter in client.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+    own, exact = both(only_fed_back, client, batch, cotangent, micro_batch=4)
+    parts, family = residual_parts(client), client.family
+    blocks = client.decoder.get_submodule(family.blocks)
+    for index in range(2):
+        block, seen = blocks[index], []
+        norm, attention = block.get_submodule(parts.norm), block.get_submodule(parts.attention)
+        with hooked(seen, attention, norm), torch.no_grad():
+            client(batch.input_ids, batch.attention_mask)
+        o, h = seen
+        stream = attention(o) + (h - attention(o)).detach()
+        parameters = {f"{part}.{n}": p for part in trained_parts(parts)
+                      for n, p in block.get_submodule(part).named_parameters()}  # fmt: skip
+        found = torch.autograd.grad(
+            stream + block.mlp(norm(stream)), list(parameters.values()), cotangent.payload
+        )
+        for name, gradient in zip(parameters, found, strict=True):
+            name = client.canonical(f"decoder.{family.blocks}.{index}.{name}")
+            scale = gradient.abs().max()
+            assert (own[name] - gradient).abs().max() <= 1e-4 * scale, name
+            if index == 1:  # nothing comes after: the whole gradient
+                assert (own[name] - exact[name]).abs().max() <= 1e-3 * scale, name
+
+
+@contextmanager
+def hooked(seen, *modules):
+    """The first argument of each module, once called."""
+    hooks = [m.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for m in modules]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @pytest.mark.parametrize("micro_batch", [0, 4])

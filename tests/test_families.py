@@ -200,7 +200,7 @@ def test_what_does_not_fit_a_family_is_said_in_a_line(saved):
     capped.final_logit_softcapping = 30.0
     with pytest.raises(ConfigError, match="caps its logits"):
         family_of(capped)
-    client, _ = halves(saved("qwen3-tiny")[0], 1)
+    client, _ = halves(saved("gemma3-tiny")[0], 1)
     with pytest.raises(ConfigError, match="use recompute"):
         fed_back(client, trainable_parameters(client, "full"))
     base = open_base(str(saved("gpt2-tiny")[0]))
