@@ -87,7 +87,7 @@ class Client:
         for name in ("submodel", "state", "compute", "branches"):  # never two copies
             self.__dict__.pop(name, None)
         spec = self.spec
-        base = open_base(self.model, spec.seed)
+        base = open_base(self.model, spec.seed, partial=True)
         self.vocabulary: int = base.config.vocab_size
         dtype = torch_dtype(spec.dtype)
         with self.meter.phase("load", 0):

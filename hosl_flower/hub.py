@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import httpx
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -96,6 +96,12 @@ def fetch(repository: str, filename: str) -> Path | None:
             f"the hub does not give {filename!r} of {repository!r}: {first_line(error)}; "
             "check the name and, for a gated model, HF_TOKEN"
         ) from error
+
+
+def cached(repository: str, filename: str) -> Path | None:
+    """The local path of one file of a hub repository if it is in the cache, whole."""
+    path = try_to_load_from_cache(repository, filename)
+    return Path(path) if isinstance(path, str) else None
 
 
 def _is_cached(repository: str) -> bool:

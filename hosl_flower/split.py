@@ -129,10 +129,11 @@ class Base:
         return self.config.num_hidden_layers
 
 
-def open_base(model: str, seed: int = 0) -> Base:
+def open_base(model: str, seed: int = 0, partial: bool = False) -> Base:
     """Open a model: a directory, a hub id, or `random:<architecture>`; reads headers only.
 
-    seed: of the weights of `random:` models. Raises CheckpointError or ConfigError.
+    seed: of the weights of `random:` models. partial: download no more of a hub model than the
+    tensors that are then asked for. Raises CheckpointError or ConfigError.
     """
     if model.startswith(RANDOM):
         config = architecture(model.removeprefix(RANDOM))
@@ -142,7 +143,7 @@ def open_base(model: str, seed: int = 0) -> Base:
         return Base(model, config, source, pretrained=False)
     config = load_model_config(model)
     family = family_of(config)
-    checkpoint = Checkpoint(model, family.base_prefix, family.blocks)
+    checkpoint = Checkpoint(model, family.base_prefix, family.blocks, partial)
     if checkpoint.blocks() > config.num_hidden_layers:
         raise CheckpointError(
             f"{model}: config.json says {config.num_hidden_layers} blocks, the weights have "

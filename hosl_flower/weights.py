@@ -2,17 +2,13 @@
 
 A side of the split asks for its own tensors by canonical name (as in the unsplit model's
 state dict, `model.decoder.layers.0.fc1.weight`) and nothing else is read: safetensors files
-are read a few MiB at a time, shards of the other side are not even opened or downloaded. Legacy
-`pytorch_model.bin` files are converted to safetensors once, block by block and on demand.
-No pickle is executed: `torch.load` runs with weights_only.
+are read a few MiB at a time (tensorfile.py), shards of the other side are not even opened or
+downloaded, and of a file on the hub a client downloads its own tensors alone (ranged.py).
 """
 
-import hashlib
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
@@ -20,12 +16,13 @@ from typing import Protocol
 import numpy
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from hosl_flower import hub
-from hosl_flower.errors import CheckpointError, first_line
+from hosl_flower import hub, ranged
+from hosl_flower.errors import CheckpointError
+from hosl_flower.legacy import converted, damaged, legacy_keys
 from hosl_flower.perturb import derive_seed
+from hosl_flower.ranged import RemoteFile
 from hosl_flower.tensorfile import CHUNK_ELEMENTS, Stored, copy_into, find
 
 
@@ -81,12 +78,14 @@ class Checkpoint:
 
     base_prefix: what canonical names of the decoder start with ("model"); checkpoints saved
     from the bare base model leave it out and are understood too. block_list: what comes before
-    the number of a block in them ("layers").
+    the number of a block in them ("layers"). partial: of files on the hub, download no more than
+    the tensors that are asked for.
     """
 
-    def __init__(self, model: str, base_prefix: str, block_list: str):
-        self.origin = model
+    def __init__(self, model: str, base_prefix: str, block_list: str, partial: bool = False):
+        self.origin, self.partial = model, partial
         self.base_prefix, self.block_list = base_prefix, block_list
+        self._remote: dict[str, Path | RemoteFile | None] = {}
         self._files = self._index()
 
     def __contains__(self, name: str) -> bool:
@@ -99,16 +98,18 @@ class Checkpoint:
                 f"such as {', '.join(sorted(self._files)[:3]) or 'none'}: another model?"
             )
         filename, key = self._files[name]
-        path = hub.locate(self.origin, filename)
+        path = self._locate(filename)
         if path is None:
             raise CheckpointError(f"{self.origin} lists {filename!r} in its index but lacks it")
-        converted = _convert_bin(path, key) if filename.endswith(".bin") else path
+        if isinstance(path, RemoteFile):
+            path = path.tensor(key)
+        file = converted(path, key) if filename.endswith(".bin") else path
         try:
-            stored = find(converted, key)
+            stored = find(file, key)
             self._check(stored, out, f"{path}: {key}")
-            copy_into(out, converted, stored)
+            copy_into(out, file, stored)
         except (SafetensorError, OSError) as error:
-            raise _damaged(path, error) from error
+            raise damaged(path, error) from error
 
     def _check(self, stored: Stored, out: Tensor, where: str) -> None:
         if stored.shape != tuple(out.shape):
@@ -131,9 +132,9 @@ class Checkpoint:
         """canonical name -> (file, key in that file), from headers only."""
         for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
             single = index.removesuffix(".index.json")
-            path = hub.locate(self.origin, single)
-            if path is not None:
-                keys = _keys_bin(path) if single.endswith(".bin") else _keys_safetensors(path)
+            file = self._locate(single)
+            if file is not None:
+                keys = _keys(file)
                 return {self._canonical(key): (single, key) for key in keys}
             path = hub.locate(self.origin, index)
             if path is not None:
@@ -143,6 +144,15 @@ class Checkpoint:
             f"{self.origin} has none of model.safetensors, pytorch_model.bin or their sharded "
             "forms; expected a Hugging Face model directory or hub id"
         )
+
+    def _locate(self, filename: str) -> Path | RemoteFile | None:
+        """A file of the model, whole or by pieces; None where it has no such file."""
+        on_hub = hub.local_directory(self.origin) is None
+        if not (self.partial and on_hub and filename.endswith(".safetensors")):
+            return hub.locate(self.origin, filename)
+        if filename not in self._remote:
+            self._remote[filename] = ranged.locate(self.origin, filename)
+        return self._remote[filename]
 
     def _canonical(self, key: str) -> str:
         known = (f"{self.base_prefix}.", "lm_head.")
@@ -163,11 +173,10 @@ def _weight_map(path: Path) -> dict[str, str]:
     return entries
 
 
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"{path} cannot be read as model weights ({error}); it is truncated or of another "
-        "format: download or copy it again"
-    )
+def _keys(file: Path | RemoteFile) -> list[str]:
+    if isinstance(file, RemoteFile):
+        return file.keys()
+    return legacy_keys(file) if file.suffix == ".bin" else _keys_safetensors(file)
 
 
 def _keys_safetensors(path: Path) -> list[str]:
@@ -175,72 +184,4 @@ def _keys_safetensors(path: Path) -> list[str]:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
     except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
-
-
-def _load_bin(path: Path) -> dict[str, Tensor]:
-    """The state dict of a legacy file. Memory-mapped, so only what is used is ever read."""
-    try:
-        try:
-            state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-        except RuntimeError as error:
-            if "mmap can only be used" not in str(error):
-                raise
-            # Written before torch 1.6 as one stream: it has to be read whole.
-            state = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # torch raises many kinds for a damaged or hostile file
-        # torch's own text suggests weights_only=False: not here, never
-        refused = "weights_only" in str(error)
-        reason = "it holds objects that are not tensors" if refused else first_line(error)
-        raise _damaged(path, ValueError(reason)) from error
-    tensors = isinstance(state, dict) and all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
-    )
-    if not tensors:
-        raise _damaged(path, ValueError("it does not hold a state dict of tensors"))
-    return state
-
-
-def _conversion_directory(path: Path) -> Path:
-    path = path.resolve()
-    status = path.stat()
-    identity = f"{path}|{status.st_size}|{status.st_mtime_ns}"
-    name = hashlib.sha256(identity.encode()).hexdigest()[:24]
-    return hub.cache_directory() / "converted" / name
-
-
-def _keys_bin(path: Path) -> list[str]:
-    listing = _conversion_directory(path) / "keys.json"
-    if not listing.is_file():
-        keys = sorted(_load_bin(path))
-        _write_atomically(listing, lambda target: target.write_text(json.dumps(keys)))
-    return json.loads(listing.read_text())
-
-
-def _convert_bin(path: Path, key: str) -> Path:
-    """A safetensors copy, in the cache, of the block of a legacy file that holds a tensor. Making
-    it takes the memory of that block once."""
-    block = re.match(r"(.*?\.\d+)\.", key)  # whatever the list of blocks is called
-    group = block.group(1) if block else key
-    converted = _conversion_directory(path) / f"{group}.safetensors"
-    if not converted.is_file():
-        own = {k: t for k, t in _load_bin(path).items() if k == key or k.startswith(f"{group}.")}
-        # clone: tied tensors share storage, which safetensors rightly refuses
-        own = {k: t.clone().contiguous() for k, t in own.items()}
-        if key not in own:
-            raise CheckpointError(f"{path} lacks {key!r}, which its index says it holds")
-        _write_atomically(converted, lambda target: save_file(own, target))
-    return converted
-
-
-def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Several clients on one machine may convert the same file at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise damaged(path, error) from error
