@@ -235,6 +235,11 @@ class RunConfig(BaseModel):
     save_format: Literal["merged", "adapters"] = Field(
         "merged", description="plain weights, or LoRA adapters in peft's format"
     )
+    trackers: str = Field(
+        "auto",
+        description="where curves go besides the run directory: tensorboard, wandb, mlflow, "
+        "several with commas; auto is tensorboard if it is installed, empty is none",
+    )
     nodes_deadline: float = Field(
         60.0, gt=0, description="seconds to wait for enough SuperNodes at the start"
     )
@@ -303,6 +308,11 @@ class RunConfig(BaseModel):
     def verbalizer_list(self) -> list[str]:
         """The overriding answer words; empty when the task's own are used."""
         return list(split_words(self.verbalizers))
+
+    @property
+    def tracker_names(self) -> tuple[str, ...]:
+        """Of `trackers`."""
+        return split_words(self.trackers)
 
     def as_keys(self) -> dict[str, Scalar]:
         """All keys with their values, as a run-config."""

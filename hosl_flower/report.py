@@ -17,7 +17,7 @@ import platform
 import shutil
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,45 +27,18 @@ from hosl_flower.config import RunConfig
 from hosl_flower.errors import ConfigError, HoslError
 from hosl_flower.link.base import Traffic
 from hosl_flower.lock import lock, unlock
-from hosl_flower.memory import PHASES
 from hosl_flower.plot import draw_curve, draw_partition
+from hosl_flower.results import Measured, Results, results_of
 from hosl_flower.resume import Resumable, collect, run_directory
 from hosl_flower.server import Score
 from hosl_flower.session import Session
 from hosl_flower.summary import plan, table
+from hosl_flower.trackers import Trackers, check_trackers
 
 log = logging.getLogger("hosl_flower")
 
 _PROGRESS_SECONDS = 5.0
 _PACKAGES = ("hosl-flower", "flwr", "torch", "transformers", "datasets", "ray", "numpy")
-
-
-@dataclass(frozen=True)
-class Results:
-    """results.json. The fields up to wall_seconds are those of the final evaluation."""
-
-    method: str
-    model: str
-    task: str
-    pretrained: bool
-    seed: int
-    steps: int
-    accuracy: float
-    balanced_accuracy: float
-    loss: float
-    wall_seconds: float
-    notice: str
-    majority_accuracy: float
-    held_out_examples: int
-    evaluations: list[dict[str, float]]
-    seconds_per_step: dict[str, float]
-    bytes_up: dict[str, dict[str, int]]
-    bytes_down: dict[str, dict[str, int]]
-    client_peak_memory: dict[str, Any]
-    client_parameters: dict[str, int]
-    clients: dict[str, Any]
-    fingerprint: str
-    ledger_digest: str
 
 
 class Report:
@@ -81,6 +54,9 @@ class Report:
             self.directory.exists() and any(self.directory.iterdir())
         ):
             raise ConfigError(f"{self.directory} already holds a run; choose another run-name")
+        self.trackers: Trackers | None = None
+        if config.tracker_names != ("auto",):
+            check_trackers(config.tracker_names)
         self.evaluations: list[dict[str, float]] = []
         self.final: Score | None = None
         self._seconds: dict[str, float] = defaultdict(float)
@@ -114,6 +90,7 @@ class Report:
             session.history.ledger.record(self.directory / "ledger.jsonl")
         counts = [client.label_counts for _, client in sorted(session.clients.items())]
         names = session.spec.task.label_names or session.spec.task.verbalizers
+        self.trackers = Trackers(self.config.tracker_names, self.directory, self.config.as_keys())
         draw_partition(self.directory / "partition.png", counts, names)
         for line in plan(method, session):
             log.info(line)
@@ -179,6 +156,7 @@ class Report:
         if dropped:
             row["dropped"] = dropped
         self._append({**row, "seconds": seconds})
+        self._track(step, {"train/loss": loss}, "seconds", seconds)
         if time.perf_counter() - self._last_line > _PROGRESS_SECONDS:
             self._progress(step)
 
@@ -197,6 +175,7 @@ class Report:
         self.evaluations.append({"step": step, **row})
         self.final = score
         self._append({"step": step, "held_out": row})
+        self._track(step, {}, "held_out", row)
         log.info(
             "step %d/%d: held-out loss %.4f, accuracy %.3f (majority class %.3f), balanced %.3f",
             step,
@@ -213,48 +192,22 @@ class Report:
         the one in the results."""
         assert self.final is not None
         draw_curve(self.directory, f"{method.name}: {session.spec.model}, {session.spec.task.name}")
-        held, trained = session.client_counts()
-        steps = self.config.steps
-        results = Results(
-            method=method.name,
-            model=session.spec.model,
-            task=session.spec.task.name,
-            pretrained=session.base.pretrained,
-            seed=self.config.seed,
-            steps=steps,
-            accuracy=self.final.accuracy,
-            balanced_accuracy=self.final.balanced_accuracy,
-            loss=self.final.loss,
-            wall_seconds=self._wall_seconds(),
-            notice=session.notice,
-            majority_accuracy=self.final.majority,
-            held_out_examples=self.final.examples,
-            evaluations=self.evaluations,
-            seconds_per_step={part: value / steps for part, value in self._seconds.items()},
-            bytes_up=_by_kind(traffic.up),
-            bytes_down=_by_kind(traffic.down),
-            client_peak_memory={
-                "bytes": traffic.peak_bytes,
-                "meter": "process_rss",
-                "tensor_bytes": dict(zip(PHASES, traffic.tensor_peaks, strict=True)),
-                "tensor_meter": next(iter(session.clients.values())).memory_meter,
-            },
-            client_parameters={"held": held, "trained": trained},
-            clients={
-                "number": self.config.num_clients,
-                "steps_taken_part": {str(p): n for p, n in sorted(session.took_part.items())},
-                "dropped": [drop._asdict() for drop in session.dropped],
-                "fingerprint_checked": checked,
-            },
-            fingerprint=session.history.state.mark().fingerprint,
-            ledger_digest=session.history.ledger.digest(),
-        )
+        measured = Measured(self.final, self.evaluations, self._seconds, self._wall_seconds())
+        results = results_of(method.name, session, traffic, measured, checked)
         self._write("results.json", json.dumps(asdict(results), indent=2))
+        if self.trackers is not None:
+            self.trackers.finish({"accuracy": results.accuracy, "loss": results.loss})
         unlock(self._lock)
         for line in table(results, traffic).splitlines():
             log.info(line)
         log.info("run directory: %s", self.directory)
         return results
+
+    def _track(
+        self, step: int, values: dict[str, float], group: str, more: dict[str, float]
+    ) -> None:
+        if self.trackers is not None:
+            self.trackers.log(step, {**values, **{f"{group}/{k}": v for k, v in more.items()}})
 
     def _progress(self, step: int) -> None:
         self._last_line = time.perf_counter()
@@ -294,7 +247,3 @@ def _version(package: str) -> str:
         return version(package)
     except ModuleNotFoundError:
         return "not installed"
-
-
-def _by_kind(way: dict[str, list[int]]) -> dict[str, dict[str, int]]:
-    return {kind: {"messages": n, "bytes": size} for kind, (n, size) in sorted(way.items())}

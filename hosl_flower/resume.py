@@ -30,6 +30,7 @@ from hosl_flower.state import Snapshot
 # number of threads may round differently, as between any two machines)
 _FREE = {
     "steps", "resume", "checkpoint-every", "output-dir", "run-name", "save-model", "save-format",
+    "trackers",
     "threads", "device", "link", "min-clients", "clients-per-node", "nodes-deadline",
     "reply-deadline", "max-session-seconds", "stream-endpoint", "stream-bind",
     "stream-certificate", "stream-key", "stream-authority", "stream-insecure", "stream-lifetime",

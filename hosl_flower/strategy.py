@@ -19,7 +19,8 @@ from hosl_flower.errors import ConfigError, HoslError
 from hosl_flower.link.base import Link
 from hosl_flower.link.choose import open_link
 from hosl_flower.link.inprocess import InProcessLink
-from hosl_flower.report import Report, Results, log
+from hosl_flower.report import Report, log
+from hosl_flower.results import Results
 from hosl_flower.resume import find, restore
 from hosl_flower.session import Session, open_session
 from hosl_flower.training import train

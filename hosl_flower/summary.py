@@ -13,7 +13,7 @@ from hosl_flower.session import Session
 
 if TYPE_CHECKING:
     from hosl_flower.plan import Plan
-    from hosl_flower.report import Results
+    from hosl_flower.results import Results
 
 
 def plan(method: Any, session: Session) -> Iterable[str]:

@@ -33,7 +33,8 @@ from hosl_flower.messages import (
     Fingerprint,
     Fingerprinted,
 )
-from hosl_flower.report import Report, Results
+from hosl_flower.report import Report
+from hosl_flower.results import Results
 from hosl_flower.resume import earlier_traffic
 from hosl_flower.server import Score
 from hosl_flower.session import Session

@@ -33,7 +33,7 @@ def run_factory(strategy, tiny_opt, tmp_path, **own):
         "verbalizers": "terrible,great", "cut-layer": 2, "steps": 4, "eval-every": 2,
         "batch-size": 5, "eval-batch-size": 7, "directions": 2, "max-length": 100,
         "client-learning-rate": 1e-3, "server-learning-rate": 1e-2, "threads": 1, "seed": 3,
-        "output-dir": str(tmp_path / "runs"), "device": "cpu", **own,
+        "output-dir": str(tmp_path / "runs"), "device": "cpu", "trackers": "", **own,
     }  # fmt: skip
 
     def run(method=strategy, pictures=False, **changes):

@@ -1,0 +1,93 @@
+"""results.json: what a run came to."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from hosl_flower.link.base import Traffic
+from hosl_flower.memory import PHASES
+from hosl_flower.server import Score
+from hosl_flower.session import Session
+
+
+@dataclass(frozen=True)
+class Results:
+    """results.json. The fields up to wall_seconds are those of the final evaluation."""
+
+    method: str
+    model: str
+    task: str
+    pretrained: bool
+    seed: int
+    steps: int
+    accuracy: float
+    balanced_accuracy: float
+    loss: float
+    wall_seconds: float
+    notice: str
+    majority_accuracy: float
+    held_out_examples: int
+    evaluations: list[dict[str, float]]
+    seconds_per_step: dict[str, float]
+    bytes_up: dict[str, dict[str, int]]
+    bytes_down: dict[str, dict[str, int]]
+    client_peak_memory: dict[str, Any]
+    client_parameters: dict[str, int]
+    clients: dict[str, Any]
+    fingerprint: str
+    ledger_digest: str
+
+
+class Measured(NamedTuple):
+    """What was noted on the way. seconds: of all steps, by part."""
+
+    final: Score
+    evaluations: list[dict[str, float]]
+    seconds: Mapping[str, float]
+    wall_seconds: float
+
+
+def results_of(
+    method: str, session: Session, traffic: Traffic, measured: Measured, checked: list[int]
+) -> Results:
+    """checked: clients whose fingerprint is the one in the results."""
+    held, trained = session.client_counts()
+    steps, final = session.config.steps, measured.final
+    return Results(
+        method=method,
+        model=session.spec.model,
+        task=session.spec.task.name,
+        pretrained=session.base.pretrained,
+        seed=session.config.seed,
+        steps=steps,
+        accuracy=final.accuracy,
+        balanced_accuracy=final.balanced_accuracy,
+        loss=final.loss,
+        wall_seconds=measured.wall_seconds,
+        notice=session.notice,
+        majority_accuracy=final.majority,
+        held_out_examples=final.examples,
+        evaluations=measured.evaluations,
+        seconds_per_step={part: value / steps for part, value in measured.seconds.items()},
+        bytes_up=_by_kind(traffic.up),
+        bytes_down=_by_kind(traffic.down),
+        client_peak_memory={
+            "bytes": traffic.peak_bytes,
+            "meter": "process_rss",
+            "tensor_bytes": dict(zip(PHASES, traffic.tensor_peaks, strict=True)),
+            "tensor_meter": next(iter(session.clients.values())).memory_meter,
+        },
+        client_parameters={"held": held, "trained": trained},
+        clients={
+            "number": session.config.num_clients,
+            "steps_taken_part": {str(p): n for p, n in sorted(session.took_part.items())},
+            "dropped": [drop._asdict() for drop in session.dropped],
+            "fingerprint_checked": checked,
+        },
+        fingerprint=session.history.state.mark().fingerprint,
+        ledger_digest=session.history.ledger.digest(),
+    )
+
+
+def _by_kind(way: dict[str, list[int]]) -> dict[str, dict[str, int]]:
+    return {kind: {"messages": n, "bytes": size} for kind, (n, size) in sorted(way.items())}
