@@ -1,0 +1,118 @@
+"""What a server can read off activations: the share of a client's tokens it recovers, by cut.
+
+    python tests/benchmarks/leakage.py -c model=<a small OPT> -c data-path=<...> --out leakage.json
+
+A simple attack by whoever has the base checkpoint, as a server does: run public text through the
+base's first blocks, fit one linear map (ridge regression) from activations to the embeddings of
+their own tokens, and read other activations as the nearest embedding. Public text is the training
+part, the client's is the held-out part; padding and what every example has in common (the prompt's
+own words) do not count. Noise is normal, its standard deviation given as a share of the
+activations' own, and the attacker's map is fitted to activations with such noise. A better attack
+recovers more: these shares are what is lost at least.
+"""
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hosl_flower.cli import key_value
+from hosl_flower.codec import decode, encode
+from hosl_flower.config import parse_config
+from hosl_flower.families import embedding_name
+from hosl_flower.partition import DataPool
+from hosl_flower.session import open_session
+from hosl_flower.split import ClientSubmodel, load_client
+from hosl_flower.tasks import Batch, Encoder
+
+NOISES = (0.0, 0.3, 1.0, 3.0)
+RIDGE = 1e-3  # of the mean square of an activation
+
+
+def text_positions(batch: Batch, encoder: Encoder) -> Tensor:
+    """[B, S] of tokens that are an example's own."""
+    own = batch.attention_mask.bool().clone()
+    common = len(encoder._suffix)
+    if common:
+        own[:, -common:] = False
+    first = batch.attention_mask.argmax(1)
+    for offset in range(len(encoder._prefix)):
+        own[torch.arange(len(own)), first + offset] = False
+    return own
+
+
+class Tokens:
+    """Activations [n, H] and ids [n] of the own tokens of some batches."""
+
+    def __init__(self, client: ClientSubmodel, batches: list[Batch], encoder: Encoder, codec: str):
+        activations, ids = [], []
+        with torch.no_grad():
+            for batch in batches:
+                z = client(batch.input_ids, batch.attention_mask)
+                z = decode(*encode(z, codec), torch.float32)
+                own = text_positions(batch, encoder)
+                activations.append(z[own])
+                ids.append(batch.input_ids[own])
+        self.activations, self.ids = torch.cat(activations), torch.cat(ids)
+
+    def noisy(self, share: float, spread: Tensor, seed: int) -> Tensor:
+        """With noise of so many times each feature's standard deviation."""
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(self.activations.shape, generator=generator)
+        return self.activations + share * spread * noise
+
+
+def recovered(public: Tokens, private: Tokens, embedding: Tensor, noise: float) -> float:
+    """Share of the private tokens that the attack names."""
+    mean, spread = public.activations.mean(0), public.activations.std(0)
+    x = (public.noisy(noise, spread, 0) - mean) / spread
+    x = torch.cat([x, torch.ones(len(x), 1)], 1).double()
+    target = embedding[public.ids].double()
+    gram = x.T @ x + RIDGE * len(x) * torch.eye(x.shape[1], dtype=torch.float64)
+    solution = torch.linalg.solve(gram, x.T @ target).float()
+    y = (private.noisy(noise, spread, 1) - mean) / spread
+    guess = torch.cat([y, torch.ones(len(y), 1)], 1) @ solution
+    table = torch.nn.functional.normalize(embedding, dim=1)
+    named = [(part @ table.T).argmax(1) for part in guess.split(512)]
+    return float((torch.cat(named) == private.ids).float().mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-c", dest="keys", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--examples", type=int, default=2000, help="of public text")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    given = dict(map(key_value, arguments.keys))
+    config = parse_config({"device": "cpu", "eval-examples": 400, "batch-size": 50, **given})
+    session = open_session(config, "leakage", 1)
+    spec, base, encoder = session.spec, session.base, session.encoder
+    data = DataPool(spec, encoder).client(0)
+    public = [data.train_batch(n, 50) for n in range(arguments.examples // 50)]
+    private = [data.held_out_batch(n, 50) for n in range(config.eval_examples // 50)]
+    rows = []
+    for cut in range(1, base.blocks + 1):
+        client = load_client(base, cut, torch.float32, "cpu")
+        embedding = client.canonical_parameters()[embedding_name(base.config)].detach()
+        for codec in ("exact", "int8"):
+            known, secret = (Tokens(client, part, encoder, codec) for part in (public, private))
+            for noise in NOISES if codec == "exact" else NOISES[:1]:
+                share = recovered(known, secret, embedding, noise)
+                rows.append({"cut": cut, "codec": codec, "noise": noise, "recovered": share})
+                print(json.dumps(rows[-1]), flush=True)
+    commonest = Counter(known.ids.tolist()).most_common(1)[0][0]
+    guess = float((secret.ids == commonest).float().mean())
+    result = {
+        "model": spec.model, "task": spec.task.name, "public_tokens": len(known.ids),
+        "private_tokens": len(secret.ids), "commonest_token": guess, "rows": rows,
+    }  # fmt: skip
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
