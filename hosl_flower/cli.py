@@ -106,6 +106,51 @@ def plan(
 
 
 @cli.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="a finished run's directory")],
+    directory: Annotated[Path, typer.Argument(help="what to make; must not be there yet")],
+    what: Annotated[str, typer.Option(help="model, adapters, client or server")] = "model",
+    push: Annotated[str, typer.Option(help="and upload it to this hub repository")] = "",
+    private: Annotated[bool, typer.Option("--private", help="make that repository so")] = False,
+) -> None:
+    """A trained model as a directory of its own: merged, adapters, or one half; with a card."""
+    from hosl_flower import hub
+    from hosl_flower.export import export as export_run
+
+    try:
+        if push:
+            hub.check_name(push)
+        elif private:
+            raise ConfigError("--private has no use without --push")
+        made = export_run(run, directory, what)
+        typer.echo(f"exported: {made}")
+        if push:
+            typer.echo(f"pushed: {hub.push(made, push, private)}")
+    except HoslError as error:
+        _fail(error)
+
+
+@cli.command()
+def generate(
+    run: Annotated[str, typer.Argument(help="a run directory; or a model, with --cut-layer")],
+    prompt: str,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 50,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="draw from the likeliest with this share")] = 1.0,
+    seed: Annotated[int, typer.Option(help="of draws")] = 0,
+    cut_layer: Annotated[int | None, typer.Option(help="default: where the run cut")] = None,
+) -> None:
+    """Continue a prompt through the split: the client's half, then the server's."""
+    from hosl_flower import generate as generation
+
+    try:
+        choose = generation.chooser(temperature, top_p, seed)
+        typer.echo(generation.continuation(run, prompt, max_new_tokens, choose, cut_layer))
+    except HoslError as error:
+        _fail(error)
+
+
+@cli.command()
 def keys() -> None:
     """The table of run-config keys, as Markdown."""
     typer.echo(help_table())

@@ -107,7 +107,7 @@ class Opt:
         decoder.project_in = None
 
     def positions(self, mask: Tensor) -> Mapping[str, Tensor]:
-        return {}  # it counts the mask itself
+        return {"position_ids": (mask.cumsum(1) * mask - 1).long()}
 
     def init_std(self, config: PretrainedConfig) -> float:
         return config.init_std
@@ -123,8 +123,8 @@ class Opt:
 
     def embedded(self, ids: Tensor, mask: Tensor) -> Mapping[str, Tensor]:
         offset = 2  # of OPT's position embedding
-        positions = (mask.cumsum(1) * mask - 1).long() + offset
-        return {"embed_tokens.weight": ids, "embed_positions.weight": positions}
+        positions = self.positions(mask)["position_ids"]
+        return {"embed_tokens.weight": ids, "embed_positions.weight": positions + offset}
 
 
 class _Decoder:

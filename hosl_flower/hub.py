@@ -1,4 +1,4 @@
-"""The Hugging Face hub: is it there, and one file of a repository.
+"""The Hugging Face hub: is it there, one file of a repository, and a new repository.
 
 A device in the field is often offline. huggingface_hub's own retries can then take minutes,
 so reachability is probed once, within seconds, and everything after goes through the cache.
@@ -16,9 +16,11 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
 )
+from huggingface_hub.utils import validate_repo_id
 
-from hosl_flower.errors import CheckpointError, first_line
+from hosl_flower.errors import CheckpointError, ConfigError, HoslError, first_line
 
 PROBE_SECONDS = 4.0
 
@@ -107,6 +109,35 @@ def cached(repository: str, filename: str) -> Path | None:
 def _is_cached(repository: str) -> bool:
     folder = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}" / "snapshots"
     return folder.is_dir() and any(folder.glob("*/config.json"))
+
+
+def check_name(repository: str) -> None:
+    """ConfigError unless it can be the id of a repository of one's own."""
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise ConfigError(f"--push = {repository!r}: {first_line(error)}") from error
+
+
+def push(directory: Path, repository: str, private: bool) -> str:
+    """Upload a directory to a model repository, which is made if it is not there; its address.
+
+    private: of a new one; one that is there stays what it is. Raises HoslError when the hub does
+    not take it; what it has taken before is there then.
+    """
+    from huggingface_hub import HfApi  # a client needs none of it
+
+    api = HfApi(endpoint=constants.ENDPOINT)
+    try:
+        url = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=url.repo_id, folder_path=directory)
+    except (HfHubHTTPError, OfflineModeIsEnabled, httpx.HTTPError, OSError, ValueError) as error:
+        raise HoslError(
+            f"{constants.ENDPOINT} does not take {directory} as {repository!r}: "
+            f"{first_line(error)}; check the name, the connection, and HF_TOKEN, which must be "
+            "allowed to write"
+        ) from error
+    return str(url)
 
 
 def cache_directory() -> Path:

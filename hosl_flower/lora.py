@@ -16,15 +16,17 @@ from typing import Any
 
 import numpy
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hosl_flower.errors import ConfigError
+from hosl_flower.errors import CheckpointError, ConfigError, first_line
 from hosl_flower.perturb import derive_seed
 
 _NAME = re.compile(r"\.(lora_[AB])\.default\.")
 _ADAPTER = re.compile(r"\.lora_[AB]\.weight$")
+_PEFT = "base_model.model."  # what peft's names in a file start with
 _LINEAR = (nn.Linear, Conv1D)  # GPT-2's, which stores [in, out]
 
 
@@ -152,8 +154,7 @@ def save_adapters(
     `merged`.
     """
     tensors = {
-        f"base_model.model.{name}": tensor.detach().cpu().contiguous()
-        for name, tensor in adapters.items()
+        f"{_PEFT}{name}": tensor.detach().cpu().contiguous() for name, tensor in adapters.items()
     }
     part = directory.with_name(f".{directory.name}.part")  # half-written adapters have no name
     part.mkdir(parents=True)
@@ -166,3 +167,20 @@ def save_adapters(
     tokenizer.save_pretrained(part)
     save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
     part.rename(directory)
+
+
+@torch.no_grad()
+def load_adapters(directory: Path, parameters: Mapping[str, Tensor]) -> None:
+    """Fill one side's adapters, which are those of `parameters` by canonical name that are any,
+    with what `save_adapters` wrote. Raises CheckpointError when they are not there or do not fit.
+    """
+    path = directory / "adapter_model.safetensors"
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in filter(is_adapter, parameters):
+                stored = file.get_tensor(f"{_PEFT}{name}")
+                parameters[name].copy_(stored.view(parameters[name].shape))
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} does not hold the adapters of this model: {first_line(error)}"
+        ) from error

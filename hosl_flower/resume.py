@@ -28,7 +28,7 @@ from hosl_flower.state import Snapshot
 
 # keys that may differ: they change how a run goes on, not what it computes (another device or
 # number of threads may round differently, as between any two machines)
-_FREE = {
+FREE = {
     "steps", "resume", "checkpoint-every", "output-dir", "run-name", "save-model", "save-format",
     "trackers",
     "threads", "device", "link", "min-clients", "clients-per-node", "nodes-deadline",
@@ -65,7 +65,7 @@ def find(config: RunConfig) -> Checkpoint:
     differ = [
         f"{key} = {record[key]!r}, here {value!r}"
         for key, value in wanted.items()
-        if key not in _FREE and record.get(key, value) != value
+        if key not in FREE and record.get(key, value) != value
     ]
     if differ:
         raise ConfigError(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig
 
 from hosl_flower import hub
 from hosl_flower.architectures import architecture
@@ -54,6 +54,19 @@ class Submodel(nn.Module):
         """As canonical_parameters, with LoRA adapters folded into the weights they adapt."""
         return merged(self.canonical_parameters(), self.lora, self.family.transposed)
 
+    def _decode(
+        self, length: int, attention_mask: Tensor, cache: DynamicCache | None, **inputs: Tensor
+    ) -> Tensor:
+        """The last hidden state [B, S, D] of inputs of `length` S, which follow what is cached."""
+        positions = self.family.positions(attention_mask)
+        return self.decoder(
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            **{name: each[:, -length:] for name, each in positions.items()},
+            **inputs,
+        ).last_hidden_state
+
 
 class ClientSubmodel(Submodel):
     """Embeddings and the first `cut` blocks; an auxiliary head where the method has one."""
@@ -73,14 +86,15 @@ class ClientSubmodel(Submodel):
         tensors = super().merged_parameters()
         return {name: t for name, t in tensors.items() if not name.startswith(AUXILIARY)}
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """ids [B, S] int64, mask [B, S] (1 = token) -> activations [B, S, H]."""
-        return self.decoder(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            use_cache=False,
-            **self.family.positions(attention_mask),
-        ).last_hidden_state
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, cache: DynamicCache | None = None
+    ) -> Tensor:
+        """ids [B, S] int64, mask [B, S] (1 = token) -> activations [B, S, H].
+
+        With a cache (generate.py), which grows by the S tokens, the mask is of the P tokens in it
+        too: [B, P + S].
+        """
+        return self._decode(input_ids.shape[1], attention_mask, cache, input_ids=input_ids)
 
 
 class ServerSubmodel(Submodel):
@@ -92,14 +106,12 @@ class ServerSubmodel(Submodel):
         super().__init__(decoder, family, lora)
         self.lm_head = head
 
-    def hidden(self, activations: Tensor, attention_mask: Tensor) -> Tensor:
-        """activations [B, S, H], mask [B, S] -> last hidden state [B, S, D]."""
-        return self.decoder(
-            inputs_embeds=activations,
-            attention_mask=attention_mask,
-            use_cache=False,
-            **self.family.positions(attention_mask),
-        ).last_hidden_state
+    def hidden(
+        self, activations: Tensor, attention_mask: Tensor, cache: DynamicCache | None = None
+    ) -> Tensor:
+        """activations [B, S, H], mask [B, S] -> last hidden state [B, S, D]; a cache as above."""
+        length = activations.shape[1]
+        return self._decode(length, attention_mask, cache, inputs_embeds=activations)
 
     def forward(self, activations: Tensor, attention_mask: Tensor) -> Tensor:
         """activations [B, S, H], mask [B, S] -> logits [B, S, V]."""

@@ -1,0 +1,203 @@
+"""The model card of an exported model: what it is, what it can do, how it was made.
+
+It may be published, so of local paths it has the last name alone, and no key that says where
+things are or how they travelled.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData, constants, try_to_load_from_cache
+
+from hosl_flower.config import RunConfig, Scalar, parse_config
+from hosl_flower.finished import Finished
+from hosl_flower.resume import FREE
+from hosl_flower.split import RANDOM
+from hosl_flower.task_table import TASKS, Task
+from hosl_flower.tasks import task_from_config
+
+_ALWAYS = ("strategy", "model", "cut-layer", "task", "steps", "seed")  # also as by default
+_RELATIONS = {"model": "finetune", "adapters": "adapter"}  # in the hub's words
+WHAT = {
+    "model": "the whole model, merged: for `AutoModelForCausalLM.from_pretrained`",
+    "adapters": "LoRA adapters of both halves: for `PeftModel.from_pretrained`, over the base",
+    "client": "HALF a model: embeddings and the first {cut} blocks. Give this directory as "
+    "`model-path` to a SuperNode or to `hosl_flower.split.open_base`; `load_client` loads it",
+    "server": "HALF a model: the blocks after the first {cut}, final norm and LM head. Give this "
+    "directory to `hosl_flower.split.open_base`; `load_server` loads it",
+}
+
+
+def model_card(run: Finished, what: str) -> ModelCard:
+    """The card of a finished run's model; what: a key of WHAT."""
+    terms, license_line = _license(run)
+    header = ModelCardData(
+        base_model=_hub_base(run),
+        base_model_relation=_RELATIONS.get(what) if _hub_base(run) else None,
+        library_name="peft" if what == "adapters" else "transformers",
+        pipeline_tag="text-generation" if what in _RELATIONS else None,
+        tags=["hosl-flower", "split-learning", "federated-learning", run.results["method"]],
+        datasets=_hub_data(run),
+        **terms,
+    )
+    parts = [f"---\n{header.to_yaml()}\n---", f"# {_base(run)}, trained on {_task(run).name}"]
+    if run.results["notice"]:
+        parts.append(f"```\n{run.results['notice']}\n```")
+    if not run.results["pretrained"]:
+        parts.append("**The base model had random weights: what is measured here is no result.**")
+    parts += ["\n".join(_description(run, what)), "\n".join(_results(run)), _origin(run)]
+    return ModelCard("\n\n".join([*parts, license_line]) + "\n")
+
+
+def _description(run: Finished, what: str) -> Iterator[str]:
+    """The list of what it is."""
+    results, clients, task = run.results, run.config.num_clients, _task(run)
+    yield f"- What is here: {WHAT[what].format(cut=run.config.cut_layer)}."
+    yield f"- Base model: {_base(run)}."
+    yield (
+        f"- Method: {results['method']} (`{run.config.strategy}`) of hosl-flower: split federated "
+        f"fine-tuning, {results['steps']} steps, {clients} client{'s' * (clients > 1)}."
+    )
+    yield f"- Cut layer: {run.config.cut_layer}, the number of blocks that clients held."
+    yield f"- Task: {task.name}. Training data: {_data(run)}."
+    words = ", ".join(f"`{word}`" for word in task.verbalizers)
+    yield f"- Prompt, as TOML: `{_toml(task.prompt)}`; what comes next, by label: {words}."
+
+
+def _results(run: Finished) -> Iterator[str]:
+    """The table of held-out results, before and after training."""
+    first, last = run.results["evaluations"][0], run.results["evaluations"][-1]
+    yield f"## Results\n\nOn {run.results['held_out_examples']} held-out examples, in the run:\n"
+    yield f"| | step {first['step']} | step {last['step']} |"
+    yield "|---|---|---|"
+    for key in ("accuracy", "balanced_accuracy", "loss"):
+        yield f"| {key.replace('_', ' ')} | {first[key]:.4f} | {last[key]:.4f} |"
+    yield f"\nThe most frequent label, always answered: accuracy {last['majority_accuracy']:.4f}."
+    differences = list(_differences(run.config))
+    if differences:
+        yield f"\nWhat was evaluated there is not quite what is here: {'; '.join(differences)}."
+
+
+def _differences(config: RunConfig) -> Iterator[str]:
+    if config.client_quantization != "none":
+        yield (
+            f"the client's frozen weights were in {config.client_quantization}, here they are the "
+            "base model's own"
+        )
+    if config.dtype != "float32":
+        yield f"the client computed in {config.dtype}"
+    if config.codec != "exact":
+        yield f"activations travelled as {config.codec}"
+
+
+def _origin(run: Finished) -> str:
+    """How it was made: keys, command, versions."""
+    keys = "\n".join(f"{key} = {_toml(value)}" for key, value in _keys(run).items())
+    versions = ", ".join(f"{name} {number}" for name, number in run.record["versions"].items())
+    return (
+        "## How it was made\n\n"
+        "The run's keys without most defaults and what does not change the numbers, for the "
+        "`pyproject.toml` of a Flower app `APP`:\n\n"
+        f"```toml\n[tool.flwr.app.config]\n{keys}\n```\n\n"
+        "```sh\npython -m hosl_flower run APP\n```\n\n"
+        f"Versions: {versions}, Python {run.record['python']}; {run.record['machine']}."
+    )
+
+
+def _keys(run: Finished) -> dict[str, Scalar]:
+    """The keys that make the run what it is; local paths without their directory."""
+    defaults = parse_config({}).as_keys()
+    keys = {
+        key: value
+        for key, value in run.config.as_keys().items()
+        if key in _ALWAYS or (key not in FREE and value != defaults[key])
+    }
+    path = {"model": _is_local(run), "data-path": ":" not in run.config.data_path}
+    return {key: _last(str(value)) if path.get(key) else value for key, value in keys.items()}
+
+
+def _toml(value: Scalar) -> str:
+    return json.dumps(value, ensure_ascii=False)  # of such scalars the same in TOML
+
+
+def _is_local(run: Finished) -> bool:
+    """Whether the base model was a directory: what a run used is an absolute path then."""
+    return Path(run.record["model_used"]).is_absolute()
+
+
+def _hub_base(run: Finished) -> str | None:
+    """The base model's hub id, if it has one."""
+    model = run.record["model_used"]
+    return None if model.startswith(RANDOM) or _is_local(run) else model
+
+
+def _base(run: Finished) -> str:
+    model = run.record["model_used"]
+    if model.startswith(RANDOM):
+        return f"{model.removeprefix(RANDOM)} with random weights"
+    return f"{_last(model)} (a local directory)" if _is_local(run) else model
+
+
+def _task(run: Finished) -> Task:
+    """The task as it was used: another one than was asked for after a fallback."""
+    used = run.record["task_used"]
+    return task_from_config(run.config) if used == run.config.task else TASKS[used]
+
+
+def _source(run: Finished) -> str:
+    """Where the data came from, as in a task, or a path; empty where each node had its own."""
+    return run.config.data_path or _task(run).source
+
+
+def _data(run: Finished) -> str:
+    source = _source(run)
+    if source.startswith("bundled:"):
+        return "the SMS Spam Collection (CC BY 4.0), bundled with hosl-flower"
+    if source.startswith("hub:"):
+        return f"{source.removeprefix('hub:')} of the Hugging Face hub"
+    return f"`{_last(source)}`, a local file or directory" if source else "each node's own"
+
+
+def _hub_data(run: Finished) -> list[str] | None:
+    source = _source(run)
+    hub = source.startswith("hub:")
+    return [source.removeprefix("hub:").rpartition("/")[0]] if hub else None
+
+
+def _last(path: str) -> str:
+    """The last name of a path."""
+    return os.path.basename(path.rstrip("/"))
+
+
+def _license(run: Finished) -> tuple[dict[str, Any], str]:
+    """(fields of the header, a line about them): what the base model's card says, if it is on
+    this machine."""
+    said = _base_header(run)
+    if said.get("license"):
+        names = ("license", "license_name", "license_link")
+        line = f"License: {said['license']}, that of the base model by its card."
+        return {name: said[name] for name in names if said.get(name)}, line
+    if run.record["model_used"].startswith(RANDOM):
+        return {}, "License: not given here; there is no base model with a license of its own."
+    return {}, (
+        "License: not given here, the base model's card was not found where this was exported. "
+        "See the base model for its terms."
+    )
+
+
+def _base_header(run: Finished) -> dict[str, Any]:
+    """What the YAML header of the base model's card says; empty where there is none."""
+    model = run.record["model_used"]
+    if _is_local(run):
+        path = Path(model, "README.md")
+    elif model.startswith(RANDOM):
+        return {}
+    else:
+        path = Path(str(try_to_load_from_cache(model, "README.md", constants.HF_HUB_CACHE)))
+    try:
+        return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    except Exception:  # not there, or whatever yaml makes of a damaged header
+        return {}

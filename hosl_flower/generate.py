@@ -1,0 +1,140 @@
+"""Text from a split model: the client's half, then the server's, each with a cache of its own.
+
+    client: new token ids [1, S] -> activations [1, S, H]   keys and values of blocks 1..cut stay
+    server: activations          -> logits of the next one  those of blocks cut+1..n stay
+
+So after the prompt one activation per token crosses the cut. Both halves run in this process.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from hosl_flower.errors import ConfigError
+from hosl_flower.families import Absent
+from hosl_flower.finished import open_trained
+from hosl_flower.spec import pick_device
+from hosl_flower.split import ClientSubmodel, ServerSubmodel, Submodel
+from hosl_flower.tasks import load_tokenizer
+
+Choose = Callable[[Tensor], int]  # logits [V] -> a token id
+
+
+def continuation(
+    source: str, prompt: str, new_tokens: int, choose: Choose, cut: int | None = None
+) -> str:
+    """The prompt as a trained model continues it, to the end of the text or for `new_tokens`.
+
+    source: a run directory; or a model directory, hub id or `random:<architecture>`, and where to
+    cut it. Raises ConfigError or CheckpointError.
+    """
+    trained = open_trained(source, cut)
+    config, tokenizer = trained.base.config, load_tokenizer(trained.tokenizer)
+    ids = _prompt_ids(tokenizer, prompt, new_tokens, config)
+    device = pick_device("auto")
+    sides = trained.client(device), trained.server(device)
+    ends = _ends(config.eos_token_id, tokenizer.eos_token_id)
+    new = generate(*sides, ids, new_tokens, choose, ends)
+    return tokenizer.decode([*ids, *new], skip_special_tokens=True)
+
+
+def _prompt_ids(tokenizer: Any, prompt: str, new_tokens: int, config: Any) -> list[int]:
+    ids = list(tokenizer(prompt)["input_ids"])
+    if not ids:
+        raise ConfigError("the prompt has no token; give at least a word to go on from")
+    if max(ids) >= config.vocab_size:
+        raise ConfigError(
+            f"the prompt has the special token {tokenizer.convert_ids_to_tokens(max(ids))!r}, "
+            "which this model has no embedding for; leave it out"
+        )
+    room = config.max_position_embeddings - len(ids)
+    if new_tokens > room:
+        raise ConfigError(
+            f"--max-new-tokens = {new_tokens}: the model has {config.max_position_embeddings} "
+            f"positions and the prompt takes {len(ids)}; expected at most {max(room, 0)}"
+        )
+    return ids
+
+
+def _ends(of_model: Any, of_tokenizer: Any) -> set[int]:
+    """The tokens that end a text, where the model names none the tokenizer's: a list, one, None."""
+    ends = of_tokenizer if of_model is None else of_model
+    return set(ends) if isinstance(ends, list) else {ends} - {None}
+
+
+@torch.no_grad()
+def generate(
+    client: ClientSubmodel,
+    server: ServerSubmodel,
+    prompt: Sequence[int],
+    new_tokens: int,
+    choose: Choose,
+    ends: Collection[int] = (),
+) -> Iterator[int]:
+    """Token ids that follow those of the prompt: `new_tokens`, or up to one of `ends`, which is
+    the last then. The server's half computes in its own dtype."""
+    client_cache, server_cache = own_cache(client), own_cache(server)
+    head, device = server.lm_head.weight, next(client.parameters()).device
+    new, seen = list(prompt), 0
+    for _ in range(new_tokens):
+        seen += len(new)
+        mask = torch.ones((1, seen), dtype=torch.int64, device=device)
+        activations = client(torch.tensor([new], device=device), mask, client_cache)
+        activations = activations.to(head.device, head.dtype)
+        hidden = server.hidden(activations, mask.to(head.device), server_cache)
+        token = choose(server.lm_head(hidden[0, -1]))
+        yield token
+        if token in ends:
+            return
+        new = [token]
+
+
+def own_cache(submodel: Submodel) -> DynamicCache:
+    """An empty cache for the blocks of one side.
+
+    Blocks keep their index, so keys and values are where transformers looks for them. But it asks
+    the first layer of each kind (sliding window or not) how many tokens are cached, and that may
+    be one of the other side's, which never sees any. Such layers are replaced by one of a block
+    that is here, of the same kind if there is one (else no block uses that kind's mask). A cache
+    with layers in it twice must not be cropped or reordered.
+    """
+    decoder: Any = submodel.decoder
+    cache = DynamicCache(config=decoder.config)
+    blocks = getattr(decoder, submodel.family.blocks)
+    kinds = cache.is_sliding
+    own = [index for index, block in enumerate(blocks) if not isinstance(block, Absent)]
+    by_kind = {kinds[index]: cache.layers[index] for index in own}
+    for index in range(len(blocks)):
+        if own and index not in own:
+            cache.layers[index] = by_kind.get(kinds[index], cache.layers[own[0]])
+    return cache
+
+
+def chooser(temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> Choose:
+    """How the next token is chosen: the likeliest at temperature 0, else drawn from
+    softmax(logits / temperature), cut down to the fewest tokens that have `top_p` of it together.
+
+    Draws are from a generator of its own. Raises ConfigError for values out of range.
+    """
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ConfigError(
+            f"--temperature = {temperature}, --top-p = {top_p}: expected a temperature of at "
+            "least 0, and a top-p above 0 and at most 1"
+        )
+    if not temperature:
+        if top_p < 1:
+            raise ConfigError("--top-p has no use at --temperature 0, which takes the likeliest")
+        return lambda logits: int(logits.argmax())
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(logits: Tensor) -> int:
+        probabilities = (logits.float().cpu() / temperature).softmax(0)
+        shares, tokens = probabilities.sort(descending=True)
+        before = shares.cumsum(0) - shares  # of each: what the likelier ones have together
+        shares = shares.masked_fill(before >= top_p, 0.0)
+        return int(tokens[torch.multinomial(shares, 1, generator=generator)])
+
+    return draw
