@@ -72,8 +72,7 @@ def page(runs: Sequence[Run]) -> str:
     parts = [
         side_by_side(runs),
         _curves(runs),
-        _memory(runs),
-        _bytes(runs),
+        tag("div", _memory(runs), _bytes(runs), class_="pair"),
         _data(runs),
         _clients(runs),
         _scalars(runs),
@@ -219,33 +218,41 @@ def _data(runs: Sequence[Run]) -> Html:
 
 
 def _clients(runs: Sequence[Run]) -> Html:
-    parts = []
+    """Runs with the same clients in the same steps share a figure."""
+    groups: list[tuple[Participation, list[int]]] = []
+    lines = []
     for place, run in enumerate(runs):
         found = participation(run)
         if found is None:
-            parts.append(note(run.name, ": who took part is not recorded."))
-        elif found.number == 1:
-            taken = found.totals.get(0, "an unrecorded number")
-            line = f": one client, which took part in {taken} of {found.steps} steps."
-            parts.append(note(run.name, line))
-        else:
-            parts.append(_figure(draw_participation(run, place, found)))
-        parts += _absences(run, found) if found else []
-    return section("clients", "Who took part", *parts)
+            lines.append(note(run.name, ": who took part is not recorded."))
+            continue
+        lines += _in_words(run, found)
+        same = next((places for known, places in groups if known == found), None)
+        if same is not None:
+            same.append(place)
+        elif found.number > 1:
+            groups.append((found, [place]))
+    figures = []
+    for found, places in groups:
+        who = ", ".join(runs[place].name for place in places)
+        drawn = draw_participation(who, places[0], found)
+        figures.append(_figure(drawn, tag("figcaption", who)))
+    return section("clients", "Who took part", tag("div", *figures, class_="panel"), *lines)
 
 
-def _absences(run: Run, found: Participation) -> list[Html]:
-    """In words: what the figure rests on, who was left out and why, who was brought up to date."""
+def _in_words(run: Run, found: Participation) -> list[Html]:
+    """What the figure rests on, who was left out and why, who was brought up to date."""
+    if found.number == 1 and not found.drops:
+        taken = found.totals.get(0, "an unrecorded number")
+        return [note(run.name, f": one client, which took part in {taken} of {found.steps} steps.")]
     said: list[Html] = []
     if found.number > 1 and found.drawn is None:
-        said.append(
-            note("Steps by client are as recorded; in which steps it was cannot be told here.")
-        )
+        said.append(note(run.name, ": which client took part in which step cannot be told."))
     kinds = {"catch-up": "ledger entries", "restore": "whole weights"}
     sent = {k: s for k, s in run.results.bytes_down.items() if k in kinds and s.messages}
-    if sent and found.number > 1:
-        lines = (f"{s.messages} times by {kinds[k]} ({s.bytes:,} bytes)" for k, s in sent.items())
-        said.append(note(run.name, ": clients were brought up to date ", ", ".join(lines), "."))
+    if sent:
+        times = (f"{s.messages} times by {kinds[k]} ({s.bytes:,} bytes)" for k, s in sent.items())
+        said.append(note(run.name, ": clients were brought up to date ", ", ".join(times), "."))
     if found.drops:
         rows = [[d.step, d.partition, d.reason] for d in found.drops[:_DROPS_SHOWN]]
         more = len(found.drops) - len(rows)

@@ -7,10 +7,11 @@ from matplotlib.colors import to_rgb
 
 from hosl_flower.page_clients import Participation
 from hosl_flower.page_data import Run
-from hosl_flower.page_html import Html
+from hosl_flower.page_html import Html, megabytes
 from hosl_flower.page_svg import BAD, colour, figure, to_svg
 
 _BINS = 150  # columns of a timeline, at most
+_WIDTH = 5.6  # inches, of which two stand side by side on a wide screen
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,11 @@ def draw_bars(
     bars: Sequence[Sequence[Bar | None]],
     description: str,
 ) -> Html:
-    """bars: [runs][groups], from the top down in the order of the page; None where there is none."""
-    height = 0.7 + 0.17 * len(groups) * (len(bars) + 0.8)
-    with figure(7.6, height) as drawn:
+    """bars: [runs][groups], drawn from the top down; None where there is nothing to draw."""
+    height = 0.7 + 0.16 * len(groups) * (len(bars) + 1)
+    with figure(_WIDTH, height) as drawn:
         axes = drawn.add_subplot()
-        thick = 0.82 / len(bars)
+        thick = 0.84 / len(bars)
         for place, own in enumerate(bars):
             for group, bar in enumerate(own):
                 if bar is None:
@@ -53,8 +54,8 @@ def draw_bars(
                 )
         axes.set_yticks(range(len(groups)), groups)
         axes.set(xlabel=label, ylim=(len(groups) - 0.5, -0.5))
-        axes.margins(x=0.2)  # room for the texts
-        axes.set_xlim(left=0)
+        longest = max(bar.first + bar.second for own in bars for bar in own if bar)
+        axes.set_xlim(0, 1.45 * (longest or 1))  # room for the texts
         axes.grid(axis="x")
         axes.set_axisbelow(True)
         return to_svg(drawn, name, description)
@@ -63,7 +64,8 @@ def draw_bars(
 def memory_phases(runs: Sequence[Run]) -> list[str]:
     """The phases that happened in any of the runs, in the order they are recorded."""
     peaks = [run.results.client_peak_memory.tensor_bytes for run in runs]
-    return list(dict.fromkeys(phase for own in peaks for phase, size in own.items() if size > 0))
+    phases = dict.fromkeys(phase for own in peaks for phase in own)
+    return [phase for phase in phases if any(own.get(phase, 0) > 0 for own in peaks)]
 
 
 def draw_memory(runs: Sequence[Run], phases: Sequence[str]) -> Html:
@@ -77,7 +79,7 @@ def draw_memory(runs: Sequence[Run], phases: Sequence[str]) -> Html:
         times = f" = {size / forward:.2f} x" if forward > 0 else ""
         return Bar(size / 2**20, 0.0, f"{size / 2**20:.1f}{times}")
 
-    groups = ["forward (inference)" if phase == "forward" else phase for phase in phases]
+    groups = ["forward\n(inference)" if phase == "forward" else phase for phase in phases]
     bars = [[bar(run, phase) for phase in phases] for run in runs]
     said = [
         f"{run.name} {run.over_inference:.2f} times inference" for run in runs if run.over_inference
@@ -104,7 +106,9 @@ def draw_bytes(runs: Sequence[Run], kinds: Sequence[str]) -> Html:
         if up is None and down is None:
             return None
         first, second = (sent.bytes / 1e6 if sent else 0.0 for sent in (up, down))
-        return Bar(first, second, f"{first:.3g} + {second:.3g}")
+        return Bar(
+            first, second, " + ".join(megabytes(sent.bytes if sent else 0) for sent in (up, down))
+        )
 
     bars = [[bar(run, kind) for kind in kinds] for run in runs]
     totals = (
@@ -129,11 +133,11 @@ def shares(found: Participation) -> list[list[float]]:
     return [[n / size for n, size in zip(row, sizes, strict=True)] for row in table]
 
 
-def draw_participation(run: Run, place: int, found: Participation) -> Html:
+def draw_participation(title: str, place: int, found: Participation) -> Html:
     """Clients against steps: took part, or was left out (a cross); beside it, steps in all."""
     red, green, blue = to_rgb(colour(place))
     height = min(6.0, max(1.7, 0.9 + 0.2 * found.number))
-    with figure(7.6, height) as drawn:
+    with figure(_WIDTH, height) as drawn:
         left, right = drawn.subplots(1, 2, sharey=True, width_ratios=(4, 1))
         if found.drawn:
             cells = [[(red, green, blue, share) for share in row] for row in shares(found)]
@@ -141,13 +145,13 @@ def draw_participation(run: Run, place: int, found: Participation) -> Html:
             left.imshow(cells, aspect="auto", interpolation="nearest", extent=extent)
         crosses = sorted({(drop.step, drop.partition) for drop in found.drops})
         left.plot([s for s, _ in crosses], [c for _, c in crosses], "x", color=BAD)
-        left.set(xlabel="steps", ylabel="client", title=run.name, xlim=(0.5, found.steps + 0.5))
+        left.set(xlabel="steps", ylabel="client", xlim=(0.5, found.steps + 0.5))
         totals = [found.totals.get(client, 0) for client in range(found.number)]
         right.barh(range(found.number), totals, color=colour(place), alpha=0.8)
         right.set(xlabel="steps in all", ylim=(found.number - 0.5, -0.5))
         left.yaxis.get_major_locator().set_params(integer=True)
         description = (
-            f"{run.name}: {found.number} clients took part in {min(totals)} to {max(totals)} of "
+            f"{title}: {found.number} clients took part in {min(totals)} to {max(totals)} of "
             f"{found.steps} steps; {len(found.drops)} times one was left out"
         )
         return to_svg(drawn, f"clients-{place}", description)

@@ -162,11 +162,8 @@ class Run:
     @property
     def evaluations(self) -> list[Evaluation]:
         """Of the results, or so far."""
-        so_far = [
-            row.held_out.model_copy(update={"step": row.step})
-            for row in self.metrics
-            if row.held_out
-        ]
+        rows = ((row.step, row.held_out) for row in self.metrics)
+        so_far = [held_out.model_copy(update={"step": s}) for s, held_out in rows if held_out]
         return self.results.evaluations or so_far
 
     @property
@@ -261,7 +258,7 @@ def _document(path: Path, model: type[_Model], problems: list[str]) -> _Model | 
 
 
 def _lines(path: Path, model: type[_Model], problems: list[str]) -> list[_Model]:
-    """The lines there are up to one that is damaged, as the last of a run that was killed may be."""
+    """The lines up to one that is damaged, as the last of a run that was killed may be."""
     rows: list[_Model] = []
     try:
         for line in path.read_bytes().splitlines():

@@ -84,10 +84,12 @@ def number(value: float | None, digits: int, unit: str = "") -> Html:
 
 
 def megabytes(size: float | None) -> Html:
-    """Bytes that were sent, in MB of 10^6; few of them in kB."""
+    """Bytes that were sent, in MB of 10^6; few of them in kB, many in GB."""
     if size is not None and size < 1e5:
         return number(size / 1e3, 1, "kB")
-    return number(None if size is None else size / 1e6, 1, "MB")
+    if size is not None and size >= 1e9:
+        return number(size / 1e9, 2, "GB")
+    return number(None if size is None else size / 1e6, 1 if (size or 0) >= 1e7 else 2, "MB")
 
 
 def mebibytes(size: float | None) -> Html:

@@ -80,14 +80,12 @@ def _card(place: int, run: Run) -> Html:
     accuracy = results.accuracy if results.accuracy is not None or not last else last[0].accuracy
     loss = results.loss if results.loss is not None or not last else last[0].loss
     over = run.over_inference
-    sent = join(
-        [megabytes(run.total(results.bytes_up)), " + ", megabytes(run.total(results.bytes_down))]
-    )
     figures = (
         ("held-out accuracy", number(accuracy, 4)),
         ("held-out loss", number(loss, 4)),
-        ("bytes up + down", sent if results.bytes_up else html(None)),
-        ("client peak over inference", html("none measured") if over is None else _times(over)),
+        ("sent up", megabytes(run.total(results.bytes_up))),
+        ("sent down", megabytes(run.total(results.bytes_down))),
+        ("client peak memory", html(None) if over is None else f"{over:.2f} x inference"),
         ("seconds per step", number(results.seconds_per_step.get("total"), 3)),
     )
     pairs = (tag("div", tag("dt", name), tag("dd", value)) for name, value in figures)
@@ -100,10 +98,6 @@ def _card(place: int, run: Run) -> Html:
         tag("p", ", ".join(filter(None, (run.method, kind))), class_="what"),
         tag("dl", *pairs),
     )
-
-
-def _times(over: float) -> Html:
-    return join([number(over, 2), " x"])
 
 
 def side_by_side(runs: Sequence[Run]) -> Html:
