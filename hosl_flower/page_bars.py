@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from matplotlib.colors import to_rgb
+from matplotlib.ticker import MaxNLocator
 
 from hosl_flower.page_clients import Participation
 from hosl_flower.page_data import Run
@@ -31,30 +32,29 @@ def draw_bars(
     description: str,
 ) -> Html:
     """bars: [runs][groups], drawn from the top down; None where there is nothing to draw."""
-    height = 0.7 + 0.16 * len(groups) * (len(bars) + 1)
-    with figure(_WIDTH, height) as drawn:
+    rows, ticks, at = [], [], 0.0
+    for group in range(len(groups)):  # only what there is takes room
+        own = [(place, row[group]) for place, row in enumerate(bars) if row[group] is not None]
+        rows += [(at + n, place, bar) for n, (place, bar) in enumerate(own) if bar]
+        ticks.append(at + (len(own) - 1) / 2)
+        at += len(own) + 0.7
+    with figure(_WIDTH, 0.7 + 0.17 * at) as drawn:
         axes = drawn.add_subplot()
-        thick = 0.84 / len(bars)
-        for place, own in enumerate(bars):
-            for group, bar in enumerate(own):
-                if bar is None:
-                    continue
-                at = group + (place - (len(bars) - 1) / 2) * thick
-                axes.barh(at, bar.first, thick * 0.9, color=colour(place))
-                axes.barh(
-                    at, bar.second, thick * 0.9, left=bar.first, color=colour(place), alpha=0.45
-                )
-                axes.annotate(
-                    bar.text,
-                    (bar.first + bar.second, at),
-                    xytext=(4, 0),
-                    textcoords="offset points",
-                    va="center",
-                    fontsize=7.5,
-                )
-        axes.set_yticks(range(len(groups)), groups)
-        axes.set(xlabel=label, ylim=(len(groups) - 0.5, -0.5))
-        longest = max(bar.first + bar.second for own in bars for bar in own if bar)
+        for y, place, bar in rows:
+            axes.barh(y, bar.first, color=colour(place))
+            axes.barh(y, bar.second, left=bar.first, color=colour(place), alpha=0.45)
+            end = (bar.first + bar.second, y)
+            axes.annotate(
+                bar.text,
+                end,
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7.5,
+            )
+        axes.set_yticks(ticks, groups)
+        axes.set(xlabel=label, ylim=(at - 1.2, -0.5 - 0.2))
+        longest = max(bar.first + bar.second for _, _, bar in rows)
         axes.set_xlim(0, 1.45 * (longest or 1))  # room for the texts
         axes.grid(axis="x")
         axes.set_axisbelow(True)
@@ -149,7 +149,8 @@ def draw_participation(title: str, place: int, found: Participation) -> Html:
         totals = [found.totals.get(client, 0) for client in range(found.number)]
         right.barh(range(found.number), totals, color=colour(place), alpha=0.8)
         right.set(xlabel="steps in all", ylim=(found.number - 0.5, -0.5))
-        left.yaxis.get_major_locator().set_params(integer=True)
+        left.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        left.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         description = (
             f"{title}: {found.number} clients took part in {min(totals)} to {max(totals)} of "
             f"{found.steps} steps; {len(found.drops)} times one was left out"

@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from hosl_flower.page_data import Dropped, Run
+from hosl_flower.page_data import Run
+from hosl_flower.page_files import Dropped
 from hosl_flower.perturb import derive_seed, permutation
 
 _MOST_DRAWS = 1_000_000  # steps x clients; beyond it a page would take minutes

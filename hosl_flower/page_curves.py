@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from hosl_flower.page_data import Run
 from hosl_flower.page_html import Html
@@ -15,6 +16,7 @@ _SMOOTH = 20  # steps in the moving average of the training loss
 _POINTS = 250  # of a line, at most: more than a figure of this width shows
 _WINDOWS = 60  # in which projected gradients are counted
 _SIZE = (5.4, 3.3)
+_MARGINS = {"left": 0.125, "right": 0.985, "bottom": 0.15, "top": 0.97}
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,8 @@ def draw_accuracies(runs: Sequence[Run], axis: Axis) -> Html:
 
     def also(axes: Axes, run: Run, scale: Callable[[int], float], place: int) -> None:
         if run.results.majority_accuracy is not None:
-            style = {"color": "grey", "linestyle": ":", "linewidth": 1}
-            axes.axhline(run.results.majority_accuracy, **style)
+            accuracy = run.results.majority_accuracy
+            axes.axhline(accuracy, color="grey", linestyle=":", linewidth=1)
 
     return _draw(runs, axis, "accuracy", also)
 
@@ -88,7 +90,7 @@ def _draw(
     also: Callable[[Axes, Run, Callable[[int], float], int], None],
 ) -> Html:
     said = []
-    with figure(*_SIZE) as drawn:
+    with figure(*_SIZE, _MARGINS) as drawn:
         axes = drawn.add_subplot()
         ends = []
         for place, run in enumerate(runs):
@@ -98,14 +100,24 @@ def _draw(
             also(axes, run, scale, place)
             xs = [scale(e.step) for e in run.evaluations]
             ys = [getattr(e, what) for e in run.evaluations]
-            style = {"color": colour(place), "linestyle": dashes(place), "linewidth": 1.8}
-            axes.plot(xs, ys, "o", markersize=4, **style)
+            axes.plot(
+                xs,
+                ys,
+                marker="o",
+                markersize=4,
+                color=colour(place),
+                linestyle=dashes(place),
+                linewidth=1.8,
+            )
             if ys:
                 ends.append(max(xs))
                 said.append(f"{run.name} {ys[0]:.3g} to {ys[-1]:.3g}")
         axes.set(xlabel=axis.label, ylabel=f"held-out {what}")
         if len(ends) > 1 and 0 < 30 * min(ends) < max(ends):  # from kilobytes to gigabytes
             axes.set_xscale("symlog", linthresh=min(ends) / 2)
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        elif axis is AXES[0]:
+            axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axes.grid()
         description = f"Held-out {what} against {axis.label}: {'; '.join(said) or 'nothing'}"
         return to_svg(drawn, f"{what}-{axis.key}", description)
@@ -158,15 +170,14 @@ def spreads(run: Run) -> list[Spread]:
 def draw_scalars(run: Run, place: int, found: Sequence[Spread]) -> Html:
     """Bands of the projected gradients over the steps of one run."""
     xs = [spread.step for spread in found]
-    with figure(*_SIZE) as drawn:
+    with figure(*_SIZE, _MARGINS) as drawn:
         axes = drawn.add_subplot()
-        style = {"color": colour(place), "linewidth": 0}
         for low, high, alpha in (("low", "high", 0.2), ("quarter", "three_quarters", 0.35)):
-            band = [[getattr(spread, edge) for spread in found] for edge in (low, high)]
-            axes.fill_between(xs, *band, alpha=alpha, **style)
+            below, above = ([getattr(s, edge) for s in found] for edge in (low, high))
+            axes.fill_between(xs, below, above, alpha=alpha, color=colour(place), linewidth=0)
         axes.plot(xs, [s.median for s in found], color=colour(place), linewidth=1.4)
         axes.axhline(0, color="grey", linewidth=0.8)
-        axes.set(xlabel="steps", ylabel="projected gradient", title=run.name)
+        axes.set(xlabel="steps", ylabel="projected gradient")
         axes.grid()
         first, last = found[0], found[-1]
         description = (

@@ -9,120 +9,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from hosl_flower.cells import DIVERGED, CellError
 from hosl_flower.errors import HoslError
 from hosl_flower.outcome import Outcome, outcome
+from hosl_flower.page_files import ConfigFile, Evaluation, Measured, Read, ResultsFile, Sent, Update
 
-_NAN = float("nan")
 _MARKS = ("config.json", "metrics.jsonl", "results.json")  # what only run directories have
 
 
 class PageError(HoslError):
     """A page cannot be made of what was named, or cannot be written."""
-
-
-class _Read(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
-
-
-class Evaluation(_Read):
-    """Held-out figures after a step."""
-
-    step: int = 0
-    loss: float = _NAN
-    accuracy: float = _NAN
-
-
-class Sent(_Read):
-    """Of one kind of request, one way."""
-
-    messages: int = 0
-    bytes: int = 0
-
-
-class Memory(_Read):
-    """Peaks of the client that needed most: its process, its tensors by phase."""
-
-    bytes: int | None = None
-    tensor_bytes: dict[str, int] = {}
-
-
-class Dropped(_Read):
-    """A client that was left out of a step."""
-
-    step: int
-    partition: int
-    reason: str = ""
-
-
-class Clients(_Read):
-    """Who was there."""
-
-    number: int | None = None
-    steps_taken_part: dict[int, int] = {}
-    dropped: list[Dropped] = []
-
-
-class ResultsFile(_Read):
-    """results.json, as far as a page needs it."""
-
-    method: str = ""
-    model: str = ""
-    task: str = ""
-    pretrained: bool | None = None
-    notice: str = ""
-    seed: int | None = None
-    steps: int | None = None
-    accuracy: float | None = None
-    balanced_accuracy: float | None = None
-    majority_accuracy: float | None = None
-    loss: float | None = None
-    held_out_examples: int | None = None
-    wall_seconds: float | None = None
-    evaluations: list[Evaluation] = []
-    seconds_per_step: dict[str, float] = {}
-    bytes_up: dict[str, Sent] = {}
-    bytes_down: dict[str, Sent] = {}
-    client_peak_memory: Memory = Memory()
-    client_parameters: dict[str, int] = {}
-    clients: Clients = Clients()
-    fingerprint: str = ""
-    ledger_digest: str = ""
-
-
-class ConfigFile(_Read):
-    """config.json: keys, and where the run ran."""
-
-    config: dict[str, Any] = {}
-    model_used: str = ""
-    task_used: str = ""
-    pretrained: bool | None = None
-    notice: str = ""
-    versions: dict[str, str] = {}
-    python: str = ""
-    machine: str = ""
-
-
-class Measured(_Read):
-    """A line of metrics.jsonl: a step, or an evaluation."""
-
-    step: int
-    train_loss: float | None = None
-    held_out: Evaluation | None = None
-    seconds: dict[str, float] = {}
-    dropped: dict[int, str] = {}
-
-
-class Update(_Read):
-    """A line of ledger.jsonl; one without scalars is a digest, or weights sent whole."""
-
-    step: int | None = None
-    scalars: list[float] = []
-    weights: str | None = None
 
 
 @dataclass(frozen=True)
@@ -244,7 +144,7 @@ def _costs(path: Path) -> Outcome | None:
     return found if all(map(math.isfinite, amounts)) else None
 
 
-_Model = TypeVar("_Model", bound=_Read)
+_Model = TypeVar("_Model", bound=Read)
 
 
 def _document(path: Path, model: type[_Model], problems: list[str]) -> _Model | None:

@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from html import escape
 
@@ -51,10 +51,16 @@ def dashes(place: int) -> str:
 
 
 @contextmanager
-def figure(width: float, height: float) -> Iterator[Figure]:
-    """A new figure, in inches, in the page's style."""
+def figure(
+    width: float, height: float, margins: Mapping[str, float] | None = None
+) -> Iterator[Figure]:
+    """A new figure, in inches, in the page's style. margins: left, right, bottom, top; without them
+    matplotlib makes room for what is drawn, which takes as long as drawing."""
     with matplotlib.rc_context(_STYLE):
-        yield Figure(figsize=(width, height), layout="constrained")
+        drawn = Figure(figsize=(width, height), layout=None if margins else "constrained")
+        if margins:
+            drawn.subplots_adjust(**margins)
+        yield drawn
 
 
 def to_svg(drawn: Figure, name: str, description: str) -> Html:

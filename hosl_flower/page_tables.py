@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from hosl_flower.config import RunConfig
+from hosl_flower.config import parse_config
 from hosl_flower.page_data import Run
 from hosl_flower.page_html import (
     Html,
@@ -85,19 +85,27 @@ def _card(place: int, run: Run) -> Html:
         ("held-out loss", number(loss, 4)),
         ("sent up", megabytes(run.total(results.bytes_up))),
         ("sent down", megabytes(run.total(results.bytes_down))),
-        ("client peak memory", html(None) if over is None else f"{over:.2f} x inference"),
+        ("client peak", f"{over:.2f} x inference" if over else _over(run)),
         ("seconds per step", number(results.seconds_per_step.get("total"), 3)),
     )
     pairs = (tag("div", tag("dt", name), tag("dd", value)) for name, value in figures)
     state = status(run)
     badge = tag("span", state, class_="badge" if state == "finished" else "badge bad")
     kind = " on ".join(filter(None, (run.model, results.task or run.settings.task_used)))
+    cut = run.settings.config.get("cut-layer")
+    what = (run.method, kind, "" if cut is None else f"cut after block {cut}")
     return tag(
         "article",
         tag("h3", dot(place), run.name, " ", badge),
-        tag("p", ", ".join(filter(None, (run.method, kind))), class_="what"),
+        tag("p", ", ".join(filter(None, what)), class_="what"),
         tag("dl", *pairs),
     )
+
+
+def _over(run: Run) -> Html:
+    if run.costs and run.over_inference is None:  # such as a client that holds the whole model
+        return html("no pass without training")
+    return number(run.over_inference, 2)
 
 
 def side_by_side(runs: Sequence[Run]) -> Html:
@@ -109,12 +117,17 @@ def side_by_side(runs: Sequence[Run]) -> Html:
     return section(
         "runs",
         "What was trained, and what came of it",
-        table("What was trained", ["", *names(runs)], rows(_TRAINED)),
-        table("Outcome", ["", *names(runs)], rows(_OUTCOME), "figures"),
+        tag(
+            "div",
+            table("What was trained", ["", *names(runs)], rows(_TRAINED)),
+            table("Outcome", ["", *names(runs)], rows(_OUTCOME), "figures"),
+            class_="panel" if len(runs) == 1 else "",
+        ),
         note(
             "Bytes of a run are with evaluations, those of a step without. A backward pass counts "
             "as two forwards. Peak over inference is that of the client's tensors in a training "
-            "step over that in a forward pass of the same run, weights included in both."
+            "step over that in a forward pass of the same run, with weights and, where the client "
+            "holds any, optimizer state in both."
         ),
     )
 
@@ -133,7 +146,7 @@ def _parameters(run: Run) -> object:
     own = run.results.client_parameters
     if not {"held", "trained"} <= own.keys():
         return None
-    return f"{own['held'] / 1e6:.2f} M held, {own['trained'] / 1e6:.2f} M trained"
+    return f"{own['held']:,} held, {own['trained']:,} trained"
 
 
 def _cost(field: str, show: Callable[[float | None], Html]) -> Callable[[Run], object]:
@@ -150,7 +163,7 @@ _TRAINED: tuple[tuple[str, Callable[[Run], object]], ...] = (
     ("weights", weights),
     ("task", lambda run: run.results.task or run.settings.task_used or None),
     ("cut layer", _key("cut-layer")),
-    ("client", _parameters),
+    ("client parameters", _parameters),
     ("clients", _clients),
     ("steps", lambda run: run.results.steps or run.settings.config.get("steps")),
     ("batch size", _key("batch-size")),
@@ -170,7 +183,7 @@ _OUTCOME: tuple[tuple[str, Callable[[Run], object]], ...] = (
     ("down per step", _cost("bytes_down", megabytes)),
     ("client forwards per step", _cost("forwards", lambda value: number(value, 2))),
     ("client peak, tensors in a step", _cost("peak_bytes", mebibytes)),
-    ("over inference", lambda run: number(run.over_inference, 2)),
+    ("over inference", _over),
     ("client peak, process", lambda run: mebibytes(run.results.client_peak_memory.bytes)),
     ("seconds per step", _seconds("total")),
     ("of them client", _seconds("client")),
@@ -188,7 +201,7 @@ def configuration(runs: Sequence[Run]) -> Html:
     """Keys that set runs apart first: from each other, or a single one from the defaults."""
     if not any(run.settings.config for run in runs):
         return section("configuration", "Configuration", note("No config.json says how it was."))
-    defaults: dict[str, Any] = RunConfig().as_keys()
+    defaults: dict[str, Any] = parse_config({}).as_keys()
     keys = list(dict.fromkeys([*defaults, *(key for run in runs for key in run.settings.config)]))
     if len(runs) > 1:
         apart = [k for k in keys if k not in _FREE and len({_value(run, k) for run in runs}) > 1]
