@@ -74,6 +74,20 @@ def compare(
 
 
 @cli.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="run directories, e.g. runs/20261124-190634")],
+    out: Annotated[Path, typer.Option(help="the page")] = Path("report.html"),
+) -> None:
+    """One HTML page of one or several runs, side by side: opens from disk, without a network."""
+    from hosl_flower.page import write_page
+
+    try:
+        typer.echo(f"report: {write_page(runs, out)}")
+    except HoslError as error:
+        _fail(error)
+
+
+@cli.command()
 def plan(
     app: App,
     config: Override = None,

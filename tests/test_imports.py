@@ -14,8 +14,8 @@ NOT_A_CLIENTS = (
     "peft",  # with its adapters
     "torch._dynamo", "ray",
     "hosl_flower.server", "hosl_flower.session", "hosl_flower.training", "hosl_flower.report",
-    "hosl_flower.plot", "hosl_flower.cli", "hosl_flower.strategy", "hosl_flower.aggregate",
-    "hosl_flower.link.grid", "hosl_flower.link.stream", "strategies",
+    "hosl_flower.page", "hosl_flower.plot", "hosl_flower.cli", "hosl_flower.strategy",
+    "hosl_flower.aggregate", "hosl_flower.link.grid", "hosl_flower.link.stream", "strategies",
 )  # fmt: skip
 
 

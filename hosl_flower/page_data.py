@@ -1,0 +1,178 @@
+"""What a page shows of a run directory: its files, read with nothing taken for granted.
+
+A run may be old, may have failed, may still be going on. What a file lacks is None or empty here,
+and a file that cannot be read is a line in `problems`; only a directory that is no run is an error.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from hosl_flower.cells import DIVERGED, CellError
+from hosl_flower.errors import HoslError
+from hosl_flower.outcome import Outcome, outcome
+from hosl_flower.page_files import ConfigFile, Evaluation, Measured, Read, ResultsFile, Sent, Update
+
+_MARKS = ("config.json", "metrics.jsonl", "results.json")  # what only run directories have
+
+
+class PageError(HoslError):
+    """A page cannot be made of what was named, or cannot be written."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory. costs: of a training step, None where they cannot be told. diverged: what
+    it said when it did. partition: the PNG of who holds which data."""
+
+    directory: Path
+    name: str
+    results: ResultsFile
+    settings: ConfigFile
+    metrics: Sequence[Measured]
+    ledger: Sequence[Update]
+    finished: bool
+    diverged: str
+    costs: Outcome | None
+    partition: bytes | None
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def method(self) -> str:
+        """As the run names it, else the strategy it was configured with."""
+        return self.results.method or str(self.settings.config.get("strategy", ""))
+
+    @property
+    def model(self) -> str:
+        """A hub id, or the last part of a local path."""
+        name = self.results.model or self.settings.model_used
+        return Path(name).name if Path(name).is_absolute() else name
+
+    @property
+    def pretrained(self) -> bool | None:
+        """None where it is not recorded."""
+        known = self.results.pretrained
+        return self.settings.pretrained if known is None else known
+
+    @property
+    def evaluations(self) -> list[Evaluation]:
+        """Of the results, or so far."""
+        rows = ((row.step, row.held_out) for row in self.metrics)
+        so_far = [held_out.model_copy(update={"step": s}) for s, held_out in rows if held_out]
+        return self.results.evaluations or so_far
+
+    @property
+    def losses(self) -> list[tuple[int, float]]:
+        """(step, training loss)."""
+        return [(r.step, r.train_loss) for r in self.metrics if r.train_loss is not None]
+
+    @property
+    def steps_done(self) -> int:
+        """The last step there is a training loss of."""
+        return self.losses[-1][0] if self.losses else 0
+
+    def total(self, way: dict[str, Sent]) -> int | None:
+        """Bytes of all kinds; None where none are recorded."""
+        return sum(sent.bytes for sent in way.values()) if way else None
+
+    @property
+    def over_inference(self) -> float | None:
+        """Peak tensor bytes of a training step over those of a forward pass."""
+        forward = self.results.client_peak_memory.tensor_bytes.get("forward", 0)
+        return self.costs.peak_bytes / forward if self.costs and forward > 0 else None
+
+
+def read_runs(directories: Sequence[Path]) -> list[Run]:
+    """The runs in these directories, each once, under names that tell them apart."""
+    paths = list(dict.fromkeys(path.expanduser().absolute() for path in directories))
+    for path in paths:
+        _check(path)
+    depth = 1
+    while len({path.parts[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    return [_read(path, "/".join(path.parts[-depth:])) for path in paths]
+
+
+def _check(path: Path) -> None:
+    if any((path / name).is_file() for name in _MARKS):
+        return
+    found, hint = "no such directory", "name the directory that a run names at its end"
+    if path.is_dir():
+        inside = sorted(entry.name for entry in path.iterdir())
+        runs = [name for name in inside if any((path / name / m).is_file() for m in _MARKS)]
+        some = ", ".join(inside[:5]) + (", ..." if len(inside) > 5 else "")
+        found = f"found {some or 'nothing'}"
+        hint = f"name the runs in it, e.g. {path / runs[0]}" if runs else hint
+    elif path.exists():
+        found, hint = "found a file", "name the directory it is in"
+    raise PageError(f"{path} is no run directory: expected {', '.join(_MARKS)}; {found}; {hint}")
+
+
+def _read(path: Path, name: str) -> Run:
+    problems: list[str] = []
+    results = _document(path / "results.json", ResultsFile, problems)
+    settings = _document(path / "config.json", ConfigFile, problems)
+    diverged = path / DIVERGED
+    picture = path / "partition.png"
+    return Run(
+        directory=path,
+        name=name,
+        results=results or ResultsFile(),
+        settings=settings or ConfigFile(),
+        metrics=_lines(path / "metrics.jsonl", Measured, problems),
+        ledger=_lines(path / "ledger.jsonl", Update, problems),
+        finished=results is not None and not diverged.is_file(),
+        diverged=diverged.read_text(errors="replace").strip() if diverged.is_file() else "",
+        costs=_costs(path) if results and settings else None,
+        partition=picture.read_bytes() if picture.is_file() else None,
+        problems=problems,
+    )
+
+
+def _costs(path: Path) -> Outcome | None:
+    """What a step costs, as comparisons count it; results of other versions may not say."""
+    try:
+        found = outcome(path, target=0)
+    except (CellError, KeyError, TypeError, ValueError, ZeroDivisionError):
+        return None
+    amounts = (found.bytes_up, found.bytes_down, found.forwards)
+    return found if all(map(math.isfinite, amounts)) else None
+
+
+_Model = TypeVar("_Model", bound=Read)
+
+
+def _document(path: Path, model: type[_Model], problems: list[str]) -> _Model | None:
+    try:
+        return model.model_validate(json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        problems.append(f"There is no {path.name}.")
+    except (OSError, ValueError) as error:  # of json, and of pydantic
+        problems.append(f"{path.name} cannot be read: {_reason(error)}.")
+    return None
+
+
+def _lines(path: Path, model: type[_Model], problems: list[str]) -> list[_Model]:
+    """The lines up to one that is damaged, as the last of a run that was killed may be."""
+    rows: list[_Model] = []
+    try:
+        for line in path.read_bytes().splitlines():
+            rows.append(model.model_validate(json.loads(line)))
+    except FileNotFoundError:
+        problems.append(f"There is no {path.name}.")
+    except (OSError, ValueError) as error:
+        problems.append(f"{path.name} is read up to line {len(rows)} only: {_reason(error)}.")
+    return rows
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        return f"{where}: {first['msg'][0].lower()}{first['msg'][1:]}".removeprefix(": ")
+    return str(error)
