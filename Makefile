@@ -1,6 +1,7 @@
 # make run    set up, train simulations/opt125m_hosl through `flwr run`, write runs/<time>-opt125m_hosl
 # make test   set up, run the fast tests and the real Flower tests
 # make lint   ruff and mypy
+# make docs   the documentation as a site, site/index.html
 # make deploy-demo   SuperLink, three SuperNodes, TLS and authentication on this machine
 # SIMULATION=simulations/quickstart make run    another simulation
 # ARGS="-c steps=50 -c seed=1" make run         other run-config values
@@ -10,7 +11,7 @@ VENV ?= .venv
 SIMULATION ?= simulations/opt125m_hosl
 BIN := $(VENV)/bin
 
-.PHONY: setup run deploy-demo test fast-test integration-test lint clean
+.PHONY: setup run deploy-demo docs test fast-test integration-test lint clean
 
 setup: $(VENV)/.ready
 
@@ -27,6 +28,14 @@ run: setup
 deploy-demo: setup
 	$(BIN)/python deploy/demo.py
 
+docs: $(VENV)/.docs
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(VENV)/.docs: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
 test: fast-test integration-test
 
 fast-test: setup
@@ -42,4 +51,4 @@ lint: setup
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache

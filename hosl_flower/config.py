@@ -66,7 +66,7 @@ class RunConfig(BaseModel):
     model: str = Field(
         "facebook/opt-125m",
         min_length=1,
-        description="hub id, local directory, or random:<architecture> for fresh weights",
+        description="hub id, local directory, or `random:<architecture>` for fresh weights",
     )
     cut_layer: Natural = Field(5, description="number of blocks the client holds")
     dtype: Dtype = Field(
@@ -326,7 +326,7 @@ def parse_config(values: Mapping[str, Any], origin: str = "the run config") -> R
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "see the table of keys in README.md"
+            hint = f"did you mean {near[0]!r}?" if near else "see `python -m hosl_flower keys`"
             problems.append(f"{key}: no such key; {hint}")
     try:
         config = RunConfig(**{key: value for key, value in values.items() if key in known})
@@ -345,7 +345,7 @@ def _describe(details: Any) -> str:
 
 
 def help_table() -> str:
-    """The keys as a Markdown table, for the README and `python -m hosl_flower keys`."""
+    """The keys as a Markdown table, for docs/reference/keys.md and `python -m hosl_flower keys`."""
     lines = ["| key | default | meaning |", "|---|---|---|"]
     for field in RunConfig.model_fields.values():
         default = json.dumps(field.default)  # JSON and TOML write these scalars alike

@@ -250,7 +250,7 @@ def summary(cells: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def quick(device: str) -> None:
-    """The cell that the README quotes first."""
+    """The cell that docs/results.md quotes first."""
     cells: dict[str, dict[str, Any]] = {}
     for micro in ("", "_micro"):
         together = in_process_of_its_own(QUICK, f"together{micro}", device)

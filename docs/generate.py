@@ -1,0 +1,86 @@
+"""Write docs/reference/keys.md and docs/reference/commands.md from the code.
+
+python docs/generate.py
+
+tests/test_docs.py fails when the committed pages are not what this writes.
+"""
+
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import click
+import typer
+
+from hosl_flower.cli import cli
+from hosl_flower.config import help_table
+
+REFERENCE = Path(__file__).parent / "reference"
+
+KEYS = """# Run-config keys
+
+`python -m hosl_flower keys` prints this table. `flwr run --run-config` takes those the app's
+`pyproject.toml` lists: ours list all of them. `run`, `simulate`, `compare` and `plan` take them
+as `-c key=value`.
+
+{table}
+"""
+
+COMMANDS = """# Commands
+
+`python -m hosl_flower <command> --help` prints the same. Training through plain `flwr run`
+needs none of them.
+"""
+
+
+def keys_page() -> str:
+    """The table of run-config keys."""
+    return KEYS.format(table=help_table())
+
+
+def commands_page() -> str:
+    """Every command with its arguments and options."""
+    group = typer.main.get_command(cli)
+    assert isinstance(group, click.Group)
+    sections = [_section(name, command) for name, command in group.commands.items()]
+    return "\n".join([COMMANDS, *sections])
+
+
+def _section(name: str, command: click.Command) -> str:
+    usage = " ".join(["python -m hosl_flower", name, *map(_usage, command.params)])
+    lines = [f"## {name}", _sentence(command.help), "", f"    {usage}"]
+    if command.params:
+        lines += ["", "| argument, option | default | meaning |", "|---|---|---|"]
+        lines += [_row(command, param) for param in command.params]
+    return "\n".join(lines) + "\n"
+
+
+def _sentence(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+def _usage(param: click.Parameter) -> str:
+    if isinstance(param, click.Argument):
+        shown = str(param.name).upper() + ("..." if param.nargs != 1 else "")
+        return shown if param.required else f"[{shown}]"
+    if not (isinstance(param, click.Option) and param.is_flag):
+        value = "key=value" if param.name == "config" else param.type.name.split()[0].upper()
+        return f"[{param.opts[0]} {value}]" + ("..." if param.multiple else "")
+    return f"[{param.opts[0]}]"
+
+
+def _row(command: click.Command, param: click.Parameter) -> str:
+    shown = str(param.name).upper() if isinstance(param, click.Argument) else ", ".join(param.opts)
+    default = "" if param.default in (None, "", False) or param.required else f"`{param.default}`"
+    return f"| `{shown}` | {default} | {_help(command, param)} |"
+
+
+def _help(command: click.Command, param: click.Parameter) -> str:
+    # from the annotation: Typer's arguments lose their help under Click 8.5
+    hint = get_type_hints(command.callback, include_extras=True)[str(param.name)]
+    return _sentence(next((info.help for info in get_args(hint) if hasattr(info, "help")), ""))
+
+
+if __name__ == "__main__":
+    REFERENCE.mkdir(exist_ok=True)
+    (REFERENCE / "keys.md").write_text(keys_page())
+    (REFERENCE / "commands.md").write_text(commands_page())

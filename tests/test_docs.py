@@ -1,0 +1,134 @@
+"""What the pages point to is there: links, anchors, commands, run-config keys, generated pages."""
+
+import importlib.util
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+import typer
+
+from hosl_flower.cli import cli
+from hosl_flower.config import RunConfig
+
+ROOT = Path(__file__).parents[1]
+KEYS = {field.alias for field in RunConfig.model_fields.values()}
+COMMANDS = set(typer.main.get_command(cli).commands)
+
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+INDENTED = re.compile(r"(?:^ {4}.*\n?)+", re.M)
+INLINE = re.compile(r"`[^`\n]+`")
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]*)\)")
+KEY_VALUE = re.compile(r"([A-Za-z][\w-]*) *=(?!=)")
+
+
+def tracked(*patterns):
+    """Files of the repository, those about to be added included."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *patterns]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return [ROOT / line for line in found.stdout.splitlines() if (ROOT / line).is_file()]
+
+
+PAGES = tracked("*.md")
+by_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+
+
+def prose(text):
+    """Without code, in which brackets and # mean something else."""
+    return INDENTED.sub("", FENCED.sub("", text))
+
+
+def code(text):
+    """All code of a page, lines that end in a backslash joined."""
+    fenced = [body for language, body in FENCED.findall(text) if language != "mermaid"]
+    indented = INDENTED.findall(FENCED.sub("", text))
+    inline = [span.strip("`") for span in INLINE.findall(prose(text))]
+    return [re.sub(r"\s*\\\n\s*", " ", block) for block in [*fenced, *indented, *inline]]
+
+
+@cache
+def anchors(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ +(.+?) *$", prose(page.read_text()), re.M)
+    slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+    return {f"{s}-{slugs[:i].count(s)}".removesuffix("-0") for i, s in enumerate(slugs)}
+
+
+@by_page
+def test_links_lead_to_files_and_headings(page):
+    for target in LINK.findall(prose(page.read_text())):
+        if re.match(r"\w+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{target} is no file"
+        assert file.is_relative_to(ROOT), f"{target} leaves the repository"
+        if anchor:
+            assert anchor in anchors(file), f"{target}: no such heading"
+
+
+@by_page
+def test_commands_are_those_of_the_command_line(page):
+    for block in code(page.read_text()):
+        for command in re.findall(r"python -m hosl_flower +([\w-]+)", block):
+            assert command in COMMANDS, f"python -m hosl_flower {command}"
+
+
+def run_config_keys(block):
+    """Keys set by -c key=value and in --run-config "key=value key=value"."""
+    yield from re.findall(r"-c +[\"']?(?!key=value)([\w-]+)=", block)
+    for quote, config in re.findall(r"--run-config +([\"'])(.*?)\1", block, re.S):
+        inner = "'" if quote == '"' else '"'
+        yield from KEY_VALUE.findall(re.sub(f"{inner}.*?{inner}", "", config))
+
+
+@by_page
+def test_run_config_keys_are_in_the_schema(page):
+    for block in code(page.read_text()):
+        for key in run_config_keys(block):
+            assert key in KEYS, f"no run-config key {key} in: {block}"
+
+
+@by_page
+def test_paths_in_code_exist(page):
+    rooms = "deploy|docs|hosl_flower|simulations|strategies|tests"
+    path = re.compile(rf"(?<![\w./~-])(?:{rooms})/[\w./-]*[\w/](?![\w*<{{])")
+    for block in code(page.read_text()):
+        for named in path.findall(block):
+            assert (ROOT / named).exists(), f"{named} in: {block}"
+
+
+def test_pages_are_found():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    assert {"README.md", "index.md", "keys.md"} <= {page.name for page in PAGES}
+
+
+def test_keys_are_found_in_commands():
+    block = """run app -c steps=5 -c "prompt={a} =b" --run-config "task='a b=c' cut-layer = 3" """
+    assert list(run_config_keys(block)) == ["steps", "prompt", "task", "cut-layer"]
+
+
+@pytest.mark.parametrize("name", ["keys", "commands"])
+def test_generated_pages_are_current(name):
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    written = (ROOT / "docs" / "reference" / f"{name}.md").read_text()
+    assert getattr(generate, f"{name}_page")() == written, "run `python docs/generate.py`"
+
+
+def test_the_strategy_that_is_walked_through_is_the_one_there_is():
+    page = (ROOT / "docs" / "guides" / "strategies.md").read_text()
+    blocks = [body for language, body in FENCED.findall(page) if language == "python"]
+    assert blocks
+    for block in blocks:
+        assert block in (ROOT / "strategies" / "sign_vote.py").read_text()
+
+
+def test_the_page_of_strategies_has_all_of_them():
+    page = (ROOT / "docs" / "guides" / "strategies.md").read_text()
+    named = set(re.findall(r"^\| `(\w+):\w+` \|", page, re.M))
+    there = {path.stem for path in tracked("strategies/*.py")} - {"__init__"}
+    assert named == there
