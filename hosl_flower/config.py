@@ -29,6 +29,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Perturbation = Literal["rank1", "signs", "gaussian"]
 Trainable = Literal["full", "blocks", "lora"]
 Optimizer = Literal["sgd", "adamw"]
+Schedule = Literal["constant", "linear", "cosine"]
 ClientOptimizer = Literal["sgd", "adamw", "adafactor"]
 ClientGradient = Literal["backprop", "recompute", "residual"]
 Quantization = Literal["none", "int8"]
@@ -202,6 +203,13 @@ class RunConfig(BaseModel):
     )
     server_optimizer: Optimizer = Field("sgd", description="adamw without weight decay")
     server_learning_rate: float = Field(1e-3, ge=0, le=1e3, description="of the server's optimizer")
+    learning_rate_schedule: Schedule = Field(
+        "constant",
+        description="of both sides' learning rates: linear and cosine fall to zero over the steps",
+    )
+    warmup_steps: Natural = Field(
+        0, description="steps over which both learning rates rise from zero first"
+    )
     server_micro_batch: Natural = Field(
         0, description="sequences the server back-propagates at a time; 0 is all of a step"
     )

@@ -32,6 +32,8 @@ def _data(config: RunConfig) -> Iterator[str]:
         )
     if config.partitioner == "natural-id" and not config.partition_column:
         yield "partitioner = natural-id needs partition-column"
+    if config.warmup_steps >= config.steps:
+        yield f"warmup-steps = {config.warmup_steps} leaves none of the {config.steps} steps"
 
 
 def _idle(config: RunConfig) -> Iterator[str]:

@@ -102,6 +102,7 @@ class Server:
     ):
         self.submodel = submodel
         self.answers = answers
+        self.learning_rate = learning_rate
         head = submodel.lm_head.weight
         self.device = head.device
         rows = head.detach()[answers.ids].clone()
@@ -147,10 +148,10 @@ class Server:
         logits = self._logits(batch.activations, batch.attention_mask)
         return float(F.cross_entropy(logits, batch.labels.to(self.device)))
 
-    def train_step(self, batch: Activations) -> float:
+    def train_step(self, batch: Activations, factor: float = 1.0) -> float:
         """One first-order step on a batch (HOSL Alg. 1, L27-30); the loss before it."""
         ((_, loss, _),) = self.propagate([batch], [1.0], cut_gradients=False)
-        self.apply()
+        self.apply(factor)
         return loss
 
     def propagate(
@@ -206,8 +207,10 @@ class Server:
             self.optimizer.zero_grad(set_to_none=True)
             raise UnusableBatchError(_DIVERGED, sorted(bad))
 
-    def apply(self) -> None:
-        """The optimizer's step along what has been propagated."""
+    def apply(self, factor: float = 1.0) -> None:
+        """The optimizer's step along what has been propagated. factor: of the learning rate."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * factor
         self.optimizer.step()
 
     @torch.no_grad()

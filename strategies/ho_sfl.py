@@ -41,6 +41,7 @@ from hosl_flower.ledger import Entry
 from hosl_flower.link.base import Link
 from hosl_flower.messages import CutGradient, Forward, Request
 from hosl_flower.perturb import derive_seed
+from hosl_flower.schedule import client_rate
 from hosl_flower.session import Session
 from hosl_flower.strategy import SplitStrategy
 from hosl_flower.zo import to_float32
@@ -124,7 +125,7 @@ class HoSfl(SplitStrategy):
             directions=config.directions,
             seeds=tuple(s for own in self.seeds(session, step, partition) for s in own),
             epsilon=config.epsilon,
-            learning_rate=config.client_learning_rate,
+            learning_rate=client_rate(config, step),
             **session.for_wire(gradient),
         )
 
@@ -145,7 +146,7 @@ class HoSfl(SplitStrategy):
         config, step, weights = session.config, cohort.step, cohort.weights
         seeds = {m: self.seeds(session, step, m) for m in cohort.partitions}
         aggregate = make_aggregate(config.aggregation, config.trim_fraction)
-        entries = []
+        rate, entries = client_rate(config, step), []
         for e in range(config.local_steps):
             own = scalars[:, e]  # [K, P]
             if config.client_seeds == "shared":
@@ -157,7 +158,7 @@ class HoSfl(SplitStrategy):
                 shares = torch.tensor(weights, dtype=torch.float64)
                 values = (own.double() * shares.unsqueeze(1)).reshape(-1)
             rounded = tuple(map(to_float32, values.tolist()))
-            entries.append(Entry(step, tuple(directions), rounded, config.client_learning_rate))
+            entries.append(Entry(step, tuple(directions), rounded, rate))
         return entries
 
     def activations_per_step(self) -> tuple[int, int]:

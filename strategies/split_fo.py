@@ -41,6 +41,7 @@ from hosl_flower.gradient import Dense
 from hosl_flower.link.base import Link
 from hosl_flower.messages import Adopt, Backward, Fetch, LocalStep, Request, Weights
 from hosl_flower.perturb import derive_seed
+from hosl_flower.schedule import client_rate
 from hosl_flower.session import Session
 from strategies.ho_sfl import HoSfl
 
@@ -135,7 +136,7 @@ class SplitFo(HoSfl):
         }
         if self.config.local_steps == 1:
             return Backward(**values)
-        return LocalStep(**values, learning_rate=self.config.client_learning_rate)
+        return LocalStep(**values, learning_rate=client_rate(self.config, step))
 
     def merge(self, session: Session, cohort: Cohort, replies: dict[int, Any]) -> Dense:
         """E = 1: the weighted mean of the clients' gradients."""
@@ -147,7 +148,7 @@ class SplitFo(HoSfl):
 
     def commit(self, session: Session, cohort: Cohort, update: Dense) -> None:
         """E = 1: new weights for everybody."""
-        session.history.descend(cohort.step, update, session.config.client_learning_rate)
+        session.history.descend(cohort.step, update, client_rate(self.config, cohort.step))
 
     def average(self, session: Session, link: Link, cohort: Cohort) -> None:
         """E > 1: the clients' weights become the run's."""
