@@ -29,6 +29,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Perturbation = Literal["rank1", "signs", "gaussian"]
 Trainable = Literal["full", "blocks", "lora"]
 Optimizer = Literal["sgd", "adamw"]
+Derivative = Literal["differences", "forward-mode"]
 Schedule = Literal["constant", "linear", "cosine"]
 ClientOptimizer = Literal["sgd", "adamw", "adafactor"]
 ClientGradient = Literal["backprop", "recompute", "residual"]
@@ -154,6 +155,11 @@ class RunConfig(BaseModel):
         lt=1,
         validate_default=True,
         description="probe distance; 0 is what suits dtype: 0.003 for bfloat16, else 0.001",
+    )
+    derivative: Derivative = Field(
+        "differences",
+        description="how HO-SFL's clients find their scalars: by probes at epsilon, or exactly by "
+        "forward-mode differentiation, in twice a probe's time and memory of activations",
     )
     perturbation: Perturbation = Field("rank1", description="distribution of the directions")
     client_seeds: Literal["shared", "per-client"] = Field(
@@ -306,6 +312,11 @@ class RunConfig(BaseModel):
         if problems:
             raise ValueError("\n  ".join(problems))
         return self
+
+    @property
+    def probe_distance(self) -> float:
+        """epsilon, or 0 where the derivative is taken itself."""
+        return self.epsilon if self.derivative == "differences" else 0.0
 
     @property
     def sampled_clients(self) -> int:

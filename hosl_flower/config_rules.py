@@ -19,6 +19,7 @@ def contradictions(config: RunConfig) -> Iterator[str]:
     yield from _data(config)
     yield from _idle(config)
     yield from _clients(config)
+    yield from _derivative(config)
     yield from _adapters(config)
 
 
@@ -71,6 +72,15 @@ def _clients(config: RunConfig) -> Iterator[str]:
             f"aggregation = {config.aggregation} compares the clients' scalars along the same "
             "directions; it needs client-seeds = shared"
         )
+
+
+def _derivative(config: RunConfig) -> Iterator[str]:
+    if config.derivative == "differences":
+        return
+    if config.epsilon != type(config).model_validate({"dtype": config.dtype}).epsilon:
+        yield "epsilon has no use without derivative = differences"
+    if config.client_quantization != "none":
+        yield "derivative = forward-mode knows no 8-bit weights: no client-quantization"
 
 
 def _adapters(config: RunConfig) -> Iterator[str]:

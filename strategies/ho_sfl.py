@@ -9,7 +9,7 @@ step, client parameters theta_c (the same on every client), server parameters th
        sends each client the gradient at the cut, lambda_m = dL_m / dz_m
     3  each client probes its own half, forward passes only, with P seeded directions:
        v_mp = <lambda_m, f_c(x_m; theta_c + eps s_p) - z_m> / (P eps)        (one-sided)
-       and uploads P scalars
+       and uploads P scalars (derivative = forward-mode: what that tends to as eps does to 0)
     4  v_p = sum_m w_m v_mp goes into the ledger; every client's optimizer takes the gradient
        sum_p v_p s_p, the sampled ones now, the others when they are next asked
 
@@ -57,6 +57,7 @@ class HoSfl(SplitStrategy):
 
     name = "ho-sfl"
     unused: tuple[str, ...] = ("turn-steps",)
+    uses: tuple[str, ...] = ("derivative",)
     tolerates_absence = True
     request: type[CutGradient] = CutGradient
     anchors = True  # probes start from the clean activations
@@ -124,7 +125,7 @@ class HoSfl(SplitStrategy):
             batch=batch,
             directions=config.directions,
             seeds=tuple(s for own in self.seeds(session, step, partition) for s in own),
-            epsilon=config.epsilon,
+            epsilon=config.probe_distance,
             learning_rate=client_rate(config, step),
             **session.for_wire(gradient),
         )

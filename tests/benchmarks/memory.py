@@ -21,12 +21,14 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "memory.json"
 COLUMNS = (
     "inference", "inference_micro", "hosl", "hosl_micro", "ho_sfl", "ho_sfl_micro",
+    "forward_mode", "forward_mode_micro",
     "residual", "residual_micro", "recompute", "recompute_micro",
     "fo", "fo_checkpoint", "fo_fused", "fo_fused_micro",
 )  # fmt: skip
@@ -123,8 +125,8 @@ def _client(shape: tuple, column: str, device: str) -> dict[str, Any]:
             row.copy_(torch.randn(row.shape, generator=generator) * 1e-3)
         return {"batch": 0, "gradient": cut, "scales": torch.empty(0), "scale": 1.0}
 
-    def cut_gradient() -> None:
-        ask(CutGradient(**at, **lambda_(), directions=1, seeds=(1,), epsilon=1e-3,
+    def cut_gradient(epsilon: float = 1e-3) -> None:
+        ask(CutGradient(**at, **lambda_(), directions=1, seeds=(1,), epsilon=epsilon,
                         learning_rate=1e-6))  # fmt: skip
 
     def local_step() -> None:
@@ -152,6 +154,7 @@ def _client(shape: tuple, column: str, device: str) -> dict[str, Any]:
         "inference": [forward],
         "hosl": [probe, probe, forward, update],
         "ho_sfl": [forward, cut_gradient, update],
+        "forward_mode": [forward, partial(cut_gradient, 0.0), update],
         "residual": [forward, local_step],
         "recompute": [forward, local_step],
     }
