@@ -7,8 +7,8 @@
     python tests/benchmarks/memory.py --table [micro]       the table of the results so far
 
 Random weights, cut 5, synthetic full-length batches (memory depends on shapes only). HOSL with one
-direction, HO-SFL with one, SGD; residual feedback and recomputing with adafactor, whose state is in
-the peak, updating in place. Every cell is a process of its own, so that its peak resident set
+direction, HO-SFL with one (ho_sfl_exact: by forward-mode), SGD; residual feedback and recomputing
+with adafactor, whose state is in the peak, updating in place. Every cell is a process of its own, so that its peak resident set
 is too. Peaks are of tensors, weights and cut gradient included, on CUDA from the allocator, on
 the CPU from memory.LiveTensors; loading is not in them. Seconds are of one watched step. A cell
 that would not fit into --limit-gib is skipped and named. A traced cell is the same code on tensors
@@ -28,7 +28,7 @@ from typing import Any
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "memory.json"
 COLUMNS = (
     "inference", "inference_micro", "hosl", "hosl_micro", "ho_sfl", "ho_sfl_micro",
-    "forward_mode", "forward_mode_micro",
+    "ho_sfl_exact", "ho_sfl_exact_micro",
     "residual", "residual_micro", "recompute", "recompute_micro",
     "fo", "fo_checkpoint", "fo_fused", "fo_fused_micro",
 )  # fmt: skip
@@ -154,7 +154,7 @@ def _client(shape: tuple, column: str, device: str) -> dict[str, Any]:
         "inference": [forward],
         "hosl": [probe, probe, forward, update],
         "ho_sfl": [forward, cut_gradient, update],
-        "forward_mode": [forward, partial(cut_gradient, 0.0), update],
+        "ho_sfl_exact": [forward, partial(cut_gradient, 0.0), update],
         "residual": [forward, local_step],
         "recompute": [forward, local_step],
     }
