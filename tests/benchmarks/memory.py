@@ -8,12 +8,12 @@
 
 Random weights, cut 5, synthetic full-length batches (memory depends on shapes only). HOSL with one
 direction, HO-SFL with one (ho_sfl_exact: by forward-mode), SGD; residual feedback and recomputing
-with adafactor, whose state is in the peak, updating in place. Every cell is a process of its own, so that its peak resident set
-is too. Peaks are of tensors, weights and cut gradient included, on CUDA from the allocator, on
-the CPU from memory.LiveTensors; loading is not in them. Seconds are of one watched step. A cell
-that would not fit into --limit-gib is skipped and named. A traced cell is the same code on tensors
-without data (hosl_flower/traced.py): bytes, no seconds and no resident set, a batch of tokens
-that all differ.
+with adafactor, whose state is in the peak, updating in place. Every cell is a process of its own,
+so that its peak resident set is too. Peaks are of tensors, weights and cut gradient included, on
+CUDA from the allocator, on the CPU from memory.LiveTensors; loading is not in them. Seconds are of
+one watched step. A cell that would not fit into --limit-gib is skipped and named. A traced cell is
+the same code on tensors without data (hosl_flower/traced.py): bytes, no seconds and no resident
+set, a batch of tokens that all differ.
 """
 
 import argparse
