@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hosl_flower.aggregate import check_is_mean
 from hosl_flower.backprop import unflat
 from hosl_flower.cohort import Cohort, Question
 from hosl_flower.config import RunConfig
@@ -72,11 +73,7 @@ class SplitFo(HoSfl):
     def __init__(self, config: RunConfig):
         super().__init__(config)
         self.members: list[int] = []  # the clients between two averagings
-        if config.aggregation in ("median", "trimmed-mean"):
-            raise ConfigError(
-                f"split-fo averages gradients or weights: aggregation = {config.aggregation} is of "
-                "scalars; use weighted-mean or mean"
-            )
+        check_is_mean(config.aggregation, self.name, "gradients or weights")
         if config.local_steps > 1 and (config.link == "grid" or config.max_session_seconds):
             raise ConfigError(
                 f"local-steps = {config.local_steps} keeps weights on the clients between two "
