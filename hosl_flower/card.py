@@ -63,8 +63,9 @@ def _description(run: Finished, what: str) -> Iterator[str]:
     )
     yield f"- Cut layer: {run.config.cut_layer}, the number of blocks that clients held."
     yield f"- Task: {task.name}. Training data: {_data(run)}."
-    words = ", ".join(f"`{word}`" for word in task.verbalizers)
-    yield f"- Prompt, as TOML: `{_toml(task.prompt)}`; what comes next, by label: {words}."
+    words = ", by label: " + ", ".join(f"`{word}`" for word in task.verbalizers)
+    follows = ": the answer, one line of text" if task.target else words
+    yield f"- Prompt, as TOML: `{_toml(task.prompt)}`; what comes next{follows}."
 
 
 def _results(run: Finished) -> Iterator[str]:
@@ -73,9 +74,11 @@ def _results(run: Finished) -> Iterator[str]:
     yield f"## Results\n\nOn {run.results['held_out_examples']} held-out examples, in the run:\n"
     yield f"| | step {first['step']} | step {last['step']} |"
     yield "|---|---|---|"
-    for key in ("accuracy", "balanced_accuracy", "loss"):
-        yield f"| {key.replace('_', ' ')} | {first[key]:.4f} | {last[key]:.4f} |"
-    yield f"\nThe most frequent label, always answered: accuracy {last['majority_accuracy']:.4f}."
+    for key in ("accuracy", "balanced_accuracy", "f1", "exact_match", "loss"):
+        if last.get(key) is not None:
+            yield f"| {key.replace('_', ' ')} | {first[key]:.4f} | {last[key]:.4f} |"
+    if (always := last.get("majority_accuracy")) is not None:
+        yield f"\nThe most frequent label, always answered: accuracy {always:.4f}."
     differences = list(_differences(run.config))
     if differences:
         yield f"\nWhat was evaluated there is not quite what is here: {'; '.join(differences)}."

@@ -26,6 +26,8 @@ from hosl_flower.messages import (
     Behind,
     CatchUp,
     Change,
+    Continue,
+    Continued,
     CutGradient,
     Describe,
     Described,
@@ -35,6 +37,8 @@ from hosl_flower.messages import (
     Fingerprint,
     Fingerprinted,
     Forward,
+    Grade,
+    Graded,
     Gradient,
     HeadProbe,
     LocalStep,
@@ -77,7 +81,8 @@ class Client:
         self.spec = spec
         self.device = pick_device(device or spec.device)
         self.model = model or spec.model
-        self.encoder = Encoder(spec.task, load_tokenizer(self.model), spec.max_length)
+        tokenizer = load_tokenizer(self.model)
+        self.encoder = Encoder(spec.task, tokenizer, spec.max_length, spec.max_new_tokens)
         self.pool = DataPool(spec, self.encoder, data_path)
         self.meter = Meter(self.device)
         self.reset()
@@ -179,6 +184,12 @@ class Client:
 
     def _evaluate(self, request: Evaluate) -> Answer:
         return Activations, self.compute.evaluate(request)
+
+    def _continue(self, request: Continue) -> Answer:
+        return Continued, self.compute.continued(request)
+
+    def _grade(self, request: Grade) -> Answer:
+        return Graded, {"scores": self.compute.grades(request)}
 
     def _cut_gradient(self, request: CutGradient) -> Answer:
         scalars, _ = self.compute.probe_linear(request)
@@ -288,6 +299,8 @@ class Client:
         Probe: _probe,
         Forward: _forward,
         Evaluate: _evaluate,
+        Continue: _continue,
+        Grade: _grade,
         Losses: _update,
         CutGradient: _cut_gradient,
         LocalTrain: _local_train,

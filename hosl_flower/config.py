@@ -84,8 +84,8 @@ class RunConfig(BaseModel):
 
     task: str = Field(
         "sst2",
-        description="sst2, rte, cb, wsc, wic, boolq, ag-news, trec, sms-spam, or the name of your "
-        "own task",
+        description="sst2, rte, cb, wsc, wic, boolq, ag-news, trec, sms-spam, squad, drop, or the "
+        "name of your own task",
     )
     data_path: str = Field(
         "", description="local file or directory instead of the task's own data set"
@@ -100,7 +100,17 @@ class RunConfig(BaseModel):
         "label=word where labels are no numbers",
     )
     label_column: str = Field("", description="overrides the name of the label column")
-    max_length: Length = Field(128, description="tokens per example; longer texts are cut")
+    target_column: str = Field(
+        "",
+        description="instead of verbalizers: the column of the text that is to follow the prompt, "
+        "which is generated, and scored by exact match and F1",
+    )
+    max_length: Length = Field(
+        128, description="tokens per example, the answer's among them; longer texts are cut"
+    )
+    max_new_tokens: Positive = Field(
+        50, description="tokens of a generated answer, at most; taken off max-length"
+    )
     train_examples: Natural = Field(0, description="use at most so many; 0 is all")
     held_out_examples: Natural = Field(
         0,

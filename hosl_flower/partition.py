@@ -59,6 +59,11 @@ def _dirichlet(train: Dataset, spec: ClientSpec, seed: int) -> Partitioner:
     from flwr_datasets.partitioner import DirichletPartitioner
 
     clients, least = spec.num_clients, spec.min_partition_size
+    if spec.task.target:
+        raise DataError(
+            f"partitioner = dirichlet spreads labels unevenly, task {spec.task.name} has none; use "
+            "iid, or natural-id with a column such as a title"
+        )
     if clients * least > len(train):
         raise DataError(
             f"{clients} clients with min-partition-size = {least} need {clients * least} training "
@@ -137,13 +142,19 @@ class ClientData:
 
     def held_out_batch(self, number: int, size: int) -> Batch:
         """Held-out examples number * size onwards; DataError past the end."""
+        return self.encoder.collate(self.held_out_examples(number, size))
+
+    def held_out_examples(self, number: int, size: int) -> list[dict[str, Any]]:
+        """Examples of a held-out batch; DataError past the end."""
         rows = range(number * size, min((number + 1) * size, len(self.held_out)))
         if not rows:
             raise DataError(f"held-out batch {number} is past {len(self.held_out)} examples")
-        return self.encoder.collate([self.held_out[row] for row in rows])
+        return [self.held_out[row] for row in rows]
 
     def label_counts(self) -> list[int]:
-        """Training examples per label."""
+        """Training examples per label; of generated text all count as one."""
+        if self.encoder.task.target:
+            return [len(self.train)]
         counts = Counter(self.train["label"][:])  # read at once, not row by row
         return [counts[label] for label in range(len(self.encoder.task.verbalizers))]
 

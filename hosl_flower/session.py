@@ -90,10 +90,12 @@ class Session:
             length=spec.max_length,
             hidden=self.base.config.hidden_size,
             dtype=spec.dtype,
-            classes=len(spec.task.verbalizers),
+            classes=len(spec.task.verbalizers) or 1,
+            vocabulary=self.base.config.vocab_size if spec.task.target else 0,
             codec=spec.codec,
             each=answers.sequences,
-            shortest=answers.longest,
+            shortest=1 if spec.task.target else answers.longest,
+            longest=answers.longest,
             **({"held_out": min(held_out)} if held_out else {}),
         )
 
@@ -180,7 +182,8 @@ def open_session(
     positions = base.config.max_position_embeddings
     if spec.max_length > positions:
         raise CheckpointError(f"max-length = {spec.max_length}, but {spec.model} has {positions}")
-    encoder = Encoder(spec.task, load_tokenizer(spec.model), spec.max_length)
+    tokenizer = load_tokenizer(spec.model)
+    encoder = Encoder(spec.task, tokenizer, spec.max_length, spec.max_new_tokens)
     encoder.check_vocabulary(base.config.vocab_size)
     submodel = load_server(base, spec.cut_layer, torch.float32, device, server_lora(config))
     server = Server(

@@ -76,6 +76,7 @@ class ClientSpec:
     eval_batch_size: Positive
     client_micro_batch: Natural
     max_length: Length
+    max_new_tokens: Positive
     seed: Natural
 
     def to_json(self) -> str:

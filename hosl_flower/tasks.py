@@ -1,8 +1,9 @@
-"""Tasks as prompts: a text classification becomes "which word comes next?".
+"""Tasks as prompts: "which word comes next?", or "which text?".
 
-As in MeZO (Malladi et al. 2023, Table 14): the example is rendered into a prompt, each label
-has an answer word (verbalizer), and the loss is the cross-entropy over the answer words' scores
-(answers.py). The tasks themselves are in task_table.py.
+As in MeZO (Malladi et al. 2023, Table 14): the example is rendered into a prompt. In a
+classification each label has an answer word (verbalizer), and the loss is the cross-entropy over
+the answer words' scores (answers.py); else the answer is text of its own (completion.py). The tasks
+themselves are in task_table.py.
 """
 
 import re
@@ -16,7 +17,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from hosl_flower import hub
-from hosl_flower.answers import Answers
+from hosl_flower.answers import Answers, Scoring
+from hosl_flower.completion import Completion
 from hosl_flower.config import RunConfig
 from hosl_flower.errors import CheckpointError, ConfigError, DataError, first_line
 from hosl_flower.task_table import FIELD, TASKS, Task
@@ -28,19 +30,29 @@ def task_from_config(config: RunConfig) -> Task:
     """The task a run asks for, with its overrides; ConfigError when it is incomplete."""
     base, (names, words) = TASKS.get(config.task), _labels_and_words(config)
     if base is None:
-        if not (config.prompt and words):
+        if not (config.prompt and (words or config.target_column)):
             raise ConfigError(
                 f"task = {config.task!r} is none of {', '.join(TASKS)}; a task of your own needs "
-                "prompt, verbalizers and data-path (in the run config, or each node's own)"
+                "prompt, verbalizers and data-path (in the run config, or each node's own), or "
+                "target-column instead of verbalizers"
             )
         base = Task(config.task, config.prompt, words)
+    if base.target and (words or config.label_column):
+        raise ConfigError(
+            f"task {base.name} generates its answers: verbalizers and label-column have no use"
+        )
     task = replace(
         base,
         prompt=config.prompt or base.prompt,
-        verbalizers=words or base.verbalizers,
-        label_names=names or base.label_names,
         label_column=config.label_column or base.label_column,
+        target=config.target_column or base.target,
     )
+    if task.target:
+        task = replace(task, verbalizers=(), label_names=())
+        task = task if task.cut in task.fields else replace(task, cut="")
+    else:
+        names, words = names or base.label_names, words or base.verbalizers
+        task = replace(task, verbalizers=words, label_names=names)
     if not task.fields:
         raise ConfigError(f"prompt = {task.prompt!r} names no column; write one like {{text}}")
     if task.label_names and len(task.label_names) != len(task.verbalizers):
@@ -89,7 +101,7 @@ def load_tokenizer(model: str) -> Any:
 @dataclass(frozen=True)
 class Batch:
     """Left-padded inputs: input_ids, attention_mask [R, S] int64, R = B * Answers.sequences;
-    labels [B] int64."""
+    labels [B], or [B, A] (answers.py), int64; [0] where there are none."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -103,18 +115,21 @@ class Batch:
 
 
 class Encoder:
-    """Renders examples of a task into token ids."""
+    """Renders examples of a task into token ids; generated ones into text.
 
-    def __init__(self, task: Task, tokenizer: Any, max_length: int):
+    max_length: tokens of prompt and answer together. max_new_tokens: of an answer that is text.
+    """
+
+    def __init__(self, task: Task, tokenizer: Any, max_length: int, max_new_tokens: int = 16):
         self.task, self.tokenizer, self.max_length = task, tokenizer, max_length
         # no space at the end: it belongs to the answer word (" great" is one token)
         *pairs, self._tail = FIELD.split(task.prompt.rstrip(" "))
         self._pairs = list(zip(pairs[::2], pairs[1::2], strict=True))  # (text, field after it)
         self._prefix = list(tokenizer("")["input_ids"])  # <s>-like tokens, if the model uses any
         self._suffix = self._tokens(self._tail)
-        self.answers = Answers([self._word_tokens(word) for word in task.verbalizers])
-        if len(set(map(tuple, self.answers.tokens))) != len(task.verbalizers):
-            raise ConfigError(f"verbalizers {', '.join(task.verbalizers)} share their tokens")
+        self.answers: Scoring = (
+            self._completion(max_new_tokens) if task.target else self._choice(task.verbalizers)
+        )
         self._literal = [len(self._tokens(text)) for text, _ in self._pairs]
         fixed = len(self._prefix) + sum(self._literal) + len(self._suffix)
         fixed += self.answers.longest - 1
@@ -123,6 +138,8 @@ class Encoder:
             raise ConfigError(
                 f"max-length = {max_length} leaves no room for text: the prompt's own words "
                 f"({task.prompt!r}) and the answer take {fixed} tokens"
+                + " (max-new-tokens)"
+                * bool(task.target)
             )
         pad = tokenizer.pad_token_id
         self.pad_id: int = pad if pad is not None else tokenizer.eos_token_id
@@ -139,21 +156,29 @@ class Encoder:
             return both[length:]
         return self._tokens(word)
 
+    def _choice(self, words: Sequence[str]) -> Answers:
+        answers = Answers([self._word_tokens(word) for word in words])
+        if len(set(map(tuple, answers.tokens))) != len(words):
+            raise ConfigError(f"verbalizers {', '.join(words)} share their tokens")
+        return answers
+
+    def _completion(self, longest: int) -> Completion:
+        newline = self._tokens("\n")[-1]
+        eos = self.tokenizer.eos_token_id
+        ends = {newline} if eos is None else {newline, eos}
+        return Completion(self._word_tokens, newline, frozenset(ends), longest)
+
     def encode(self, example: dict[str, Any]) -> list[int]:
         """Token ids of an example's prompt, at most max_length with any answer but its last
         token: where that is too long the longest field is cut, never the prompt's own words."""
         texts = [text + example[name] for text, name in self._pairs]
         ids = self._prefix + self._tokens("".join(texts) + self._tail)
-        if self._beyond and (unknown := self._beyond.keys() & set(ids)):
-            raise DataError(
-                f"an example has the text {self._beyond[min(unknown)]!r}, a special token that "
-                "this model has no embedding for; take it out of the data"
-            )
+        self._check_known(ids)
         if len(ids) + self.answers.longest - 1 <= self.max_length:
             return ids
         parts = [self._tokens(text) for text in texts]
         lengths = [len(p) - n for p, n in zip(parts, self._literal, strict=True)]
-        kept = cut_longest(lengths, self._room)
+        kept = self._kept(lengths)
         ids = [
             token
             for part, own, more in zip(parts, self._literal, kept, strict=True)
@@ -161,16 +186,49 @@ class Encoder:
         ]
         return self._prefix + ids + self._suffix
 
+    def _kept(self, lengths: Sequence[int]) -> list[int]:
+        """What is kept of each field: of the one that the task cuts, what the others leave."""
+        places = [i for i, (_, name) in enumerate(self._pairs) if name == self.task.cut]
+        own = [lengths[i] for i in places]
+        left = self._room - (sum(lengths) - sum(own))
+        if not places or left < 0:
+            return cut_longest(lengths, self._room)
+        kept = list(lengths)
+        for i, length in zip(places, cut_longest(own, left), strict=True):
+            kept[i] = length
+        return kept
+
+    def _check_known(self, ids: Sequence[int]) -> None:
+        if self._beyond and (unknown := self._beyond.keys() & set(ids)):
+            raise DataError(
+                f"an example has the text {self._beyond[min(unknown)]!r}, a special token that "
+                "this model has no embedding for; take it out of the data"
+            )
+
     def collate(self, examples: Sequence[dict[str, Any]]) -> Batch:
-        """Encode and left-pad examples that carry an integer "label"."""
-        rows = [row for example in examples for row in self.answers.inputs(self.encode(example))]
+        """Encode and left-pad examples that carry an integer "label", or texts "answers"."""
+        rows = [row for e in examples for row in self.answers.inputs(self.encode(e), e)]
+        return self._padded(rows, self.answers.labels(examples))
+
+    def prompts(self, examples: Sequence[dict[str, Any]]) -> Batch:
+        """Encode and left-pad the prompts of examples alone."""
+        return self._padded(list(map(self.encode, examples)), torch.empty(0, dtype=torch.int64))
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Generated tokens of an answer, as text: one line."""
+        assert isinstance(self.answers, Completion)
+        text = self.tokenizer.decode(self.answers.cut(tokens), skip_special_tokens=True)
+        return text.lstrip().partition("\n")[0].strip()
+
+    def _padded(self, rows: Sequence[Sequence[int]], labels: Tensor) -> Batch:
         length = max(map(len, rows))
         input_ids = torch.full((len(rows), length), self.pad_id, dtype=torch.int64)
         mask = torch.zeros((len(rows), length), dtype=torch.int64)
         for i, row in enumerate(rows):
+            self._check_known(row)
             input_ids[i, length - len(row) :] = torch.tensor(row)
             mask[i, length - len(row) :] = 1
-        return Batch(input_ids, mask, torch.tensor([example["label"] for example in examples]))
+        return Batch(input_ids, mask, labels)
 
     def check_vocabulary(self, vocabulary: int) -> None:
         """CheckpointError when the tokenizer can produce ids the model has no row for. Special
