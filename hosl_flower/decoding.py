@@ -60,8 +60,9 @@ class Prompts:
     def follows(self, tokens: Tensor) -> bool:
         """Whether the last of tokens [B, t] is all that has not been run."""
         run = self._tokens
-        known = run is not None and tokens.dim() == 2 and tokens.shape[1] > 0
-        return known and torch.equal(tokens[:, :-1], run)
+        if run is None or tokens.dim() != 2 or not tokens.shape[1]:
+            return False
+        return torch.equal(tokens[:, :-1], run)
 
     def activations(self, tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Of the last of tokens [B, t], or of the prompts where t = 0, in pieces [b, S, H] with the
