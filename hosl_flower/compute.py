@@ -99,12 +99,12 @@ class Compute:
 
     def activations(self, phase: str, batch: Batch, point: Point = HERE) -> dict[str, Any]:
         """Of a mini-batch at a point around the weights."""
-        with self.phase(phase, batch.input_ids.numel()):
+        with self.phase(phase, batch.tokens):
             return self._reply(batch, self.forwards.pieces(batch, point))
 
     def _reply(self, batch: Batch, pieces: Pieces) -> dict[str, Any]:
         coded = ((first, encode(piece, self.spec.codec)) for first, piece in pieces)
-        activations, scales = put_together(coded, len(batch.input_ids))
+        activations, scales = put_together(coded, len(batch.inputs))
         return {
             "activations": activations,
             "scales": scales,
@@ -118,7 +118,7 @@ class Compute:
         batch = self.train_batch(request)
         if self.spec.client_micro_batch or not request.anchor:
             return self.activations("forward", batch)
-        with self.phase("forward", batch.input_ids.numel()):
+        with self.phase("forward", batch.tokens):
             ((_, activations),) = self.forwards.pieces(batch)
             reply = self._reply(batch, [(0, activations)])
         self._anchors[request.partition, request.batch] = _Anchor(batch, activations)
@@ -139,7 +139,7 @@ class Compute:
             raise ProtocolError(
                 f"cut gradient: expected scales {list(scales)}, got {list(request.scales.shape)}"
             )
-        expected = [*batch.input_ids.shape, self.hidden]
+        expected = [*batch.attention_mask.shape, self.hidden]
         if list(request.gradient.shape) != expected:
             raise ProtocolError(
                 f"cut gradient: expected {expected}, the shape of this "
@@ -155,7 +155,7 @@ class Compute:
     def probe_linear(self, request: CutGradient) -> tuple[list[list[float]], Tensor | None]:
         """Probe <lambda, f_c> (HO-SFL); see local.py."""
         batch, known = self._anchor(request)
-        with self.phase("probe", batch.input_ids.numel(), request.gradient, *known):
+        with self.phase("probe", batch.tokens, request.gradient, *known):
             gradient = self._cotangent(request)
             anchor = gradient.inner((0, z) for z in known) if known else None
             known.clear()  # one number is all the probes need of it
@@ -176,7 +176,7 @@ class Compute:
             batch = self.train_batch(request, step) if step else first
             return head_loss(lambda point: self.forwards.losses(batch, point), clean.append)
 
-        with self.phase("probe", first.input_ids.numel()):
+        with self.phase("probe", first.tokens):
             scalars, _ = local_steps(self.state, surrogate, request)
         return scalars, clean[0]
 
@@ -205,6 +205,6 @@ class Compute:
         known.clear()  # the pass is run again
         phase, compute = _GRADIENTS[self.spec.client_gradient]
         micro_batch = self.spec.client_micro_batch
-        with self.phase(phase, batch.input_ids.numel(), request.gradient):
+        with self.phase(phase, batch.tokens, request.gradient):
             cotangent = self._cotangent(request)
             yield compute(self.submodel, self.state.parameters, batch, cotangent, micro_batch)

@@ -24,6 +24,8 @@ class Task:
     description"), which are joined with a space.
     header: column names of the published file, where that comes without a header line.
     from_one: label columns that count the labels 1, 2, ...
+    image: the column of the images, where the task is about such (image_tasks.py): then it has no
+    prompt, and the verbalizers are the names of the classes.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Task:
     columns: Columns = field(default_factory=dict)
     header: tuple[str, ...] = ()
     from_one: tuple[str, ...] = ()
+    image: str = ""
 
     @property
     def fields(self) -> list[str]:
