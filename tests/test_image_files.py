@@ -103,7 +103,7 @@ def test_colours_become_grey_and_grey_three_channels():
     assert decode(as_kept, 1).shape == (8, 8, 1)
     three = decode(as_kept, 3)
     assert np.array_equal(three[..., 0], three[..., 2])
-    assert grey.shape + (3,) == colour.shape
+    assert (*grey.shape, 3) == colour.shape
 
 
 def test_the_bundled_digits():
@@ -183,11 +183,11 @@ def test_other_things_that_are_no_images(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         load(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no train file; .* or a folder of images for each class"):
+    with pytest.raises(DataError, match=r"no train file; .* or a folder of images for each class"):
         load(tmp_path / "empty")
     table = pa.table({"image": ["a", "b"], "label": [0, 1]})
     pa.parquet.write_table(table, tmp_path / "words.parquet")
-    with pytest.raises(DataError, match="column 'image' holds .*string.*, no images"):
+    with pytest.raises(DataError, match=r"column 'image' holds .*string.*, no images"):
         load(tmp_path / "words.parquet")
     pa.parquet.write_table(table.rename_columns(["photo", "label"]), tmp_path / "other.parquet")
     with pytest.raises(DataError, match="no column 'image'; the data has photo, label"):
