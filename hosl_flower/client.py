@@ -16,6 +16,7 @@ from hosl_flower.branches import Branches
 from hosl_flower.compute import Compute
 from hosl_flower.errors import DriftError, HoslError, ProtocolError
 from hosl_flower.head import attach_head
+from hosl_flower.inputs import make_inputs
 from hosl_flower.ledger import Entry, chain, chain_entries, fingerprint
 from hosl_flower.memory import Meter, peak_rss_bytes
 from hosl_flower.messages import (
@@ -55,9 +56,14 @@ from hosl_flower.messages import (
 from hosl_flower.partition import DataPool
 from hosl_flower.residual import fed_back
 from hosl_flower.spec import ClientSpec, pick_device, torch_dtype
-from hosl_flower.split import ClientSubmodel, load_client, open_base, trainable_parameters
+from hosl_flower.split import (
+    ClientSubmodel,
+    load_client,
+    model_config,
+    open_base,
+    trainable_parameters,
+)
 from hosl_flower.state import ClientState
-from hosl_flower.tasks import Encoder, load_tokenizer
 from hosl_flower.zo import projected_gradients
 
 log = logging.getLogger("hosl_flower")
@@ -81,8 +87,7 @@ class Client:
         self.spec = spec
         self.device = pick_device(device or spec.device)
         self.model = model or spec.model
-        tokenizer = load_tokenizer(self.model)
-        self.encoder = Encoder(spec.task, tokenizer, spec.max_length, spec.max_new_tokens)
+        self.encoder = make_inputs(spec, self.model, model_config(self.model))
         self.pool = DataPool(spec, self.encoder, data_path)
         self.meter = Meter(self.device)
         self.reset()
@@ -93,7 +98,7 @@ class Client:
             self.__dict__.pop(name, None)
         spec = self.spec
         base = open_base(self.model, spec.seed, partial=True)
-        self.vocabulary: int = base.config.vocab_size
+        self.config = base.config
         dtype = torch_dtype(spec.dtype)
         with self.meter.phase("load", 0):
             self.submodel = load_client(
@@ -161,7 +166,7 @@ class Client:
         return handler(self, request)
 
     def _describe(self, request: Describe) -> Answer:
-        self.encoder.check_vocabulary(self.vocabulary)
+        self.encoder.check(self.config)
         data = self.pool.client(request.partition)
         return Described, {
             "train_examples": len(data.train),

@@ -36,7 +36,7 @@ from hosl_flower.split import ClientSubmodel
 from hosl_flower.squad import graded
 from hosl_flower.state import ClientState
 from hosl_flower.surrogate import Cotangent, Pieces, Surrogate, head_loss, linear
-from hosl_flower.tasks import Batch
+from hosl_flower.tasks import Batch, Encoder
 from hosl_flower.zo import Point
 
 # phase that is measured, and how the gradient comes about, by client-gradient
@@ -100,7 +100,7 @@ class Compute:
         if prompts is None or not prompts.follows(request.tokens):
             self._prompts = None  # never two caches
             examples = self._held_out(request)
-            batch = self.pool.encoder.prompts(examples)
+            batch = self._encoder.prompts(examples)
             prompts = Prompts(self.submodel, batch, self.spec.client_micro_batch, self.device)
         count = len(prompts.batch.input_ids)
         tokens = checked(request.tokens, count, self.spec.max_new_tokens, self.vocabulary)
@@ -123,7 +123,7 @@ class Compute:
         examples = self._held_out(request)
         longest = self.spec.max_new_tokens
         answers = checked(request.tokens, len(examples), longest, self.vocabulary).tolist()
-        text = self.pool.encoder.text
+        text = self._encoder.text
         pairs = zip(answers, examples, strict=True)
         return torch.tensor([graded(text(tokens), own["answers"]) for tokens, own in pairs])
 
@@ -132,6 +132,11 @@ class Compute:
             raise ProtocolError(f"task {self.spec.task.name} has no answers to write")
         data = self.pool.client(request.partition)
         return data.held_out_examples(request.batch, self.spec.eval_batch_size)
+
+    @property
+    def _encoder(self) -> Encoder:
+        assert isinstance(self.pool.encoder, Encoder)  # no images, or there would be no target
+        return self.pool.encoder
 
     @property
     def vocabulary(self) -> int:
@@ -153,12 +158,12 @@ class Compute:
 
     def activations(self, phase: str, batch: Batch, point: Point = HERE) -> dict[str, Any]:
         """Of a mini-batch at a point around the weights."""
-        with self.phase(phase, batch.input_ids.numel()):
+        with self.phase(phase, batch.tokens):
             return self._reply(batch, self.forwards.pieces(batch, point))
 
     def _reply(self, batch: Batch, pieces: Pieces) -> dict[str, Any]:
         coded = ((first, encode(piece, self.spec.codec)) for first, piece in pieces)
-        activations, scales = put_together(coded, len(batch.input_ids))
+        activations, scales = put_together(coded, len(batch.inputs))
         return {
             "activations": activations,
             "scales": scales,
@@ -172,7 +177,7 @@ class Compute:
         batch = self.train_batch(request)
         if self.spec.client_micro_batch or not request.anchor:
             return self.activations("forward", batch)
-        with self.phase("forward", batch.input_ids.numel()):
+        with self.phase("forward", batch.tokens):
             ((_, activations),) = self.forwards.pieces(batch)
             reply = self._reply(batch, [(0, activations)])
         self._anchors[request.partition, request.batch] = _Anchor(batch, activations)
@@ -193,7 +198,7 @@ class Compute:
             raise ProtocolError(
                 f"cut gradient: expected scales {list(scales)}, got {list(request.scales.shape)}"
             )
-        expected = [*batch.input_ids.shape, self.hidden]
+        expected = [*batch.attention_mask.shape, self.hidden]
         if list(request.gradient.shape) != expected:
             raise ProtocolError(
                 f"cut gradient: expected {expected}, the shape of this "
@@ -209,7 +214,7 @@ class Compute:
     def probe_linear(self, request: CutGradient) -> tuple[list[list[float]], Tensor | None]:
         """Probe <lambda, f_c> (HO-SFL); see local.py."""
         batch, known = self._anchor(request)
-        with self.phase("probe", batch.input_ids.numel(), request.gradient, *known):
+        with self.phase("probe", batch.tokens, request.gradient, *known):
             gradient = self._cotangent(request)
             anchor = gradient.inner((0, z) for z in known) if known else None
             known.clear()  # one number is all the probes need of it
@@ -230,7 +235,7 @@ class Compute:
             batch = self.train_batch(request, step) if step else first
             return head_loss(lambda point: self.forwards.losses(batch, point), clean.append)
 
-        with self.phase("probe", first.input_ids.numel()):
+        with self.phase("probe", first.tokens):
             scalars, _ = local_steps(self.state, surrogate, request)
         return scalars, clean[0]
 
@@ -259,6 +264,6 @@ class Compute:
         known.clear()  # the pass is run again
         phase, compute = _GRADIENTS[self.spec.client_gradient]
         micro_batch = self.spec.client_micro_batch
-        with self.phase(phase, batch.input_ids.numel(), request.gradient):
+        with self.phase(phase, batch.tokens, request.gradient):
             cotangent = self._cotangent(request)
             yield compute(self.submodel, self.state.parameters, batch, cotangent, micro_batch)

@@ -17,6 +17,7 @@ from hosl_flower.columns import column as column_of
 from hosl_flower.columns import find_column, plain_name
 from hosl_flower.errors import DataError, first_line
 from hosl_flower.formats import SUFFIXES, read_file
+from hosl_flower.image_files import image_columns, read_images
 from hosl_flower.perturb import derive_seed, permutation
 from hosl_flower.squad import right_answers
 from hosl_flower.task_table import Task
@@ -31,6 +32,9 @@ _OTHER_NAMES = {
     "train-v1.1": "train", "train-v2.0": "train", "dev-v1.1": "dev", "dev-v2.0": "dev",  # SQuAD's
 }  # fmt: skip
 _SHARD = re.compile(r"-\d+-of-\d+$")  # the hub's train-00000-of-00001.parquet
+
+
+_OR_IMAGES = "; or idx files, npz arrays, or a folder of images for each class"
 
 
 class Part(NamedTuple):
@@ -107,6 +111,8 @@ def _used(names: Any) -> list[str]:
 
 
 def _from_path(path: Path, task: Task) -> list[Part]:
+    if task.image and path.exists() and (images := read_images(path)):
+        return [Part(name, images[name], f"{path} ({name})") for name in _used(images)]
     if path.is_file():
         return [Part("train", read_file(path, task), str(path))]
     if not path.is_dir():
@@ -119,7 +125,7 @@ def _from_path(path: Path, task: Task) -> list[Part]:
     if "train" not in files:
         raise DataError(
             f"{path} has no train file; expected train and, optionally, validation, val, dev or "
-            f"test, each one of {', '.join(SUFFIXES)}"
+            f"test, each one of {', '.join(SUFFIXES)}{_OR_IMAGES if task.image else ''}"
         )
     return [_read_part(name, files[name], task) for name in _used(files)]
 
@@ -177,7 +183,7 @@ def _normalise(part: Part, task: Task, partition_column: str = "") -> Dataset:
         raise DataError(
             f"{where} has no column {', '.join(map(repr, missing))}; task {task.name} needs "
             f"{', '.join(found)}, the data has "
-            f"{', '.join(data.column_names)} (set prompt and "
+            f"{', '.join(data.column_names)} (set {'' if task.image else 'prompt and '}"
             f"{'target' if task.target else 'label'}-column)"
         )
     _check_kept_name(task, where, partition_column)
@@ -192,6 +198,11 @@ def _normalise(part: Part, task: Task, partition_column: str = "") -> Dataset:
             raise DataError(f"{where}, row {row}: {name} is missing")
         texts[name] = [str(text) for text in columns[name][1]]
     ids = _ids(data, partition_column, where) if partition_column else {}
+    if task.image:
+        images = image_columns(data, task, where)
+        for name, values in {**ids, **right}.items():
+            images = images.add_column(name, values)
+        return images
     return Dataset.from_dict({**ids, **texts, **right})
 
 

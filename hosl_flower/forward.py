@@ -51,7 +51,7 @@ class Forwards:
         self, batch: Batch, point: Point, function: Callable[[Tensor, Tensor], Tensor]
     ) -> Iterator[tuple[int, Tensor]]:
         direction = self.state.layout.draw(point.seed, self.device) if point.coefficient else None
-        ids, mask = batch.input_ids, batch.attention_mask
+        inputs, mask = batch.inputs, batch.attention_mask
         for rows in batch.slices(self.micro_batch):
             # not open while the consumer runs: the pass, and nothing else, sees the probe
             with (
@@ -60,7 +60,7 @@ class Forwards:
                 if direction is None
                 else perturbed(self.state.parameters, direction, point.coefficient),
             ):
-                piece = [function(ids[rows].to(self.device), mask[rows].to(self.device))]
+                piece = [function(inputs[rows].to(self.device), mask[rows].to(self.device))]
             yield rows.start, piece.pop()
 
 

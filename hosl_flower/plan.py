@@ -11,7 +11,6 @@ import math
 import time
 from dataclasses import asdict, dataclass
 
-import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from hosl_flower.client import Client
@@ -24,7 +23,6 @@ from hosl_flower.server_app import load_strategy
 from hosl_flower.session import Session
 from hosl_flower.spec import torch_dtype
 from hosl_flower.strategy import SplitStrategy
-from hosl_flower.tasks import Batch
 from hosl_flower.traced import shapes_only
 from hosl_flower.training import describe_all
 
@@ -139,14 +137,7 @@ def peaks_of(config: RunConfig, partitions: list[int]) -> dict[str, int]:
         session = method._open("plan")
         session.sample = lambda step, absent=(): partitions  # type: ignore[method-assign]
         client = Client(session.spec)
-        size, length = config.batch_size, config.max_length
-        rows = size * session.encoder.answers.sequences
-        width = (size, session.encoder.answers.longest) if session.spec.task.target else (size,)
-        batch = Batch(
-            torch.arange(rows * length).view(rows, length),
-            torch.ones(rows, length, dtype=torch.int64),
-            torch.zeros(width, dtype=torch.int64),
-        )
+        batch = session.encoder.largest(config.batch_size)
         client.compute.train_batch = lambda *_: batch  # type: ignore[method-assign]
         link = InProcessLink(client, session.history, session.limits)
         describe_all(session, link)

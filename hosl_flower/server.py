@@ -21,7 +21,7 @@ from hosl_flower.answers import Scoring
 from hosl_flower.completion import targets
 from hosl_flower.errors import ConfigError, DivergedError, UnusableBatchError
 from hosl_flower.messages import Activations
-from hosl_flower.split import AUXILIARY, HEAD, ServerSubmodel, trainable_parameters
+from hosl_flower.split import AUXILIARY, ServerSubmodel, trainable_parameters
 
 
 @dataclass
@@ -131,7 +131,7 @@ class Server:
         rows = head.detach()[answers.ids]  # a copy, unless it is all of them
         self.answer_rows = nn.Parameter(rows, requires_grad=trainable == "full")
         trained = trainable_parameters(submodel, trainable)
-        trained.pop(HEAD, None)
+        trained.pop(submodel.family.head, None)
         submodel.requires_grad_(False)
         for parameter in trained.values():
             parameter.requires_grad_(True)
@@ -252,9 +252,10 @@ class Server:
         """All server tensors by canonical name: adapters merged into the weights they adapt, the
         answer rows put back into the head."""
         tensors: dict[str, Tensor] = self.submodel.merged_parameters()
-        head = tensors[HEAD].clone()
+        name = self.submodel.family.head
+        head = tensors[name].clone()
         head[self.answers.ids] = self.answer_rows
-        return {**tensors, HEAD: head}
+        return {**tensors, name: head}
 
     def trained_count(self) -> int:
         """Number of trained elements."""

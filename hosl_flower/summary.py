@@ -38,7 +38,7 @@ def plan(method: Any, session: Session) -> Iterable[str]:
         f"{next(iter(session.clients.values())).held_out_examples} held out"
     )
     sequences = spec.batch_size * session.encoder.answers.sequences
-    most = sequences * spec.max_length * session.activation_bytes_per_token
+    most = sequences * session.encoder.length * session.activation_bytes_per_token
     up, down = method.activations_per_step()
     yield (
         f"{config.steps} steps of {spec.batch_size} examples; per step {up} activations up, "

@@ -27,6 +27,8 @@ class Task:
     description"), which are joined with a space.
     header: column names of the published file, where that comes without a header line.
     from_one: label columns that count the labels 1, 2, ...
+    image: the column of the images, where the task is about such (image_tasks.py): then it has no
+    prompt, and the verbalizers are the names of the classes.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Task:
     from_one: tuple[str, ...] = ()
     target: str = ""
     cut: str = ""
+    image: str = ""
 
     @property
     def answer_column(self) -> str:

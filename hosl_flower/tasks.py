@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,8 +19,9 @@ from transformers import AutoTokenizer
 from hosl_flower import hub
 from hosl_flower.answers import Answers, Scoring
 from hosl_flower.completion import Completion
-from hosl_flower.config import RunConfig
+from hosl_flower.config import DEFAULT_LENGTH, RunConfig
 from hosl_flower.errors import CheckpointError, ConfigError, DataError, first_line
+from hosl_flower.image_tasks import IMAGE_TASKS, image_task
 from hosl_flower.task_table import FIELD, TASKS, Task
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -29,12 +30,15 @@ BUNDLED = Path(__file__).parent / "bundled"
 def task_from_config(config: RunConfig) -> Task:
     """The task a run asks for, with its overrides; ConfigError when it is incomplete."""
     base, (names, words) = TASKS.get(config.task), _labels_and_words(config)
+    if config.task in IMAGE_TASKS or config.image_column:
+        return _image_task(config, words)
     if base is None:
         if not (config.prompt and (words or config.target_column)):
             raise ConfigError(
-                f"task = {config.task!r} is none of {', '.join(TASKS)}; a task of your own needs "
-                "prompt, verbalizers and data-path (in the run config, or each node's own), or "
-                "target-column instead of verbalizers"
+                f"task = {config.task!r} is none of {', '.join((*TASKS, *IMAGE_TASKS))}; a task of "
+                "your own needs prompt, verbalizers and data-path (in the run config, or each "
+                "node's own), or target-column instead of verbalizers, and where it is about "
+                "images image-column and no prompt"
             )
         base = Task(config.task, config.prompt, words)
     if base.target and (words or config.label_column):
@@ -61,6 +65,32 @@ def task_from_config(config: RunConfig) -> Task:
             f"({', '.join(task.label_names)}), got {len(task.verbalizers)} words"
         )
     return task
+
+
+def _image_task(config: RunConfig, words: tuple[str, ...]) -> Task:
+    """A task about images; verbalizers are the classes."""
+    unused = {"prompt": config.prompt, "max-length": config.max_length != DEFAULT_LENGTH}
+    unused["target-column"] = bool(config.target_column)
+    if idle := [key for key, is_set in unused.items() if is_set]:
+        raise ConfigError(f"task = {config.task!r} is about images: it has no {', '.join(idle)}")
+    base = IMAGE_TASKS.get(config.task)
+    if base is None:
+        if not words:
+            raise ConfigError(
+                f"task = {config.task!r} is about images, by its image-column: it needs "
+                "verbalizers too, the names of the classes"
+            )
+        base = image_task(config.task, words, config.image_column)
+    elif words and len(words) != len(base.verbalizers):
+        raise ConfigError(
+            f"verbalizers: task {base.name} has {len(base.verbalizers)} classes, got {len(words)}"
+        )
+    return replace(
+        base,
+        verbalizers=words or base.verbalizers,
+        image=config.image_column or base.image,
+        label_column=config.label_column or base.label_column,
+    )
 
 
 def _labels_and_words(config: RunConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -100,18 +130,63 @@ def load_tokenizer(model: str) -> Any:
 
 @dataclass(frozen=True)
 class Batch:
-    """Left-padded inputs: input_ids, attention_mask [R, S] int64, R = B * Answers.sequences;
-    labels [B], or [B, A] (answers.py), int64; [0] where there are none."""
+    """Inputs of R = B * Scoring.sequences sequences: token ids [R, S] int64, left-padded, or pixels
+    [B, C, height, width]; attention_mask [R, S] int64, S as of the activations; labels [B], or
+    [B, A] (answers.py), int64, or [0] where there are none.
+    """
 
-    input_ids: Tensor
+    inputs: Tensor
     attention_mask: Tensor
     labels: Tensor
 
+    @property
+    def input_ids(self) -> Tensor:
+        """Inputs that are token ids."""
+        return self.inputs
+
+    @property
+    def tokens(self) -> int:
+        """Positions of all activations, padding included."""
+        return self.attention_mask.numel()
+
     def slices(self, micro_batch: int) -> list[slice]:
         """Rows of consecutive micro-batches of so many sequences; 0 is one of all."""
-        count = len(self.input_ids)
+        count = len(self.inputs)
         size = micro_batch or count
         return [slice(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+class Inputs(Protocol):
+    """What is between the examples of a task and a model: token ids here, pixels in
+    image_inputs.py.
+
+    answers: how scores of the labels come about. processor: of transformers, saved with a model.
+    length, shortest: most and fewest positions S of an example's activations.
+    """
+
+    task: Task
+    length: int
+
+    @property
+    def answers(self) -> Scoring: ...
+
+    @property
+    def shortest(self) -> int: ...
+
+    @property
+    def processor(self) -> Any: ...
+
+    def collate(self, examples: Sequence[dict[str, Any]]) -> Batch:
+        """A mini-batch of examples that carry an integer "label"."""
+
+    def largest(self, examples: int) -> Batch:
+        """The largest mini-batch of so many examples there can be; of any content."""
+
+    def check(self, config: Any) -> None:
+        """CheckpointError unless the model of this configuration can take these inputs."""
+
+    def by_length(self, data: Any) -> Any:
+        """A data set in an order in which there is little padding."""
 
 
 class Encoder:
@@ -122,6 +197,7 @@ class Encoder:
 
     def __init__(self, task: Task, tokenizer: Any, max_length: int, max_new_tokens: int = 16):
         self.task, self.tokenizer, self.max_length = task, tokenizer, max_length
+        self.length = max_length
         # no space at the end: it belongs to the answer word (" great" is one token)
         *pairs, self._tail = FIELD.split(task.prompt.rstrip(" "))
         self._pairs = list(zip(pairs[::2], pairs[1::2], strict=True))  # (text, field after it)
@@ -229,6 +305,38 @@ class Encoder:
             input_ids[i, length - len(row) :] = torch.tensor(row)
             mask[i, length - len(row) :] = 1
         return Batch(input_ids, mask, labels)
+
+    @property
+    def shortest(self) -> int:
+        """Fewest tokens of a sequence: an answer has its place."""
+        return 1 if self.task.target else self.answers.longest
+
+    @property
+    def processor(self) -> Any:
+        """The tokenizer."""
+        return self.tokenizer
+
+    def largest(self, examples: int) -> Batch:
+        """All tokens differ, none is padding."""
+        rows = examples * self.answers.sequences
+        ids = torch.arange(rows * self.max_length).view(rows, self.max_length)
+        shape = (examples, self.answers.longest) if self.task.target else (examples,)
+        return Batch(ids, torch.ones_like(ids), torch.zeros(shape, dtype=torch.int64))
+
+    def by_length(self, data: Any) -> Any:
+        """Like lengths together: fewer padding tokens to forward, the same metrics."""
+        columns = [data[name][:] for name in self.task.fields]
+        lengths = [sum(map(len, texts)) for texts in zip(*columns, strict=True)]
+        return data.select(sorted(range(len(lengths)), key=lengths.__getitem__))
+
+    def check(self, config: Any) -> None:
+        """CheckpointError when the model has too few positions or too small a vocabulary."""
+        positions = config.max_position_embeddings
+        if self.max_length > positions:
+            raise CheckpointError(
+                f"max-length = {self.max_length}, but the model has {positions} positions"
+            )
+        self.check_vocabulary(config.vocab_size)
 
     def check_vocabulary(self, vocabulary: int) -> None:
         """CheckpointError when the tokenizer can produce ids the model has no row for. Special

@@ -234,7 +234,7 @@ def save_model(directory: Path, session: Session) -> None:
             session.spec.model,
             client.lora,
             adapters,
-            session.encoder.tokenizer,
+            session.encoder.processor,
             client.family.transposed,
         )
         return
@@ -243,5 +243,5 @@ def save_model(directory: Path, session: Session) -> None:
         session.base,
         client.merged_parameters(),
         server.state_dict(),
-        session.encoder.tokenizer,
+        session.encoder.processor,
     )

@@ -1,19 +1,25 @@
 """Answers that are generated: loss, gradient and tokens of the unsplit model; whole runs."""
 
 import json
+import re
 
 import pytest
 import torch
 from runs import metrics, run_factory
-from test_families import halves  # a fixture
-from test_families import saved as saved
+from specs import client_spec, history_for
+from test_families import halves
+from test_families import saved as saved  # a fixture
 from test_squad import question, squad_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hosl_flower.checks import Limits, check_activations, check_continued, check_graded
+from hosl_flower.client import Client
 from hosl_flower.completion import IGNORED, Completion
+from hosl_flower.config import parse_config
 from hosl_flower.decoding import Prompts, Writer, greedy
-from hosl_flower.errors import ConfigError
-from hosl_flower.messages import Activations
+from hosl_flower.errors import ConfigError, ProtocolError
+from hosl_flower.messages import Activations, Continue, Continued, Failure, Grade, Graded
+from hosl_flower.plan import plan
 from hosl_flower.server import Server
 from hosl_flower.squad import graded
 from hosl_flower.task_table import TASKS
@@ -227,3 +233,91 @@ def test_what_needs_labels_says_so(make):
         make(steps=1, partitioner="dirichlet")
     results, *_ = make(steps=1, partitioner="natural-id", partition_column="title")
     assert results.clients["number"] == 2
+
+
+def test_a_plan_of_a_run_that_generates(make, tiny_opt, tmp_path, monkeypatch):
+    monkeypatch.setattr("hosl_flower.plan._SECONDS", 0.0)
+    model, _ = tiny_opt(vocab_size=50272, max_position_embeddings=128)
+    planned = plan(
+        parse_config(
+            {"strategy": "strategies.hosl:Hosl", "model": str(model), "task": "squad",
+             "data-path": str(tmp_path / "squad"), "cut-layer": 1, "steps": 2, "batch-size": 2,
+             "eval-batch-size": 4, "max-length": 60, "max-new-tokens": 3, "threads": 1,
+             "device": "cpu", "trackers": ""}
+        )
+    )  # fmt: skip
+    # prompts and the answer's tokens of one batch: over those of the losses alone
+    assert planned.evaluation_bytes > 0
+    assert planned.server_trained > 50272 * 16, "the whole head"
+    assert {"probe", "forward"} <= planned.peak_bytes.keys()
+
+
+LIMITS = Limits(batch=4, length=10, hidden=3, dtype="float32", classes=1, longest=3, vocabulary=64)
+AT = {"step": 1, "partition": 0, "position": 0, "digest": "0" * 16, "batch": 0}
+DONE = {"step": 1, "seconds": 0.0, "peak_bytes": 0}
+
+
+def sent(labels, length=5):
+    shape = (len(labels), length)
+    return Activations(
+        **DONE, activations=torch.zeros(*shape, 3), scales=torch.empty(0),
+        attention_mask=torch.ones(shape, dtype=torch.bool), labels=torch.tensor(labels),
+    )  # fmt: skip
+
+
+def test_labels_that_are_no_tokens_of_answers_are_refused():
+    check_activations(sent([[IGNORED, 5], [7, 63]]), LIMITS)
+    for labels, complaint in (
+        ([5, 7], r"expected int64\[2, A\] with A at most 3"),
+        ([[5, 6, 7, 8]], "A at most 3"),
+        ([[5, 64]], r"expected tokens 0\.\.63, left-padded with -100"),
+        ([[5, IGNORED]], "left-padded"),
+        ([[5, IGNORED, 6]], "left-padded"),
+        ([[-1, 6]], r"0\.\.63"),
+    ):
+        with pytest.raises(ProtocolError, match=complaint):
+            check_activations(sent(labels), LIMITS)
+    with pytest.raises(ProtocolError, match="A at most 1"):
+        check_activations(sent([[5, 6]], length=1), LIMITS)
+
+
+def continued(batch, length):
+    own = vars(sent([[5]] * batch, length)).copy()
+    del own["labels"]
+    return Continued(**own)
+
+
+def test_activations_that_do_not_follow_are_refused():
+    start = Continue(**AT, tokens=torch.empty((0, 0), dtype=torch.int64))
+    then = Continue(**AT, tokens=torch.ones((2, 1), dtype=torch.int64))
+    check_continued(continued(2, 5), start, LIMITS)
+    check_continued(continued(2, 1), then, LIMITS)
+    for batch, length in ((3, 1), (2, 2)):
+        with pytest.raises(ProtocolError, match="expected 2 sequences of 1"):
+            check_continued(continued(batch, length), then, LIMITS)
+    asked = Grade(**AT, tokens=torch.ones((2, 1), dtype=torch.int64))
+    check_graded(Graded(**DONE, scores=torch.ones(2, 2)), asked)
+    for scores in (torch.ones(2), torch.ones(3, 2), torch.full((2, 2), 1.5), -torch.ones(2, 2)):
+        with pytest.raises(ProtocolError, match="scores: expected"):
+            check_graded(Graded(**DONE, scores=scores), asked)
+
+
+def test_a_client_refuses_tokens_that_cannot_follow(make, tmp_path):
+    del make  # it has written the data
+    squad = client_spec(task=TASKS["squad"], source=str(tmp_path / "squad"), max_length=100)
+    choice = client_spec()
+    zeros = torch.zeros((4, 1), dtype=torch.int64)
+    for spec, tokens, complaint in (
+        (squad, torch.zeros(4, dtype=torch.int64), r"expected int64\[4, t\] for 4 prompts"),
+        (squad, zeros[:3], "for 4 prompts, got"),
+        (squad, zeros.float(), "expected int64"),
+        (squad, zeros + 60000, "of 0..50271"),
+        (squad, zeros.expand(4, 9), "at most 8"),
+        (choice, zeros, "task sms-spam has no answers to write"),
+    ):
+        client = Client(spec)
+        at = {**AT, "digest": history_for(spec).ledger.digest(), "tokens": tokens}
+        for request in (Continue(**at), Grade(**at)):
+            (reply,) = client.answer([request])
+            assert isinstance(reply, Failure)
+            assert re.search(complaint, reply.error), reply.error
