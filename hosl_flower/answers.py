@@ -9,15 +9,50 @@ label c is the log-probability of the word's tokens, log softmax over the whole 
 positions of the c-th predict the n_c tokens of word c.
 
 Either way the loss is the cross-entropy over the C scores.
+
+What scores are made of, and what the labels are, is a task's way to be scored (Scoring): a choice
+among answer words, here, or text that is generated (completion.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hosl_flower.split import ServerSubmodel
+
+
+class Scoring(Protocol):
+    """What encoder and server ask of a task's way to be scored.
+
+    sequences: per example. longest: tokens of the longest answer.
+    """
+
+    sequences: int
+    longest: int
+
+    @property
+    def ids(self) -> list[int] | slice:
+        """The tokens whose rows of the LM head are trained; slice(None) is all."""
+
+    def inputs(self, prompt: Sequence[int], example: Mapping[str, Any]) -> list[list[int]]:
+        """The sequences of an example, given its prompt's tokens."""
+
+    def labels(self, examples: Sequence[Mapping[str, Any]]) -> Tensor:
+        """What is right, int64: [B], or [B, A] where the last A positions each have a label."""
+
+    def scores(
+        self,
+        submodel: ServerSubmodel,
+        activations: Tensor,
+        mask: Tensor,
+        rows: Tensor,
+        width: int = 1,
+    ) -> Tensor:
+        """Scores float32 that F.cross_entropy takes with the labels: [B, C], or [B, V, A] with
+        A = `width`. activations [R, S, H], mask [R, S]; rows: of the LM head, those of `ids`."""
 
 
 class Answers:
@@ -33,14 +68,25 @@ class Answers:
         self.sequences = 1 if self.longest == 1 else len(self.tokens)
         self.ids = list(dict.fromkeys(token for word in self.tokens for token in word))
 
-    def inputs(self, prompt: Sequence[int]) -> list[list[int]]:
+    def inputs(
+        self, prompt: Sequence[int], example: Mapping[str, Any] | None = None
+    ) -> list[list[int]]:
         """The sequences of an example, given its prompt's tokens."""
         if self.sequences == 1:
             return [list(prompt)]
         return [[*prompt, *word[:-1]] for word in self.tokens]
 
+    def labels(self, examples: Sequence[Mapping[str, Any]]) -> Tensor:
+        """[B], 0..C-1."""
+        return torch.tensor([example["label"] for example in examples])
+
     def scores(
-        self, submodel: ServerSubmodel, activations: Tensor, mask: Tensor, rows: Tensor
+        self,
+        submodel: ServerSubmodel,
+        activations: Tensor,
+        mask: Tensor,
+        rows: Tensor,
+        width: int = 1,
     ) -> Tensor:
         """Scores [B, C] of activations [R, S, H] and mask [R, S], R = B * sequences.
 

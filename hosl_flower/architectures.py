@@ -99,8 +99,47 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def _vit(hidden: int, layers: int, heads: int, image: int, patch: int) -> dict[str, Any]:
+    return {
+        "model_type": "vit",
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "image_size": image,
+        "patch_size": patch,
+        "num_labels": 1000,
+    }
+
+
+def _resnet(layer: str, sizes: list[int], depths: list[int], stem: int = 64) -> dict[str, Any]:
+    return {
+        "model_type": "resnet",
+        "layer_type": layer,
+        "hidden_sizes": sizes,
+        "depths": depths,
+        "embedding_size": stem,
+        "num_labels": 1000,
+    }
+
+
+_WIDTHS = [64, 128, 256, 512]
+
+# image classifiers; the number of classes is that of ImageNet until the task's is known
+IMAGE_ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "resnet-tiny": _resnet("basic", [8, 16, 24], [1, 2, 1], stem=8),
+    "resnet-18": _resnet("basic", _WIDTHS, [2, 2, 2, 2]),
+    "resnet-34": _resnet("basic", _WIDTHS, [3, 4, 6, 3]),
+    "resnet-50": _resnet("bottleneck", [256, 512, 1024, 2048], [3, 4, 6, 3]),
+    "vit-tiny": _vit(32, 3, 2, image=16, patch=4),
+    "vit-base-patch16-224": _vit(768, 12, 12, image=224, patch=16),
+    "vit-large-patch16-224": _vit(1024, 24, 16, image=224, patch=16),
+}
+
+
 def architecture(name: str) -> PretrainedConfig:
     """The configuration of a named architecture; ConfigError lists the names."""
-    if name not in ARCHITECTURES:
-        raise ConfigError(f"no architecture {name!r}; there are {', '.join(ARCHITECTURES)}")
-    return AutoConfig.for_model(**ARCHITECTURES[name])
+    known = {**ARCHITECTURES, **IMAGE_ARCHITECTURES}
+    if name not in known:
+        raise ConfigError(f"no architecture {name!r}; there are {', '.join(known)}")
+    return AutoConfig.for_model(**known[name])

@@ -28,7 +28,7 @@ def gradients(
     for rows in batch.slices(micro_batch):
         device = cotangent.payload.device
         with torch.enable_grad():
-            h = submodel(batch.input_ids[rows].to(device), batch.attention_mask[rows].to(device))
+            h = submodel(batch.inputs[rows].to(device), batch.attention_mask[rows].to(device))
         own = torch.autograd.grad(
             h, wanted, cotangent.dense(rows).to(h.dtype), allow_unused=True, materialize_grads=True
         )

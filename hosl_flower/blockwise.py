@@ -39,7 +39,7 @@ def pieces(batch: Batch, micro_batch: int) -> list[slice]:
     """Rows of the sequences that are run at a time: micro_batch of them or, where that is 0, some
     thousand tokens. A block's gradient is summed over all of them before it is used, so that their
     size changes memory and nothing else."""
-    return batch.slices(micro_batch or max(1, _PIECE_TOKENS // batch.input_ids.shape[1]))
+    return batch.slices(micro_batch or max(1, _PIECE_TOKENS // batch.attention_mask.shape[1]))
 
 
 class Blocks(Sequence[nn.Module]):
@@ -48,8 +48,9 @@ class Blocks(Sequence[nn.Module]):
     def __init__(self, submodel: ClientSubmodel):
         self.submodel = submodel
         self._list = submodel.family.blocks
-        self._all: Any = getattr(submodel.decoder, self._list)
-        self._own = [block for block in self._all if not isinstance(block, Absent)]
+        decoder: Any = submodel.decoder
+        self._all = decoder.get_submodule(self._list)
+        self._own: list[Any] = [block for block in self._all if not isinstance(block, Absent)]
 
     def __len__(self) -> int:
         return len(self._own)
@@ -62,18 +63,17 @@ class Blocks(Sequence[nn.Module]):
         for name, parameter in self._own[index].named_parameters():
             yield self.submodel.canonical(f"decoder.{self._list}.{index}.{name}"), parameter
 
-    def enter(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, list[Arguments]]:
-        """ids, mask [b, S] -> embeddings [b, S, H], and each block's other arguments."""
+    def enter(self, inputs: Tensor, mask: Tensor) -> tuple[Tensor, list[Arguments]]:
+        """inputs, mask [b, S] -> embeddings [b, S, H], and each block's other arguments."""
         notes = [_Notes() for _ in self._all]
-        setattr(self.submodel.decoder, self._list, nn.ModuleList(notes))
+        self.submodel.decoder.set_submodule(self._list, nn.ModuleList(notes))
         try:
-            hidden = self.submodel(ids, mask)
+            hidden = self.submodel(inputs, mask)
         finally:
-            setattr(self.submodel.decoder, self._list, self._all)
+            self.submodel.decoder.set_submodule(self._list, self._all)
         return hidden, [note.arguments for note in notes]
 
     def run(self, index: int, hidden: Tensor, arguments: Sequence[Arguments]) -> Tensor:
         """The output [b, S, H] of one block."""
         positional, named = arguments[index]
-        output = self._own[index](hidden, *positional, **named)
-        return output[0] if isinstance(output, tuple) else output
+        return self.submodel.family.run_block(self._own[index], hidden, positional, named)

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData, constants, try_to_load_fro
 
 from hosl_flower.config import RunConfig, Scalar, parse_config
 from hosl_flower.finished import Finished
+from hosl_flower.image_tasks import IMAGE_TASKS
 from hosl_flower.resume import FREE
 from hosl_flower.split import RANDOM
 from hosl_flower.task_table import TASKS, Task
@@ -21,8 +22,10 @@ from hosl_flower.tasks import task_from_config
 
 _ALWAYS = ("strategy", "model", "cut-layer", "task", "steps", "seed")  # also as by default
 _RELATIONS = {"model": "finetune", "adapters": "adapter"}  # in the hub's words
+_AUTO = {False: "AutoModelForCausalLM", True: "AutoModelForImageClassification"}  # of images?
+_PIPELINES = {False: "text-generation", True: "image-classification"}
 WHAT = {
-    "model": "the whole model, merged: for `AutoModelForCausalLM.from_pretrained`",
+    "model": "the whole model, merged: for `{auto}.from_pretrained`",
     "adapters": "LoRA adapters of both halves: for `PeftModel.from_pretrained`, over the base",
     "client": "HALF a model: embeddings and the first {cut} blocks. Give this directory as "
     "`model-path` to a SuperNode or to `hosl_flower.split.open_base`; `load_client` loads it",
@@ -38,7 +41,7 @@ def model_card(run: Finished, what: str) -> ModelCard:
         base_model=_hub_base(run),
         base_model_relation=_RELATIONS.get(what) if _hub_base(run) else None,
         library_name="peft" if what == "adapters" else "transformers",
-        pipeline_tag="text-generation" if what in _RELATIONS else None,
+        pipeline_tag=_PIPELINES[bool(_task(run).image)] if what in _RELATIONS else None,
         tags=["hosl-flower", "split-learning", "federated-learning", run.results["method"]],
         datasets=_hub_data(run),
         **terms,
@@ -55,7 +58,8 @@ def model_card(run: Finished, what: str) -> ModelCard:
 def _description(run: Finished, what: str) -> Iterator[str]:
     """The list of what it is."""
     results, clients, task = run.results, run.config.num_clients, _task(run)
-    yield f"- What is here: {WHAT[what].format(cut=run.config.cut_layer)}."
+    here = WHAT[what].format(cut=run.config.cut_layer, auto=_AUTO[bool(task.image)])
+    yield f"- What is here: {here}."
     yield f"- Base model: {_base(run)}."
     yield (
         f"- Method: {results['method']} (`{run.config.strategy}`) of hosl-flower: split federated "
@@ -64,7 +68,11 @@ def _description(run: Finished, what: str) -> Iterator[str]:
     yield f"- Cut layer: {run.config.cut_layer}, the number of blocks that clients held."
     yield f"- Task: {task.name}. Training data: {_data(run)}."
     words = ", ".join(f"`{word}`" for word in task.verbalizers)
-    yield f"- Prompt, as TOML: `{_toml(task.prompt)}`; what comes next, by label: {words}."
+    if task.image:
+        yield f"- Classes, by label: {words}."
+        return
+    follows = ": the answer, one line of text" if task.target else f", by label: {words}"
+    yield f"- Prompt, as TOML: `{_toml(task.prompt)}`; what comes next{follows}."
 
 
 def _results(run: Finished) -> Iterator[str]:
@@ -73,9 +81,11 @@ def _results(run: Finished) -> Iterator[str]:
     yield f"## Results\n\nOn {run.results['held_out_examples']} held-out examples, in the run:\n"
     yield f"| | step {first['step']} | step {last['step']} |"
     yield "|---|---|---|"
-    for key in ("accuracy", "balanced_accuracy", "loss"):
-        yield f"| {key.replace('_', ' ')} | {first[key]:.4f} | {last[key]:.4f} |"
-    yield f"\nThe most frequent label, always answered: accuracy {last['majority_accuracy']:.4f}."
+    for key in ("accuracy", "balanced_accuracy", "f1", "exact_match", "loss"):
+        if last.get(key) is not None:
+            yield f"| {key.replace('_', ' ')} | {first[key]:.4f} | {last[key]:.4f} |"
+    if (always := last.get("majority_accuracy")) is not None:
+        yield f"\nThe most frequent label, always answered: accuracy {always:.4f}."
     differences = list(_differences(run.config))
     if differences:
         yield f"\nWhat was evaluated there is not quite what is here: {'; '.join(differences)}."
@@ -144,7 +154,8 @@ def _base(run: Finished) -> str:
 def _task(run: Finished) -> Task:
     """The task as it was used: another one than was asked for after a fallback."""
     used = run.record["task_used"]
-    return task_from_config(run.config) if used == run.config.task else TASKS[used]
+    known = {**TASKS, **IMAGE_TASKS}
+    return task_from_config(run.config) if used == run.config.task else known[used]
 
 
 def _source(run: Finished) -> str:
@@ -154,6 +165,8 @@ def _source(run: Finished) -> str:
 
 def _data(run: Finished) -> str:
     source = _source(run)
+    if source == "bundled:digits":
+        return "Optical Recognition of Handwritten Digits (CC BY 4.0), bundled with hosl-flower"
     if source.startswith("bundled:"):
         return "the SMS Spam Collection (CC BY 4.0), bundled with hosl-flower"
     if source.startswith("hub:"):

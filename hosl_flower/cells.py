@@ -17,6 +17,7 @@ from rich.progress import TimeRemainingColumn as Eta
 from hosl_flower.config import parse_config
 from hosl_flower.errors import ConfigError, HoslError
 from hosl_flower.experiment import Cell, Experiment, Keys, grid, trials
+from hosl_flower.measures import headline
 
 DIVERGED = "diverged.txt"  # in the run directory of a run that did
 
@@ -106,10 +107,8 @@ def _summary(directory: Path) -> str:
     if is_diverged(directory):
         return "diverged"
     results = json.loads((directory / "results.json").read_text())
-    return (
-        f"accuracy {results['accuracy']:.4f}, loss {results['loss']:.4f}, "
-        f"{results['wall_seconds']:.0f} s"
-    )
+    name, value = headline(results)
+    return f"{name} {value:.4f}, loss {results['loss']:.4f}, {results['wall_seconds']:.0f} s"
 
 
 def choose(experiment: Experiment, out: Path) -> Iterator[tuple[tuple[str, str], Keys, list[Any]]]:

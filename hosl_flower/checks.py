@@ -8,13 +8,18 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from hosl_flower.codec import has_scales, wire_dtype
+from hosl_flower.completion import IGNORED
 from hosl_flower.errors import OutOfRangeError, ProtocolError
 from hosl_flower.messages import (
     Activations,
     Change,
+    Continue,
+    Continued,
     Described,
     Fingerprint,
     Fingerprinted,
+    Grade,
+    Graded,
     Gradient,
     LocalProbe,
     Scalars,
@@ -33,7 +38,8 @@ class Limits:
     """What a run's replies may look like: activations of at most `batch` sequences of `length`
     tokens, of width `hidden` and `dtype`, written by `codec`, with labels of `classes` classes;
     `each` sequences per example, of `shortest` tokens or more, so that an answer has its place;
-    at most `held_out` held-out examples."""
+    at most `held_out` held-out examples. vocabulary: of answers that are generated, whose labels
+    are up to `longest` tokens; else 0."""
 
     batch: int
     length: int
@@ -44,6 +50,8 @@ class Limits:
     codec: str = "exact"
     each: int = 1
     shortest: int = 1
+    longest: int = 1
+    vocabulary: int = 0
 
 
 def check_described(reply: Described, limits: Limits) -> None:
@@ -62,7 +70,38 @@ def check_described(reply: Described, limits: Limits) -> None:
 
 def check_activations(reply: Activations, limits: Limits) -> None:
     """ProtocolError unless the reply is a batch this run can use: shapes, dtypes, finite."""
-    h, mask, labels = reply.activations, reply.attention_mask, reply.labels
+    _check_sequences(reply, limits, limits.shortest)
+    batch, length = reply.activations.shape[:2]
+    _check_labels(reply.labels, batch, length, limits)
+    _check_finite(reply)
+
+
+def check_continued(reply: Continued, request: Continue, limits: Limits) -> None:
+    """ProtocolError unless the reply is of whole prompts, or of a token after each."""
+    _check_sequences(reply, limits, 1)
+    batch, length = reply.activations.shape[:2]
+    given, done = request.tokens.shape
+    if done and (batch != given or length != 1):
+        raise ProtocolError(
+            f"activations: expected {given} sequences of 1, got {batch} of {length}"
+        )
+    _check_finite(reply)
+
+
+def check_graded(reply: Graded, request: Grade) -> None:
+    """ProtocolError unless there are two scores of each of the request's answers."""
+    expected, found = [len(request.tokens), 2], reply.scores
+    if found.dtype != torch.float32 or list(found.shape) != expected:
+        raise ProtocolError(
+            f"scores: expected float32{expected}, got {dtype_name(found)}{list(found.shape)}"
+        )
+    if not ((found >= 0) & (found <= 1)).all():  # also false for what is not a number
+        raise OutOfRangeError("scores: expected 0 to 1")
+
+
+def _check_sequences(reply: Activations | Continued, limits: Limits, shortest: int) -> None:
+    """Form of activations [B, S, H], of sequences of `shortest` tokens or more, and their mask."""
+    h, mask = reply.activations, reply.attention_mask
     wanted = str(wire_dtype(limits.codec, DTYPES[limits.dtype])).removeprefix("torch.")
     if h.dim() != 3 or dtype_name(h) != wanted or h.shape[2] != limits.hidden:
         raise ProtocolError(
@@ -76,9 +115,9 @@ def check_activations(reply: Activations, limits: Limits) -> None:
             f"{list(reply.scales.shape)}"
         )
     batch, length = h.shape[:2]
-    if not (0 < batch <= limits.batch and limits.shortest <= length <= limits.length):
+    if not (0 < batch <= limits.batch and shortest <= length <= limits.length):
         raise ProtocolError(
-            f"activations: expected at most {limits.batch} sequences of {limits.shortest} to "
+            f"activations: expected at most {limits.batch} sequences of {shortest} to "
             f"{limits.length} tokens, got {batch} of {length}"
         )
     if mask.dtype != torch.bool or mask.shape != h.shape[:2] or not mask[:, -1].all():
@@ -86,7 +125,21 @@ def check_activations(reply: Activations, limits: Limits) -> None:
             f"attention_mask: expected bool{[batch, length]}, left-padded, "
             f"got {dtype_name(mask)}{list(mask.shape)}"
         )
+
+
+def _check_finite(reply: Activations | Continued) -> None:
+    h = reply.activations
+    if not (torch.isfinite(h).all() and torch.isfinite(reply.scales).all()):
+        bad = int((~torch.isfinite(h)).sum())
+        raise OutOfRangeError(f"activations: {bad} of {h.numel()} values are not finite")
+
+
+def _check_labels(labels: Tensor, batch: int, length: int, limits: Limits) -> None:
+    """Of the examples of `batch` sequences of `length` tokens."""
     examples, rest = divmod(batch, limits.each)
+    if limits.vocabulary:
+        _check_tokens(labels, batch, length, limits)
+        return
     if labels.dtype != torch.int64 or labels.shape != (examples,) or rest:
         raise ProtocolError(
             f"labels: expected int64[{examples}], one for {limits.each} of {batch} sequences, got "
@@ -96,9 +149,25 @@ def check_activations(reply: Activations, limits: Limits) -> None:
         raise ProtocolError(
             f"labels: expected 0..{limits.classes - 1}, got {labels.unique().tolist()}"
         )
-    if not (torch.isfinite(h).all() and torch.isfinite(reply.scales).all()):
-        bad = int((~torch.isfinite(h)).sum())
-        raise OutOfRangeError(f"activations: {bad} of {h.numel()} values are not finite")
+
+
+def _check_tokens(labels: Tensor, batch: int, length: int, limits: Limits) -> None:
+    """Labels that are the tokens of answers, left-padded."""
+    most = min(limits.longest, length)
+    fits = labels.dtype == torch.int64 and labels.dim() == 2 and len(labels) == batch
+    if not fits or not 0 < labels.shape[1] <= most:
+        raise ProtocolError(
+            f"labels: expected int64[{batch}, A] with A at most {most}, got "
+            f"{dtype_name(labels)}{list(labels.shape)}"
+        )
+    tokens = labels != IGNORED
+    padded = (tokens.long().diff(dim=1) >= 0).all() and tokens[:, -1].all()
+    own = labels[tokens]
+    if not padded or int(own.min()) < 0 or int(own.max()) >= limits.vocabulary:
+        raise ProtocolError(
+            f"labels: expected tokens 0..{limits.vocabulary - 1}, left-padded with {IGNORED}, got "
+            f"{labels.unique().tolist()[:8]}"
+        )
 
 
 def check_scalars(reply: Scalars, request: LocalProbe) -> None:
@@ -175,7 +244,7 @@ class BatchKey(NamedTuple):
     def of(cls, reply: Activations) -> "BatchKey":
         """The key of a reply, which need not be kept for it."""
         mask = bytes(raw_bytes(reply.attention_mask))
-        return cls(tuple(reply.activations.shape), mask, tuple(reply.labels.tolist()))
+        return cls(tuple(reply.activations.shape), mask, tuple(reply.labels.flatten().tolist()))
 
 
 def check_same_batch(keys: Sequence[BatchKey], step: int) -> None:

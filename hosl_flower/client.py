@@ -16,6 +16,7 @@ from hosl_flower.branches import Branches
 from hosl_flower.compute import Compute
 from hosl_flower.errors import DriftError, HoslError, ProtocolError
 from hosl_flower.head import attach_head
+from hosl_flower.inputs import make_inputs
 from hosl_flower.ledger import Entry, chain, chain_entries, fingerprint
 from hosl_flower.memory import Meter, peak_rss_bytes
 from hosl_flower.messages import (
@@ -26,6 +27,8 @@ from hosl_flower.messages import (
     Behind,
     CatchUp,
     Change,
+    Continue,
+    Continued,
     CutGradient,
     Describe,
     Described,
@@ -35,6 +38,8 @@ from hosl_flower.messages import (
     Fingerprint,
     Fingerprinted,
     Forward,
+    Grade,
+    Graded,
     Gradient,
     HeadProbe,
     LocalStep,
@@ -51,9 +56,14 @@ from hosl_flower.messages import (
 from hosl_flower.partition import DataPool
 from hosl_flower.residual import fed_back
 from hosl_flower.spec import ClientSpec, pick_device, torch_dtype
-from hosl_flower.split import ClientSubmodel, load_client, open_base, trainable_parameters
+from hosl_flower.split import (
+    ClientSubmodel,
+    load_client,
+    model_config,
+    open_base,
+    trainable_parameters,
+)
 from hosl_flower.state import ClientState
-from hosl_flower.tasks import Encoder, load_tokenizer
 from hosl_flower.zo import projected_gradients
 
 log = logging.getLogger("hosl_flower")
@@ -77,7 +87,7 @@ class Client:
         self.spec = spec
         self.device = pick_device(device or spec.device)
         self.model = model or spec.model
-        self.encoder = Encoder(spec.task, load_tokenizer(self.model), spec.max_length)
+        self.encoder = make_inputs(spec, self.model, model_config(self.model))
         self.pool = DataPool(spec, self.encoder, data_path)
         self.meter = Meter(self.device)
         self.reset()
@@ -88,7 +98,7 @@ class Client:
             self.__dict__.pop(name, None)
         spec = self.spec
         base = open_base(self.model, spec.seed, partial=True)
-        self.vocabulary: int = base.config.vocab_size
+        self.config = base.config
         dtype = torch_dtype(spec.dtype)
         with self.meter.phase("load", 0):
             self.submodel = load_client(
@@ -156,7 +166,7 @@ class Client:
         return handler(self, request)
 
     def _describe(self, request: Describe) -> Answer:
-        self.encoder.check_vocabulary(self.vocabulary)
+        self.encoder.check(self.config)
         data = self.pool.client(request.partition)
         return Described, {
             "train_examples": len(data.train),
@@ -179,6 +189,12 @@ class Client:
 
     def _evaluate(self, request: Evaluate) -> Answer:
         return Activations, self.compute.evaluate(request)
+
+    def _continue(self, request: Continue) -> Answer:
+        return Continued, self.compute.continued(request)
+
+    def _grade(self, request: Grade) -> Answer:
+        return Graded, {"scores": self.compute.grades(request)}
 
     def _cut_gradient(self, request: CutGradient) -> Answer:
         scalars, _ = self.compute.probe_linear(request)
@@ -288,6 +304,8 @@ class Client:
         Probe: _probe,
         Forward: _forward,
         Evaluate: _evaluate,
+        Continue: _continue,
+        Grade: _grade,
         Losses: _update,
         CutGradient: _cut_gradient,
         LocalTrain: _local_train,

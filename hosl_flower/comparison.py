@@ -15,15 +15,20 @@ from hosl_flower.outcome import Outcome, outcome
 @dataclass(frozen=True)
 class Row:
     """A method in a variant: its runs, the share of the gap between the control and the reference
-    that its loss and its accuracy close (None without a gap to speak of), and its client's peak
+    that its loss and its score close (None without a gap to speak of), and its client's peak
     memory over the control's, which only infers (None without a control)."""
 
     variant: str
     method: str
     runs: Sequence[Outcome]
     gap_loss: tuple[float, float] | None
-    gap_accuracy: tuple[float, float] | None
+    gap_score: tuple[float, float] | None
     memory: float | None
+
+    @property
+    def measure(self) -> str:
+        """What the score is."""
+        return self.runs[0].measure
 
     def mean(self, field: str) -> float:
         """Over seeds."""
@@ -47,8 +52,8 @@ def rows(experiment: Experiment, cells: Iterable[Cell], out: Path) -> list[Row]:
         )
         for method in experiment.methods:
             own = runs[variant, method]
-            loss, accuracy = (_gap(own, zero, one, field) for field in ("loss", "accuracy"))
-            table.append(Row(variant, method, own, loss, accuracy, _memory(own, zero)))
+            loss, score = (_gap(own, zero, one, field) for field in ("loss", own[0].measure))
+            table.append(Row(variant, method, own, loss, score, _memory(own, zero)))
     return table
 
 
@@ -87,10 +92,16 @@ def _spread(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-COLUMNS = (
-    "accuracy", "loss", "gap closed (loss)", "gap closed (accuracy)", "kB up", "kB down",
+_COLUMNS = (
+    "loss", "gap closed (loss)", "gap closed ({score})", "kB up", "kB down",
     "client forwards", "client peak MiB", "over control", "server s", "client s", "run s",
 )  # fmt: skip
+_SCORES = {"accuracy": ("accuracy",), "f1": ("F1", "exact match")}
+
+
+def _columns(measure: str) -> list[str]:
+    scores = _SCORES[measure]
+    return [*scores, *(column.format(score=scores[0]) for column in _COLUMNS)]
 
 
 def _cells_of(row: Row) -> list[str]:
@@ -101,10 +112,11 @@ def _cells_of(row: Row) -> list[str]:
         return "" if value is None else f"{value[0]:.2f} +- {value[1]:.2f}"
 
     return [
-        both("accuracy", 4),
+        both(row.measure, 4),
+        *([both("exact_match", 4)] if row.measure == "f1" else []),
         both("loss", 4),
         gap(row.gap_loss),
-        gap(row.gap_accuracy),
+        gap(row.gap_score),
         f"{row.mean('bytes_up') / 1e3:.1f}",
         f"{row.mean('bytes_down') / 1e3:.1f}",
         f"{row.mean('forwards'):.1f}",
@@ -117,7 +129,7 @@ def _cells_of(row: Row) -> list[str]:
 
 
 def _to_target(row: Row) -> list[str]:
-    """steps, MB and seconds of training until the target accuracy, as the mean over the seeds that
+    """steps, MB and seconds of training until the target score, as the mean over the seeds that
     came there, and how many did."""
     there = [run for run in row.runs if run.to_target is not None]
     if not there:
@@ -134,7 +146,6 @@ def markdown(experiment: Experiment, table: Sequence[Row]) -> str:
     seeds = len(experiment.seeds)
     goal = experiment.target_accuracy
     reach = ["steps", "MB", "s"] if goal else []
-    head = ["method", *COLUMNS, *(f"{what} to {goal:g}" for what in reach)]
     lines = [
         f"Final held-out figures, mean +- standard deviation over {seeds} seed(s); gap closed with "
         f"its standard error: 0 is {experiment.control or 'no control'}, 1 is "
@@ -145,6 +156,8 @@ def markdown(experiment: Experiment, table: Sequence[Row]) -> str:
     ]
     for variant in experiment.variants:
         title = f"### {variant}" if variant else ""
+        measure = next(row.measure for row in table if row.variant == variant)
+        head = ["method", *_columns(measure), *(f"{what} to {goal:g}" for what in reach)]
         lines += ["", *([title, ""] if title else []), f"| {' | '.join(head)} |"]
         lines.append("|---" * len(head) + "|")
         for row in table:

@@ -24,11 +24,11 @@ _MARKS = "osD^vP*Xph"
 
 
 def draw_comparison(path: Path, title: str, rows: Sequence[Row]) -> None:
-    """Held-out loss and accuracy of one variant's methods, mean over seeds with its range."""
+    """Held-out loss and score of one variant's methods, mean over seeds with its range."""
     figure, grid = pyplot.subplots(2, len(_AXES), figsize=(15, 8), layout="constrained")
     figure.suptitle(title)
     for column, (label, scale) in enumerate(_AXES):
-        for place, (what, index) in enumerate((("loss", 1), ("accuracy", 2))):
+        for place, (what, index) in enumerate((("loss", 1), (rows[0].measure, 2))):
             axes = grid[place][column]
             for number, row in enumerate(rows):
                 _draw(axes, row, scale, index, number)

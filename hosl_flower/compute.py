@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hosl_flower.backprop import gradients, unflat
 from hosl_flower.codec import encode, has_scales
+from hosl_flower.decoding import Prompts, checked
 from hosl_flower.errors import ProtocolError
 from hosl_flower.forward import HERE, Forwards, put_together
 from hosl_flower.gradient import Dense
@@ -21,18 +22,21 @@ from hosl_flower.perturb import derive_seed
 from hosl_flower.recompute import recomputed_gradients
 from hosl_flower.requests import (
     Backward,
+    Continue,
     CutGradient,
     Evaluate,
     Forward,
+    Grade,
     HeadProbe,
     LocalStep,
 )
 from hosl_flower.residual import residual_gradients
 from hosl_flower.spec import ClientSpec
 from hosl_flower.split import ClientSubmodel
+from hosl_flower.squad import graded
 from hosl_flower.state import ClientState
 from hosl_flower.surrogate import Cotangent, Pieces, head_loss, linear
-from hosl_flower.tasks import Batch
+from hosl_flower.tasks import Batch, Encoder
 from hosl_flower.zo import Point, directional, estimate
 
 # phase that is measured, and how the gradient comes about, by client-gradient
@@ -70,10 +74,12 @@ class Compute:
         self.hidden: int = submodel.hidden_size
         # by partition and number of the mini-batch
         self._anchors: OrderedDict[tuple[int, int], _Anchor] = OrderedDict()
+        self._prompts: tuple[tuple[int, int], Prompts] | None = None  # that are being answered
 
     def moved(self) -> None:
         """The weights are others now."""
         self._anchors.clear()
+        self._prompts = None
 
     def train_batch(self, request: Forward, number: int = 0) -> Batch:
         """The mini-batch of a request, or a later one."""
@@ -86,6 +92,58 @@ class Compute:
         batch = data.held_out_batch(request.batch, self.spec.eval_batch_size)
         return self.activations("evaluate", batch)
 
+    def continued(self, request: Continue) -> dict[str, Any]:
+        """Activations of held-out prompts, or of the tokens after them. A process that does not
+        have what came before runs it again."""
+        key = (request.partition, request.batch)
+        prompts = self._prompts[1] if self._prompts and self._prompts[0] == key else None
+        if prompts is None or not prompts.follows(request.tokens):
+            self._prompts = None  # never two caches
+            examples = self._held_out(request)
+            batch = self._encoder.prompts(examples)
+            prompts = Prompts(self.submodel, batch, self.spec.client_micro_batch, self.device)
+        count = len(prompts.batch.input_ids)
+        tokens = checked(request.tokens, count, self.spec.max_new_tokens, self.vocabulary)
+        with self.phase("evaluate", prompts.batch.input_ids.numel() + tokens.numel()):
+            coded = (
+                (first, encode(piece, self.spec.codec))
+                for first, piece in prompts.activations(tokens)
+            )
+            activations, scales = put_together(coded, count)
+        self._prompts = (key, prompts)
+        return {
+            "activations": activations,
+            "scales": scales,
+            "attention_mask": prompts.mask(tokens),
+        }
+
+    def grades(self, request: Grade) -> Tensor:
+        """Exact match and F1 of answers to held-out prompts: float32 [B, 2]."""
+        self._prompts = None
+        examples = self._held_out(request)
+        longest = self.spec.max_new_tokens
+        answers = checked(request.tokens, len(examples), longest, self.vocabulary).tolist()
+        text = self._encoder.text
+        pairs = zip(answers, examples, strict=True)
+        return torch.tensor([graded(text(tokens), own["answers"]) for tokens, own in pairs])
+
+    def _held_out(self, request: Evaluate) -> list[dict[str, Any]]:
+        if not self.spec.task.target:
+            raise ProtocolError(f"task {self.spec.task.name} has no answers to write")
+        data = self.pool.client(request.partition)
+        return data.held_out_examples(request.batch, self.spec.eval_batch_size)
+
+    @property
+    def _encoder(self) -> Encoder:
+        assert isinstance(self.pool.encoder, Encoder)  # no images, or there would be no target
+        return self.pool.encoder
+
+    @property
+    def vocabulary(self) -> int:
+        """V, the tokens there are."""
+        decoder: Any = self.submodel.decoder
+        return decoder.config.vocab_size
+
     def phase(self, name: str, size: int, *held: Tensor) -> AbstractContextManager[None]:
         """Measures what runs within; held: tensors that live beside the client's own."""
         return self.meter.phase(name, size, self._held(*held))
@@ -95,16 +153,17 @@ class Compute:
         yield from self.submodel.buffers()
         yield from self.state.optimizer.tensors()
         yield from (anchor.activations for anchor in self._anchors.values())
+        yield from self._prompts[1].tensors() if self._prompts else ()
         yield from more
 
     def activations(self, phase: str, batch: Batch, point: Point = HERE) -> dict[str, Any]:
         """Of a mini-batch at a point around the weights."""
-        with self.phase(phase, batch.input_ids.numel()):
+        with self.phase(phase, batch.tokens):
             return self._reply(batch, self.forwards.pieces(batch, point))
 
     def _reply(self, batch: Batch, pieces: Pieces) -> dict[str, Any]:
         coded = ((first, encode(piece, self.spec.codec)) for first, piece in pieces)
-        activations, scales = put_together(coded, len(batch.input_ids))
+        activations, scales = put_together(coded, len(batch.inputs))
         return {
             "activations": activations,
             "scales": scales,
@@ -118,7 +177,7 @@ class Compute:
         batch = self.train_batch(request)
         if self.spec.client_micro_batch or not request.anchor:
             return self.activations("forward", batch)
-        with self.phase("forward", batch.input_ids.numel()):
+        with self.phase("forward", batch.tokens):
             ((_, activations),) = self.forwards.pieces(batch)
             reply = self._reply(batch, [(0, activations)])
         self._anchors[request.partition, request.batch] = _Anchor(batch, activations)
@@ -139,7 +198,7 @@ class Compute:
             raise ProtocolError(
                 f"cut gradient: expected scales {list(scales)}, got {list(request.scales.shape)}"
             )
-        expected = [*batch.input_ids.shape, self.hidden]
+        expected = [*batch.attention_mask.shape, self.hidden]
         if list(request.gradient.shape) != expected:
             raise ProtocolError(
                 f"cut gradient: expected {expected}, the shape of this "
@@ -155,7 +214,7 @@ class Compute:
     def probe_linear(self, request: CutGradient) -> tuple[list[list[float]], Tensor | None]:
         """Probe <lambda, f_c> (HO-SFL); see local.py."""
         batch, known = self._anchor(request)
-        with self.phase("probe", batch.input_ids.numel(), request.gradient, *known):
+        with self.phase("probe", batch.tokens, request.gradient, *known):
             gradient = self._cotangent(request)
             anchor = gradient.inner((0, z) for z in known) if known else None
             known.clear()  # one number is all the probes need of it
@@ -183,7 +242,7 @@ class Compute:
             surrogate = head_loss(lambda p: self.forwards.losses(batch, p), clean.append)
             return estimate(surrogate, seeds, request.epsilon, two_sided=False)
 
-        with self.phase("probe", first.input_ids.numel()):
+        with self.phase("probe", first.tokens):
             scalars, _ = local_steps(self.state, estimator, request)
         return scalars, clean[0]
 
@@ -212,6 +271,6 @@ class Compute:
         known.clear()  # the pass is run again
         phase, compute = _GRADIENTS[self.spec.client_gradient]
         micro_batch = self.spec.client_micro_batch
-        with self.phase(phase, batch.input_ids.numel(), request.gradient):
+        with self.phase(phase, batch.tokens, request.gradient):
             cotangent = self._cotangent(request)
             yield compute(self.submodel, self.state.parameters, batch, cotangent, micro_batch)

@@ -43,6 +43,8 @@ Threads = Annotated[int, Field(ge=0, le=1024)]
 Alpha = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 Length = Annotated[int, Field(ge=8, lt=2**31)]
 
+DEFAULT_LENGTH = 128  # of texts, in tokens
+
 # Where rounding and curvature weigh alike (docs/results/precision.json); elsewhere 1e-3.
 _EPSILONS = {"bfloat16": 3e-3}
 
@@ -86,8 +88,8 @@ class RunConfig(BaseModel):
 
     task: str = Field(
         "sst2",
-        description="sst2, rte, cb, wsc, wic, boolq, ag-news, trec, sms-spam, or the name of your "
-        "own task",
+        description="sst2, rte, cb, wsc, wic, boolq, ag-news, trec, sms-spam, squad, drop, of "
+        "images cifar10, cifar100, mnist, fashion-mnist, digits, or the name of your own task",
     )
     data_path: str = Field(
         "", description="local file or directory instead of the task's own data set"
@@ -102,7 +104,28 @@ class RunConfig(BaseModel):
         "label=word where labels are no numbers",
     )
     label_column: str = Field("", description="overrides the name of the label column")
-    max_length: Length = Field(128, description="tokens per example; longer texts are cut")
+    target_column: str = Field(
+        "",
+        description="instead of verbalizers: the column of the text that is to follow the prompt, "
+        "which is generated, and scored by exact match and F1",
+    )
+    image_column: str = Field(
+        "",
+        description="of your own task about images: the column of the images, `image` in a folder "
+        "of them; the classes are the verbalizers",
+    )
+    image_size: Natural = Field(
+        0,
+        description="height and width images are resized to, with the model's own mean and "
+        "deviation; 0 leaves all to the model's own image processor",
+    )
+    max_length: Length = Field(
+        DEFAULT_LENGTH,
+        description="tokens per example, the answer's among them; longer texts are cut",
+    )
+    max_new_tokens: Positive = Field(
+        50, description="tokens of a generated answer, at most; taken off max-length"
+    )
     train_examples: Natural = Field(0, description="use at most so many; 0 is all")
     held_out_examples: Natural = Field(
         0,

@@ -26,6 +26,11 @@ def contradictions(config: RunConfig) -> Iterator[str]:
 def _data(config: RunConfig) -> Iterator[str]:
     if config.verbalizers and len(config.verbalizer_list) < 2:
         yield "verbalizers: needs at least two comma-separated words"
+    if config.target_column and (config.verbalizers or config.label_column):
+        yield (
+            "target-column is for text that is generated, verbalizers and label-column for a "
+            "choice among words: leave one of them out"
+        )
     if config.num_clients > config.train_examples > 0:
         yield (
             f"num-clients = {config.num_clients} is more than train-examples = "

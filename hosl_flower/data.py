@@ -17,7 +17,9 @@ from hosl_flower.columns import column as column_of
 from hosl_flower.columns import find_column, plain_name
 from hosl_flower.errors import DataError, first_line
 from hosl_flower.formats import SUFFIXES, read_file
+from hosl_flower.image_files import image_columns, read_images
 from hosl_flower.perturb import derive_seed, permutation
+from hosl_flower.squad import right_answers
 from hosl_flower.task_table import Task
 from hosl_flower.tasks import BUNDLED, parse_label
 
@@ -25,8 +27,14 @@ log = logging.getLogger("hosl_flower")
 
 HELD_OUT_FRACTION = 0.2  # of a source that comes without a held-out part
 _HELD_OUT_NAMES = ("validation", "val", "dev", "test")
-_OTHER_NAMES = {"train_5500": "train", "trec_10": "test"}  # TREC's own
+_OTHER_NAMES = {
+    "train_5500": "train", "trec_10": "test",  # TREC's own
+    "train-v1.1": "train", "train-v2.0": "train", "dev-v1.1": "dev", "dev-v2.0": "dev",  # SQuAD's
+}  # fmt: skip
 _SHARD = re.compile(r"-\d+-of-\d+$")  # the hub's train-00000-of-00001.parquet
+
+
+_OR_IMAGES = "; or idx files, npz arrays, or a folder of images for each class"
 
 
 class Part(NamedTuple):
@@ -40,8 +48,9 @@ class Part(NamedTuple):
 def load_source(
     source: str, task: Task, seed: int, partition_column: str = "", held_out_examples: int = 0
 ) -> tuple[Dataset, Dataset]:
-    """(training, held-out) examples: the columns of the prompt, an integer "label" and, for the
-    training part, the partition column as text, if one is given.
+    """(training, held-out) examples: the columns of the prompt, an integer "label", or a list of
+    texts "answers" where they are generated, and, for the training part, the partition column as
+    text, if one is given.
 
     source: "hub:<repository>/<configuration>", "bundled:<folder>", or a local path. The held-out
     part is the source's own; or, with held_out_examples, so many training examples drawn with
@@ -102,6 +111,8 @@ def _used(names: Any) -> list[str]:
 
 
 def _from_path(path: Path, task: Task) -> list[Part]:
+    if task.image and path.exists() and (images := read_images(path)):
+        return [Part(name, images[name], f"{path} ({name})") for name in _used(images)]
     if path.is_file():
         return [Part("train", read_file(path, task), str(path))]
     if not path.is_dir():
@@ -114,7 +125,7 @@ def _from_path(path: Path, task: Task) -> list[Part]:
     if "train" not in files:
         raise DataError(
             f"{path} has no train file; expected train and, optionally, validation, val, dev or "
-            f"test, each one of {', '.join(SUFFIXES)}"
+            f"test, each one of {', '.join(SUFFIXES)}{_OR_IMAGES if task.image else ''}"
         )
     return [_read_part(name, files[name], task) for name in _used(files)]
 
@@ -150,40 +161,36 @@ def _is_unlabelled_test(part: Part, task: Task) -> bool:
     """Whether it is a test part as benchmarks publish it: its labels kept back."""
     if part.name != "test":
         return False
-    label = find_column(part.data, task.label_column, task)
+    label = find_column(part.data, task.answer_column, task)
     labels = [] if label is None else label[1]
-    if not all(value is None or str(value).strip() in ("", "-1") for value in labels):
+    if not all(value in (None, []) or str(value).strip() in ("", "-1") for value in labels):
         return False
     log.info("%s has no labels: examples are held out of the training part", part.where)
     return True
 
 
 def _normalise(part: Part, task: Task, partition_column: str = "") -> Dataset:
-    """Keep the prompt's columns, parse the label; DataError names what is missing."""
+    """Keep the prompt's columns, parse what is right; DataError names what is missing."""
     data, where = part.data, part.where
     if partition_column and partition_column not in data.column_names:
         raise DataError(
             f"{where} has no column {partition_column!r} (partition-column); the data has "
             f"{', '.join(data.column_names)}"
         )
-    found = {name: find_column(data, name, task) for name in (*task.fields, task.label_column)}
+    found = {name: find_column(data, name, task) for name in (*task.fields, task.answer_column)}
     missing = [name for name, column in found.items() if column is None]
     if missing:
         raise DataError(
             f"{where} has no column {', '.join(map(repr, missing))}; task {task.name} needs "
             f"{', '.join(found)}, the data has "
-            f"{', '.join(data.column_names)} (set prompt and label-column)"
+            f"{', '.join(data.column_names)} (set {'' if task.image else 'prompt and '}"
+            f"{'target' if task.target else 'label'}-column)"
         )
-    _check_label_name(task, where, partition_column)
+    _check_kept_name(task, where, partition_column)
     if len(data) == 0:
         raise DataError(f"{where} has no examples")
     columns = {name: column for name, column in found.items() if column is not None}
-    label_name, values = columns[task.label_column]
-    first = int(plain_name(label_name) in task.from_one)
-    labels = [
-        parse_label(value, task, f"{where}, row {row}", first)
-        for row, value in enumerate(values, start=1)
-    ]
+    right = _right(*columns[task.answer_column], task, where)
     texts = {}
     for name in task.fields:
         if None in columns[name][1]:
@@ -191,17 +198,34 @@ def _normalise(part: Part, task: Task, partition_column: str = "") -> Dataset:
             raise DataError(f"{where}, row {row}: {name} is missing")
         texts[name] = [str(text) for text in columns[name][1]]
     ids = _ids(data, partition_column, where) if partition_column else {}
-    return Dataset.from_dict({**ids, **texts, "label": labels})
+    if task.image:
+        images = image_columns(data, task, where)
+        for name, values in {**ids, **right}.items():
+            images = images.add_column(name, values)
+        return images
+    return Dataset.from_dict({**ids, **texts, **right})
 
 
-def _check_label_name(task: Task, where: str, partition_column: str) -> None:
-    """Parsed labels are kept as column "label": no other column of that name can be kept too."""
-    taken = partition_column == "label" and task.label_column != "label"
-    if taken or "label" in task.fields:
+def _right(column: str, values: Sequence[Any], task: Task, where: str) -> dict[str, list[Any]]:
+    """What is right, of all rows: as column "label", or "answers" where it is generated."""
+    places = [f"{where}, row {row}" for row in range(1, len(values) + 1)]
+    pairs = zip(values, places, strict=True)
+    if task.target:
+        return {"answers": [right_answers(value, place) for value, place in pairs]}
+    first = int(plain_name(column) in task.from_one)
+    return {"label": [parse_label(value, task, place, first) for value, place in pairs]}
+
+
+def _check_kept_name(task: Task, where: str, partition_column: str) -> None:
+    """What is right is kept as column "label" or "answers": no other column of that name can be
+    kept too."""
+    kept, what = ("answers", "answers") if task.target else ("label", "labels")
+    taken = partition_column == kept and task.answer_column != kept
+    if taken or kept in task.fields:
         use = "partition-column" if taken else "prompt"
         raise DataError(
-            f"{where}: column 'label' cannot be used by {use}, the labels of "
-            f"{task.label_column!r} are kept under that name; rename it in the data"
+            f"{where}: column {kept!r} cannot be used by {use}, the {what} of "
+            f"{task.answer_column!r} are kept under that name; rename it in the data"
         )
 
 

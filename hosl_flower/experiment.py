@@ -3,7 +3,8 @@
     seeds = [0, 1, 2]
     control = "frozen"             # gap closed: 0 is this method,
     reference = "split-fo"         # 1 is this one
-    target-accuracy = 0.75         # for the columns "steps / bytes / seconds to target"
+    target-accuracy = 0.75         # for the columns "steps / bytes / seconds to target"; of F1
+                                   # where answers are generated
 
     [config]                       # run-config keys of every cell
     [variants.cut2]                # keys of one column of cells: cuts, partitions, tasks ...

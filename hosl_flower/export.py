@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from hosl_flower.card import WHAT, model_card
 from hosl_flower.errors import ConfigError, HoslError
 from hosl_flower.finished import Finished, read_run, trained_model
+from hosl_flower.inputs import load_processor
 from hosl_flower.merge import save_merged
 from hosl_flower.split import open_base
-from hosl_flower.tasks import load_tokenizer
 
 
 def export(run: Path, directory: Path, what: str = "model") -> Path:
@@ -88,7 +88,7 @@ def _write_sides(run: Finished, directory: Path, sides: tuple[str, ...]) -> None
     for side in sides:
         half = trained.client() if side == "client" else trained.server()
         tensors.update(half.merged_parameters())
-    save_merged(directory, trained.base, tensors, {}, load_tokenizer(trained.tokenizer))
+    save_merged(directory, trained.base, tensors, {}, load_processor(trained.tokenizer))
     if len(sides) == 1:
         split = {"side": sides[0], "cut_layer": trained.cut, "blocks": trained.base.blocks}
         (directory / "split.json").write_text(json.dumps(split, indent=2) + "\n")

@@ -2,19 +2,20 @@
 
 The submodels run transformers' own decoder, with the other side's modules taken out: masks,
 positions and attention are never re-implemented here. A new family is one small class like
-`Gpt2` and an entry in FAMILIES; tests/test_families.py shows what it must satisfy.
+`Gpt2` and an entry in FAMILIES; tests/test_families.py shows what it must satisfy. Those of images
+are in image_families.py: there a "decoder" is the module that maps pixels to the last hidden state.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
 
 from hosl_flower.errors import ConfigError
 
-HEAD = "lm_head.weight"  # in every family
+HEAD = "lm_head.weight"  # in every family of language models
 
 
 class Absent(nn.Module):
@@ -47,10 +48,19 @@ class Parts(NamedTuple):
     gate: str = ""
 
 
+Rename = Callable[[str], str]
+# of all matrices, or by canonical name and shape
+InitStd = float | Callable[[str, torch.Size], float]
+
+
 class Family(Protocol):
     """What split.py asks of a model family. Names are attributes of the causal LM and of its
     decoder, the module that maps input ids or embeddings to the last hidden state."""
 
+    auto: Any  # transformers' class that makes the whole model from a configuration
+    attention: ClassVar[dict[str, str]]  # how the model is to compute attention, where it has any
+    modality: str  # what the inputs are: "text" or "image"
+    head: str  # canonical name of the head's matrix, [V, D]
     base_prefix: str  # of the causal LM: the base model
     decoder_prefix: str  # canonical name prefix of the decoder's parameters
     embedding: str  # of the decoder: the token embedding
@@ -63,10 +73,33 @@ class Family(Protocol):
     def keep_server(self, decoder: Any, cut: int) -> None:
         """Take out the embeddings and the first `cut` blocks."""
 
+    def renames(self, model: Any) -> Rename:
+        """Name in a checkpoint -> in the model, where published checkpoints have other names."""
+
+    def count(self, config: PretrainedConfig) -> int:
+        """Number of blocks: the largest cut."""
+
+    def width(self, config: PretrainedConfig, cut: int) -> int:
+        """H, the width of the activations at a cut."""
+
+    def enter(
+        self, decoder: Any, inputs: Tensor, mask: Tensor, cache: DynamicCache | None
+    ) -> Tensor:
+        """Run a client's decoder: inputs, mask [B, S] -> activations [B, S, H]."""
+
+    def proceed(
+        self, decoder: Any, activations: Tensor, mask: Tensor, cache: DynamicCache | None
+    ) -> Tensor:
+        """Run a server's decoder: activations [B, S, H], mask [B, S] -> what the head gets
+        [B, S, D]; of images [B, 1, D]."""
+
+    def run_block(self, block: Any, hidden: Tensor, positional: Any, named: Any) -> Tensor:
+        """One block alone: [B, S, H] and the other arguments it is given -> [B, S', H']."""
+
     def positions(self, mask: Tensor) -> Mapping[str, Tensor]:
         """What the decoder is told beside the mask [B, S], so that padding shifts nothing."""
 
-    def init_std(self, config: PretrainedConfig) -> float:
+    def init_std(self, config: PretrainedConfig) -> InitStd:
         """Standard deviation of freshly initialised matrices."""
 
     def starts_at_one(self, name: str) -> bool:
@@ -81,14 +114,71 @@ class Family(Protocol):
         parameter name within the decoder."""
 
 
-class Opt:
+class _Decoder:
+    """What all families of language models have in common, and most have of the rest. Most count
+    positions from the first column unless told otherwise, padding or not."""
+
+    auto: Any = AutoModelForCausalLM
+    attention: ClassVar[dict[str, str]] = {"attn_implementation": "sdpa"}
+    modality = "text"
+    head = HEAD
+    transposed = False
+
+    def renames(self, model: Any) -> Rename:
+        return str
+
+    def count(self, config: PretrainedConfig) -> int:
+        return config.num_hidden_layers
+
+    def width(self, config: PretrainedConfig, cut: int) -> int:
+        return config.hidden_size
+
+    def enter(
+        self, decoder: Any, inputs: Tensor, mask: Tensor, cache: DynamicCache | None
+    ) -> Tensor:
+        return self._run(decoder, inputs.shape[1], mask, cache, input_ids=inputs)
+
+    def proceed(
+        self, decoder: Any, activations: Tensor, mask: Tensor, cache: DynamicCache | None
+    ) -> Tensor:
+        return self._run(decoder, activations.shape[1], mask, cache, inputs_embeds=activations)
+
+    def _run(
+        self,
+        decoder: Any,
+        length: int,
+        mask: Tensor,
+        cache: DynamicCache | None,
+        **inputs: Tensor,
+    ) -> Tensor:
+        """The last hidden state [B, S, D] of inputs of `length` S, which follow what is cached."""
+        positions = self.positions(mask)
+        return decoder(
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            **{name: each[:, -length:] for name, each in positions.items()},
+            **inputs,
+        ).last_hidden_state
+
+    def run_block(self, block: Any, hidden: Tensor, positional: Any, named: Any) -> Tensor:
+        output = block(hidden, *positional, **named)
+        return output[0] if isinstance(output, tuple) else output
+
+    def positions(self, mask: Tensor) -> Mapping[str, Tensor]:
+        return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+
+    def init_std(self, config: PretrainedConfig) -> InitStd:
+        return config.initializer_range
+
+
+class Opt(_Decoder):
     """OPT (Zhang et al. 2022), 125M to 175B, including 350M's projections and post-norm."""
 
     base_prefix = "model"
     decoder_prefix = "model.decoder."
     embedding = "embed_tokens"
     blocks = "layers"
-    transposed = False
 
     def keep_client(self, decoder: Any, cut: int) -> None:
         for index in range(cut, len(decoder.layers)):
@@ -109,7 +199,7 @@ class Opt:
     def positions(self, mask: Tensor) -> Mapping[str, Tensor]:
         return {"position_ids": (mask.cumsum(1) * mask - 1).long()}
 
-    def init_std(self, config: PretrainedConfig) -> float:
+    def init_std(self, config: PretrainedConfig) -> InitStd:
         return config.init_std
 
     def starts_at_one(self, name: str) -> bool:
@@ -125,19 +215,6 @@ class Opt:
         offset = 2  # of OPT's position embedding
         positions = self.positions(mask)["position_ids"]
         return {"embed_tokens.weight": ids, "embed_positions.weight": positions + offset}
-
-
-class _Decoder:
-    """What the families below have in common. They count positions from the first column unless
-    told otherwise, padding or not."""
-
-    transposed = False
-
-    def positions(self, mask: Tensor) -> Mapping[str, Tensor]:
-        return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-
-    def init_std(self, config: PretrainedConfig) -> float:
-        return config.initializer_range
 
 
 class Gpt2(_Decoder):
@@ -224,15 +301,19 @@ FAMILIES: dict[str, Family] = {
 
 def family_of(config: PretrainedConfig) -> Family:
     """The family of a configuration; ConfigError names the supported ones."""
-    if config.model_type not in FAMILIES:
+    from hosl_flower.image_families import IMAGE_FAMILIES  # it builds on this module
+
+    families = {**FAMILIES, **IMAGE_FAMILIES}
+    if config.model_type not in families:
         raise ConfigError(
             f"model type {config.model_type!r} is not supported; supported: "
-            f"{', '.join(sorted(FAMILIES))}. A family is one adapter in hosl_flower/families.py: "
+            f"{', '.join(sorted(FAMILIES))}, and of images {', '.join(sorted(IMAGE_FAMILIES))}. "
+            "A family is one adapter in hosl_flower/families.py: "
             "the names of its modules and how to take out those of the other side"
         )
     if getattr(config, "final_logit_softcapping", None):
         raise ConfigError("a model that caps its logits (final_logit_softcapping) is not supported")
-    return FAMILIES[config.model_type]
+    return families[config.model_type]
 
 
 def embedding_name(config: PretrainedConfig) -> str:

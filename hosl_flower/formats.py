@@ -1,7 +1,8 @@
 """Reading one local file of examples, whatever it is: columns with names come out.
 
 Published data sets come as tsv (GLUE), jsonl with nested objects (SuperGLUE), csv or tsv without
-a header line (AG News, the SMS collection), "LABEL:finer text" lines (TREC) or parquet (the hub).
+a header line (AG News, the SMS collection), "LABEL:finer text" lines (TREC), articles of paragraphs
+of questions (SQuAD) or parquet (the hub).
 """
 
 import csv
@@ -16,6 +17,7 @@ import pyarrow.parquet
 from datasets import Dataset
 
 from hosl_flower.errors import DataError, first_line
+from hosl_flower.squad import is_squad, squad_rows
 from hosl_flower.task_table import Task
 from hosl_flower.tasks import parse_label
 
@@ -116,7 +118,11 @@ def _text(path: Path, task: Task) -> Dataset:
 
 def _json_lines(path: Path) -> Dataset:
     text, rows = path.read_text(encoding="utf-8-sig"), []
-    if path.suffix == ".json" and text.lstrip().startswith("["):  # one list of objects
+    content = _whole(text) if path.suffix == ".json" and text.lstrip().startswith("{") else None
+    found: list[tuple[str, Any]]
+    if is_squad(content):
+        found = [("", row) for row in squad_rows(content, str(path))]
+    elif path.suffix == ".json" and text.lstrip().startswith("["):  # one list of objects
         found = [(f"element {n}", row) for n, row in enumerate(json.loads(text), start=1)]
     else:
         found = [(f"line {n}", line) for n, line in enumerate(text.split("\n"), start=1)]
@@ -133,6 +139,14 @@ def _json_lines(path: Path) -> Dataset:
         rows.append(row)
     columns = dict.fromkeys(key for row in rows for key in row)  # rows may lack some
     return Dataset.from_dict({key: _one_type([row.get(key) for row in rows]) for key in columns})
+
+
+def _whole(text: str) -> Any:
+    """A JSON file as one value; None where it is lines, each a value of its own."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 def _one_type(values: list[Any]) -> list[Any]:

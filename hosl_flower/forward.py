@@ -37,10 +37,10 @@ class Forwards:
     def tangents(self, batch: Batch, seed: int) -> Iterator[tuple[int, Tensor]]:
         """As pieces, the activations' derivative along a direction (tangent.py)."""
         direction = self.state.layout.draw(seed, self.device)
-        ids, mask = batch.input_ids, batch.attention_mask
+        inputs, mask = batch.inputs, batch.attention_mask
         for rows in batch.slices(self.micro_batch):
             with along(self.state.parameters, direction):
-                own = self.submodel(ids[rows].to(self.device), mask[rows].to(self.device))
+                own = self.submodel(inputs[rows].to(self.device), mask[rows].to(self.device))
                 piece = [derivative(own)]
                 del own
             yield rows.start, piece.pop()
@@ -63,7 +63,7 @@ class Forwards:
         self, batch: Batch, point: Point, function: Callable[[Tensor, Tensor], Tensor]
     ) -> Iterator[tuple[int, Tensor]]:
         direction = self.state.layout.draw(point.seed, self.device) if point.coefficient else None
-        ids, mask = batch.input_ids, batch.attention_mask
+        inputs, mask = batch.inputs, batch.attention_mask
         for rows in batch.slices(self.micro_batch):
             # not open while the consumer runs: the pass, and nothing else, sees the probe
             with (
@@ -72,7 +72,7 @@ class Forwards:
                 if direction is None
                 else perturbed(self.state.parameters, direction, point.coefficient),
             ):
-                piece = [function(ids[rows].to(self.device), mask[rows].to(self.device))]
+                piece = [function(inputs[rows].to(self.device), mask[rows].to(self.device))]
             yield rows.start, piece.pop()
 
 

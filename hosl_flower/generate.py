@@ -1,23 +1,16 @@
-"""Text from a split model: the client's half, then the server's, each with a cache of its own.
-
-    client: new token ids [1, S] -> activations [1, S, H]   keys and values of blocks 1..cut stay
-    server: activations          -> logits of the next one  those of blocks cut+1..n stay
-
-So after the prompt one activation per token crosses the cut. Both halves run in this process.
-"""
+"""Text from a split model, a token at a time (decoding.py). Both halves run in this process."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from hosl_flower.decoding import Half
 from hosl_flower.errors import ConfigError
-from hosl_flower.families import Absent
 from hosl_flower.finished import open_trained
 from hosl_flower.spec import pick_device
-from hosl_flower.split import ClientSubmodel, ServerSubmodel, Submodel
+from hosl_flower.split import ClientSubmodel, ServerSubmodel
 from hosl_flower.tasks import load_tokenizer
 
 Choose = Callable[[Tensor], int]  # logits [V] -> a token id
@@ -32,6 +25,8 @@ def continuation(
     cut it. Raises ConfigError or CheckpointError.
     """
     trained = open_trained(source, cut)
+    if trained.base.family.modality != "text":
+        raise ConfigError(f"{source} is a model of images and has no text to go on with")
     config, tokenizer = trained.base.config, load_tokenizer(trained.tokenizer)
     ids = _prompt_ids(tokenizer, prompt, new_tokens, config)
     device = pick_device("auto")
@@ -76,41 +71,19 @@ def generate(
 ) -> Iterator[int]:
     """Token ids that follow those of the prompt: `new_tokens`, or up to one of `ends`, which is
     the last then. The server's half computes in its own dtype."""
-    client_cache, server_cache = own_cache(client), own_cache(server)
+    first, second = Half(client), Half(server)
     head, device = server.lm_head.weight, next(client.parameters()).device
-    new, seen = list(prompt), 0
+    new = list(prompt)
     for _ in range(new_tokens):
-        seen += len(new)
-        mask = torch.ones((1, seen), dtype=torch.int64, device=device)
-        activations = client(torch.tensor([new], device=device), mask, client_cache)
-        activations = activations.to(head.device, head.dtype)
-        hidden = server.hidden(activations, mask.to(head.device), server_cache)
+        ids = torch.tensor([new], device=device)
+        mask = torch.ones_like(ids)
+        activations = first(ids, mask).to(head.device, head.dtype)
+        hidden = second(activations, mask.to(head.device))
         token = choose(server.lm_head(hidden[0, -1]))
         yield token
         if token in ends:
             return
         new = [token]
-
-
-def own_cache(submodel: Submodel) -> DynamicCache:
-    """An empty cache for the blocks of one side.
-
-    Blocks keep their index, so keys and values are where transformers looks for them. But it asks
-    the first layer of each kind (sliding window or not) how many tokens are cached, and that may
-    be one of the other side's, which never sees any. Such layers are replaced by one of a block
-    that is here, of the same kind if there is one (else no block uses that kind's mask). A cache
-    with layers in it twice must not be cropped or reordered.
-    """
-    decoder: Any = submodel.decoder
-    cache = DynamicCache(config=decoder.config)
-    blocks = getattr(decoder, submodel.family.blocks)
-    kinds = cache.is_sliding
-    own = [index for index, block in enumerate(blocks) if not isinstance(block, Absent)]
-    by_kind = {kinds[index]: cache.layers[index] for index in own}
-    for index in range(len(blocks)):
-        if own and index not in own:
-            cache.layers[index] = by_kind.get(kinds[index], cache.layers[own[0]])
-    return cache
 
 
 def chooser(temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> Choose:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hosl_flower.answers import Answers
+from hosl_flower.answers import Answers, Scoring
 from hosl_flower.errors import ConfigError
 from hosl_flower.families import HEAD, embedding_name
 from hosl_flower.materialise import fill_buffers
@@ -37,10 +37,20 @@ class AnswerHead(nn.Module):
         return F.linear(last[:, -1], self.rows)
 
 
-def attach_head(client: ClientSubmodel, base: Base, answers: Answers, device: str) -> None:
+def attach_head(client: ClientSubmodel, base: Base, answers: Scoring, device: str) -> None:
     """Give a client submodel a head of its own, float32, from the base checkpoint. Its parameters
     are named "head.*" among the client's and are trained whatever else is. ConfigError where answer
     words are of several tokens: those need the whole LM head."""
+    if client.family.modality != "text":
+        raise ConfigError(
+            "a client with a head of its own (HERON-SFL, full ZO) needs a language model; for "
+            "image models use another strategy"
+        )
+    if not isinstance(answers, Answers):
+        raise ConfigError(
+            "a client with a head of its own (HERON-SFL, full ZO) needs a task with answer words: "
+            "text that is generated needs the whole LM head; choose another strategy"
+        )
     if answers.sequences > 1:
         raise ConfigError(
             "verbalizers: a client with a head of its own (HERON-SFL, full ZO) needs answer words "

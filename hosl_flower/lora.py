@@ -62,7 +62,7 @@ def check_targets(decoder: nn.Module, lora: Lora) -> None:
         if not matches or not all(isinstance(module, _LINEAR) for module in matches):
             raise ConfigError(
                 f"lora-targets = {','.join(lora.targets)!r}: {target!r} matches no linear module "
-                f"of this model; there are {', '.join(linear)}"
+                f"of this model; there are {', '.join(linear) or 'none'}"
             )
 
 

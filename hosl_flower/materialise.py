@@ -29,7 +29,14 @@ def materialise(
             "matrices are no linear modules"
         )
     fill_buffers(submodel.decoder, device)
-    embedding = embedding_name(base.config)
+    stored = submodel.stored_buffers().keys()
+    for name, buffer in list(submodel.named_buffers()):
+        wanted = submodel.canonical(name)
+        if wanted in stored and buffer.is_floating_point():  # no count of batches seen
+            owner, _, attribute = name.rpartition(".")
+            value = torch.empty(buffer.shape, dtype=dtype, device=device)
+            base.source.fill(wanted, value)
+            setattr(submodel.get_submodule(owner), attribute, value)
     for name, empty in list(submodel.named_parameters()):
         wanted = submodel.canonical(name)
         owner, _, attribute = name.rpartition(".")
@@ -39,15 +46,15 @@ def materialise(
         else:
             # A tied head is usually not stored: it is the embedding.
             tied = wanted == HEAD and HEAD not in base.source and base.config.tie_word_embeddings
-            stored = embedding if tied else wanted
+            source = embedding_name(base.config) if tied else wanted
             if quantization == "int8" and is_quantised(module, attribute):
                 whole = torch.empty(empty.shape, dtype=dtype)  # one matrix, on the CPU
-                base.source.fill(stored, whole)
+                base.source.fill(source, whole)
                 codes = to_int8(whole, dtype, device)
                 place(submodel, owner, nn.Parameter(codes, requires_grad=False))
                 continue
             value = torch.empty(empty.shape, dtype=dtype, device=device)
-            base.source.fill(stored, value)
+            base.source.fill(source, value)
         parameter = nn.Parameter(value, requires_grad=empty.requires_grad)  # frozen under LoRA
         setattr(module, attribute, parameter)
 

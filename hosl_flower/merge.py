@@ -7,6 +7,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hosl_flower.families import family_of
 from hosl_flower.split import Base
 
 
@@ -15,17 +16,22 @@ def save_merged(
     base: Base,
     client: Mapping[str, Tensor],
     server: Mapping[str, Tensor],
-    tokenizer: Any,
+    processor: Any,
 ) -> None:
-    """Write config, weights and tokenizer for `AutoModelForCausalLM.from_pretrained`.
+    """Write config, weights and processor (tokenizer or image processor) for `from_pretrained` of
+    `AutoModelForCausalLM`, or of the family's own kind.
 
     client, server: canonical name -> tensor, together the whole model. The head is saved on
     its own and the configuration says untied, since client embedding and server head differ
     after training. A 16-bit client is saved in the server's float32, which holds it exactly.
     """
     both = {**client, **server}
-    widest = max((t.dtype for t in both.values()), key=lambda dtype: dtype.itemsize)
-    tensors = {name: t.detach().cpu().to(widest).contiguous() for name, t in both.items()}
+    floating = [t.dtype for t in both.values() if t.is_floating_point()]
+    widest = max(floating, key=lambda dtype: dtype.itemsize)
+    tensors = {
+        name: t.detach().cpu().to(widest if t.is_floating_point() else t.dtype).contiguous()
+        for name, t in both.items()
+    }
     config = type(base.config).from_dict(base.config.to_dict())
     config.tie_word_embeddings = False
     config.dtype = widest
@@ -33,13 +39,11 @@ def save_merged(
     part = directory.with_name(f".{directory.name}.part")  # a half-written model has no name
     part.mkdir(parents=True)
     config.save_pretrained(part)
-    tokenizer.save_pretrained(part)
+    processor.save_pretrained(part)
     save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
     part.rename(directory)
 
 
 def _architecture(config: Any) -> str:
-    """The class name of the causal LM, for config.json."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM._model_mapping[type(config)].__name__
+    """The class name of the whole model, for config.json."""
+    return family_of(config).auto._model_mapping[type(config)].__name__

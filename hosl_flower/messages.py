@@ -7,6 +7,9 @@ they are made from what arrived; wire.py turns them into bytes and back.
     Forward      activations of a training batch at theta           -> Activations
     Probe        the same at theta + c * s(seed)                    -> Activations
     Evaluate     activations of a held-out batch                    -> Activations
+    Continue     activations of held-out prompts, then of tokens    -> Continued
+                 that follow them
+    Grade        exact match and F1 of what was generated           -> Graded
     Losses       the true losses of your probes: update theta       -> Applied
     CutGradient  the loss gradient at the cut: probe your half      -> Scalars
     LocalTrain   the same, but train on it and send the change      -> Change
@@ -28,9 +31,11 @@ from hosl_flower.replies import (
     Applied,
     Behind,
     Change,
+    Continued,
     Described,
     Failure,
     Fingerprinted,
+    Graded,
     Gradient,
     Reply,
     Scalars,
@@ -41,12 +46,14 @@ from hosl_flower.requests import (
     Adopt,
     Backward,
     CatchUp,
+    Continue,
     CutGradient,
     Describe,
     Evaluate,
     Fetch,
     Fingerprint,
     Forward,
+    Grade,
     HeadProbe,
     LocalProbe,
     LocalStep,
@@ -65,6 +72,8 @@ REQUESTS: dict[str, type[Request]] = {
         Forward,
         Probe,
         Evaluate,
+        Continue,
+        Grade,
         Losses,
         CutGradient,
         LocalTrain,
@@ -83,6 +92,8 @@ REPLIES: dict[str, type[Reply]] = {
     for cls in (
         Described,
         Activations,
+        Continued,
+        Graded,
         Applied,
         Scalars,
         Change,
@@ -105,6 +116,8 @@ __all__ = [
     "Behind",
     "CatchUp",
     "Change",
+    "Continue",
+    "Continued",
     "CutGradient",
     "Describe",
     "Described",
@@ -114,6 +127,8 @@ __all__ = [
     "Fingerprint",
     "Fingerprinted",
     "Forward",
+    "Grade",
+    "Graded",
     "Gradient",
     "HeadProbe",
     "LocalProbe",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hosl_flower.cells import CellError, is_diverged
+from hosl_flower.measures import headline
 
 # A backward pass counts as two. The forward is run again: for the graph; for the blocks' inputs and
 # then block by block; for the rules of residual feedback, 34 H^2 operations per token where a
@@ -25,6 +26,7 @@ _FORWARDS: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "local-step": lambda keys: _GRADIENT[keys.get("client-gradient", "backprop")],
 }
 _NOT_TRAINING = ("load", "evaluate", "exchange")
+_SCORES = ("accuracy", "balanced_accuracy", "exact_match", "f1")
 _UPDATES = ("losses", "catch-up", "restore", "fetch", "adopt")
 
 
@@ -41,12 +43,14 @@ class Outcome:
     peak of memory what loading and sending whole weights take.
 
     forwards: client forward-equivalents per step, of all its clients together. curve: (step, loss,
-    accuracy) of the evaluations. to_target: steps until the accuracy was first there, or None.
+    score) of the evaluations. to_target: steps until the score was first there, or None.
     """
 
-    accuracy: float
+    accuracy: float | None
     loss: float
-    balanced_accuracy: float
+    balanced_accuracy: float | None
+    exact_match: float | None
+    f1: float | None
     bytes_up: float
     bytes_down: float
     forwards: float
@@ -57,6 +61,11 @@ class Outcome:
     wall_seconds: float
     to_target: int | None
     curve: tuple[tuple[int, float, float], ...]
+
+    @property
+    def measure(self) -> str:
+        """What its score is: "accuracy", or "f1" of generated answers."""
+        return "f1" if self.accuracy is None else "accuracy"
 
 
 def outcome(directory: Path, target: float) -> Outcome:
@@ -73,11 +82,10 @@ def outcome(directory: Path, target: float) -> Outcome:
         for way in ("bytes_up", "bytes_down")
     )
     seconds, peaks = results["seconds_per_step"], results["client_peak_memory"]["tensor_bytes"]
-    curve = tuple((e["step"], e["loss"], e["accuracy"]) for e in results["evaluations"])
+    curve = tuple((e["step"], e["loss"], headline(e)[1]) for e in results["evaluations"])
     return Outcome(
-        accuracy=results["accuracy"],
         loss=results["loss"],
-        balanced_accuracy=results["balanced_accuracy"],
+        **{name: results.get(name) for name in _SCORES},
         bytes_up=up,
         bytes_down=down,
         forwards=sum(n * _FORWARDS[k](keys) for k, n in sent.items() if k in _FORWARDS) / steps,

@@ -17,9 +17,10 @@ from hosl_flower.page_bars import (
 from hosl_flower.page_curves import (
     AXES,
     Axis,
-    draw_accuracies,
     draw_losses,
     draw_scalars,
+    draw_scores,
+    measured,
     missing,
     spreads,
 )
@@ -133,7 +134,7 @@ def _panel(runs: Sequence[Run], axis: Axis) -> Html:
     return tag(
         "div",
         _figure(draw_losses(runs, axis)),
-        _figure(draw_accuracies(runs, axis)),
+        _figure(draw_scores(runs, axis)),
         note("Not drawn, nothing to count: ", ", ".join(absent), ".") if absent else "",
         class_=f"panel panel-{axis.key}",
     )
@@ -141,9 +142,9 @@ def _panel(runs: Sequence[Run], axis: Axis) -> Html:
 
 def _numbers(runs: Sequence[Run]) -> Html:
     steps = sorted({e.step for run in runs for e in run.evaluations})
-    scores = [{e.step: f"{e.loss:.4f} / {e.accuracy:.4f}" for e in run.evaluations} for run in runs]
+    scores = [{e.step: f"{e.loss:.4f} / {e.score:.4f}" for e in run.evaluations} for run in runs]
     rows = ([step, *(own.get(step, "") for own in scores)] for step in steps)
-    caption = "Held-out loss / accuracy after a step"
+    caption = f"Held-out loss / {measured(runs)} after a step"
     return folded("The numbers", table(caption, ["step", *names(runs)], rows, "figures"))
 
 

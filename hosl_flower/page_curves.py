@@ -72,15 +72,20 @@ def draw_losses(runs: Sequence[Run], axis: Axis) -> Html:
     return _draw(runs, axis, "loss", also)
 
 
-def draw_accuracies(runs: Sequence[Run], axis: Axis) -> Html:
-    """Held-out accuracy, over a line at that of the majority class."""
+def measured(runs: Sequence[Run]) -> str:
+    """What the scores of the runs are."""
+    return " or ".join(sorted({run.measure for run in runs}, reverse=True))
+
+
+def draw_scores(runs: Sequence[Run], axis: Axis) -> Html:
+    """Held-out accuracy, over a line at that of the majority class; F1 of generated answers."""
 
     def also(axes: Axes, run: Run, scale: Callable[[int], float], place: int) -> None:
         if run.results.majority_accuracy is not None:
             accuracy = run.results.majority_accuracy
             axes.axhline(accuracy, color="grey", linestyle=":", linewidth=1)
 
-    return _draw(runs, axis, "accuracy", also)
+    return _draw(runs, axis, "score", also, measured(runs))
 
 
 def _draw(
@@ -88,7 +93,10 @@ def _draw(
     axis: Axis,
     what: str,
     also: Callable[[Axes, Run, Callable[[int], float], int], None],
+    label: str = "",
 ) -> Html:
+    """what: of an evaluation, shown under its label."""
+    label = label or what
     said = []
     with figure(*_SIZE, _MARGINS) as drawn:
         axes = drawn.add_subplot()
@@ -112,14 +120,14 @@ def _draw(
             if ys:
                 ends.append(max(xs))
                 said.append(f"{run.name} {ys[0]:.3g} to {ys[-1]:.3g}")
-        axes.set(xlabel=axis.label, ylabel=f"held-out {what}")
+        axes.set(xlabel=axis.label, ylabel=f"held-out {label}")
         if len(ends) > 1 and 0 < 30 * min(ends) < max(ends):  # from kilobytes to gigabytes
             axes.set_xscale("symlog", linthresh=min(ends) / 2)
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
         elif axis is AXES[0]:
             axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axes.grid()
-        description = f"Held-out {what} against {axis.label}: {'; '.join(said) or 'nothing'}"
+        description = f"Held-out {label} against {axis.label}: {'; '.join(said) or 'nothing'}"
         return to_svg(drawn, f"{what}-{axis.key}", description)
 
 

@@ -67,6 +67,11 @@ class Run:
         return self.results.evaluations or so_far
 
     @property
+    def measure(self) -> str:
+        """What the score of its evaluations is."""
+        return "F1" if any(e.f1 is not None for e in self.evaluations) else "accuracy"
+
+    @property
     def losses(self) -> list[tuple[int, float]]:
         """(step, training loss)."""
         return [(r.step, r.train_loss) for r in self.metrics if r.train_loss is not None]

@@ -19,6 +19,13 @@ class Evaluation(Read):
     step: int = 0
     loss: float = _NAN
     accuracy: float = _NAN
+    exact_match: float | None = None
+    f1: float | None = None
+
+    @property
+    def score(self) -> float:
+        """Accuracy, or F1 of generated answers."""
+        return self.accuracy if self.f1 is None else self.f1
 
 
 class Sent(Read):
@@ -64,6 +71,8 @@ class ResultsFile(Read):
     accuracy: float | None = None
     balanced_accuracy: float | None = None
     majority_accuracy: float | None = None
+    exact_match: float | None = None
+    f1: float | None = None
     loss: float | None = None
     held_out_examples: int | None = None
     wall_seconds: float | None = None

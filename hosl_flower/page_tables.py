@@ -77,11 +77,12 @@ def cards(runs: Sequence[Run]) -> Html:
 
 def _card(place: int, run: Run) -> Html:
     results, last = run.results, run.evaluations[-1:]
-    accuracy = results.accuracy if results.accuracy is not None or not last else last[0].accuracy
+    score = results.accuracy if results.f1 is None else results.f1
+    score = score if score is not None or not last else last[0].score
     loss = results.loss if results.loss is not None or not last else last[0].loss
     over = run.over_inference
     figures = (
-        ("held-out accuracy", number(accuracy, 4)),
+        (f"held-out {run.measure}", number(score, 4)),
         ("held-out loss", number(loss, 4)),
         ("sent up", megabytes(run.total(results.bytes_up))),
         ("sent down", megabytes(run.total(results.bytes_down))),
@@ -174,6 +175,8 @@ _OUTCOME: tuple[tuple[str, Callable[[Run], object]], ...] = (
     ("held-out accuracy", lambda run: number(run.results.accuracy, 4)),
     ("of the majority class", lambda run: number(run.results.majority_accuracy, 4)),
     ("balanced accuracy", lambda run: number(run.results.balanced_accuracy, 4)),
+    ("held-out F1", lambda run: number(run.results.f1, 4)),
+    ("exact match", lambda run: number(run.results.exact_match, 4)),
     ("held-out loss", lambda run: number(run.results.loss, 4)),
     ("before training", lambda run: number(_before(run), 4)),
     ("held-out examples", lambda run: number(run.results.held_out_examples, 0)),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hosl_flower.errors import DataError, ProtocolError
 from hosl_flower.perturb import derive_seed, permutation
 from hosl_flower.spec import ClientSpec
-from hosl_flower.tasks import Batch, Encoder
+from hosl_flower.tasks import Batch, Inputs
 
 if TYPE_CHECKING:  # heavy; flwr_datasets brings matplotlib, which a node with its own data spares
     from datasets import Dataset
@@ -60,6 +60,11 @@ def _dirichlet(train: Dataset, spec: ClientSpec, seed: int) -> Partitioner:
     from flwr_datasets.partitioner import DirichletPartitioner
 
     clients, least = spec.num_clients, spec.min_partition_size
+    if spec.task.target:
+        raise DataError(
+            f"partitioner = dirichlet spreads labels unevenly, task {spec.task.name} has none; use "
+            "iid, or natural-id with a column such as a title"
+        )
     if clients * least > len(train):
         raise DataError(
             f"{clients} clients with min-partition-size = {least} need {clients * least} training "
@@ -116,10 +121,10 @@ def _draw(partitioner: Partitioner) -> None:
 class ClientData:
     """What one client holds: its partition of the training data and the held-out part.
 
-    held_out: shared by all clients of a process, sorted by `by_length`.
+    held_out: shared by all clients of a process, sorted by length.
     """
 
-    def __init__(self, train: Dataset, held_out: Dataset, encoder: Encoder, order_seed: int):
+    def __init__(self, train: Dataset, held_out: Dataset, encoder: Inputs, order_seed: int):
         if len(train) == 0:
             raise DataError("this client's partition is empty; lower num-clients")
         self.train, self.held_out = train, held_out
@@ -142,22 +147,21 @@ class ClientData:
 
     def held_out_batch(self, number: int, size: int) -> Batch:
         """Held-out examples number * size onwards; DataError past the end."""
+        return self.encoder.collate(self.held_out_examples(number, size))
+
+    def held_out_examples(self, number: int, size: int) -> list[dict[str, Any]]:
+        """Examples of a held-out batch; DataError past the end."""
         rows = range(number * size, min((number + 1) * size, len(self.held_out)))
         if not rows:
             raise DataError(f"held-out batch {number} is past {len(self.held_out)} examples")
-        return self.encoder.collate([self.held_out[row] for row in rows])
+        return [self.held_out[row] for row in rows]
 
     def label_counts(self) -> list[int]:
-        """Training examples per label."""
+        """Training examples per label; of generated text all count as one."""
+        if self.encoder.task.target:
+            return [len(self.train)]
         counts = Counter(self.train["label"][:])  # read at once, not row by row
         return [counts[label] for label in range(len(self.encoder.task.verbalizers))]
-
-
-def by_length(held_out: Dataset, encoder: Encoder) -> Dataset:
-    """Like lengths together: fewer padding tokens to forward, the same metrics."""
-    columns = [held_out[name][:] for name in encoder.task.fields]
-    lengths = [sum(map(len, texts)) for texts in zip(*columns, strict=True)]
-    return held_out.select(sorted(range(len(lengths)), key=lengths.__getitem__))
 
 
 class DataPool:
@@ -167,7 +171,7 @@ class DataPool:
     with {partition} in it where the node serves several clients.
     """
 
-    def __init__(self, spec: ClientSpec, encoder: Encoder, own: str = ""):
+    def __init__(self, spec: ClientSpec, encoder: Inputs, own: str = ""):
         self.spec, self.encoder, self.own = spec, encoder, own
         self._clients: OrderedDict[int, ClientData] = OrderedDict()
         self._shared: tuple[Partitioner, Dataset] | None = None
@@ -216,7 +220,7 @@ class DataPool:
         )
         train = take(train, spec.train_examples, derive_seed(spec.seed, "train-examples"))
         held_out = take(held_out, spec.eval_examples, derive_seed(spec.seed, "eval-examples"))
-        return train, by_length(held_out, self.encoder)
+        return train, self.encoder.by_length(held_out)
 
     def _made(self, number: int, train: Dataset, held_out: Dataset) -> ClientData:
         order_seed = derive_seed(self.spec.seed, "order", number)

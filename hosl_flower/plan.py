@@ -11,21 +11,18 @@ import math
 import time
 from dataclasses import asdict, dataclass
 
-import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from hosl_flower.client import Client
 from hosl_flower.config import RunConfig
 from hosl_flower.errors import ConfigError
+from hosl_flower.held_out import score_batches
 from hosl_flower.link.inprocess import InProcessLink
 from hosl_flower.memory import PHASES, Meter
-from hosl_flower.messages import Activations, Evaluate
-from hosl_flower.server import Score
 from hosl_flower.server_app import load_strategy
 from hosl_flower.session import Session
 from hosl_flower.spec import torch_dtype
 from hosl_flower.strategy import SplitStrategy
-from hosl_flower.tasks import Batch
 from hosl_flower.traced import shapes_only
 from hosl_flower.training import describe_all
 
@@ -140,13 +137,7 @@ def peaks_of(config: RunConfig, partitions: list[int]) -> dict[str, int]:
         session = method._open("plan")
         session.sample = lambda step, absent=(): partitions  # type: ignore[method-assign]
         client = Client(session.spec)
-        size, length = config.batch_size, config.max_length
-        rows = size * session.encoder.answers.sequences
-        batch = Batch(
-            torch.arange(rows * length).view(rows, length),
-            torch.ones(rows, length, dtype=torch.int64),
-            torch.zeros(size, dtype=torch.int64),
-        )
+        batch = session.encoder.largest(config.batch_size)
         client.compute.train_batch = lambda *_: batch  # type: ignore[method-assign]
         link = InProcessLink(client, session.history, session.limits)
         describe_all(session, link)
@@ -203,9 +194,8 @@ def _one_evaluation(session: Session, link: InProcessLink) -> dict[str, float]:
     size, each = session.clients[0].held_out_examples, session.spec.eval_batch_size
     batches = math.ceil(size / each)
     before, started = link.traffic.total(link.traffic.up), time.perf_counter()
-    (reply,) = link.exchange({0: [Evaluate(**session.at(0, 0), batch=batches // 2)]})[0]
-    assert isinstance(reply, Activations)  # Link has checked it
-    session.server.score(reply, Score(len(session.spec.task.verbalizers)))
+    middle = batches // 2
+    score_batches(session, link, 0, 0, range(middle, middle + 1))
     sent = link.traffic.total(link.traffic.up) - before
     return {
         "evaluation_bytes": batches * sent * (session.config.evaluation == "split"),

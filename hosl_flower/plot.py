@@ -11,10 +11,17 @@ matplotlib.use("Agg")  # a server has no display
 from matplotlib import pyplot
 
 _SMOOTH = 20  # steps in the moving average of the training loss
+_SCORES: dict[str, tuple[str, dict[str, str]]] = {
+    "accuracy": ("accuracy", {"marker": "o", "color": "C1"}),
+    "balanced_accuracy": ("balanced accuracy", {"marker": "s", "linestyle": "--", "color": "C2"}),
+    "majority_accuracy": ("accuracy of the majority class", {"linestyle": ":", "color": "0.5"}),
+    "f1": ("F1", {"marker": "o", "color": "C1"}),
+    "exact_match": ("exact match", {"marker": "s", "linestyle": "--", "color": "C2"}),
+}
 
 
 def draw_curve(directory: Path, title: str) -> Path:
-    """Write curve.png: training loss, held-out loss, held-out accuracy against steps."""
+    """Write curve.png: training loss, held-out loss, held-out accuracy or F1 against steps."""
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     losses = [row["train_loss"] for row in rows if "train_loss" in row]
     held_out = [(row["step"], row["held_out"]) for row in rows if "held_out" in row]
@@ -31,12 +38,10 @@ def draw_curve(directory: Path, title: str) -> Path:
     left.set(xlabel="step", ylabel="cross-entropy")
     left.legend()
 
-    right.plot(at, [row["accuracy"] for _, row in held_out], "o-", color="C1", label="accuracy")
-    balanced = [row["balanced_accuracy"] for _, row in held_out]
-    right.plot(at, balanced, "s--", color="C2", label="balanced accuracy")
-    majority = [row["majority_accuracy"] for _, row in held_out]
-    right.plot(at, majority, color="0.5", linestyle=":", label="accuracy of the majority class")
-    right.set(xlabel="step", ylabel="held-out accuracy")
+    for key, (label, style) in _SCORES.items():
+        if held_out and held_out[0][1].get(key) is not None:
+            right.plot(at, [row[key] for _, row in held_out], label=label, **style)
+    right.set(xlabel="step", ylabel="held-out score")
     right.legend()
     for axes in (left, right):
         axes.grid(alpha=0.3)

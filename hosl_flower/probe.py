@@ -6,6 +6,8 @@ drifts, in any dtype:
 
 - a linear map with a rank-1 direction: W x + c a (b^T x), one dot product and one scaled
   add per token, no matrix;
+- a convolution with a rank-1 direction, of its weights [out, in, height, width] as a matrix
+  [out, in * height * width]: W * x + c a (b * x), one convolution of a single channel;
 - an embedding lookup: only the rows of the batch are perturbed;
 - anything else (norm weights, biases, full directions): w + c * s is materialised for the one
   operation that uses it, then dropped.
@@ -49,6 +51,8 @@ class _PerturbedFunctions(TorchFunctionMode):
             return self._linear(*args, **kwargs)
         if func is F.embedding and len(args) >= 2 and self._name(args[1]):
             return self._embedding(*args, **kwargs)
+        if func is F.conv2d and len(args) >= 2 and self._name(args[1]):
+            return self._conv2d(*args, **kwargs)
         if func in METADATA:
             return func(*args, **kwargs)
         args = tuple(self._value(arg) for arg in args)
@@ -77,6 +81,20 @@ class _PerturbedFunctions(TorchFunctionMode):
         y = F.linear(x, weight, self._value(bias))
         projection = (x @ b.to(x.dtype)).unsqueeze(-1)  # b^T x, [..., 1]
         return y.addcmul_(projection, a.to(y.dtype), value=self.coefficient)
+
+    def _conv2d(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        name = self._name(weight)
+        assert name is not None
+        inputs = weight.shape[1]
+        if not self.direction.is_rank1(name) or inputs != x.shape[-3]:  # or a grouped one
+            return F.conv2d(x, self._value(weight), self._value(bias), *args, **kwargs)
+        a, b = self.direction.factors(name)
+        y = F.conv2d(x, weight, self._value(bias), *args, **kwargs)
+        kernel = b.to(x.dtype).view(1, *weight.shape[1:])
+        projection = F.conv2d(x, kernel, None, *args, **kwargs)  # [..., 1, height, width]
+        return y.addcmul_(projection, a.to(y.dtype).view(-1, 1, 1), value=self.coefficient)
 
     def _embedding(self, ids: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         name = self._name(weight)

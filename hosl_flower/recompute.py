@@ -38,8 +38,8 @@ def recomputed_gradients(
     arguments = []
     with torch.no_grad():
         for rows in parts:
-            ids, mask = batch.input_ids[rows].to(device), batch.attention_mask[rows].to(device)
-            hidden, own = blocks.enter(ids, mask)
+            given, mask = batch.inputs[rows].to(device), batch.attention_mask[rows].to(device)
+            hidden, own = blocks.enter(given, mask)
             arguments.append(own)
             for index, kept in enumerate(inputs):
                 kept.append(hidden)
@@ -100,9 +100,9 @@ def _embeddings(
     with _sparse_embeddings(submodel):
         for number, rows in enumerate(parts):
             device = feedback[number].device
-            ids, mask = batch.input_ids[rows].to(device), batch.attention_mask[rows].to(device)
+            inputs, mask = batch.inputs[rows].to(device), batch.attention_mask[rows].to(device)
             with torch.enable_grad():
-                y, _ = blocks.enter(ids, mask)
+                y, _ = blocks.enter(inputs, mask)
             _accumulate(sums, wanted, y, feedback, number)
     for name in list(sums):
         gradient = sums.pop(name)

@@ -39,7 +39,8 @@ class Described(Reply):
 @dataclass(frozen=True, config=STRICT)
 class Activations(Reply):
     """activations [R, S, H]; attention_mask [R, S] bool; labels [B] int64 in 0..C-1. R is B, or
-    B * C where answer words are scored by their tokens (answers.py).
+    B * C where answer words are scored by their tokens (answers.py). Where answers are generated,
+    labels [B, A] are the tokens of the last A positions (completion.py).
 
     On the wire activations and scales are as the run's codec writes them; the link hands them
     on decoded, without scales.
@@ -50,6 +51,24 @@ class Activations(Reply):
     scales: Tensor
     attention_mask: Tensor
     labels: Tensor
+
+
+@dataclass(frozen=True, config=STRICT)
+class Continued(Reply):
+    """As Activations, of prompts [B, S, H] or of one token after each [B, 1, H]; without labels."""
+
+    kind: ClassVar[str] = "continued"
+    activations: Tensor
+    scales: Tensor
+    attention_mask: Tensor
+
+
+@dataclass(frozen=True, config=STRICT)
+class Graded(Reply):
+    """scores float32 [B, 2]: exact match and F1 of each answer, 0 to 1."""
+
+    kind: ClassVar[str] = "graded"
+    scores: Tensor
 
 
 @dataclass(frozen=True, config=STRICT)

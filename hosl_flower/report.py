@@ -27,12 +27,14 @@ from hosl_flower.config import RunConfig
 from hosl_flower.errors import ConfigError, HoslError
 from hosl_flower.link.base import Traffic
 from hosl_flower.lock import lock, unlock
+from hosl_flower.measures import headline
 from hosl_flower.plot import draw_curve, draw_partition
 from hosl_flower.results import Measured, Results, results_of
 from hosl_flower.resume import Resumable, collect, run_directory
 from hosl_flower.server import Score
 from hosl_flower.session import Session
 from hosl_flower.summary import plan, table
+from hosl_flower.text_score import TextScore
 from hosl_flower.trackers import Trackers, check_trackers
 
 log = logging.getLogger("hosl_flower")
@@ -58,7 +60,7 @@ class Report:
         if config.tracker_names != ("auto",):
             check_trackers(config.tracker_names)
         self.evaluations: list[dict[str, float]] = []
-        self.final: Score | None = None
+        self.final: Score | TextScore | None = None
         self._seconds: dict[str, float] = defaultdict(float)
         self._started = self._last_line = time.perf_counter()
         self._last_loss = float("nan")
@@ -89,7 +91,8 @@ class Report:
             (self.directory / "metrics.jsonl").write_text("")
             session.history.ledger.record(self.directory / "ledger.jsonl")
         counts = [client.label_counts for _, client in sorted(session.clients.items())]
-        names = session.spec.task.label_names or session.spec.task.verbalizers
+        task = session.spec.task
+        names = task.label_names or task.verbalizers or ("examples",)
         self.trackers = Trackers(self.config.tracker_names, self.directory, self.config.as_keys())
         draw_partition(self.directory / "partition.png", counts, names)
         for line in plan(method, session):
@@ -160,31 +163,18 @@ class Report:
         if time.perf_counter() - self._last_line > _PROGRESS_SECONDS:
             self._progress(step)
 
-    def evaluated(self, step: int, score: Score, session: Session) -> None:
+    def evaluated(self, step: int, score: Score | TextScore, session: Session) -> None:
         """Record one evaluation, and the client submodel's history up to it."""
         try:
             session.history.ledger.seal()
         except OSError as error:  # its entries are kept, and written when there is room
             log.warning("ledger.jsonl cannot be written (%s)", error)
-        row = {
-            "loss": score.loss,
-            "accuracy": score.accuracy,
-            "balanced_accuracy": score.balanced_accuracy,
-            "majority_accuracy": score.majority,
-        }
+        row = score.metrics()
         self.evaluations.append({"step": step, **row})
         self.final = score
         self._append({"step": step, "held_out": row})
         self._track(step, {}, "held_out", row)
-        log.info(
-            "step %d/%d: held-out loss %.4f, accuracy %.3f (majority class %.3f), balanced %.3f",
-            step,
-            self.config.steps,
-            score.loss,
-            score.accuracy,
-            score.majority,
-            score.balanced_accuracy,
-        )
+        log.info("step %d/%d: held-out %s", step, self.config.steps, score)
         self._last_line = time.perf_counter()
 
     def close(self, method: Any, session: Session, traffic: Traffic, checked: list[int]) -> Results:
@@ -196,7 +186,7 @@ class Report:
         results = results_of(method.name, session, traffic, measured, checked)
         self._write("results.json", json.dumps(asdict(results), indent=2))
         if self.trackers is not None:
-            self.trackers.finish({"accuracy": results.accuracy, "loss": results.loss})
+            self.trackers.finish({**dict([headline(asdict(results))]), "loss": results.loss})
         unlock(self._lock)
         for line in table(results, traffic).splitlines():
             log.info(line)
@@ -214,11 +204,11 @@ class Report:
         rate = step / self._seconds["total"]
         last = self.evaluations[-1]
         log.info(
-            "step %d/%d: train loss %.4f, held-out accuracy %.3f (step %d), %.2f steps/s, %s left",
+            "step %d/%d: train loss %.4f, held-out %s %.3f (step %d), %.2f steps/s, %s left",
             step,
             self.config.steps,
             self._last_loss,
-            last["accuracy"],
+            *headline(last),
             last["step"],
             rate,
             time.strftime("%H:%M:%S", time.gmtime((self.config.steps - step) / rate)),

@@ -77,6 +77,24 @@ class Evaluate(Request):
 
 
 @dataclass(frozen=True, config=STRICT)
+class Continue(Evaluate):
+    """The prompts of the batch alone, and the tokens int64 [B, t] that follow them: activations of
+    the last of these, or of the prompts where t = 0 (then B need not be known: [0, 0])."""
+
+    kind: ClassVar[str] = "continue"
+    tokens: Tensor
+
+
+@dataclass(frozen=True, config=STRICT)
+class Grade(Evaluate):
+    """Answers to the batch's prompts, as tokens int64 [B, t]; what follows the end of one counts
+    for nothing."""
+
+    kind: ClassVar[str] = "grade"
+    tokens: Tensor
+
+
+@dataclass(frozen=True, config=STRICT)
 class Losses(Request):
     """Losses [2Q] of the probes +eps, -eps of each seed: the client makes its update of them.
 

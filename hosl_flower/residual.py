@@ -67,8 +67,8 @@ def residual_gradients(
     embeddings = _Embeddings(submodel, parameters, batch, device)
     running = []
     for rows in parts:
-        ids, mask = batch.input_ids[rows].to(device), batch.attention_mask[rows].to(device)
-        running.append(blocks.enter(ids, mask))
+        inputs, mask = batch.inputs[rows].to(device), batch.attention_mask[rows].to(device)
+        running.append(blocks.enter(inputs, mask))
         if not len(blocks):
             embeddings.add(rows, cotangent.dense(rows))
     if not len(blocks):
@@ -99,7 +99,7 @@ class _Embeddings:
     ):
         self._parts: list[tuple[str, torch.Size, Tensor, Tensor, Tensor]] = []
         mask = batch.attention_mask
-        taken = submodel.family.embedded(batch.input_ids, mask)
+        taken = submodel.family.embedded(batch.inputs, mask)
         for name, rows in taken.items():
             name = submodel.canonical(f"decoder.{name}")
             if name in parameters:

@@ -8,11 +8,13 @@ from hosl_flower.link.base import Traffic
 from hosl_flower.memory import PHASES
 from hosl_flower.server import Score
 from hosl_flower.session import Session
+from hosl_flower.text_score import TextScore
 
 
 @dataclass(frozen=True)
 class Results:
-    """results.json. The fields up to wall_seconds are those of the final evaluation."""
+    """results.json. The fields up to wall_seconds are those of the final evaluation; exact_match
+    and f1 are of generated answers, which have none of the three kinds of accuracy."""
 
     method: str
     model: str
@@ -20,12 +22,14 @@ class Results:
     pretrained: bool
     seed: int
     steps: int
-    accuracy: float
-    balanced_accuracy: float
+    accuracy: float | None
+    balanced_accuracy: float | None
+    exact_match: float | None
+    f1: float | None
     loss: float
     wall_seconds: float
     notice: str
-    majority_accuracy: float
+    majority_accuracy: float | None
     held_out_examples: int
     evaluations: list[dict[str, float]]
     seconds_per_step: dict[str, float]
@@ -41,7 +45,7 @@ class Results:
 class Measured(NamedTuple):
     """What was noted on the way. seconds: of all steps, by part."""
 
-    final: Score
+    final: Score | TextScore
     evaluations: list[dict[str, float]]
     seconds: Mapping[str, float]
     wall_seconds: float
@@ -53,6 +57,7 @@ def results_of(
     """checked: clients whose fingerprint is the one in the results."""
     held, trained = session.client_counts()
     steps, final = session.config.steps, measured.final
+    metrics = final.metrics()
     return Results(
         method=method,
         model=session.spec.model,
@@ -60,12 +65,14 @@ def results_of(
         pretrained=session.base.pretrained,
         seed=session.config.seed,
         steps=steps,
-        accuracy=final.accuracy,
-        balanced_accuracy=final.balanced_accuracy,
+        accuracy=metrics.get("accuracy"),
+        balanced_accuracy=metrics.get("balanced_accuracy"),
+        exact_match=metrics.get("exact_match"),
+        f1=metrics.get("f1"),
         loss=final.loss,
         wall_seconds=measured.wall_seconds,
         notice=session.notice,
-        majority_accuracy=final.majority,
+        majority_accuracy=metrics.get("majority_accuracy"),
         held_out_examples=final.examples,
         evaluations=measured.evaluations,
         seconds_per_step={part: value / steps for part, value in measured.seconds.items()},

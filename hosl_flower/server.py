@@ -2,24 +2,26 @@
 scores. No Flower here. The server always computes in float32: optimizer steps are too small
 for 16-bit weights, and it is not the side that is short of memory.
 
-The loss is the cross-entropy over the answer words' scores (answers.py). Of the LM head only the
-rows of those words' tokens are trained (by server-trainable = full). Where each is one token no
-other row ever gets a gradient: with SGD, or AdamW without weight decay, that is the same update as
-training the whole head, without a vocabulary-sized gradient.
+The loss is the cross-entropy over the answer words' scores (answers.py), or over the tokens of
+answers that are generated (completion.py). Of the LM head only the rows of the answer words' tokens
+are trained (by server-trainable = full). Where each is one token no other row ever gets a gradient:
+with SGD, or AdamW without weight decay, that is the same update as training the whole head, without
+a vocabulary-sized gradient. For answers that are generated all rows are.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hosl_flower.answers import Answers
+from hosl_flower.answers import Scoring
+from hosl_flower.completion import targets
 from hosl_flower.errors import ConfigError, DivergedError, UnusableBatchError
 from hosl_flower.messages import Activations
-from hosl_flower.split import AUXILIARY, HEAD, ServerSubmodel, trainable_parameters
+from hosl_flower.split import AUXILIARY, ServerSubmodel, trainable_parameters
 
 
 @dataclass
@@ -39,6 +41,21 @@ class Score:
         pairs = labels * self.classes + logits.argmax(1)
         counts = torch.bincount(pairs.cpu(), minlength=self.classes**2)
         self.confusion += counts.view_as(self.confusion)
+
+    def metrics(self) -> dict[str, float]:
+        """What is measured, by name."""
+        return {
+            "loss": self.loss,
+            "accuracy": self.accuracy,
+            "balanced_accuracy": self.balanced_accuracy,
+            "majority_accuracy": self.majority,
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"loss {self.loss:.4f}, accuracy {self.accuracy:.3f} (majority class "
+            f"{self.majority:.3f}), balanced {self.balanced_accuracy:.3f}"
+        )
 
     @property
     def examples(self) -> int:
@@ -68,6 +85,13 @@ class Score:
         return float(self.confusion.sum(1).max()) / self.examples
 
 
+class Addable(Protocol):
+    """A score that held-out batches can be added to."""
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """What answers.Scoring gives for a batch, and its labels."""
+
+
 ANSWERS = "answer_rows"  # the answer words' rows of the LM head, among the trained parameters
 
 _DIVERGED = (
@@ -95,7 +119,7 @@ class Server:
     def __init__(
         self,
         submodel: ServerSubmodel,
-        answers: Answers,
+        answers: Scoring,
         optimizer: str,
         learning_rate: float,
         trainable: str = "full",
@@ -105,10 +129,10 @@ class Server:
         self.learning_rate = learning_rate
         head = submodel.lm_head.weight
         self.device = head.device
-        rows = head.detach()[answers.ids].clone()
+        rows = head.detach()[answers.ids]  # a copy, unless it is all of them
         self.answer_rows = nn.Parameter(rows, requires_grad=trainable == "full")
         trained = trainable_parameters(submodel, trainable)
-        trained.pop(HEAD, None)
+        trained.pop(submodel.family.head, None)
         submodel.requires_grad_(False)
         for parameter in trained.values():
             parameter.requires_grad_(True)
@@ -127,25 +151,26 @@ class Server:
         else:
             self.optimizer = torch.optim.AdamW(own, lr=learning_rate, weight_decay=0.0)
 
-    def _logits(self, activations: Tensor, mask: Tensor) -> Tensor:
-        """activations [R, S, H], mask [R, S] -> the labels' scores [B, C], float32.
+    def _logits(self, activations: Tensor, mask: Tensor, width: int = 1) -> Tensor:
+        """activations [R, S, H], mask [R, S] -> scores float32 [B, C], or [B, V, width] where
+        answers are generated.
 
         Raises DivergedError when they are not finite.
         """
-        logits = self._raw_logits(activations, mask)
+        logits = self._raw_logits(activations, mask, width)
         if not torch.isfinite(logits).all():
             raise DivergedError(_DIVERGED)
         return logits
 
-    def _raw_logits(self, activations: Tensor, mask: Tensor) -> Tensor:
+    def _raw_logits(self, activations: Tensor, mask: Tensor, width: int) -> Tensor:
         h = activations.to(self.device, torch.float32)
         mask = mask.to(self.device, torch.int64)
-        return self.answers.scores(self.submodel, h, mask, self.answer_rows)
+        return self.answers.scores(self.submodel, h, mask, self.answer_rows, width)
 
     @torch.no_grad()
     def loss(self, batch: Activations) -> float:
         """Mean loss of a batch; the submodel stays as it is (HOSL Alg. 2, L11)."""
-        logits = self._logits(batch.activations, batch.attention_mask)
+        logits = self._logits(batch.activations, batch.attention_mask, _width(batch.labels))
         return float(F.cross_entropy(logits, batch.labels.to(self.device)))
 
     def train_step(self, batch: Activations, factor: float = 1.0) -> float:
@@ -179,8 +204,9 @@ class Server:
         for pieces in _micro_batches([len(b.labels) for b in batches], limit):
             h, mask = _stack(batches, pieces, each)
             h = h.to(self.device, torch.float32).requires_grad_(cut_gradients)
+            width = max(_width(batches[piece.client].labels) for piece in pieces)
             with torch.set_grad_enabled(not bad):  # once one is bad, the rest is only looked at
-                logits = self._raw_logits(h, mask)
+                logits = self._raw_logits(h, mask, width)
             bad |= _unusable(logits, pieces)
             if bad:
                 continue
@@ -188,8 +214,11 @@ class Server:
             for piece in pieces:
                 batch = batches[piece.client]
                 labels = batch.labels[piece.start : piece.stop].to(self.device)
-                own = F.cross_entropy(logits[row : row + len(labels)], labels)
-                share = len(labels) / len(batch.labels)
+                scores = logits[row : row + len(labels)]
+                if labels.dim() == 2:
+                    scores = scores[..., width - labels.shape[1] :]
+                own = F.cross_entropy(scores, labels)
+                share = targets(labels) / targets(batch.labels)
                 total = total + own * (weights[piece.client] * share)
                 losses[piece.client] += float(own.detach()) * share
                 row += len(labels)
@@ -214,19 +243,22 @@ class Server:
         self.optimizer.step()
 
     @torch.no_grad()
-    def score(self, batch: Activations, score: Score) -> None:
+    def score(self, batch: Activations, score: Addable) -> None:
         """Add a held-out batch to a score."""
-        logits = self._logits(batch.activations, batch.attention_mask)
-        score.add(logits, batch.labels.to(self.device))
+        score.add(
+            self._logits(batch.activations, batch.attention_mask, _width(batch.labels)),
+            batch.labels.to(self.device),
+        )
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Tensor]:
         """All server tensors by canonical name: adapters merged into the weights they adapt, the
         answer rows put back into the head."""
         tensors: dict[str, Tensor] = self.submodel.merged_parameters()
-        head = tensors[HEAD].clone()
+        name = self.submodel.family.head
+        head = tensors[name].clone()
         head[self.answers.ids] = self.answer_rows
-        return {**tensors, HEAD: head}
+        return {**tensors, name: head}
 
     def trained_count(self) -> int:
         """Number of trained elements."""
@@ -243,9 +275,14 @@ class Server:
                 self.submodel.decoder.get_parameter(own).copy_(value)
 
 
+def _width(labels: Tensor) -> int:
+    """At how many positions, the last, an example has a label."""
+    return labels.shape[1] if labels.dim() == 2 else 1
+
+
 def _unusable(logits: Tensor, pieces: Sequence[Piece]) -> set[int]:
     """Clients with logits that are not finite."""
-    finite = torch.isfinite(logits).all(1).split([p.stop - p.start for p in pieces])
+    finite = torch.isfinite(logits).flatten(1).all(1).split([p.stop - p.start for p in pieces])
     return {p.client for p, own in zip(pieces, finite, strict=True) if not own.all()}
 
 

@@ -14,9 +14,10 @@ from hosl_flower.checks import Limits
 from hosl_flower.client import new_state
 from hosl_flower.codec import encode
 from hosl_flower.config import RunConfig
-from hosl_flower.errors import CheckpointError, ConfigError
+from hosl_flower.errors import ConfigError
 from hosl_flower.head import attach_head
 from hosl_flower.history import History
+from hosl_flower.inputs import make_inputs, with_classes
 from hosl_flower.messages import Described
 from hosl_flower.perturb import derive_seed, permutation
 from hosl_flower.server import Server
@@ -40,7 +41,7 @@ from hosl_flower.split import (
     load_server,
     open_base,
 )
-from hosl_flower.tasks import Encoder, load_tokenizer
+from hosl_flower.tasks import Inputs
 
 log = logging.getLogger("hosl_flower")
 
@@ -62,7 +63,7 @@ class Session:
     spec: ClientSpec
     notice: str
     base: Base
-    encoder: Encoder
+    encoder: Inputs
     server: Server
     history: History
     required_clients: int
@@ -87,20 +88,22 @@ class Session:
         held_out = [n for n in (spec.eval_examples, spec.held_out_examples) if n]
         return Limits(
             batch=max(spec.batch_size, spec.eval_batch_size) * answers.sequences,
-            length=spec.max_length,
-            hidden=self.base.config.hidden_size,
+            length=self.encoder.length,
+            hidden=self.base.family.width(self.base.config, spec.cut_layer),
             dtype=spec.dtype,
-            classes=len(spec.task.verbalizers),
+            classes=len(spec.task.verbalizers) or 1,
+            vocabulary=self.base.config.vocab_size if spec.task.target else 0,
             codec=spec.codec,
             each=answers.sequences,
-            shortest=answers.longest,
+            shortest=self.encoder.shortest,
+            longest=answers.longest,
             **({"held_out": min(held_out)} if held_out else {}),
         )
 
     @property
     def activation_bytes_per_token(self) -> int:
-        """Bytes of one token's activation as the client sends it."""
-        return self.base.config.hidden_size * torch_dtype(self.spec.dtype).itemsize
+        """Bytes of one position's activation as the client sends it."""
+        return self.limits.hidden * torch_dtype(self.spec.dtype).itemsize
 
     def at(self, step: int, partition: int) -> dict[str, Any]:
         """The fields every request has, for the ledger as it is now."""
@@ -157,7 +160,7 @@ class Session:
         return submodel
 
 
-def _load_client(base: Base, spec: ClientSpec, encoder: Encoder) -> ClientSubmodel:
+def _load_client(base: Base, spec: ClientSpec, encoder: Inputs) -> ClientSubmodel:
     client = load_client(base, spec.cut_layer, torch_dtype(spec.dtype), "cpu", spec.lora)
     if spec.client_head:
         attach_head(client, base, encoder.answers, "cpu")
@@ -177,11 +180,11 @@ def open_session(
     device = pick_device(config.device)
     base = open_base(spec.model, spec.seed)
     check_cut(base.config, spec.cut_layer)
-    positions = base.config.max_position_embeddings
-    if spec.max_length > positions:
-        raise CheckpointError(f"max-length = {spec.max_length}, but {spec.model} has {positions}")
-    encoder = Encoder(spec.task, load_tokenizer(spec.model), spec.max_length)
-    encoder.check_vocabulary(base.config.vocab_size)
+    encoder = make_inputs(spec, spec.model, base.config)
+    encoder.check(base.config)
+    base, fresh = with_classes(base, spec.task.verbalizers, spec.seed)
+    if fresh and base.pretrained:
+        log.info("the head is a fresh one, for %d classes", len(spec.task.verbalizers))
     submodel = load_server(base, spec.cut_layer, torch.float32, device, server_lora(config))
     server = Server(
         submodel,
@@ -190,6 +193,10 @@ def open_session(
         config.server_learning_rate,
         config.server_trainable,
     )
+    if config.save_format == "adapters" and spec.task.image:
+        raise ConfigError(
+            "save-format = adapters cannot hold the classes' head of an image model; use merged"
+        )
     if config.save_format == "adapters" and not base.pretrained:
         raise ConfigError(
             f"save-format = adapters needs a base model that can be loaded again, {spec.model} has "

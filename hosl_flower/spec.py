@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from hosl_flower import hub
-from hosl_flower.architectures import ARCHITECTURES
+from hosl_flower.architectures import ARCHITECTURES, IMAGE_ARCHITECTURES
 from hosl_flower.codec import Codec
 from hosl_flower.config import (
     Alpha,
@@ -29,12 +29,13 @@ from hosl_flower.config import (
     split_words,
 )
 from hosl_flower.errors import CheckpointError, ConfigError, ProtocolError
+from hosl_flower.image_tasks import IMAGE_TASKS
 from hosl_flower.lora import Lora
 from hosl_flower.split import RANDOM, check_cut, open_base
 from hosl_flower.task_table import TASKS, Task
 from hosl_flower.tasks import task_from_config
 
-FALLBACK_TASK = "sms-spam"
+FALLBACK_TASK, FALLBACK_IMAGE_TASK = "sms-spam", "digits"
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,9 @@ class ClientSpec:
     batch_size: Positive
     eval_batch_size: Positive
     client_micro_batch: Natural
+    image_size: Natural
     max_length: Length
+    max_new_tokens: Positive
     seed: Natural
 
     def to_json(self) -> str:
@@ -133,8 +136,8 @@ def resolve(config: RunConfig, run: str, client_head: bool = False) -> Resolved:
     """Settle which model and data a run uses, on the server, before anything is loaded.
 
     Without hub and cache, and with offline-fallback, a hub model becomes its architecture with
-    random weights and a hub data set becomes the bundled SMS collection. Raises ConfigError or
-    CheckpointError otherwise.
+    random weights and a hub data set becomes bundled data, the SMS collection or digits. Raises
+    ConfigError or CheckpointError otherwise.
     """
     notes = []
     model = config.model
@@ -155,8 +158,10 @@ def resolve(config: RunConfig, run: str, client_head: bool = False) -> Resolved:
                     f"data set {source.removeprefix('hub:')} is neither on a reachable hub nor "
                     "cached, and offline-fallback is false; set data-path to a local copy"
                 )
-            notes.append(f"task {config.task} -> {FALLBACK_TASK}, the bundled SMS collection")
-            config_task = TASKS[FALLBACK_TASK]
+            images = bool(config_task.image)
+            what = "bundled images of digits" if images else "bundled SMS collection"
+            config_task = IMAGE_TASKS[FALLBACK_IMAGE_TASK] if images else TASKS[FALLBACK_TASK]
+            notes.append(f"task {config.task} -> {config_task.name}, the {what}")
             source = config_task.source
     spec = ClientSpec(
         run=run,
@@ -188,7 +193,8 @@ def _fallback_model(config: RunConfig, error: CheckpointError) -> str:
     architecture = config.model.rpartition("/")[2].lower()
     is_hub_model = config.model.count("/") == 1 and not config.model.startswith((".", "/", "~"))
     unreachable = not hub.is_reachable()
-    if is_hub_model and unreachable and config.offline_fallback and architecture in ARCHITECTURES:
+    known = {**ARCHITECTURES, **IMAGE_ARCHITECTURES}
+    if is_hub_model and unreachable and config.offline_fallback and architecture in known:
         return f"{RANDOM}{architecture}"
     if is_hub_model and unreachable and not config.offline_fallback:
         raise CheckpointError(f"{error} (offline-fallback is false)") from error

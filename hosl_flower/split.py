@@ -1,7 +1,10 @@
-"""Cutting a causal language model into a client submodel and a server submodel.
+"""Cutting a transformers model into a client submodel and a server submodel.
 
     client: token ids [B, S]        -> embeddings, blocks 1..cut  -> activations [B, S, H]
     server: activations [B, S, H]   -> blocks cut+1..n, norm, head -> logits
+
+Of an image classifier the inputs are pixels [B, C, height, width], S is the number of positions of
+the feature map (or of patches), and the head's rows are the classes: image_families.py.
 
 Each side reads only its own tensors. Many models tie the LM head to the token embedding;
 a split breaks that tie: the SERVER OWNS ITS OWN COPY of the head, the client owns the
@@ -15,17 +18,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig
+from transformers import AutoConfig, DynamicCache, PretrainedConfig
 
 from hosl_flower import hub
 from hosl_flower.architectures import architecture
 from hosl_flower.errors import CheckpointError, ConfigError, first_line
-from hosl_flower.families import HEAD, Family, family_of
+from hosl_flower.families import HEAD, Absent, Family, family_of
 from hosl_flower.lora import Lora, attach, check_targets, is_adapter, merged
 from hosl_flower.lora import canonical as lora_canonical
 from hosl_flower.materialise import materialise
 from hosl_flower.weights import Checkpoint, RandomWeights, WeightSource
 
+_HEAD = "lm_head."  # what own names of the head start with
 AUXILIARY = "head."  # what names of a client's auxiliary head start with (head.py)
 RANDOM = "random:"
 
@@ -44,6 +48,8 @@ class Submodel(nn.Module):
     def canonical(self, name: str) -> str:
         """Own parameter name -> name in the unsplit model's state dict, or of an adapter."""
         name = lora_canonical(name)
+        if name.startswith(_HEAD):
+            return f"{self.family.head.rpartition('.')[0]}.{name[len(_HEAD) :]}"
         return f"{self.family.decoder_prefix}{name[8:]}" if name.startswith("decoder.") else name
 
     def canonical_parameters(self) -> dict[str, nn.Parameter]:
@@ -51,21 +57,15 @@ class Submodel(nn.Module):
         return dict(sorted((self.canonical(n), p) for n, p in self.named_parameters()))
 
     def merged_parameters(self) -> dict[str, Tensor]:
-        """As canonical_parameters, with LoRA adapters folded into the weights they adapt."""
-        return merged(self.canonical_parameters(), self.lora, self.family.transposed)
+        """As canonical_parameters, with LoRA adapters folded into the weights they adapt, and with
+        the buffers that a checkpoint holds (batch norm's statistics, which nothing updates)."""
+        tensors = merged(self.canonical_parameters(), self.lora, self.family.transposed)
+        return {**tensors, **self.stored_buffers()}
 
-    def _decode(
-        self, length: int, attention_mask: Tensor, cache: DynamicCache | None, **inputs: Tensor
-    ) -> Tensor:
-        """The last hidden state [B, S, D] of inputs of `length` S, which follow what is cached."""
-        positions = self.family.positions(attention_mask)
-        return self.decoder(
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            **{name: each[:, -length:] for name, each in positions.items()},
-            **inputs,
-        ).last_hidden_state
+    def stored_buffers(self) -> dict[str, Tensor]:
+        """Buffers that are part of the model's state dict, by canonical name."""
+        stored = self.state_dict().keys()
+        return {self.canonical(n): b for n, b in self.named_buffers() if n in stored}
 
 
 class ClientSubmodel(Submodel):
@@ -79,7 +79,8 @@ class ClientSubmodel(Submodel):
     def hidden_size(self) -> int:
         """H, the width of the activations."""
         decoder: Any = self.decoder
-        return decoder.config.hidden_size
+        blocks: Any = decoder.get_submodule(self.family.blocks)
+        return self.family.width(decoder.config, sum(type(b) is not Absent for b in blocks))
 
     def merged_parameters(self) -> dict[str, Tensor]:
         """As the base's; the auxiliary head is no part of the model."""
@@ -87,14 +88,15 @@ class ClientSubmodel(Submodel):
         return {name: t for name, t in tensors.items() if not name.startswith(AUXILIARY)}
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, cache: DynamicCache | None = None
+        self, inputs: Tensor, attention_mask: Tensor, cache: DynamicCache | None = None
     ) -> Tensor:
-        """ids [B, S] int64, mask [B, S] (1 = token) -> activations [B, S, H].
+        """ids [B, S] int64 or pixels [B, C, height, width], mask [B, S] (1 = token) -> activations
+        [B, S, H].
 
         With a cache (generate.py), which grows by the S tokens, the mask is of the P tokens in it
         too: [B, P + S].
         """
-        return self._decode(input_ids.shape[1], attention_mask, cache, input_ids=input_ids)
+        return self.family.enter(self.decoder, inputs, attention_mask, cache)
 
 
 class ServerSubmodel(Submodel):
@@ -109,12 +111,12 @@ class ServerSubmodel(Submodel):
     def hidden(
         self, activations: Tensor, attention_mask: Tensor, cache: DynamicCache | None = None
     ) -> Tensor:
-        """activations [B, S, H], mask [B, S] -> last hidden state [B, S, D]; a cache as above."""
-        length = activations.shape[1]
-        return self._decode(length, attention_mask, cache, inputs_embeds=activations)
+        """activations [B, S, H], mask [B, S] -> last hidden state [B, S, D], of images [B, 1, D]; a
+        cache as above."""
+        return self.family.proceed(self.decoder, activations, attention_mask, cache)
 
     def forward(self, activations: Tensor, attention_mask: Tensor) -> Tensor:
-        """activations [B, S, H], mask [B, S] -> logits [B, S, V]."""
+        """activations [B, S, H], mask [B, S] -> logits [B, S, V], of images [B, 1, V]."""
         return self.lm_head(self.hidden(activations, attention_mask))
 
     def answer_logits(self, activations: Tensor, attention_mask: Tensor, rows: Tensor) -> Tensor:
@@ -123,7 +125,7 @@ class ServerSubmodel(Submodel):
         Inputs are left-padded, so the last position is where the answer starts. Nothing of
         the size of the vocabulary is computed.
         """
-        return F.linear(self.hidden(activations, attention_mask)[:, -1], rows)
+        return F.linear(self.hidden(activations, attention_mask)[:, -1], rows, self.lm_head.bias)
 
 
 @dataclass(frozen=True)
@@ -137,8 +139,13 @@ class Base:
 
     @property
     def blocks(self) -> int:
-        """Number of transformer blocks: the largest possible cut layer."""
-        return self.config.num_hidden_layers
+        """Number of blocks: the largest possible cut layer."""
+        return self.family.count(self.config)
+
+    @property
+    def family(self) -> Family:
+        """The adapter of the model's kind."""
+        return family_of(self.config)
 
 
 def open_base(model: str, seed: int = 0, partial: bool = False) -> Base:
@@ -147,22 +154,30 @@ def open_base(model: str, seed: int = 0, partial: bool = False) -> Base:
     seed: of the weights of `random:` models. partial: download no more of a hub model than the
     tensors that are then asked for. Raises CheckpointError or ConfigError.
     """
+    config = model_config(model)
+    family = family_of(config)
     if model.startswith(RANDOM):
-        config = architecture(model.removeprefix(RANDOM))
-        family = family_of(config)
         ones = family.starts_at_one
+        # a language model's head is tied to its embedding
         source = RandomWeights(seed, family.init_std(config), ones, absent={HEAD})
         return Base(model, config, source, pretrained=False)
-    config = load_model_config(model)
-    family = family_of(config)
-    checkpoint = Checkpoint(model, family.base_prefix, family.blocks, partial)
-    if checkpoint.blocks() > config.num_hidden_layers:
+    whole, _, _ = _skeleton(config, 0)  # an impossible configuration is refused here, not midway
+    checkpoint = Checkpoint(
+        model, family.base_prefix, family.blocks, partial, family.head, family.renames(whole)
+    )
+    if checkpoint.blocks() > family.count(config):
         raise CheckpointError(
-            f"{model}: config.json says {config.num_hidden_layers} blocks, the weights have "
+            f"{model}: config.json says {family.count(config)} blocks, the weights have "
             f"{checkpoint.blocks()}; they do not belong together"
         )
-    _skeleton(config, 0)  # an impossible configuration is refused here, not midway
     return Base(model, config, checkpoint, pretrained=True)
+
+
+def model_config(model: str) -> PretrainedConfig:
+    """The configuration of a model as `open_base` takes it."""
+    if model.startswith(RANDOM):
+        return architecture(model.removeprefix(RANDOM))
+    return load_model_config(model)
 
 
 def load_model_config(model: str) -> PretrainedConfig:
@@ -178,27 +193,27 @@ def load_model_config(model: str) -> PretrainedConfig:
 
 def check_cut(config: PretrainedConfig, cut: int) -> None:
     """ConfigError unless 0 <= cut <= number of blocks."""
-    if not 0 <= cut <= config.num_hidden_layers:
+    blocks = family_of(config).count(config)
+    if not 0 <= cut <= blocks:
         raise ConfigError(
-            f"cut-layer = {cut} is outside 0..{config.num_hidden_layers}, "
-            "the number of blocks of this model"
+            f"cut-layer = {cut} is outside 0..{blocks}, the number of blocks of this model"
         )
 
 
 def _skeleton(
     config: PretrainedConfig, cut: int, lora: Lora | None = None
 ) -> tuple[nn.Module, nn.Module, Family]:
-    """(causal LM, its decoder, family) without memory: every tensor on the meta device."""
+    """(whole model, its decoder, family) without memory: every tensor on the meta device."""
     check_cut(config, cut)
+    family = family_of(config)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+            model = family.auto.from_config(config, **family.attention)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{config.name_or_path}: config.json describes no possible {config.model_type} "
             f"model: {first_line(error)}"
         ) from error
-    family = family_of(config)
     decoder = model.get_submodule(family.decoder_prefix.rstrip("."))
     if lora is not None:
         check_targets(decoder, lora)
@@ -220,7 +235,7 @@ def server_skeleton(config: PretrainedConfig, cut: int, lora: Lora | None = None
     family.keep_server(decoder, cut)
     if lora is not None:
         attach(decoder, lora, "server")
-    head: Any = model.lm_head
+    head: Any = model.get_submodule(family.head.rpartition(".")[0])
     with torch.device("meta"):  # a fresh parameter: the old one may be the embedding's
         own = torch.empty(head.weight.shape)
         head.weight = nn.Parameter(own, requires_grad=lora is None)

@@ -38,7 +38,7 @@ def plan(method: Any, session: Session) -> Iterable[str]:
         f"{next(iter(session.clients.values())).held_out_examples} held out"
     )
     sequences = spec.batch_size * session.encoder.answers.sequences
-    most = sequences * spec.max_length * session.activation_bytes_per_token
+    most = sequences * session.encoder.length * session.activation_bytes_per_token
     up, down = method.activations_per_step()
     yield (
         f"{config.steps} steps of {spec.batch_size} examples; per step {up} activations up, "
@@ -52,8 +52,7 @@ def table(results: "Results", traffic: Traffic) -> str:
     seconds, peaks = results.seconds_per_step, results.client_peak_memory["tensor_bytes"]
     rows = {
         "model": f"{results.model} ({'pretrained' if results.pretrained else 'RANDOM WEIGHTS'})",
-        "accuracy": f"{results.accuracy:.4f} (majority class {results.majority_accuracy:.4f})",
-        "balanced accuracy": f"{results.balanced_accuracy:.4f}",
+        **_measured(results),
         "loss": f"{results.loss:.4f} (before training {results.evaluations[0]['loss']:.4f})",
         "steps": f"{results.steps} in {results.wall_seconds:.1f} s",
         "seconds per step": ", ".join(f"{part} {value:.3f}" for part, value in seconds.items()),
@@ -67,6 +66,16 @@ def table(results: "Results", traffic: Traffic) -> str:
     for name, value in rows.items():
         grid.add_row(name, value)
     return _rendered(grid)
+
+
+def _measured(results: "Results") -> dict[str, str]:
+    """The final evaluation, less its loss."""
+    if results.f1 is not None:
+        return {"F1": f"{results.f1:.4f}", "exact match": f"{results.exact_match:.4f}"}
+    return {
+        "accuracy": f"{results.accuracy:.4f} (majority class {results.majority_accuracy:.4f})",
+        "balanced accuracy": f"{results.balanced_accuracy:.4f}",
+    }
 
 
 def plan_table(found: "Plan", memory: float, uplink: float, downlink: float) -> str:

@@ -1,6 +1,7 @@
 """The tasks that come with the package: one row each.
 
-Prompts of the first six: MeZO (Malladi et al. 2023, https://arxiv.org/abs/2305.17333, Table 14).
+Prompts of the first six, of squad and of drop: MeZO (Malladi et al. 2023,
+https://arxiv.org/abs/2305.17333, Table 14).
 Labels are in the order of the hub's data sets; label_names are the strings that published files
 write for them.
 """
@@ -15,26 +16,38 @@ Columns = dict[str, tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Task:
-    """One classification task.
+    """One task: a choice among answer words, or, with a `target`, text to be generated.
 
     prompt: template; {fields} are columns of the data. verbalizers: answer words, by label.
     label_names: the strings a data file may use for the labels, by label.
+    target: the column of the text that is to follow the prompt, or of a list of such texts, any of
+    which is right. cut: the field that long examples lose the end of; "" is the longest.
     source: "hub:<repository>/<configuration>" or "bundled:<folder>".
     columns: by column, what other publications have in its place: one column, or several ("title
     description"), which are joined with a space.
     header: column names of the published file, where that comes without a header line.
     from_one: label columns that count the labels 1, 2, ...
+    image: the column of the images, where the task is about such (image_tasks.py): then it has no
+    prompt, and the verbalizers are the names of the classes.
     """
 
     name: str
     prompt: str
-    verbalizers: tuple[str, ...]
+    verbalizers: tuple[str, ...] = ()
     label_names: tuple[str, ...] = ()
     label_column: str = "label"
     source: str = ""
     columns: Columns = field(default_factory=dict)
     header: tuple[str, ...] = ()
     from_one: tuple[str, ...] = ()
+    target: str = ""
+    cut: str = ""
+    image: str = ""
+
+    @property
+    def answer_column(self) -> str:
+        """The column of the data that says what is right."""
+        return self.target or self.label_column
 
     @property
     def fields(self) -> list[str]:
@@ -122,6 +135,21 @@ TASKS = {
             label_column="Label",
             source="bundled:sms_spam",
             header=("Label", "SMS"),
+        ),
+        Task(
+            name="squad",
+            prompt="Title: {title}\nContext: {context}\nQuestion: {question}\nAnswer:",
+            target="answers.text",
+            cut="context",
+            source="hub:rajpurkar/squad/plain_text",
+            columns={"answers.text": ("answers", "answer")},
+        ),
+        Task(
+            name="drop",
+            prompt="Passage: {passage}\nQuestion: {question}\nAnswer:",
+            target="answers_spans.spans",
+            cut="passage",
+            source="hub:ucinlp/drop/default",
         ),
     )
 }

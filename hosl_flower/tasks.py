@@ -1,24 +1,27 @@
-"""Tasks as prompts: a text classification becomes "which word comes next?".
+"""Tasks as prompts: "which word comes next?", or "which text?".
 
-As in MeZO (Malladi et al. 2023, Table 14): the example is rendered into a prompt, each label
-has an answer word (verbalizer), and the loss is the cross-entropy over the answer words' scores
-(answers.py). The tasks themselves are in task_table.py.
+As in MeZO (Malladi et al. 2023, Table 14): the example is rendered into a prompt. In a
+classification each label has an answer word (verbalizer), and the loss is the cross-entropy over
+the answer words' scores (answers.py); else the answer is text of its own (completion.py). The tasks
+themselves are in task_table.py.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from hosl_flower import hub
-from hosl_flower.answers import Answers
-from hosl_flower.config import RunConfig
+from hosl_flower.answers import Answers, Scoring
+from hosl_flower.completion import Completion
+from hosl_flower.config import DEFAULT_LENGTH, RunConfig
 from hosl_flower.errors import CheckpointError, ConfigError, DataError, first_line
+from hosl_flower.image_tasks import IMAGE_TASKS, image_task
 from hosl_flower.task_table import FIELD, TASKS, Task
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -27,20 +30,33 @@ BUNDLED = Path(__file__).parent / "bundled"
 def task_from_config(config: RunConfig) -> Task:
     """The task a run asks for, with its overrides; ConfigError when it is incomplete."""
     base, (names, words) = TASKS.get(config.task), _labels_and_words(config)
+    if config.task in IMAGE_TASKS or config.image_column:
+        return _image_task(config, words)
     if base is None:
-        if not (config.prompt and words):
+        if not (config.prompt and (words or config.target_column)):
             raise ConfigError(
-                f"task = {config.task!r} is none of {', '.join(TASKS)}; a task of your own needs "
-                "prompt, verbalizers and data-path (in the run config, or each node's own)"
+                f"task = {config.task!r} is none of {', '.join((*TASKS, *IMAGE_TASKS))}; a task of "
+                "your own needs prompt, verbalizers and data-path (in the run config, or each "
+                "node's own), or target-column instead of verbalizers, and where it is about "
+                "images image-column and no prompt"
             )
         base = Task(config.task, config.prompt, words)
+    if base.target and (words or config.label_column):
+        raise ConfigError(
+            f"task {base.name} generates its answers: verbalizers and label-column have no use"
+        )
     task = replace(
         base,
         prompt=config.prompt or base.prompt,
-        verbalizers=words or base.verbalizers,
-        label_names=names or base.label_names,
         label_column=config.label_column or base.label_column,
+        target=config.target_column or base.target,
     )
+    if task.target:
+        task = replace(task, verbalizers=(), label_names=())
+        task = task if task.cut in task.fields else replace(task, cut="")
+    else:
+        names, words = names or base.label_names, words or base.verbalizers
+        task = replace(task, verbalizers=words, label_names=names)
     if not task.fields:
         raise ConfigError(f"prompt = {task.prompt!r} names no column; write one like {{text}}")
     if task.label_names and len(task.label_names) != len(task.verbalizers):
@@ -49,6 +65,32 @@ def task_from_config(config: RunConfig) -> Task:
             f"({', '.join(task.label_names)}), got {len(task.verbalizers)} words"
         )
     return task
+
+
+def _image_task(config: RunConfig, words: tuple[str, ...]) -> Task:
+    """A task about images; verbalizers are the classes."""
+    unused = {"prompt": config.prompt, "max-length": config.max_length != DEFAULT_LENGTH}
+    unused["target-column"] = bool(config.target_column)
+    if idle := [key for key, is_set in unused.items() if is_set]:
+        raise ConfigError(f"task = {config.task!r} is about images: it has no {', '.join(idle)}")
+    base = IMAGE_TASKS.get(config.task)
+    if base is None:
+        if not words:
+            raise ConfigError(
+                f"task = {config.task!r} is about images, by its image-column: it needs "
+                "verbalizers too, the names of the classes"
+            )
+        base = image_task(config.task, words, config.image_column)
+    elif words and len(words) != len(base.verbalizers):
+        raise ConfigError(
+            f"verbalizers: task {base.name} has {len(base.verbalizers)} classes, got {len(words)}"
+        )
+    return replace(
+        base,
+        verbalizers=words or base.verbalizers,
+        image=config.image_column or base.image,
+        label_column=config.label_column or base.label_column,
+    )
 
 
 def _labels_and_words(config: RunConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -88,33 +130,82 @@ def load_tokenizer(model: str) -> Any:
 
 @dataclass(frozen=True)
 class Batch:
-    """Left-padded inputs: input_ids, attention_mask [R, S] int64, R = B * Answers.sequences;
-    labels [B] int64."""
+    """Inputs of R = B * Scoring.sequences sequences: token ids [R, S] int64, left-padded, or pixels
+    [B, C, height, width]; attention_mask [R, S] int64, S as of the activations; labels [B], or
+    [B, A] (answers.py), int64, or [0] where there are none.
+    """
 
-    input_ids: Tensor
+    inputs: Tensor
     attention_mask: Tensor
     labels: Tensor
 
+    @property
+    def input_ids(self) -> Tensor:
+        """Inputs that are token ids."""
+        return self.inputs
+
+    @property
+    def tokens(self) -> int:
+        """Positions of all activations, padding included."""
+        return self.attention_mask.numel()
+
     def slices(self, micro_batch: int) -> list[slice]:
         """Rows of consecutive micro-batches of so many sequences; 0 is one of all."""
-        count = len(self.input_ids)
+        count = len(self.inputs)
         size = micro_batch or count
         return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 
 
-class Encoder:
-    """Renders examples of a task into token ids."""
+class Inputs(Protocol):
+    """What is between the examples of a task and a model: token ids here, pixels in
+    image_inputs.py.
 
-    def __init__(self, task: Task, tokenizer: Any, max_length: int):
+    answers: how scores of the labels come about. processor: of transformers, saved with a model.
+    length, shortest: most and fewest positions S of an example's activations.
+    """
+
+    task: Task
+    length: int
+
+    @property
+    def answers(self) -> Scoring: ...
+
+    @property
+    def shortest(self) -> int: ...
+
+    @property
+    def processor(self) -> Any: ...
+
+    def collate(self, examples: Sequence[dict[str, Any]]) -> Batch:
+        """A mini-batch of examples that carry an integer "label"."""
+
+    def largest(self, examples: int) -> Batch:
+        """The largest mini-batch of so many examples there can be; of any content."""
+
+    def check(self, config: Any) -> None:
+        """CheckpointError unless the model of this configuration can take these inputs."""
+
+    def by_length(self, data: Any) -> Any:
+        """A data set in an order in which there is little padding."""
+
+
+class Encoder:
+    """Renders examples of a task into token ids; generated ones into text.
+
+    max_length: tokens of prompt and answer together. max_new_tokens: of an answer that is text.
+    """
+
+    def __init__(self, task: Task, tokenizer: Any, max_length: int, max_new_tokens: int = 16):
         self.task, self.tokenizer, self.max_length = task, tokenizer, max_length
+        self.length = max_length
         # no space at the end: it belongs to the answer word (" great" is one token)
         *pairs, self._tail = FIELD.split(task.prompt.rstrip(" "))
         self._pairs = list(zip(pairs[::2], pairs[1::2], strict=True))  # (text, field after it)
         self._prefix = list(tokenizer("")["input_ids"])  # <s>-like tokens, if the model uses any
         self._suffix = self._tokens(self._tail)
-        self.answers = Answers([self._word_tokens(word) for word in task.verbalizers])
-        if len(set(map(tuple, self.answers.tokens))) != len(task.verbalizers):
-            raise ConfigError(f"verbalizers {', '.join(task.verbalizers)} share their tokens")
+        self.answers: Scoring = (
+            self._completion(max_new_tokens) if task.target else self._choice(task.verbalizers)
+        )
         self._literal = [len(self._tokens(text)) for text, _ in self._pairs]
         fixed = len(self._prefix) + sum(self._literal) + len(self._suffix)
         fixed += self.answers.longest - 1
@@ -123,6 +214,8 @@ class Encoder:
             raise ConfigError(
                 f"max-length = {max_length} leaves no room for text: the prompt's own words "
                 f"({task.prompt!r}) and the answer take {fixed} tokens"
+                + " (max-new-tokens)"
+                * bool(task.target)
             )
         pad = tokenizer.pad_token_id
         self.pad_id: int = pad if pad is not None else tokenizer.eos_token_id
@@ -139,21 +232,29 @@ class Encoder:
             return both[length:]
         return self._tokens(word)
 
+    def _choice(self, words: Sequence[str]) -> Answers:
+        answers = Answers([self._word_tokens(word) for word in words])
+        if len(set(map(tuple, answers.tokens))) != len(words):
+            raise ConfigError(f"verbalizers {', '.join(words)} share their tokens")
+        return answers
+
+    def _completion(self, longest: int) -> Completion:
+        newline = self._tokens("\n")[-1]
+        eos = self.tokenizer.eos_token_id
+        ends = {newline} if eos is None else {newline, eos}
+        return Completion(self._word_tokens, newline, frozenset(ends), longest)
+
     def encode(self, example: dict[str, Any]) -> list[int]:
         """Token ids of an example's prompt, at most max_length with any answer but its last
         token: where that is too long the longest field is cut, never the prompt's own words."""
         texts = [text + example[name] for text, name in self._pairs]
         ids = self._prefix + self._tokens("".join(texts) + self._tail)
-        if self._beyond and (unknown := self._beyond.keys() & set(ids)):
-            raise DataError(
-                f"an example has the text {self._beyond[min(unknown)]!r}, a special token that "
-                "this model has no embedding for; take it out of the data"
-            )
+        self._check_known(ids)
         if len(ids) + self.answers.longest - 1 <= self.max_length:
             return ids
         parts = [self._tokens(text) for text in texts]
         lengths = [len(p) - n for p, n in zip(parts, self._literal, strict=True)]
-        kept = cut_longest(lengths, self._room)
+        kept = self._kept(lengths)
         ids = [
             token
             for part, own, more in zip(parts, self._literal, kept, strict=True)
@@ -161,16 +262,81 @@ class Encoder:
         ]
         return self._prefix + ids + self._suffix
 
+    def _kept(self, lengths: Sequence[int]) -> list[int]:
+        """What is kept of each field: of the one that the task cuts, what the others leave."""
+        places = [i for i, (_, name) in enumerate(self._pairs) if name == self.task.cut]
+        own = [lengths[i] for i in places]
+        left = self._room - (sum(lengths) - sum(own))
+        if not places or left < 0:
+            return cut_longest(lengths, self._room)
+        kept = list(lengths)
+        for i, length in zip(places, cut_longest(own, left), strict=True):
+            kept[i] = length
+        return kept
+
+    def _check_known(self, ids: Sequence[int]) -> None:
+        if self._beyond and (unknown := self._beyond.keys() & set(ids)):
+            raise DataError(
+                f"an example has the text {self._beyond[min(unknown)]!r}, a special token that "
+                "this model has no embedding for; take it out of the data"
+            )
+
     def collate(self, examples: Sequence[dict[str, Any]]) -> Batch:
-        """Encode and left-pad examples that carry an integer "label"."""
-        rows = [row for example in examples for row in self.answers.inputs(self.encode(example))]
+        """Encode and left-pad examples that carry an integer "label", or texts "answers"."""
+        rows = [row for e in examples for row in self.answers.inputs(self.encode(e), e)]
+        return self._padded(rows, self.answers.labels(examples))
+
+    def prompts(self, examples: Sequence[dict[str, Any]]) -> Batch:
+        """Encode and left-pad the prompts of examples alone."""
+        return self._padded(list(map(self.encode, examples)), torch.empty(0, dtype=torch.int64))
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Generated tokens of an answer, as text: one line."""
+        assert isinstance(self.answers, Completion)
+        text = self.tokenizer.decode(self.answers.cut(tokens), skip_special_tokens=True)
+        return text.lstrip().partition("\n")[0].strip()
+
+    def _padded(self, rows: Sequence[Sequence[int]], labels: Tensor) -> Batch:
         length = max(map(len, rows))
         input_ids = torch.full((len(rows), length), self.pad_id, dtype=torch.int64)
         mask = torch.zeros((len(rows), length), dtype=torch.int64)
         for i, row in enumerate(rows):
+            self._check_known(row)
             input_ids[i, length - len(row) :] = torch.tensor(row)
             mask[i, length - len(row) :] = 1
-        return Batch(input_ids, mask, torch.tensor([example["label"] for example in examples]))
+        return Batch(input_ids, mask, labels)
+
+    @property
+    def shortest(self) -> int:
+        """Fewest tokens of a sequence: an answer has its place."""
+        return 1 if self.task.target else self.answers.longest
+
+    @property
+    def processor(self) -> Any:
+        """The tokenizer."""
+        return self.tokenizer
+
+    def largest(self, examples: int) -> Batch:
+        """All tokens differ, none is padding."""
+        rows = examples * self.answers.sequences
+        ids = torch.arange(rows * self.max_length).view(rows, self.max_length)
+        shape = (examples, self.answers.longest) if self.task.target else (examples,)
+        return Batch(ids, torch.ones_like(ids), torch.zeros(shape, dtype=torch.int64))
+
+    def by_length(self, data: Any) -> Any:
+        """Like lengths together: fewer padding tokens to forward, the same metrics."""
+        columns = [data[name][:] for name in self.task.fields]
+        lengths = [sum(map(len, texts)) for texts in zip(*columns, strict=True)]
+        return data.select(sorted(range(len(lengths)), key=lengths.__getitem__))
+
+    def check(self, config: Any) -> None:
+        """CheckpointError when the model has too few positions or too small a vocabulary."""
+        positions = config.max_position_embeddings
+        if self.max_length > positions:
+            raise CheckpointError(
+                f"max-length = {self.max_length}, but the model has {positions} positions"
+            )
+        self.check_vocabulary(config.vocab_size)
 
     def check_vocabulary(self, vocabulary: int) -> None:
         """CheckpointError when the tokenizer can produce ids the model has no row for. Special

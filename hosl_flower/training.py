@@ -21,15 +21,14 @@ from hosl_flower.errors import (
     OutOfRangeError,
     ProtocolError,
 )
+from hosl_flower.held_out import score_batches
 from hosl_flower.link.base import Link
 from hosl_flower.link.inprocess import InProcessLink
 from hosl_flower.lora import save_adapters
 from hosl_flower.merge import save_merged
 from hosl_flower.messages import (
-    Activations,
     Describe,
     Described,
-    Evaluate,
     Fingerprint,
     Fingerprinted,
 )
@@ -39,6 +38,7 @@ from hosl_flower.resume import earlier_traffic
 from hosl_flower.server import Score
 from hosl_flower.session import Session
 from hosl_flower.split import trainable_parameters
+from hosl_flower.text_score import TextScore
 
 log = logging.getLogger("hosl_flower")
 
@@ -174,7 +174,7 @@ def check_clients(session: Session, link: Link, partitions: Iterable[int], step:
     return compared
 
 
-def evaluate(session: Session, judge: Link, step: int) -> Score:
+def evaluate(session: Session, judge: Link, step: int) -> Score | TextScore:
     """Score the held-out part, through the split or centrally: always the same client's while it
     is there, so that the evaluations of a run are about the same examples where clients have
     their own."""
@@ -200,7 +200,7 @@ def evaluate(session: Session, judge: Link, step: int) -> Score:
     raise ClientError(f"no client could evaluate step {step}: {reasons}")
 
 
-def _evaluate_on(session: Session, judge: Link, step: int, partition: int) -> Score:
+def _evaluate_on(session: Session, judge: Link, step: int, partition: int) -> Score | TextScore:
     spec, at = session.spec, session.at(step, partition)
     size = session.clients[partition].held_out_examples
     if session.config.evaluation == "central":  # the server's own data, not the client's
@@ -208,12 +208,7 @@ def _evaluate_on(session: Session, judge: Link, step: int, partition: int) -> Sc
         assert isinstance(described, Described)  # Link has checked it
         size = described.held_out_examples
     batches = range(math.ceil(size / spec.eval_batch_size))
-    score = Score(len(spec.task.verbalizers))
-    requests = [Evaluate(**at, batch=number) for number in batches]
-    for reply in judge.exchange({partition: requests})[partition]:
-        assert isinstance(reply, Activations)  # Link has checked it
-        session.server.score(reply, score)
-    return score
+    return score_batches(session, judge, step, partition, batches)
 
 
 def finish(method: Method, session: Session, link: Link, report: Report) -> Results:
@@ -239,7 +234,7 @@ def save_model(directory: Path, session: Session) -> None:
             session.spec.model,
             client.lora,
             adapters,
-            session.encoder.tokenizer,
+            session.encoder.processor,
             client.family.transposed,
         )
         return
@@ -248,5 +243,5 @@ def save_model(directory: Path, session: Session) -> None:
         session.base,
         client.merged_parameters(),
         server.state_dict(),
-        session.encoder.tokenizer,
+        session.encoder.processor,
     )

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hosl_flower import hub, ranged
 from hosl_flower.errors import CheckpointError
+from hosl_flower.families import HEAD, InitStd, Rename
 from hosl_flower.legacy import converted, damaged, legacy_keys
 from hosl_flower.perturb import derive_seed
 from hosl_flower.ranged import RemoteFile
@@ -51,7 +52,7 @@ class RandomWeights:
     def __init__(
         self,
         seed: int,
-        init_std: float,
+        init_std: InitStd,
         starts_at_one: Callable[[str], bool] = lambda name: False,
         absent: Iterable[str] = (),
     ):
@@ -66,11 +67,13 @@ class RandomWeights:
         if out.dim() < 2:
             out.fill_(1.0 if self.starts_at_one(name) else 0.0)
             return
+        std = self.init_std
+        std = std if isinstance(std, float) else std(name, out.shape)
         # one generator, so that the numbers are the same however many are drawn at a time
         generator = numpy.random.default_rng(derive_seed(self.seed, "init", name))
         for part in out.view(-1).split(CHUNK_ELEMENTS):
             uniform = torch.from_numpy(generator.random(part.numel(), dtype=numpy.float32))
-            part.copy_(uniform.sub_(0.5).mul_(math.sqrt(12) * self.init_std))
+            part.copy_(uniform.sub_(0.5).mul_(math.sqrt(12) * std))
 
 
 class Checkpoint:
@@ -79,11 +82,21 @@ class Checkpoint:
     base_prefix: what canonical names of the decoder start with ("model"); checkpoints saved
     from the bare base model leave it out and are understood too. block_list: what comes before
     the number of a block in them ("layers"). partial: of files on the hub, download no more than
-    the tensors that are asked for.
+    the tensors that are asked for. head: canonical name of the head's matrix. rename: from names in
+    the files to canonical ones, but for the prefix.
     """
 
-    def __init__(self, model: str, base_prefix: str, block_list: str, partial: bool = False):
+    def __init__(
+        self,
+        model: str,
+        base_prefix: str,
+        block_list: str,
+        partial: bool = False,
+        head: str = HEAD,
+        rename: Rename = str,
+    ):
         self.origin, self.partial = model, partial
+        self._head, self._rename = f"{head.partition('.')[0]}.", rename
         self.base_prefix, self.block_list = base_prefix, block_list
         self._remote: dict[str, Path | RemoteFile | None] = {}
         self._files = self._index()
@@ -155,7 +168,8 @@ class Checkpoint:
         return self._remote[filename]
 
     def _canonical(self, key: str) -> str:
-        known = (f"{self.base_prefix}.", "lm_head.")
+        known = (f"{self.base_prefix}.", self._head)
+        key = self._rename(key)
         return key if key.startswith(known) else f"{self.base_prefix}.{key}"
 
 

@@ -15,19 +15,22 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from hosl_flower.checks import (
     Limits,
     check_activations,
     check_change,
+    check_continued,
     check_described,
+    check_graded,
     check_gradient,
 )
 from hosl_flower.errors import ProtocolError
 from hosl_flower.link.frames import Key, decode, encode, encode_word, read_word
 from hosl_flower.link.records import unpack_replies, unpack_requests
-from hosl_flower.messages import REPLIES, REQUESTS, Message, Reply
+from hosl_flower.messages import REPLIES, REQUESTS, Continue, Grade, Message, Reply
 
 NASTY = [
     None, True, -1, 0, 1, 2**31, 2**40, 2**63 - 1, 2**64, 10**400, -(2**63), 1e-320, 1e308,
@@ -37,6 +40,9 @@ NASTY = [
 DTYPES = ["float32", "float16", "bfloat16", "int8", "bool", "int64", "object", "complex64", 7, ""]
 ALLOWED_BYTES = 1 << 20  # beyond a few copies of the frame: parsing and messages of errors
 ALLOWED_SECONDS = 5.0
+_AT = {"step": 3, "partition": 1, "position": 2, "digest": "0" * 16, "batch": 0}
+CONTINUE = Continue(**_AT, tokens=torch.zeros((2, 1), dtype=torch.int64))
+GRADE = Grade(**_AT, tokens=torch.zeros((2, 1), dtype=torch.int64))
 
 
 class Fuzz:
@@ -117,6 +123,8 @@ class Fuzz:
     def _check(self, reply: Reply) -> None:
         checks: dict[str, Callable[[Any], None]] = {
             "activations": lambda r: check_activations(r, self.limits),
+            "continued": lambda r: check_continued(r, CONTINUE, self.limits),
+            "graded": lambda r: check_graded(r, GRADE),
             "described": lambda r: check_described(r, self.limits),
             "change": lambda r: check_change(r, 24),
             "gradient": lambda r: check_gradient(r, 24),

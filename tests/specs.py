@@ -20,7 +20,7 @@ _DEFAULTS: dict[str, Any] = {
     "partitioner": "iid", "dirichlet_alpha": 0.5, "partition_column": "", "min_partition_size": 1,
     "train_examples": 50, "held_out_examples": 0, "eval_examples": 20, "batch_size": 3,
     "eval_batch_size": 8, "client_micro_batch": 0,
-    "max_length": 32, "seed": 0,
+    "image_size": 0, "max_length": 32, "max_new_tokens": 8, "seed": 0,
 }  # fmt: skip
 
 

@@ -266,6 +266,20 @@ def test_a_row_says_when_the_target_was_reached(experiment):
     assert "| 10 (1 of 2) | 20.0 | 5.0 |" in text
 
 
+def test_tasks_whose_answers_are_generated_have_f1_and_exact_match(experiment):
+    found = read_experiment(experiment())
+    written = run(0.5, accuracy=None, f1=0.75, exact_match=0.25)
+    table = [
+        Row(v, m, [written, written] if v == "cut1" else [run(0.5)], None, (0.5, 0.1), 1.5)
+        for v in found.variants
+        for m in found.methods
+    ]
+    cut1, _, cut2 = markdown(found, table).partition("### cut2")
+    assert "| method | F1 | exact match | loss | gap closed (loss) | gap closed (F1) |" in cut1
+    assert "| 0.7500 +- 0.0000 | 0.2500 +- 0.0000 | 0.5000 +- 0.0000 |  | 0.50 +- 0.10 |" in cut1
+    assert "| method | accuracy | loss | gap closed (loss) | gap closed (accuracy) |" in cut2
+
+
 def test_forwards_and_bytes_of_every_kind(experiment, in_this_process, tmp_path):
     path = experiment('"strategies.ho_sfl:HoSfl"\ndirections = 2', '"strategies.heron:Heron"\n'
                       "directions = 3\nlocal-steps = 2")  # fmt: skip

@@ -5,7 +5,7 @@ import json
 
 import datasets
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 
 from hosl_flower.data import load_source
 from hosl_flower.errors import DataError
@@ -238,7 +238,8 @@ def test_trec_under_its_own_file_names_and_with_its_odd_byte(tmp_path):
 def features(**labels):
     """Features of a hub data set: text columns and labels with names."""
     return Features({
-        name: ClassLabel(names=value) if isinstance(value, list) else Value(value)
+        name: ClassLabel(names=value) if isinstance(value, list)
+        else Value(value) if isinstance(value, str) else value
         for name, value in labels.items()
     })  # fmt: skip
 
@@ -337,6 +338,27 @@ HUB = {
         [("a", 0), ("b", 1)],
         [(0, "a"), (1, "b")],
     ),
+    "rajpurkar/squad/plain_text": (
+        "squad",
+        features(
+            id="string", title="string", context="string", question="string",
+            answers={"text": List(Value("string")), "answer_start": List(Value("int32"))},
+        ),
+        [
+            ("1", "t", "c", "q", {"text": ["a", "b"], "answer_start": [0, 2]}),
+            ("2", "t", "c", "r", {"text": [], "answer_start": []}),
+        ],
+        [([], "t", "c", "r"), (["a", "b"], "t", "c", "q")],
+    ),
+    "ucinlp/drop/default": (
+        "drop",
+        features(
+            section_id="string", query_id="string", passage="string", question="string",
+            answers_spans={"spans": List(Value("string")), "types": List(Value("string"))},
+        ),
+        [("s", "1", "p", "q", {"spans": ["4"], "types": ["number"]})],
+        [(["4"], "p", "q")],
+    ),
 }  # fmt: skip
 
 
@@ -360,7 +382,8 @@ def test_hub_data_sets_load_under_their_published_columns(name, monkeypatch):
     task, _, _, rows = HUB[name]
     found = load_source(f"hub:{name}", TASKS[task], 0)
     for part in found:
-        assert sorted((r["label"], *(r[f] for f in TASKS[task].fields)) for r in part) == rows
+        kept = "answers" if TASKS[task].target else "label"
+        assert sorted((r[kept], *(r[f] for f in TASKS[task].fields)) for r in part) == rows
     assert asked == [tuple(name.rsplit("/", 1))]
 
 

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from hosl_flower.cli import cli
+from hosl_flower.decoding import own_cache
 from hosl_flower.errors import ConfigError
-from hosl_flower.generate import chooser, generate, own_cache
+from hosl_flower.generate import chooser, generate
 from hosl_flower.tasks import load_tokenizer
 
 NAMES = ["opt-tiny", "gpt2-tiny", "qwen3-tiny", "gemma3-tiny", "mistral-tiny"]

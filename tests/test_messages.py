@@ -30,6 +30,8 @@ from hosl_flower.messages import (
     Behind,
     CatchUp,
     Change,
+    Continue,
+    Continued,
     CutGradient,
     Describe,
     Described,
@@ -39,6 +41,8 @@ from hosl_flower.messages import (
     Fingerprint,
     Fingerprinted,
     Forward,
+    Grade,
+    Graded,
     Gradient,
     HeadProbe,
     LocalStep,
@@ -75,6 +79,12 @@ def activations(**changes):
     return Activations(**DONE, **{**values, **changes})
 
 
+def continued(**changes):
+    own = vars(activations(**changes)).copy()
+    del own["labels"]
+    return Continued(**own)
+
+
 CUT = {
     **AT, "batch": 4, "directions": 2, "seeds": (1, 2, 3, 4), "epsilon": 1e-3,
     "learning_rate": 1e-5, "gradient": torch.randn(2, 3, 4).bfloat16(),
@@ -89,6 +99,8 @@ ALL = [
     Forward(**AT, batch=4),
     Probe(**AT, batch=4, seed=2**62, coefficient=-1e-3),
     Evaluate(**AT, batch=0),
+    Continue(**AT, batch=0, tokens=torch.empty((0, 0), dtype=torch.int64)),
+    Grade(**AT, batch=0, tokens=torch.tensor([[5, 2], [7, 8]])),
     Losses(
         **AT, seeds=(1, 2), losses=(0.1, 0.2, 0.3, 0.4), epsilon=1e-3, learning_rate=1e-6,
         digest_after=D,
@@ -109,6 +121,8 @@ ALL = [
     ),
     activations(),
     activations(activations=torch.randn(2, 3, 4).bfloat16()),
+    continued(),
+    Graded(**DONE, scores=torch.rand(2, 2)),
     Applied(**DONE, position=2, digest=D),
     Scalars(**DONE, scalars=torch.randn(2, 3)),
     Scalars(**DONE, scalars=torch.randn(2, 3), loss=0.5),

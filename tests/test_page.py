@@ -331,3 +331,21 @@ def test_clients_that_take_turns_and_one_that_was_left_out(tmp_path, undrawn):
     (run,) = read_runs([directory])
     assert participation(run).drawn == [[0], [1], [0], []]
     assert "4 1 did not answer in time" in checked(directory).text
+
+
+def test_generated_answers_are_shown_by_f1(tmp_path, undrawn):
+    evaluations = [
+        {"step": 0, "loss": 3.0, "exact_match": 0.0, "f1": 0.0625},
+        {"step": 4, "loss": 2.0, "exact_match": 0.5, "f1": 0.6875},
+    ]
+    figures = {"accuracy": None, "balanced_accuracy": None, "majority_accuracy": None}
+    written = write_run(
+        tmp_path / "one", evaluations=evaluations, exact_match=0.5, f1=0.6875, **figures
+    )
+    seen = checked(written)
+    assert "held-out F1 0.6875" in seen.text
+    assert "exact match 0.5000" in seen.text
+    assert "2.0000 / 0.6875" in seen.text
+    assert "Held-out F1 against steps: one 0.0625 to 0.688" in seen.text
+    both = checked(written, write_run(tmp_path / "two"))
+    assert "Held-out accuracy or F1 against steps" in both.text

@@ -127,3 +127,46 @@ def test_a_rank1_probe_never_makes_a_matrix():
         model(torch.tensor([[1, 2, 3]]))
     drawn = 5000 + 64 + 2 * (64 + 512) + 512 + 64  # the direction itself: out + in signs
     assert drawn <= meter.largest < 2 * drawn < 32_768
+
+
+def test_a_probe_of_a_convolution_by_hand():
+    """One channel in, two out, kernels of 1 x 2 pixels, 0.5 along s = a b^T."""
+    conv = nn.Conv2d(1, 2, (1, 2), bias=False)
+    with torch.no_grad():
+        conv.weight.copy_(torch.tensor([[1.0, 2.0], [3.0, -1.0]]).view(2, 1, 1, 2))
+    image = torch.tensor([[10.0, 1.0, 2.0]]).view(1, 1, 1, 3)
+    assert conv(image).flatten().tolist() == [12.0, 5.0, 29.0, 1.0]
+    direction = layout_of(conv, "rank1").draw(1)
+    a, b = direction.factors("weight")
+    assert (a.tolist(), b.tolist()) == ([1.0, -1.0], [-1.0, 1.0])  # b * x = -9, 1
+    with perturbed(named(conv), direction, 0.5):
+        assert conv(image).flatten().tolist() == [12 - 4.5, 5 + 0.5, 29 + 4.5, 1 - 0.5]
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize(
+    "settings",
+    [{"stride": 2, "padding": 1}, {"groups": 2}, {"dilation": 2, "bias": False}],
+    ids=str,
+)
+def test_convolutions_of_all_kinds(distribution, settings):
+    conv = nn.Conv2d(4, 6, 3, **settings)
+    written = copy.deepcopy(conv)
+    layout = layout_of(conv, distribution)
+    Sgd().step(named(written), Seeded(layout, [5], [-1.0]), C)
+    images = torch.randn(2, 4, 9, 9, generator=torch.Generator().manual_seed(1))
+    with perturbed(named(conv), layout.draw(5), C):
+        probed = conv(images)
+    with torch.no_grad():
+        assert torch.allclose(probed, written(images), atol=1e-5)
+        assert (probed - conv(images)).abs().max() > 0.01
+
+
+def test_a_rank1_probe_never_makes_a_convolutions_weights():
+    model = nn.Sequential(nn.Conv2d(64, 128, 3), nn.Conv2d(128, 16, 3))
+    layout = layout_of(model, "rank1")
+    # weights of 73,728 and 18,432 elements; feature maps of at most 64 * 25
+    with LargestTensor(model) as meter, perturbed(named(model), layout.draw(1), C):
+        model(torch.ones(1, 64, 5, 5))
+    drawn = 128 + 9 * 64 + 128 + 16 + 9 * 128 + 16
+    assert drawn <= meter.largest < 2 * drawn < 18_432

@@ -17,8 +17,10 @@ from hosl_flower.checks import (
     Limits,
     check_activations,
     check_change,
+    check_continued,
     check_described,
     check_fingerprints,
+    check_graded,
     check_gradient,
     check_scalars,
     check_weights,
@@ -35,6 +37,8 @@ from hosl_flower.messages import (
     Behind,
     CatchUp,
     Change,
+    Continue,
+    Continued,
     CutGradient,
     Describe,
     Described,
@@ -44,6 +48,8 @@ from hosl_flower.messages import (
     Fingerprint,
     Fingerprinted,
     Forward,
+    Grade,
+    Graded,
     Gradient,
     HeadProbe,
     LocalProbe,
@@ -67,6 +73,8 @@ _ANSWERS: dict[type[Request], type[Reply]] = {
     Forward: Activations,
     Probe: Activations,
     Evaluate: Activations,
+    Continue: Continued,
+    Grade: Graded,
     Losses: Applied,
     CutGradient: Scalars,
     LocalTrain: Change,
@@ -284,7 +292,7 @@ class Link(ABC):
 
     def _decoded(self, reply: Reply) -> Reply:
         """Activations as the client computed them, as far as the codec kept them."""
-        if not isinstance(reply, Activations) or self.limits.codec == "exact":
+        if not isinstance(reply, Activations | Continued) or self.limits.codec == "exact":
             return reply
         h = decode(reply.activations, reply.scales, DTYPES[self.limits.dtype])
         return replace(reply, activations=h, scales=torch.empty(0))
@@ -295,6 +303,10 @@ class Link(ABC):
                 check_described(reply, self.limits)
             case _, Activations():
                 check_activations(reply, self.limits)
+            case Continue(), Continued():
+                check_continued(reply, request, self.limits)
+            case Grade(), Graded():
+                check_graded(reply, request)
             case LocalProbe(), Scalars():
                 check_scalars(reply, request)
             case _, Change():

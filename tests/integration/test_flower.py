@@ -146,8 +146,13 @@ def test_ten_clients_a_hundred_steps_over_flower_in_process_and_in_the_reference
             "strategy": "strategies.heron:Heron", "local_steps": 2, "directions": 2,
             "client_trainable": "lora", "client_quantization": "int8",
         },
+        # images
+        {
+            "strategy": "strategies.ho_sfl:HoSfl", "model": "random:resnet-tiny", "task": "digits",
+            "image_size": 16, "max_length": 128, "cut_layer": 2, "partitioner": "dirichlet",
+        },
     ],
-    ids=["residual-10-clients", "recompute-1-client", "heron-int8"],
+    ids=["residual-10-clients", "recompute-1-client", "heron-int8", "resnet"],
 )  # fmt: skip
 def test_what_lives_on_clients_gives_the_same_bits_over_flower(tmp_path, own):
     common = {

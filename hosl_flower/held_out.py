@@ -1,0 +1,56 @@
+"""Scoring held-out batches over a link: losses, and what the split model writes as answers.
+
+Answers are written batch by batch, greedily: the client sends the activations of the prompts, then,
+for every token, those of the tokens that came back. It grades the answers itself, so that the right
+ones need not travel as text.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from hosl_flower.completion import Completion
+from hosl_flower.decoding import Writer, greedy
+from hosl_flower.link.base import Link
+from hosl_flower.messages import Activations, Continue, Continued, Evaluate, Grade, Graded, Request
+from hosl_flower.server import Score
+from hosl_flower.session import Session
+from hosl_flower.text_score import TextScore, new_score
+
+
+def score_batches(
+    session: Session, judge: Link, step: int, partition: int, batches: range
+) -> Score | TextScore:
+    """The score of held-out batches of a client's. Raises what the link does, or DivergedError."""
+    score = new_score(session.spec.task)
+    at = session.at(step, partition)
+    requests = [Evaluate(**at, batch=number) for number in batches]
+    for reply in judge.exchange({partition: requests})[partition]:
+        assert isinstance(reply, Activations)  # Link has checked it
+        session.server.score(reply, score)
+    if isinstance(score, TextScore):
+        for number in batches:
+            answers = _written(session, judge, at, number)
+            graded = _ask(judge, Grade(**at, batch=number, tokens=answers))
+            assert isinstance(graded, Graded)  # Link has checked it
+            score.add_grades(graded.scores)
+    return score
+
+
+def _written(session: Session, judge: Link, at: dict[str, Any], batch: int) -> Tensor:
+    """Tokens [B, t] of the answers to a batch's prompts."""
+    answers, server = session.encoder.answers, session.server
+    assert isinstance(answers, Completion)
+
+    def ask(tokens: Tensor) -> tuple[Tensor, Tensor]:
+        reply = _ask(judge, Continue(**at, batch=batch, tokens=tokens))
+        assert isinstance(reply, Continued)  # Link has checked it
+        return reply.activations, reply.attention_mask
+
+    writer = Writer(server.submodel, server.answer_rows)
+    return greedy(ask, writer, answers.longest, answers.ends)
+
+
+def _ask(judge: Link, request: Request) -> Any:
+    (reply,) = judge.exchange({request.partition: [request]})[request.partition]
+    return reply

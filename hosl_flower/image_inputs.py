@@ -1,0 +1,113 @@
+"""Images as the inputs of a model: transformers' own image processors resize, rescale and
+normalise them. Nothing is random: there is no augmentation."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PretrainedConfig
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from hosl_flower import hub
+from hosl_flower.answers import Answers
+from hosl_flower.errors import CheckpointError, ConfigError, first_line
+from hosl_flower.image_families import IMAGE_FAMILIES, ImageFamily
+from hosl_flower.image_files import decode
+from hosl_flower.task_table import Task
+from hosl_flower.tasks import Batch
+
+_LARGEST = 4096  # height and width
+
+
+class ImageInputs:
+    """Images of a task as pixels [B, C, size, size]; see tasks.Inputs.
+
+    processor: of the model. cut: where the model is cut, which decides how many positions S its
+    activations have. answers: a class is what an answer word is in a language model.
+    """
+
+    def __init__(self, task: Task, processor: Any, config: PretrainedConfig, cut: int):
+        self.task, self.processor = task, processor
+        self.answers = Answers([[label] for label in range(len(task.verbalizers))])
+        self.channels: int = config.num_channels
+        self.size = _output_size(processor)
+        family: ImageFamily = IMAGE_FAMILIES[config.model_type]
+        made_for = family.image_size(config)
+        if made_for and made_for != self.size:
+            raise ConfigError(
+                f"image-size: this model is for images of {made_for} pixels, not {self.size}; "
+                "leave it at 0, or set it to that"
+            )
+        self.length = self.shortest = family.sequence(config, cut, self.size)
+
+    def collate(self, examples: Sequence[dict[str, Any]]) -> Batch:
+        """Decode and process examples that carry an integer "label"."""
+        images = [decode(example[self.task.image], self.channels) for example in examples]
+        made = self.processor(images, input_data_format="channels_last", return_tensors="np")
+        pixels = np.asarray(made["pixel_values"], dtype=np.float32)
+        wanted = (len(images), self.channels, self.size, self.size)
+        if pixels.shape != wanted:
+            raise ConfigError(
+                f"the model's image processor makes {list(pixels.shape)} of the images, expected "
+                f"{list(wanted)}; set image-size"
+            )
+        labels = torch.tensor([example["label"] for example in examples])
+        return Batch(torch.from_numpy(pixels), self._mask(len(images)), labels)
+
+    def largest(self, examples: int) -> Batch:
+        """All mini-batches of so many examples are alike."""
+        pixels = torch.zeros(examples, self.channels, self.size, self.size)
+        return Batch(pixels, self._mask(examples), torch.zeros(examples, dtype=torch.int64))
+
+    def _mask(self, examples: int) -> torch.Tensor:
+        return torch.ones((examples, self.length), dtype=torch.int64)  # there is no padding
+
+    def check(self, config: PretrainedConfig) -> None:
+        """Was checked when this was made."""
+
+    def by_length(self, data: Any) -> Any:
+        """As it is."""
+        return data
+
+
+def load_image_processor(model: str, config: PretrainedConfig, size: int = 0) -> Any:
+    """The image processor of a model; `random:` models, and those without one, get one that only
+    resizes, and scales pixels to -1..1. size: to resize to, instead of what the processor does,
+    with its mean and deviation. Raises CheckpointError, or ConfigError for a size that cannot be.
+    """
+    if size > _LARGEST:
+        raise ConfigError(f"image-size = {size}: expected at most {_LARGEST}")
+    half = [0.5] * config.num_channels
+    own: dict[str, Any] = {"image_mean": half, "image_std": half}
+    found = None if model.startswith("random:") else _saved_processor(model)
+    if found is not None and not size:
+        return found
+    if found is not None:
+        names = ("image_mean", "image_std", "resample", "rescale_factor", "do_normalize")
+        own = {name: getattr(found, name) for name in names}
+    size = size or IMAGE_FAMILIES[config.model_type].image_size(config) or 224
+    return ViTImageProcessorPil(size={"height": size, "width": size}, **own)
+
+
+def _saved_processor(model: str) -> Any:
+    from transformers import AutoImageProcessor
+
+    path = hub.locate(model, "preprocessor_config.json")
+    if path is None:
+        return None
+    try:
+        return AutoImageProcessor.from_pretrained(path.parent, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds for a damaged file
+        raise CheckpointError(f"{path} cannot be used: {first_line(error)}") from error
+
+
+def _output_size(processor: Any) -> int:
+    """Height and width of what a processor makes, which `collate` then checks."""
+    size = processor.size
+    if getattr(processor, "do_center_crop", False):
+        size = processor.crop_size
+    found = {size.get(name) for name in ("height", "width", "shortest_edge")} - {None}
+    if len(found) != 1:
+        raise ConfigError(f"the model's image processor makes no squares ({size}): set image-size")
+    return int(found.pop())

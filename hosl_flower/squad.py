@@ -1,0 +1,84 @@
+"""Exact match and F1 of a text beside the right ones, by SQuAD's rule, and SQuAD's JSON file.
+
+Texts are compared in lower case, without punctuation, without the articles a, an, the, with single
+spaces (Rajpurkar et al. 2016, https://arxiv.org/abs/1606.05250). F1 is of the bags of words; both
+scores are the best over the right answers. Where there is no answer, nothing is right and anything
+else is wrong (SQuAD 2.0, Rajpurkar et al. 2018, https://arxiv.org/abs/1806.03822); right answers
+without a word count for nothing, unless there is no other.
+"""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from hosl_flower.errors import DataError
+
+_ARTICLE = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalised(text: str) -> str:
+    """A text as it is compared: "The  U.S. Army!" -> "us army"."""
+    return " ".join(_ARTICLE.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def graded(text: str, right: Sequence[str]) -> tuple[float, float]:
+    """(exact match, F1), each 0 to 1. right: the right answers, none where there is no answer."""
+    wanted = [answer for answer in map(normalised, right) if answer] or [""]
+    own = normalised(text)
+    return float(own in wanted), max(_f1(own.split(), answer.split()) for answer in wanted)
+
+
+def _f1(own: Sequence[str], wanted: Sequence[str]) -> float:
+    if not own or not wanted:
+        return float(own == wanted)
+    common = (Counter(own) & Counter(wanted)).total()
+    # 2 p r / (p + r) with p = common / own, r = common / wanted
+    return 2 * common / (len(own) + len(wanted))
+
+
+def is_squad(content: Any) -> bool:
+    """Whether a JSON file is SQuAD's, 1.1 or 2.0: articles, their paragraphs, their questions."""
+    data = content.get("data") if isinstance(content, dict) else None
+    return bool(data) and isinstance(data, list) and "paragraphs" in data[0]
+
+
+def squad_rows(content: Any, where: str) -> Iterator[dict[str, Any]]:
+    """The examples of such a file, as the hub's data set has them. DataError with the place."""
+    for number, article in enumerate(content["data"], start=1):
+        try:
+            for paragraph in article["paragraphs"]:
+                for question in paragraph["qas"]:
+                    yield {
+                        "id": question["id"],
+                        "title": article.get("title", ""),
+                        "context": paragraph["context"],
+                        "question": question["question"],
+                        "answers": {"text": [answer["text"] for answer in question["answers"]]},
+                    }
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{where}, article {number}: not as SQuAD's files are ({error!r}); expected "
+                "paragraphs with context and qas, each with id, question and answers"
+            ) from error
+
+
+def right_answers(value: Any, where: str) -> list[str]:
+    """The right answers that a data file gives: a text, a number, or a list of texts or of objects
+    with a "text"; an empty list where there is none (SQuAD 2.0). DataError for anything else."""
+    several = value if isinstance(value, list) else [value]
+    answers = [own.get("text") if isinstance(own, dict) else own for own in several]
+    if not all(isinstance(own, str | int | float) for own in answers):
+        raise DataError(
+            f"{where}: the answer {str(value)[:40]!r} is no text; rows without an answer "
+            "cannot be used"
+        )
+    texts = [str(own) for own in answers]
+    if texts and not any(text.strip() for text in texts):
+        raise DataError(
+            f"{where}: the answer is empty; a question without an answer has a list of "
+            "none, as in SQuAD 2.0"
+        )
+    return texts

@@ -1,0 +1,54 @@
+"""Held-out results where answers are generated: the loss over their tokens, exact match and F1."""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hosl_flower.completion import targets
+from hosl_flower.server import Score
+from hosl_flower.task_table import Task
+
+
+@dataclass
+class TextScore:
+    """Results summed over batches. grades: of each example, exact match and F1 [n, 2]."""
+
+    loss_sum: float = 0.0
+    tokens: int = 0
+    grades: Tensor = field(default_factory=lambda: torch.empty(0, 2))
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """logits [B, V, A] float32, labels [B, A]."""
+        self.loss_sum += float(F.cross_entropy(logits, labels, reduction="sum"))
+        self.tokens += targets(labels)
+
+    def add_grades(self, grades: Tensor) -> None:
+        """Exact match and F1 [B, 2] of a batch's generated answers."""
+        self.grades = torch.cat([self.grades, grades])
+
+    @property
+    def examples(self) -> int:
+        """Number of examples scored."""
+        return len(self.grades)
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy of the answers' tokens."""
+        return self.loss_sum / self.tokens
+
+    def metrics(self) -> dict[str, float]:
+        """What is measured, by name."""
+        exact, f1 = self.grades.double().mean(0).tolist()
+        return {"loss": self.loss, "exact_match": exact, "f1": f1}
+
+    def __str__(self) -> str:
+        return "loss {loss:.4f}, exact match {exact_match:.3f}, F1 {f1:.3f}".format(
+            **self.metrics()
+        )
+
+
+def new_score(task: Task) -> Score | TextScore:
+    """Of a task, before the first batch."""
+    return TextScore() if task.target else Score(len(task.verbalizers))
