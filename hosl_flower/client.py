@@ -54,7 +54,7 @@ from hosl_flower.spec import ClientSpec, pick_device, torch_dtype
 from hosl_flower.split import ClientSubmodel, load_client, open_base, trainable_parameters
 from hosl_flower.state import ClientState
 from hosl_flower.tasks import Encoder, load_tokenizer
-from hosl_flower.zo import projected_gradients
+from hosl_flower.zo import clip, projected_gradients
 
 log = logging.getLogger("hosl_flower")
 
@@ -225,8 +225,9 @@ class Client:
 
     def _update(self, request: Losses) -> Answer:
         """Phase 3 of HOSL: regenerate each direction from its seed, step along it."""
-        scalars = projected_gradients(request.losses, request.epsilon)
-        entry = Entry(request.step, request.seeds, tuple(scalars), request.learning_rate)
+        scalars = torch.tensor(projected_gradients(request.losses, request.epsilon))
+        bounded = tuple(clip(scalars, request.clip).tolist())
+        entry = Entry(request.step, request.seeds, bounded, request.learning_rate)
         digest = chain(self.state.digest, entry.pack())
         if digest != request.digest_after:
             raise DriftError(

@@ -80,7 +80,8 @@ class Evaluate(Request):
 class Losses(Request):
     """Losses [2Q] of the probes +eps, -eps of each seed: the client makes its update of them.
 
-    digest_after: of the ledger with that update.
+    clip: what its scalars are bounded to, 0 for nothing; digest_after: of the ledger with that
+    update.
     """
 
     kind: ClassVar[str] = "losses"
@@ -89,6 +90,7 @@ class Losses(Request):
     epsilon: Finite
     learning_rate: Finite
     digest_after: Digest
+    clip: Annotated[Finite, Field(ge=0)] = field(default=0.0, kw_only=True)
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -15,6 +15,8 @@ import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from hosl_flower.errors import DivergedError
 
 
@@ -68,6 +70,12 @@ def projected_gradients(
     if directions < 1:
         raise ValueError(f"one-sided probing needs 1 + Q values, got {len(values)}")
     return [to_float32((v - values[0]) / (epsilon * directions)) for v in values[1:]]
+
+
+def clip(scalars: Tensor, bound: float) -> Tensor:
+    """Projected gradients, each within +-bound, so that nobody's weigh more than that; 0 is no
+    bound."""
+    return scalars.clamp(-bound, bound) if bound else scalars
 
 
 def estimate(

@@ -29,7 +29,7 @@ class FedAvgZo(HoSfl):
     """
 
     name = "fedavg-zo"
-    unused = ("turn-steps", "aggregation", "trim-fraction")
+    unused = ("turn-steps", "aggregation", "trim-fraction", "scalar-clip")
     request = LocalTrain
 
     def merge(self, session: Session, cohort: Cohort, replies: dict[int, Any]) -> torch.Tensor:
