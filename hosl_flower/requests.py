@@ -11,6 +11,7 @@ from torch import Tensor
 from hosl_flower.errors import ProtocolError
 from hosl_flower.ledger import Entry, Ledger, entries_from_columns
 from hosl_flower.state import Snapshot
+from hosl_flower.tensors import dtype_name
 from hosl_flower.zo import Point
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -209,6 +210,10 @@ class CatchUp(Request):
     @property
     def entries(self) -> list[Entry]:
         """The ledger entries carried; ProtocolError when the columns do not fit together."""
+        _check_column("seeds", self.seeds, "int64")
+        _check_column("scalars", self.scalars, "float32")
+        if (self.seeds < 0).any():
+            raise ProtocolError(f"catch-up: seeds: expected 0 or more, got {int(self.seeds.min())}")
         try:
             return entries_from_columns(
                 self.steps,
@@ -219,6 +224,12 @@ class CatchUp(Request):
             )
         except ValueError as error:
             raise ProtocolError(f"catch-up: {error}") from error
+
+
+def _check_column(what: str, column: Tensor, dtype: str) -> None:
+    if column.dim() != 1 or dtype_name(column) != dtype:
+        got = f"{dtype_name(column)}{list(column.shape)}"
+        raise ProtocolError(f"catch-up: {what}: expected {dtype}[n], got {got}")
 
 
 @dataclass(frozen=True, config=STRICT)

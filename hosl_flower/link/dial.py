@@ -124,7 +124,7 @@ class _Caller:
         if word is not None:
             self.closed = word["word"] == "close"
             if word["word"] == "welcome":
-                self.token, self.connections = str(word["token"]), self.connections + 1
+                self.token, self.connections = str(word.get("token", "")), self.connections + 1
             return not self.closed
         key, request = decode(frame, REQUESTS)
         if key[:2] in self._refused:

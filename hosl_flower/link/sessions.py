@@ -231,7 +231,7 @@ class StreamServer:
             hello = read_word(next(frames)) or {}
         except (StopIteration, ProtocolError, grpc.RpcError):
             return None
-        shown = str(hello.get("token", "")).encode()
+        shown = str(hello.get("token", "")).encode(errors="replace")
         # every session is compared, so that time tells nothing about any
         matches = [s for s in self._sessions if hmac.compare_digest(s.token.encode(), shown)]
         return matches[0] if matches and shown else None
