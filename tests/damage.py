@@ -100,14 +100,13 @@ class Damage:
         if both is None or not isinstance(listed := both[0].get("tensors"), list) or not listed:
             return frame
         envelope, body = both
-        chosen, start, pieces = self.random.randrange(len(listed)), 0, []
-        try:
-            for index, (_, dtype, shape) in enumerate(listed):
-                stop = start + math.prod(shape) * DTYPES[dtype].itemsize
-                pieces.append(self._filled(listed[index]) if index == chosen else body[start:stop])
-                start = stop
-        except (KeyError, TypeError, ValueError):  # damaged already
+        if not all(map(_sound, listed)):  # damaged already
             return frame
+        chosen, start, pieces = self.random.randrange(len(listed)), 0, []
+        for index, (_, dtype, shape) in enumerate(listed):
+            stop = start + math.prod(shape) * DTYPES[dtype].itemsize
+            pieces.append(self._filled(listed[index]) if index == chosen else body[start:stop])
+            start = stop
         return join(envelope, b"".join(pieces))
 
     def _filled(self, entry: list[Any]) -> bytes:
@@ -122,6 +121,15 @@ class Damage:
             entry[2], size = [0], 0
         filling = bytes.fromhex(self.random.choice(FILLINGS))
         return (filling * size)[:size]
+
+
+def _sound(entry: Any) -> bool:
+    """Whether an entry of the envelope is of a tensor that could be there."""
+    if not isinstance(entry, list) or len(entry) != 3:
+        return False
+    dtype, shape = entry[1:]
+    fits = isinstance(shape, list) and all(type(n) is int and 0 <= n < 2**20 for n in shape)
+    return fits and len(shape) < 6 and isinstance(dtype, str) and dtype in DTYPES
 
 
 def parts(frame: bytes) -> tuple[dict[str, Any], bytes] | None:
