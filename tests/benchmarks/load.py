@@ -19,7 +19,6 @@ import json
 import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -29,19 +28,28 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from flwr.supercore.task_identity import TaskIdentity
+from grids import LocalGrid
+from specs import client_spec, history_for
+
+from hosl_flower.checks import Limits
+from hosl_flower.link import dial
+from hosl_flower.link.nodes import Nodes
+from hosl_flower.link.records import unpack_invitation
+from hosl_flower.link.sessions import channel_options
+from hosl_flower.link.stream import SESSION, StreamLink
+from hosl_flower.messages import Activations, CutGradient, Forward, Scalars
+
 SEQUENCES, LENGTH, HIDDEN = 8, 64, 512
 PROCESSES = 2  # of clients
 AHEAD, LOOK_AWAY, LOOKED_AWAY_FROM = 20, 4.0, 50
 MIB = 2.0**20
+# everything is imported once, and gRPC not used before the last fork
+FORK = multiprocessing.get_context("fork")
 
 
 def clients(number: int, invitations, activations: torch.Tensor) -> None:
     """A process of clients, one for each invitation that comes, until None does."""
-    from hosl_flower.link import dial
-    from hosl_flower.link.sessions import channel_options
-    from hosl_flower.messages import Activations, Scalars
-
-    torch.set_num_threads(1)
     taken = 0
 
     def options(limit: int) -> list:
@@ -75,22 +83,12 @@ def clients(number: int, invitations, activations: torch.Tensor) -> None:
 def open_link(count: int):
     """A stream link with so many clients, all connected, the processes they are in, and this one's
     memory before any came."""
-    from flwr.supercore.task_identity import TaskIdentity
-    from grids import LocalGrid
-    from specs import client_spec, history_for
-
-    from hosl_flower.checks import Limits
-    from hosl_flower.link.nodes import Nodes
-    from hosl_flower.link.records import unpack_invitation
-    from hosl_flower.link.stream import SESSION, StreamLink
-
     for name in ("_run_id", "_node_id", "_task_id"):  # as in a ServerApp's process
         setattr(TaskIdentity, name, 1)
-    spawn = multiprocessing.get_context("spawn")
-    queues = [spawn.Queue() for _ in range(PROCESSES)]
+    queues = [FORK.Queue() for _ in range(PROCESSES)]
     activations = torch.randn(SEQUENCES, LENGTH, HIDDEN)
     started = [
-        spawn.Process(target=clients, args=(number, queue, activations))
+        FORK.Process(target=clients, args=(number, queue, activations))
         for number, queue in enumerate(queues)
     ]
     for process in started:
@@ -132,8 +130,6 @@ def at(link, step: int, partition: int) -> dict:
 
 def step_of(link, count: int, step: int, latencies: dict[str, list[float]]) -> None:
     """Activations of everybody, which the step holds, then a cut gradient to each."""
-    from hosl_flower.messages import CutGradient, Forward
-
     asked = time.perf_counter()
     streams = link.exchange({p: [Forward(**at(link, step, p), batch=0)] for p in range(count)})
     held = []
@@ -154,8 +150,6 @@ def step_of(link, count: int, step: int, latencies: dict[str, list[float]]) -> N
 
 def look_away(link, count: int) -> dict:
     """What waits at the server while nobody reads."""
-    from hosl_flower.messages import Forward
-
     before = memory()
     asked = {p: [Forward(**at(link, 0, p), batch=0)] * AHEAD for p in range(count)}
     streams, most = link.exchange(asked), 0
@@ -181,7 +175,6 @@ def memory() -> int:
 
 def measure(count: int, seconds: float) -> dict:
     """One number of clients."""
-    torch.set_num_threads(1)
     started = time.perf_counter()
     link, processes, before = open_link(count)
     connected, idle = time.perf_counter() - started, memory()
@@ -236,24 +229,27 @@ def quantiles(seconds: list[float]) -> dict[str, float]:
     return {"p50": round(1000 * cuts[49], 1), "p99": round(1000 * cuts[98], 1)}
 
 
+def report(pipe, count: int, seconds: float) -> None:
+    """A process of one level."""
+    pipe.send(measure(count, seconds))
+    os._exit(0)  # threads of gRPC may linger
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 10, 50, 100, 200, 400, 800])
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--write", type=Path)
-    parser.add_argument("--one", type=int, help="of these numbers, in this process")
     arguments = parser.parse_args()
-    if arguments.one:
-        print(json.dumps(measure(arguments.one, arguments.seconds)), flush=True)
-        os._exit(0)  # threads of gRPC may linger
+    torch.set_num_threads(1)
     rows = []
     for count in arguments.clients:
-        command = [sys.executable, __file__, "--one", str(count)]
-        command += ["--seconds", str(arguments.seconds)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-        if done.returncode:
-            sys.exit(f"{count} clients: {done.stderr[-3000:]}")
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        near, far = FORK.Pipe()
+        level = FORK.Process(target=report, args=(far, count, arguments.seconds))
+        level.start()
+        far.close()
+        rows.append(near.recv())  # EOFError when it failed, and said why
+        level.join()
         print(json.dumps(rows[-1]), flush=True)
     text = json.dumps({"activation_mib": SEQUENCES * LENGTH * HIDDEN * 4 / MIB, "levels": rows})
     if arguments.write:
