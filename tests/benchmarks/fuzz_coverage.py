@@ -20,6 +20,7 @@ import argparse
 import json
 import random
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -123,6 +124,7 @@ def run(arguments: argparse.Namespace, corpus: Path) -> dict:
     return {
         "executions": int(re.findall(r"number_of_executed_units:\s*(\d+)", done.stderr)[-1]),
         "seconds": round(seconds),
+        "cpu_seconds": round(sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])),
         "seed": arguments.seed,
         "edges_of_the_seeds": int(first[2]),
         "edges": int(states[-1][2]),
