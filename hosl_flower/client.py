@@ -64,7 +64,7 @@ from hosl_flower.split import (
     trainable_parameters,
 )
 from hosl_flower.state import ClientState
-from hosl_flower.zo import projected_gradients
+from hosl_flower.zo import clip, projected_gradients
 
 log = logging.getLogger("hosl_flower")
 
@@ -241,8 +241,9 @@ class Client:
 
     def _update(self, request: Losses) -> Answer:
         """Phase 3 of HOSL: regenerate each direction from its seed, step along it."""
-        scalars = projected_gradients(request.losses, request.epsilon)
-        entry = Entry(request.step, request.seeds, tuple(scalars), request.learning_rate)
+        scalars = torch.tensor(projected_gradients(request.losses, request.epsilon))
+        bounded = tuple(clip(scalars, request.clip).tolist())
+        entry = Entry(request.step, request.seeds, bounded, request.learning_rate)
         digest = chain(self.state.digest, entry.pack())
         if digest != request.digest_after:
             raise DriftError(

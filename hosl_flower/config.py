@@ -206,6 +206,13 @@ class RunConfig(BaseModel):
     trim_fraction: float = Field(
         0.2, ge=0, lt=0.5, description="of trimmed-mean: share of clients left out at each end"
     )
+    scalar_clip: float = Field(
+        0.0,
+        ge=0,
+        le=1e12,
+        description="C: each of a client's scalars is bounded to +-C before it counts, so that one "
+        "client moves the model at most so far; 0 is off",
+    )
     client_trainable: Trainable = Field(
         "full",
         description="full trains embeddings too (as HOSL), blocks freezes them, "

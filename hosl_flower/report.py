@@ -158,6 +158,8 @@ class Report:
         dropped = {d.partition: d.reason for d in session.dropped if d.step == step}
         if dropped:
             row["dropped"] = dropped
+        if clipped := session.clipped_at.pop(step, None):
+            row["clipped"] = dict(clipped)
         self._append({**row, "seconds": seconds})
         self._track(step, {"train/loss": loss}, "seconds", seconds)
         if time.perf_counter() - self._last_line > _PROGRESS_SECONDS:

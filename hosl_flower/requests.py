@@ -11,6 +11,7 @@ from torch import Tensor
 from hosl_flower.errors import ProtocolError
 from hosl_flower.ledger import Entry, Ledger, entries_from_columns
 from hosl_flower.state import Snapshot
+from hosl_flower.tensors import dtype_name
 from hosl_flower.zo import Point
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -98,7 +99,8 @@ class Grade(Evaluate):
 class Losses(Request):
     """Losses [2Q] of the probes +eps, -eps of each seed: the client makes its update of them.
 
-    digest_after: of the ledger with that update.
+    clip: what its scalars are bounded to, 0 for nothing; digest_after: of the ledger with that
+    update.
     """
 
     kind: ClassVar[str] = "losses"
@@ -107,6 +109,7 @@ class Losses(Request):
     epsilon: Finite
     learning_rate: Finite
     digest_after: Digest
+    clip: Annotated[Finite, Field(ge=0)] = field(default=0.0, kw_only=True)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -226,6 +229,10 @@ class CatchUp(Request):
     @property
     def entries(self) -> list[Entry]:
         """The ledger entries carried; ProtocolError when the columns do not fit together."""
+        _check_column("seeds", self.seeds, "int64")
+        _check_column("scalars", self.scalars, "float32")
+        if (self.seeds < 0).any():
+            raise ProtocolError(f"catch-up: seeds: expected 0 or more, got {int(self.seeds.min())}")
         try:
             return entries_from_columns(
                 self.steps,
@@ -236,6 +243,12 @@ class CatchUp(Request):
             )
         except ValueError as error:
             raise ProtocolError(f"catch-up: {error}") from error
+
+
+def _check_column(what: str, column: Tensor, dtype: str) -> None:
+    if column.dim() != 1 or dtype_name(column) != dtype:
+        got = f"{dtype_name(column)}{list(column.shape)}"
+        raise ProtocolError(f"catch-up: {what}: expected {dtype}[n], got {got}")
 
 
 @dataclass(frozen=True, config=STRICT)

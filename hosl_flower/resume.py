@@ -115,6 +115,7 @@ def collect(
             "unchecked": sorted(session.unchecked),
             "checked_at": session.checked_at,
             "dropped": session.dropped,
+            "clipped": sorted(session.clipped.items()),
         },
         "traffic": asdict(traffic),
         "report": report,
@@ -147,6 +148,7 @@ def restore(checkpoint: Checkpoint, session: Session, method: Resumable) -> None
         session.evaluator, session.checked_at = own["evaluator"], own["checked_at"]
         session.unchecked = set(own["unchecked"])
         session.dropped = [Drop(*drop) for drop in own["dropped"]]
+        session.clipped = Counter(dict(own.get("clipped", ())))
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(
             f"the checkpoint of step {checkpoint.step} does not fit this run ({error})"

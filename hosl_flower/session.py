@@ -42,6 +42,7 @@ from hosl_flower.split import (
     open_base,
 )
 from hosl_flower.tasks import Inputs
+from hosl_flower.zo import clip
 
 log = logging.getLogger("hosl_flower")
 
@@ -57,7 +58,8 @@ class Drop(NamedTuple):
 @dataclass
 class Session:
     """State of a run. batches: mini-batches served so far, by partition; clients: those that
-    have described themselves; dropped: clients left out of a step, and why."""
+    have described themselves; dropped: clients left out of a step, and why; clipped: scalars
+    beyond scalar-clip, by partition; clipped_at: the same of steps not reported yet."""
 
     config: RunConfig
     spec: ClientSpec
@@ -74,6 +76,8 @@ class Session:
     unchecked: set[int] = field(default_factory=set)  # took part since the last fingerprints
     checked_at: int = 0  # ledger position of the last fingerprints
     dropped: list[Drop] = field(default_factory=list)
+    clipped: Counter[int] = field(default_factory=Counter)
+    clipped_at: dict[int, Counter[int]] = field(default_factory=dict)
     resumed: Checkpoint | None = None  # what this session goes on from
 
     @property
@@ -131,6 +135,14 @@ class Session:
         self.batches[partition] += 1
         self.unchecked.add(partition)
         return number
+
+    def clip(self, step: int, partition: int, scalars: Tensor) -> Tensor:
+        """A client's scalars, float32, within +-scalar-clip; how many were not is noted."""
+        bounded = clip(scalars, self.config.scalar_clip)
+        if beyond := int((bounded != scalars).sum()):
+            self.clipped[partition] += beyond
+            self.clipped_at.setdefault(step, Counter())[partition] += beyond
+        return bounded
 
     def turn(self, step: int) -> int:
         """The partition that works at this step: clients take turns of turn-steps (relay)."""

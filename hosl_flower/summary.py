@@ -63,6 +63,8 @@ def table(results: "Results", traffic: Traffic) -> str:
     }
     if results.clients["dropped"]:
         rows["dropped"] = f"{len(results.clients['dropped'])} times a step went on without a client"
+    if clipped := results.clients["scalars_clipped"]:
+        rows["clipped"] = f"{sum(clipped.values())} scalars of {len(clipped)} client(s)"
     for name, value in rows.items():
         grid.add_row(name, value)
     return _rendered(grid)

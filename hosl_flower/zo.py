@@ -16,6 +16,8 @@ import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from hosl_flower.errors import DivergedError
 
 
@@ -80,6 +82,12 @@ def directional(derivative: Callable[[int], float], seeds: Sequence[int]) -> lis
     if not all(map(math.isfinite, values)):
         raise ValueError(f"derivatives must be finite, got {values}")
     return [to_float32(value / len(seeds)) for value in values]
+
+
+def clip(scalars: Tensor, bound: float) -> Tensor:
+    """Projected gradients, each within +-bound, so that nobody's weigh more than that; 0 is no
+    bound."""
+    return scalars.clamp(-bound, bound) if bound else scalars
 
 
 def estimate(

@@ -32,7 +32,7 @@ class FedAvgZo(HoSfl):
     """
 
     name = "fedavg-zo"
-    unused = ("turn-steps", "trim-fraction")
+    unused = ("turn-steps", "trim-fraction", "scalar-clip")
     request = LocalTrain
 
     def __init__(self, config: RunConfig):

@@ -27,7 +27,7 @@ class FullZo(Heron):
     """
 
     name = "full-zo"
-    uses = ()
+    uses = ("scalar-clip",)
     unused = (
         "turn-steps",
         "server-trainable",

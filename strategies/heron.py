@@ -35,7 +35,7 @@ class Heron(HoSfl):
     """
 
     name = "heron-sfl"
-    uses: tuple[str, ...] = ("upload-every",)
+    uses: tuple[str, ...] = ("scalar-clip", "upload-every")
     client_head = True
 
     def steps(self, session: Session, link: Link, steps: Sequence[int]) -> list[float]:

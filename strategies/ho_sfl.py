@@ -51,13 +51,13 @@ class HoSfl(SplitStrategy):
     """Per step and client: activations up, their gradient down, E * P scalars up and down.
 
     Run-config keys: num-clients (N), clients-per-step (K), min-clients, directions (P),
-    epsilon, perturbation, client-seeds, local-steps (E), aggregation, client-optimizer,
-    server-micro-batch, and all that HOSL has except turn-steps.
+    epsilon, perturbation, client-seeds, local-steps (E), aggregation, scalar-clip,
+    client-optimizer, server-micro-batch, and all that HOSL has except turn-steps.
     """
 
     name = "ho-sfl"
     unused: tuple[str, ...] = ("turn-steps",)
-    uses: tuple[str, ...] = ("derivative",)
+    uses: tuple[str, ...] = ("derivative", "scalar-clip")
     tolerates_absence = True
     request: type[CutGradient] = CutGradient
     anchors = True  # probes start from the clean activations
@@ -143,8 +143,10 @@ class HoSfl(SplitStrategy):
         ]
 
     def entries(self, session: Session, cohort: Cohort, scalars: torch.Tensor) -> list[Entry]:
-        """Ledger entries [E] of the clients' scalars [K, E, P]."""
+        """Ledger entries [E] of the clients' scalars [K, E, P], which are clipped first."""
         config, step, weights = session.config, cohort.step, cohort.weights
+        each = zip(cohort.partitions, scalars, strict=True)
+        scalars = torch.stack([session.clip(step, m, own) for m, own in each])
         seeds = {m: self.seeds(session, step, m) for m in cohort.partitions}
         aggregate = make_aggregate(config.aggregation, config.trim_fraction)
         rate, entries = client_rate(config, step), []

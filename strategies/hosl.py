@@ -20,6 +20,8 @@ server still steps S times.
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 from hosl_flower.checks import BatchKey, check_same_batch
 from hosl_flower.ledger import Entry
 from hosl_flower.link.base import Link
@@ -44,10 +46,12 @@ class Hosl(SplitStrategy):
     """Per step 2Q + 1 activations go up and 2Q losses come down.
 
     Run-config keys: directions (Q), epsilon, perturbation, client-learning-rate,
-    client-trainable, server-learning-rate, server-optimizer, num-clients, turn-steps.
+    client-trainable, server-learning-rate, server-optimizer, num-clients, turn-steps,
+    scalar-clip.
     """
 
     name = "hosl"
+    uses: tuple[str, ...] = ("scalar-clip",)
     unused = (
         "clients-per-step",
         "min-clients",
@@ -109,7 +113,8 @@ class Hosl(SplitStrategy):
         config, history = session.config, session.history
         client, seeds = session.turn(step), tuple(self.seeds(step))
         at, rate = session.at(step, client), client_rate(config, step)
-        history.commit([Entry(step, seeds, tuple(probed.scalars), rate)])
+        scalars = session.clip(step, client, torch.tensor(probed.scalars))
+        history.commit([Entry(step, seeds, tuple(scalars.tolist()), rate)])
         link.post(
             Losses(
                 **at,
@@ -118,6 +123,7 @@ class Hosl(SplitStrategy):
                 epsilon=config.epsilon,
                 learning_rate=rate,
                 digest_after=history.ledger.digest(),
+                clip=config.scalar_clip,
             )
         )
         session.took_part[client] += 1

@@ -28,7 +28,8 @@ class SignVote(HoSfl):
     """
 
     name = "sign-vote"
-    unused = ("turn-steps", "aggregation", "trim-fraction")  # refused when set: no silent wishes
+    # refused when set: no silent wishes
+    unused = ("turn-steps", "aggregation", "trim-fraction", "scalar-clip")
 
     def merge(self, session: Session, cohort: Cohort, replies: dict[int, Any]) -> Any:
         """One ledger entry per local step, of the clients' votes."""

@@ -37,7 +37,7 @@ class SplitZo(Hosl):
     """
 
     name = "split-zo"
-    uses = ("server-steps",)
+    uses = ("scalar-clip", "server-steps")
     server: ZoServer | None = None
 
     def zo_server(self, session: Session) -> ZoServer:

@@ -1,22 +1,24 @@
 """Malformed protocol messages, and what must become of them.
 
-Valid frames of every kind of message are damaged: bytes flipped, cut and spliced; fields of the
-header, shapes and dtypes of tensors replaced by values made to hurt. A frame must be decoded or
-refused with ProtocolError, and a reply that is decoded must pass the checks of the link or be
-refused likewise, without a crash, and without memory or time that its size does not explain.
+Valid frames of every kind of message are damaged (damage.py). A frame must be decoded or refused
+with ProtocolError, and a message that is decoded must pass the checks of whoever gets it
+or be refused likewise, without a crash, and without memory or time that its size does not explain.
+
+tests/benchmarks/fuzz.py damages at random, tests/benchmarks/fuzz_coverage.py keeps what reaches
+new code and damages that further.
 """
 
-import json
-import random
-import struct
 import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from damage import Damage, parts
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from specs import client_spec
 
 from hosl_flower.checks import (
     Limits,
@@ -24,44 +26,73 @@ from hosl_flower.checks import (
     check_change,
     check_continued,
     check_described,
+    check_fingerprints,
     check_graded,
     check_gradient,
+    check_scalars,
+    check_weights,
 )
 from hosl_flower.errors import ProtocolError
+from hosl_flower.ledger import chain_entries
+from hosl_flower.link.dial import Invitation
 from hosl_flower.link.frames import Key, decode, encode, encode_word, read_word
-from hosl_flower.link.records import unpack_replies, unpack_requests
-from hosl_flower.messages import REPLIES, REQUESTS, Continue, Grade, Message, Reply
+from hosl_flower.link.records import unpack_invitation, unpack_replies, unpack_requests
+from hosl_flower.link.sessions import Session, StreamServer
+from hosl_flower.messages import (
+    REPLIES,
+    REQUESTS,
+    CatchUp,
+    Continue,
+    Fingerprint,
+    Grade,
+    HeadProbe,
+    LocalProbe,
+    Message,
+    Reply,
+    Restore,
+)
+from hosl_flower.state import ClientState
 
-NASTY = [
-    None, True, -1, 0, 1, 2**31, 2**40, 2**63 - 1, 2**64, 10**400, -(2**63), 1e-320, 1e308,
-    float("nan"), float("inf"), "", "a", "\u0000", "\ud800", "x" * 5000, [], [[]], [0] * 3000, {},
-    {"kind": "forward"}, [1, "2", None], "0123456789abcdef", "__class__", "../../etc/passwd",
-]  # fmt: skip
-DTYPES = ["float32", "float16", "bfloat16", "int8", "bool", "int64", "object", "complex64", 7, ""]
 ALLOWED_BYTES = 1 << 20  # beyond a few copies of the frame: parsing and messages of errors
 ALLOWED_SECONDS = 5.0
-_AT = {"step": 3, "partition": 1, "position": 2, "digest": "0" * 16, "batch": 0}
-CONTINUE = Continue(**_AT, tokens=torch.zeros((2, 1), dtype=torch.int64))
-GRADE = Grade(**_AT, tokens=torch.zeros((2, 1), dtype=torch.int64))
+
+# what replies that must fit their request answer here
+_AT = {"step": 3, "partition": 1, "position": 2, "digest": "0123456789abcdef"}
+_ASKED = HeadProbe(
+    **_AT, batch=4, directions=3, seeds=tuple(range(6)), epsilon=1e-3, learning_rate=1e-5
+)
+_SINCE = Fingerprint(**_AT, since=1)
+CONTINUE = Continue(**_AT, batch=0, tokens=torch.zeros((2, 1), dtype=torch.int64))
+GRADE = Grade(**_AT, batch=0, tokens=torch.zeros((2, 1), dtype=torch.int64))
+_SPEC = client_spec().to_json()
+_INVITATION = Invitation("host:1", "t" * 32, "", 1 << 20, 60.0).to_json()
+_SERVER: Any = SimpleNamespace(_sessions=[Session("fuzz")])
+
+
+def _state() -> ClientState:
+    weights = {"w": torch.nn.Parameter(torch.zeros(5, dtype=torch.bfloat16))}
+    return ClientState(weights, "rank1", "adamw", "fuzz")
 
 
 class Fuzz:
     """Counts what became of frames. messages: valid ones, of every kind."""
 
     def __init__(self, messages: list[Message], limits: Limits, seed: int):
-        self.random = random.Random(seed)
         self.frames = [encode(Key(1, 0, n), message) for n, message in enumerate(messages)]
         self.frames.append(encode_word("hello", token="t" * 32))
+        self.damage = Damage(self.frames, seed)
+        self.random = self.damage.random
         self.limits = limits
         self.outcomes: Counter[str] = Counter()
         self.most_bytes, self.most_seconds = 0, 0.0
+        self.last = ""  # what became of the last frame, in words
 
     def run(self, count: int) -> None:
         """Feed so many frames; the first that is not dealt with as it should raises."""
         tracemalloc.start()
         try:
             for _ in range(count):
-                self._feed(self._damaged())
+                self._feed(self.damage.frame())
         finally:
             tracemalloc.stop()
 
@@ -72,6 +103,7 @@ class Fuzz:
             self.outcomes[self._outcome(frame)] += 1
         except ProtocolError as error:
             self.outcomes["refused"] += 1
+            self.last = str(error)
             if not str(error) or "\n" in str(error).strip() or len(str(error)) > 20_000:
                 raise AssertionError(f"not one clear line: {str(error)[:500]!r}") from error
         except Exception as error:
@@ -84,21 +116,24 @@ class Fuzz:
 
     def _outcome(self, frame: bytes) -> str:
         if read_word(frame) is not None:
+            assert StreamServer._admit(_SERVER, iter([frame])) is None, "a stranger was let in"
+            self.last = "a word"
             return "a word"
         if self.random.random() < 0.2 and (records := self._records(frame)) is not None:
-            unpack_requests(records) if self.random.random() < 0.5 else unpack_replies(records)
+            self.random.choice((unpack_requests, unpack_replies, unpack_invitation))(records)
+            self.last = "accepted in records"
             return "accepted in records"
         _, message = decode(frame, {**REQUESTS, **REPLIES})
-        if isinstance(message, Reply):
-            self._check(message)
+        self._check(message)
+        self.last = f"accepted: {message.kind}"
         return "accepted"
 
     def _records(self, frame: bytes) -> RecordDict | None:
         """The same damage as a Flower message would have it; None where Flower refuses it."""
-        parts = _parts(frame)
-        if parts is None:
+        both = parts(frame)
+        if both is None:
             return None
-        envelope, body = parts
+        envelope, body = both
         try:
             listed = envelope["tensors"]
             arrays = {
@@ -113,102 +148,35 @@ class Fuzz:
             config: dict[str, Any] = {
                 "headers": [envelope["header"]],
                 "sizes": self.random.choice(([1], [0, 1], [-1, 2], [2**62], [])),
-                "spec": self.random.choice(("", "{}", "[" * 3000, envelope["header"])),
+                "spec": self.random.choice(("", "{}", "[" * 3000, envelope["header"], _SPEC)),
+                "invitation": self.random.choice(("", "{}", envelope["header"], _INVITATION)),
             }
             records = {"config": ConfigRecord(config), "arrays": ArrayRecord(arrays)}
             return RecordDict(records)
         except (KeyError, TypeError, ValueError):
             return None
 
-    def _check(self, reply: Reply) -> None:
+    def _check(self, message: Message) -> None:
+        """What whoever gets a message looks at before it computes anything."""
+        if isinstance(message, CatchUp):
+            chain_entries(message.digest, message.entries)
+        elif isinstance(message, LocalProbe):
+            assert sum(map(len, message.local_seeds)) == len(message.seeds)
+        elif isinstance(message, Restore):
+            try:
+                _state().restore(message.snapshot, message.step)
+            except ValueError as error:
+                raise ProtocolError(f"restore: {error}") from error
         checks: dict[str, Callable[[Any], None]] = {
             "activations": lambda r: check_activations(r, self.limits),
             "continued": lambda r: check_continued(r, CONTINUE, self.limits),
             "graded": lambda r: check_graded(r, GRADE),
             "described": lambda r: check_described(r, self.limits),
-            "change": lambda r: check_change(r, 24),
-            "gradient": lambda r: check_gradient(r, 24),
+            "change": lambda r: check_change(r, 5),
+            "gradient": lambda r: check_gradient(r, 5),
+            "scalars": lambda r: check_scalars(r, _ASKED),
+            "weights": lambda r: check_weights(r, _state()),
+            "fingerprinted": lambda r: check_fingerprints(r, _SINCE),
         }
-        if (check := checks.get(reply.kind)) is not None:
-            check(reply)
-
-    def _damaged(self) -> bytes:
-        frame = self.random.choice(self.frames)
-        damage = self.random.choice(
-            [self._flip, self._cut, self._splice, self._header, self._header, self._envelope,
-             self._length]
-        )  # fmt: skip
-        for _ in range(self.random.choice((1, 1, 2, 4))):
-            frame = damage(frame)
-        return frame
-
-    def _flip(self, frame: bytes) -> bytes:
-        changed = bytearray(frame)
-        for _ in range(self.random.choice((1, 1, 3, 20))):
-            if changed:
-                changed[self.random.randrange(len(changed))] = self.random.randrange(256)
-        return bytes(changed)
-
-    def _cut(self, frame: bytes) -> bytes:
-        return frame[: self.random.randrange(len(frame) + 1)]
-
-    def _splice(self, frame: bytes) -> bytes:
-        other = self.random.choice(self.frames)
-        at = self.random.randrange(len(frame) + 1)
-        return frame[:at] + other[self.random.randrange(len(other)) :]
-
-    def _length(self, frame: bytes) -> bytes:
-        return struct.pack("<I", self.random.choice((0, 1, 2**24, 2**31, 2**32 - 1))) + frame[4:]
-
-    def _envelope(self, frame: bytes) -> bytes:
-        """The envelope's own values and the tensors it lists."""
-        parts = _parts(frame)
-        if parts is None:
-            return frame
-        envelope, body = parts
-        listed = envelope.get("tensors")
-        if listed and isinstance(listed, list) and self.random.random() < 0.7:
-            tensor = self.random.choice(listed)
-            if isinstance(tensor, list) and len(tensor) == 3:
-                sizes = [self.random.choice([0, 1, 2, 3, *NASTY]) for _ in range(3)]
-                tensor[self.random.randrange(3)] = self.random.choice(
-                    [self.random.choice(NASTY), self.random.choice(DTYPES), sizes]
-                )
-        else:
-            envelope[self.random.choice([*envelope, "word", "more"])] = self.random.choice(NASTY)
-        return _frame(envelope, body)
-
-    def _header(self, frame: bytes) -> bytes:
-        """A field of the message."""
-        parts = _parts(frame)
-        if parts is None:
-            return frame
-        envelope, body = parts
-        try:
-            header = json.loads(envelope["header"])
-            names = [*header, "kind", "activations", "extra"]
-        except (KeyError, TypeError, ValueError):
-            return frame
-        name = self.random.choice(names)
-        if self.random.random() < 0.15:
-            header.pop(name, None)
-        else:
-            kinds = [*REQUESTS, *REPLIES] if name == "kind" else NASTY
-            header[name] = self.random.choice(kinds)
-        return _frame({**envelope, "header": json.dumps(header)}, body)
-
-
-def _parts(frame: bytes) -> tuple[dict[str, Any], bytes] | None:
-    if len(frame) < 4:
-        return None
-    stop = 4 + struct.unpack_from("<I", frame)[0]
-    try:
-        envelope = json.loads(frame[4:stop])
-    except (ValueError, RecursionError):
-        return None
-    return (envelope, frame[stop:]) if isinstance(envelope, dict) else None
-
-
-def _frame(envelope: dict[str, Any], body: bytes) -> bytes:
-    text = json.dumps(envelope).encode()
-    return struct.pack("<I", len(text)) + text + body
+        if isinstance(message, Reply) and (check := checks.get(message.kind)) is not None:
+            check(message)

@@ -1,8 +1,15 @@
 """Damaged messages of every kind: one typed error, or a message that is one (fuzzing.py)."""
 
 import pytest
-from fuzzing import Fuzz, _frame
+import torch
+from damage import join
+from fuzzing import _SERVER, Fuzz
 from test_messages import ALL, LIMITS
+
+from hosl_flower.errors import ProtocolError
+from hosl_flower.link.frames import encode_word
+from hosl_flower.link.sessions import StreamServer
+from hosl_flower.messages import CatchUp
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -12,6 +19,27 @@ def test_damaged_messages_are_refused_and_nothing_else_happens(seed):
     assert fuzz.outcomes.total() == 1500
     assert fuzz.outcomes["refused"] > 1000
     assert fuzz.outcomes["accepted"] > 20  # some damage does not matter: the fuzz is not blunt
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"scalars": torch.zeros(3, 5)}, r"scalars: expected float32\[n\], got float32\[3, 5\]"),
+        ({"scalars": torch.zeros(())}, r"scalars: expected float32\[n\], got float32\[\]"),
+        ({"scalars": torch.ones(3).bool()}, "scalars: expected float32"),
+        ({"seeds": torch.zeros(3)}, r"seeds: expected int64\[n\], got float32\[3\]"),
+        ({"seeds": torch.tensor([1, -1, 2])}, "seeds: expected 0 or more, got -1"),
+    ],
+)
+def test_columns_of_entries_are_what_entries_are_made_of(change, complaint):
+    (request,) = [message for message in ALL if isinstance(message, CatchUp)]
+    with pytest.raises(ProtocolError, match=complaint):
+        _ = CatchUp(**{**vars(request), **change}).entries
+
+
+def test_a_token_that_no_text_can_hold_lets_nobody_in():
+    frame = encode_word("hello", token="\ud800")
+    assert StreamServer._admit(_SERVER, iter([frame])) is None
 
 
 def test_what_is_not_damaged_passes():
@@ -26,6 +54,6 @@ def test_a_long_list_of_nonsense_costs_no_more_than_its_size():
     for name, values in (("positions", "[null" + ",null" * 100_000 + "]"), ("fingerprints", "[]")):
         other = "fingerprints" if name == "positions" else "positions"
         header = f'{{"kind":"fingerprinted",{at},"{other}":[],"{name}":{values}}}'
-        fuzz._feed(_frame({"key": [1, 0, 0], "header": header, "tensors": []}, b""))
-    assert fuzz.outcomes == {"refused": 1, "accepted": 1}
+        fuzz._feed(join({"key": [1, 0, 0], "header": header, "tensors": []}, b""))
+    assert fuzz.outcomes == {"refused": 2}  # empty lists end nowhere
     assert fuzz.most_bytes < 2**20

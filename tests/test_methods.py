@@ -30,6 +30,7 @@ from strategies.full_zo import FullZo
 from strategies.heron import Heron
 from strategies.ho_sfl import HoSfl
 from strategies.hosl import Hosl
+from strategies.sign_vote import SignVote
 from strategies.split_fo import SplitFo
 from strategies.split_zo import SplitZo
 
@@ -541,6 +542,10 @@ def test_per_client_seeds_in_full_zo_are_fedavg_of_weights(make):
         (FullZo, "server_learning_rate", 1e-4, "does not use server-learning-rate"),
         (FedAvgZo, "server_steps", 2, "fedavg-zo does not use server-steps"),
         (FedAvgZo, "aggregation", "median", "fedavg-zo averages weights: aggregation = median is"),
+        (FedAvgZo, "scalar_clip", 1.0, "fedavg-zo does not use scalar-clip"),
+        (FrozenClient, "scalar_clip", 1.0, "frozen-client does not use scalar-clip"),
+        (SplitFo, "scalar_clip", 1.0, "split-fo does not use scalar-clip"),
+        (SignVote, "scalar_clip", 1.0, "sign-vote does not use scalar-clip"),
     ],
 )
 def test_a_key_a_method_does_not_use_is_refused(make, method, key, value, match):

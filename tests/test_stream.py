@@ -357,6 +357,28 @@ def test_strangers_stay_out(make, frames):
     assert refused.value.code() == grpc.StatusCode.PERMISSION_DENIED
 
 
+def test_silent_strangers_do_not_keep_clients_out(history, make, monkeypatch):
+    monkeypatch.setattr("hosl_flower.link.sessions._HELLO_SECONDS", 0.5)
+    link = make({7: {"partition-id": 0, "num-partitions": 1}})  # of its 12 threads one is taken
+    quiet, silence = [], threading.Event()
+
+    def say_nothing():
+        silence.wait(20.0)
+        yield b""
+
+    for _ in range(20):
+        channel = grpc.insecure_channel(link.endpoint)
+        quiet.append((channel, channel.stream_stream(METHOD)(say_nothing())))
+    time.sleep(0.2)
+    cut_connections(link)
+    check_same(history, link)  # the client dials anew, and waits no longer than strangers may
+    for channel, call in quiet:
+        with pytest.raises(grpc.RpcError):
+            next(call)
+        channel.close()
+    silence.set()
+
+
 def test_a_token_is_good_once_and_never_after_the_end(history, make):
     link = make({7: {"partition-id": 0, "num-partitions": 1}})
     (message,) = [m for m in link.grid.sent if m.metadata.message_type == SESSION]

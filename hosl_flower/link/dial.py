@@ -107,8 +107,13 @@ class _Caller:
             call = channel.stream_stream(METHOD)(self._outgoing(outbox))
             try:
                 for frame in call:
-                    if not self._take(frame, call, outbox):
+                    asked = self._read(frame)
+                    del frame  # a cut gradient is not to be held twice while it is answered
+                    if asked is not None:
+                        self._reply(*asked, call, outbox)
+                    elif self.closed:
                         return
+                    del asked
             finally:
                 call.cancel()
                 _end(outbox)
@@ -117,33 +122,41 @@ class _Caller:
         yield encode_word("hello", token=self.token)
         while (frame := outbox.get()) is not None:
             yield frame
+            del frame  # the next may be long in coming
 
-    def _take(self, frame: bytes, call: grpc.Call, outbox: "queue.Queue[bytes | None]") -> bool:
-        """Handle one frame from the server; whether the session goes on."""
+    def _read(self, frame: bytes) -> tuple[Key, Request] | None:
+        """What is asked; None for a word, which is heeded, and for what follows a refusal."""
         word = read_word(frame)
         if word is not None:
             self.closed = word["word"] == "close"
             if word["word"] == "welcome":
-                self.token, self.connections = str(word["token"]), self.connections + 1
-            return not self.closed
+                self.token, self.connections = str(word.get("token", "")), self.connections + 1
+            return None
         key, request = decode(frame, REQUESTS)
-        if key[:2] in self._refused:
-            return True
+        return None if key[:2] in self._refused else (key, request)
+
+    def _reply(
+        self, key: Key, request: Request, call: grpc.Call, outbox: "queue.Queue[bytes | None]"
+    ) -> None:
         (reply,) = self.answer([request])
         if isinstance(reply, Behind | Failure):
+            # what is asked comes in order: of earlier exchanges nothing more will
+            self._refused = {known for known in self._refused if known[0] >= key.exchange}
             self._refused.add((key.exchange, key.partition))
-        return _put(outbox, encode(Key(*key), reply), call)
+        frame = encode(key, reply)
+        del reply
+        _put(outbox, frame, call)
 
 
-def _put(outbox: "queue.Queue[bytes | None]", frame: bytes, call: grpc.Call) -> bool:
-    """Hand over a reply; False when the connection has gone meanwhile."""
+def _put(outbox: "queue.Queue[bytes | None]", frame: bytes, call: grpc.Call) -> None:
+    """Hand over a reply, unless the connection goes meanwhile: then the loop over the call raises
+    what ended it."""
     while call.is_active():
         try:
             outbox.put(frame, timeout=1.0)
         except queue.Full:
             continue
-        return True
-    return True  # the loop over the call raises what ended it
+        return
 
 
 def _end(outbox: "queue.Queue[bytes | None]") -> None:

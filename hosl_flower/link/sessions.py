@@ -24,6 +24,7 @@ from hosl_flower.messages import REPLIES, Behind, Failure, Reply, Request
 
 METHOD = "/hosl.Stream/Session"
 _WINDOW = 4  # replies that may wait unread before the client is held back
+_HELLO_SECONDS = 10.0  # for whoever connects to show a token
 _KEEPALIVE = [("grpc.keepalive_time_ms", 20_000), ("grpc.keepalive_timeout_ms", 20_000)]
 
 
@@ -150,12 +151,12 @@ class Session:
                 frame = self._unanswered.get(key) if key else encode_word("close")
             if frame is not None:  # else it has been withdrawn; nothing is held while gRPC sends
                 yield frame
+            frame = None  # nor while there is nothing to send: it may be as long as activations
             if key is None:
                 return
 
-    def incoming(self, frame: bytes) -> None:
-        """A frame from the client; held back while too many replies wait to be read."""
-        key, reply = decode(frame, REPLIES)
+    def incoming(self, key: Key, reply: Reply) -> None:
+        """A reply from the client; held back while too many replies wait to be read."""
         with self._changed:
             if self._unanswered.pop(key, None) is None:
                 return  # answered already, over another connection, or withdrawn
@@ -163,6 +164,7 @@ class Session:
                 for later in [k for k in self._unanswered if k[:2] == key[:2]]:
                     del self._unanswered[later]  # the client refuses the rest
             self._replies[key] = reply
+            del reply  # whoever takes it is to be the only one who has it
             self._changed.notify_all()
             while len(self._replies) > _WINDOW and self._waiting_for is None and self.connected:
                 self._changed.wait(1.0)
@@ -212,7 +214,11 @@ class StreamServer:
 
     def _serve(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """One connection, as gRPC calls it."""
+        # it takes one of the pool's threads, which would soon be all taken by silent strangers
+        silence = threading.Timer(_HELLO_SECONDS, context.cancel)
+        silence.start()
         session = self._admit(frames)
+        silence.cancel()
         if session is None:
             context.abort(grpc.StatusCode.PERMISSION_DENIED, "unknown or used token")
             return
@@ -231,7 +237,7 @@ class StreamServer:
             hello = read_word(next(frames)) or {}
         except (StopIteration, ProtocolError, grpc.RpcError):
             return None
-        shown = str(hello.get("token", "")).encode()
+        shown = str(hello.get("token", "")).encode(errors="replace")
         # every session is compared, so that time tells nothing about any
         matches = [s for s in self._sessions if hmac.compare_digest(s.token.encode(), shown)]
         return matches[0] if matches and shown else None
@@ -239,7 +245,10 @@ class StreamServer:
     def _read(self, session: Session, connection: int, frames: Iterator[bytes]) -> None:
         try:
             for frame in frames:
-                session.incoming(frame)
+                key, reply = decode(frame, REPLIES)
+                del frame  # the next may be long in coming
+                session.incoming(key, reply)
+                del reply
         except ProtocolError as error:  # its connection is cut, whoever waits for it is told
             session.fault = str(error)
         except grpc.RpcError:
