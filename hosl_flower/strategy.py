@@ -22,6 +22,7 @@ from hosl_flower.link.inprocess import InProcessLink
 from hosl_flower.report import Report, log
 from hosl_flower.results import Results
 from hosl_flower.resume import find, restore
+from hosl_flower.runlog import RunLog
 from hosl_flower.session import Session, open_session
 from hosl_flower.training import train
 
@@ -108,28 +109,30 @@ class SplitStrategy(Strategy):
     ) -> Result:
         """Run on Flower. Model, steps and deadlines come from the run config; the weights stay
         in the run directory, so `initial_arrays` and `Result.arrays` are not used."""
-        report = Report(self.config)
-        session = self._open(run)
-        link = open_link(
-            grid,
-            self.config,
-            session.spec,
-            session.history,
-            session.limits,
-            self.required_clients,
-            self.needs_stream,
-        )
-        try:
-            return _flower_result(train(self, session, link, report))
-        finally:
-            link.close()
+        with RunLog() as kept:
+            report = Report(self.config, kept)
+            session = self._open(run)
+            link = open_link(
+                grid,
+                self.config,
+                session.spec,
+                session.history,
+                session.limits,
+                self.required_clients,
+                self.needs_stream,
+            )
+            try:
+                return _flower_result(train(self, session, link, report))
+            finally:
+                link.close()
 
     def run_in_process(self) -> Results:
         """The same run without Flower, clients called directly: same numbers, no network."""
-        report = Report(self.config)
-        session = self._open("in-process")
-        link = InProcessLink(Client(session.spec), session.history, session.limits)
-        return train(self, session, link, report)
+        with RunLog() as kept:
+            report = Report(self.config, kept)
+            session = self._open("in-process")
+            link = InProcessLink(Client(session.spec), session.history, session.limits)
+            return train(self, session, link, report)
 
     def _open(self, run: str) -> Session:
         checkpoint = find(self.config) if self.config.resume else None
