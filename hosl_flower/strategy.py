@@ -62,7 +62,8 @@ class SplitStrategy(Strategy):
     @classmethod
     def idle_keys(cls) -> list[str]:
         """Run-config keys that the method does not look at."""
-        return [*cls.unused, *(key for key in _RARE if key not in cls.uses)]
+        alone = () if cls.tolerates_absence else ("step-deadline",)  # nobody to go on without
+        return [*cls.unused, *alone, *(key for key in _RARE if key not in cls.uses)]
 
     @property
     def required_clients(self) -> int:
@@ -128,6 +129,11 @@ class SplitStrategy(Strategy):
 
     def run_in_process(self) -> Results:
         """The same run without Flower, clients called directly: same numbers, no network."""
+        if self.config.step_deadline:
+            raise ConfigError(
+                "step-deadline is about clients that work side by side; in process they do so one "
+                "after the other: leave it 0"
+            )
         with RunLog() as kept:
             report = Report(self.config, kept)
             session = self._open("in-process")

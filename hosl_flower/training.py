@@ -104,8 +104,9 @@ def train(method: Method, session: Session, link: Link, report: Report) -> Resul
             report.stepped(step, loss, session, **each)
         if step % config.eval_every == 0 or step == config.steps:
             link.flush()
-            check_clients(session, link, session.unchecked, step)
-            session.unchecked.clear()
+            late = link.late()  # they are checked when they are back
+            check_clients(session, link, session.unchecked - late, step)
+            session.unchecked &= late
             method.settle(session)
             report.evaluated(step, evaluate(session, judge, step), session)
         due = 0 < config.checkpoint_every <= step - saved

@@ -48,6 +48,7 @@ class Session:
         self._unanswered: OrderedDict[Key, bytes] = OrderedDict()
         self._unsent: deque[Key] = deque()
         self._replies: dict[Key, Reply] = {}
+        self._abandoned: set[Key] = set()  # sent, withdrawn since, and the client is still at it
         self._waiting_for: Key | None = None
         self._connection = 0  # number of the connection that is up; 0 is none
         self._connections = 0
@@ -95,6 +96,11 @@ class Session:
             self._changed.notify_all()
         return reply
 
+    def late(self, partition: int) -> bool:
+        """Whether the client still works on something of this partition that was withdrawn."""
+        with self._changed:
+            return any(key.partition == partition for key in self._abandoned)
+
     def withdraw(self, exchange: int, partition: int) -> None:
         """Forget what is still open of one client's part of an exchange."""
         with self._changed:
@@ -113,8 +119,11 @@ class Session:
             self._changed.notify_all()
 
     def _withdraw(self, exchange: int, partition: int) -> None:
+        unsent = set(self._unsent)
         for key in [k for k in self._unanswered if k[:2] == (exchange, partition)]:
             del self._unanswered[key]
+            if self._connection and key not in unsent:
+                self._abandoned.add(key)
         for key in [k for k in self._replies if k[:2] == (exchange, partition)]:
             del self._replies[key]
 
@@ -124,6 +133,7 @@ class Session:
             self._connections += 1
             self._connection, self.lost_at = self._connections, None
             self._unsent = deque(self._unanswered)
+            self._abandoned.clear()  # who dials has nothing else to do
             self.token = secrets.token_urlsafe(32)
             self._changed.notify_all()
             if not self.ever_connected.is_set():
@@ -157,6 +167,11 @@ class Session:
         """A frame from the client; held back while too many replies wait to be read."""
         key, reply = decode(frame, REPLIES)
         with self._changed:
+            if key in self._abandoned:
+                self._abandoned.discard(key)
+                if isinstance(reply, Behind | Failure):  # it refuses the rest
+                    self._abandoned = {k for k in self._abandoned if k[:2] != key[:2]}
+                return
             if self._unanswered.pop(key, None) is None:
                 return  # answered already, over another connection, or withdrawn
             if isinstance(reply, Behind | Failure):
