@@ -3,9 +3,15 @@ time, and last the line that says how the run ended if it did not end well."""
 
 import contextlib
 import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
+from typing import Any
 
+from hosl_flower.checkpoint import latest
 from hosl_flower.errors import HoslError
 
 log = logging.getLogger("hosl_flower")
@@ -33,6 +39,7 @@ class RunLog:
         self._held: list[logging.LogRecord] = []
         self._handler: logging.Handler = _Holding(self._held)
         self._file: _Quiet | None = None
+        self.directory: Path | None = None
 
     def __enter__(self) -> "RunLog":
         log.addHandler(self._handler)
@@ -41,6 +48,7 @@ class RunLog:
     def keep(self, directory: Path) -> None:
         """Write to a run directory from now on, what has been said so far first; a run that is
         resumed adds to its log."""
+        self.directory = directory
         file = _Quiet(directory / NAME, encoding="utf-8", delay=True)
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         log.removeHandler(self._handler)
@@ -50,6 +58,13 @@ class RunLog:
         self._held.clear()
         log.addHandler(file)
 
+    def way_on(self) -> str:
+        """What there is to go on from."""
+        step = latest(self.directory) if self.directory else None
+        if step is None:
+            return "there is no checkpoint to go on from"
+        return f"resume={self.directory} goes on from the checkpoint of step {step}"
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -57,6 +72,7 @@ class RunLog:
         traceback: TracebackType | None,
     ) -> None:
         if isinstance(error, Exception) and self._file is not None:
+            log.info(self.way_on())
             known = isinstance(error, HoslError)
             line = f"{type(error).__name__}: {error}" if known else repr(error)
             # the app says it on the terminal
@@ -65,6 +81,39 @@ class RunLog:
             )
         log.removeHandler(self._handler)
         self._handler.close()
+
+
+@contextlib.contextmanager
+def stop_announced(kept: RunLog) -> Iterator[None]:
+    """While this lasts, a signal that ends the process leaves a line first: `flwr stop` sends
+    one, and so does Flower to a ServerApp whose SuperLink has ended."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(RuntimeError):  # a line was being written
+            log.error(
+                "run stopped: signal %d (flwr stop, or SuperLink is gone); %s",
+                number,
+                kept.way_on(),
+            )
+        handler = before[number] or signal.SIG_DFL
+        signal.signal(number, handler)
+        if callable(handler):
+            handler(number, frame)
+        else:
+            os.kill(os.getpid(), number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are none of its business
+        return
+    try:
+        for number in numbers:
+            signal.signal(number, stop)
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, before[number] or signal.SIG_DFL)
 
 
 class _Holding(logging.Handler):

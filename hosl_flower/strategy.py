@@ -22,7 +22,7 @@ from hosl_flower.link.inprocess import InProcessLink
 from hosl_flower.report import Report, log
 from hosl_flower.results import Results
 from hosl_flower.resume import find, restore
-from hosl_flower.runlog import RunLog
+from hosl_flower.runlog import RunLog, stop_announced
 from hosl_flower.session import Session, open_session
 from hosl_flower.training import train
 
@@ -110,7 +110,7 @@ class SplitStrategy(Strategy):
     ) -> Result:
         """Run on Flower. Model, steps and deadlines come from the run config; the weights stay
         in the run directory, so `initial_arrays` and `Result.arrays` are not used."""
-        with RunLog() as kept:
+        with RunLog() as kept, stop_announced(kept):
             report = Report(self.config, kept)
             session = self._open(run)
             link = open_link(

@@ -1,11 +1,12 @@
 """runlog.py: what a run said is in its directory, and how it ended."""
 
 import logging
+import signal
 
 import pytest
 
 from hosl_flower.errors import ClientError
-from hosl_flower.runlog import NAME, RunLog
+from hosl_flower.runlog import NAME, RunLog, stop_announced
 
 log = logging.getLogger("hosl_flower")
 
@@ -34,6 +35,22 @@ def test_lines_before_there_is_a_directory_are_kept_and_a_failure_is_the_last(tm
         kept.keep(tmp_path)
         log.warning("again")
     assert said(tmp_path)[3:] == ["again"]
+
+
+def test_a_signal_leaves_a_line_and_does_what_it_did_before(tmp_path):
+    (tmp_path / "checkpoint-5").mkdir()
+    before = signal.signal(signal.SIGINT, lambda *_: heard.append(tmp_path))
+    heard = []
+    try:
+        with RunLog() as kept, stop_announced(kept):
+            kept.keep(tmp_path)
+            signal.raise_signal(signal.SIGINT)
+        assert heard == [tmp_path]
+    finally:
+        signal.signal(signal.SIGINT, before)
+    (line,) = said(tmp_path)
+    assert line.startswith("run stopped: signal 2")
+    assert line.endswith(f"; resume={tmp_path} goes on from the checkpoint of step 5")
 
 
 def test_a_run_that_is_refused_leaves_nothing(tmp_path):
