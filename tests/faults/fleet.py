@@ -26,12 +26,12 @@ KEYS = {
     "cut-layer": 1, "steps": 60, "eval-every": 30, "eval-examples": 40, "num-clients": 3,
     "batch-size": 4, "max-length": 32, "server-optimizer": "adamw", "threads": 1,
     "save-model": False, "client-learning-rate": 1e-4, "client-trainable": "blocks",
-    "min-clients": 3, "checkpoint-every": 5, "nodes-deadline": 90.0, "reply-deadline": 120.0,
+    "min-clients": 3, "checkpoint-every": 5, "nodes-deadline": 300.0, "reply-deadline": 300.0,
     "trackers": "",
 }  # fmt: skip
 
 
-def wait_for(what: str, condition: Callable[[], object], seconds: float = 240.0):
+def wait_for(what: str, condition: Callable[[], object], seconds: float = 300.0):
     """The condition's first true value; TimeoutError, which is a hang, when there is none."""
     give_up = time.monotonic() + seconds
     while time.monotonic() < give_up:
@@ -75,18 +75,18 @@ class Run:
     def reach(self, step: int) -> None:
         """Wait until a step is completed."""
         wait_for(
-            f"step {step} of {self.directory.name}", lambda: self.step >= step or self.ended, 300
+            f"step {step} of {self.directory.name}", lambda: self.step >= step or self.ended, 600
         )
         assert self.step >= step, self.log
 
-    def end(self, seconds: float = 300.0) -> str:
+    def end(self, seconds: float = 600.0) -> str:
         """Wait for its end; how it ended."""
         try:
             return wait_for(f"an end of {self.directory.name}", lambda: self.ended, seconds)
         except TimeoutError as error:
             raise TimeoutError(f"{error}\n{self.log}") from error
 
-    def results(self, seconds: float = 300.0) -> dict:
+    def results(self, seconds: float = 600.0) -> dict:
         """Of a run that finishes."""
         assert self.end(seconds) == "finished", self.log
         return json.loads((self.directory / "results.json").read_text())
