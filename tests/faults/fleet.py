@@ -44,8 +44,8 @@ def wait_for(what: str, condition: Callable[[], object], seconds: float = 300.0)
 class Run:
     """A submitted run, as its directory shows it."""
 
-    def __init__(self, directory: Path):
-        self.directory = directory
+    def __init__(self, directory: Path, number: str):
+        self.directory, self.number = directory, number
 
     @property
     def log(self) -> str:
@@ -173,18 +173,32 @@ class Fleet:
                 self.start_node(number, count)
 
     def submit(self, output: Path, name: str, **keys) -> Run:
-        """Submit a run over streams, whose ServerApp begins in a moment."""
+        """Submit a run over streams, whose ServerApp is there when this returns."""
         port = free_port()
         endpoint = {"stream-endpoint": f"127.0.0.1:{port}"} if keys.get("link") != "grid" else {}
         wanted = {**KEYS, **endpoint, "output-dir": str(output), "run-name": name, **keys}
         config = self.home / f"{output.parent.name}-{name}.toml"
         config.write_text("".join(f"{key} = {json.dumps(v)}\n" for key, v in wanted.items()))
         done = subprocess.run(
-            [script("flwr"), "run", str(APP), "fleet", "--run-config", str(config)],
-            env=self.environment, capture_output=True, text=True, timeout=60, check=False,
+            [
+                script("flwr"), "run", str(APP), "fleet", "--run-config", str(config),
+                "--format", "json",
+            ],
+            env=self.environment, capture_output=True, text=True, timeout=200, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
-        return Run(Path(keys["resume"]) if "resume" in keys else output / name)
+        wait_for("a ServerApp", lambda: self.apps("serverapp"))
+        number = str(json.loads(done.stdout[done.stdout.index("{") :])["run-id"])
+        return Run(Path(keys["resume"]) if "resume" in keys else output / name, number)
+
+    def end(self, run: Run) -> str:
+        """Wait for the end of the ServerApp; what Flower has kept of what it said."""
+        wait_for("the end of the ServerApp", lambda: not self.apps("serverapp"), 600)
+        done = subprocess.run(
+            [script("flwr"), "log", run.number, "fleet", "--show"],
+            env=self.environment, capture_output=True, text=True, timeout=200, check=False,
+        )  # fmt: skip
+        return done.stdout + done.stderr
 
     def apps(self, kind: str, below: subprocess.Popen | None = None) -> list[int]:
         """Pids of the "serverapp" or "clientapp" processes, of one SuperNode or of all."""
