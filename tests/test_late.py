@@ -1,8 +1,10 @@
 """Clients that are late (step-deadline), nodes that are lost, a SuperLink that is gone."""
 
+import re
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -203,6 +205,13 @@ def test_a_step_deadline_that_would_do_nothing_is_refused(keys, error):
     wanted = {"strategy": "strategies.ho_sfl:HoSfl", "step-deadline": 5.0, **keys}
     with pytest.raises(ConfigError, match=error):
         load_strategy(parse_config(wanted)).run_in_process()
+
+
+def test_durations_are_measured_with_clocks_that_do_not_jump():
+    root = Path(__file__).parents[1]
+    for path in [*root.glob("hosl_flower/**/*.py"), *root.glob("strategies/*.py")]:
+        used = re.findall(r"time\.time(?:_ns)?\(|datetime", path.read_text())
+        assert not used, f"{path.name}: {used}"
 
 
 @pytest.fixture

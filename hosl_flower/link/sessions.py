@@ -69,9 +69,9 @@ class Session:
 
     @property
     def idle(self) -> bool:
-        """Whether everything asked has been answered, and every answer taken or withdrawn."""
+        """Whether everything asked has been answered, and every answer that is wanted taken."""
         with self._changed:
-            return not (self._unanswered or self._replies)
+            return not (self._unanswered or self._replies or self._abandoned)
 
     def ask(self, requests: Mapping[Key, Request]) -> None:
         """Send requests, in order, as soon as the client can take them."""

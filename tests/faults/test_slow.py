@@ -43,9 +43,12 @@ def test_a_client_that_stands_still_costs_a_step_its_deadline_once(whole, tmp_pa
 
 def test_late_over_flower_messages(whole, tmp_path):
     """Each takes seconds, so few steps."""
-    keys = {"link": "grid", "min-clients": 2, "step-deadline": 60.0, "steps": 2, "eval-every": 2}
+    keys = {
+        "link": "grid", "min-clients": 2, "step-deadline": 60.0, "reply-deadline": 900.0,
+        "steps": 2, "eval-every": 2,
+    }  # fmt: skip
     run = whole.submit(tmp_path, "run", **keys)
-    wait_for("a first evaluation", lambda: run.step >= 0)
+    wait_for("a first evaluation", lambda: run.step >= 0, 900)
     node = whole.nodes[2].pid
     kill(node, STOP)
     try:
@@ -53,7 +56,7 @@ def test_late_over_flower_messages(whole, tmp_path):
         assert "step 1 goes on without client 2: it did not answer within 60 s" in run.log
     finally:
         kill(node, CONTINUE)
-    assert run.results()["clients"]["steps_taken_part"]["0"] == 2
+    assert run.results(900)["clients"]["steps_taken_part"]["0"] == 2
 
 
 def through(proxy_of, whole, tmp_path, **keys):
