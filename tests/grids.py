@@ -1,6 +1,7 @@
 """A Grid without a network, for tests: real Messages, real ClientApp handlers."""
 
 import threading
+from types import SimpleNamespace
 
 from flwr.app import Context, Error, Message, RecordDict
 
@@ -15,10 +16,14 @@ class LocalGrid:
     def __init__(self, nodes):
         self.nodes = nodes  # node id -> node config, or None for a node that never answers
         self.answers = {}
+        self.activated = "at first"
         self.sent = []
 
     def get_node_ids(self):
         return list(self.nodes)
+
+    def get_nodes(self):
+        return [SimpleNamespace(node_id=n, last_activated_at=self.activated) for n in self.nodes]
 
     def push_messages(self, messages):
         ids = []

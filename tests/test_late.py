@@ -21,6 +21,7 @@ from hosl_flower.config import parse_config
 from hosl_flower.errors import AbsentError, ClientError, ConfigError, SuperLinkError
 from hosl_flower.ledger import Entry
 from hosl_flower.link.grid import EXCHANGE, GridLink
+from hosl_flower.link.lines import SESSION
 from hosl_flower.link.nodes import Nodes
 from hosl_flower.link.stream import StreamLink
 from hosl_flower.link.superlink import SuperLink
@@ -262,6 +263,17 @@ def test_a_node_that_dies_is_replaced_and_its_stream_opened_anew(history, stream
     assert describe(history, link).label_counts == before.label_counts
     assert link.describe_client(2) == "client 2 (node 44)"
     assert 9 not in link._lines
+
+
+def test_a_supernode_restarted_under_its_own_id_is_called_again(history, stream):
+    link = stream(MortalGrid(dict(NODES)), indispensable=False)
+    before = describe(history, link)
+    config = link.grid.nodes[9]
+    link.grid.kill(link, 9)
+    link.grid.nodes[9] = config  # a registered SuperNode keeps its id
+    link.grid.activated = "later"
+    assert describe(history, link).label_counts == before.label_counts
+    assert sum(m.metadata.message_type == SESSION for m in link.grid.sent) == 4
 
 
 def test_another_node_is_waited_for_where_no_client_can_be_missed(history, stream):

@@ -17,7 +17,7 @@ from hosl_flower.spec import ClientSpec
 log = logging.getLogger("hosl_flower")
 
 SESSION = "train.session"
-_GRACE_SECONDS = 15.0
+_RETRY_SECONDS = 60.0
 _CALLS = 3  # times a node is called again without ever having answered between them
 
 
@@ -38,6 +38,7 @@ class Line:
         self.session = session
         self.message = ""
         self.called_at = self.looked_at = 0.0
+        self.activated = ""  # when its SuperNode was started, as of the call
         self.calls = 0
         self.answered = 0  # replies since the last call
         self.error = ""
@@ -55,6 +56,7 @@ class Caller:
         """Send the Flower message that makes a ClientApp dial."""
         line.calls = 1 if line.answered else line.calls + 1
         line.answered, line.called_at = 0, time.monotonic()
+        line.activated = self._activations().get(line.node.id, "")
         invitation = replace(self.invitation, token=line.session.invite())
         message = Message(
             pack_invitation(invitation, self.spec),
@@ -87,14 +89,20 @@ class Caller:
                 log.warning("node %d is called again: %s", line.node.id, reason or "it returned")
                 self.call(line)
 
-    def call_unheard(self, line: Line) -> None:
-        """Call a node without a connection once more, after a while: one whose ClientApps have
-        failed may have been mended; and a SuperNode that was restarted under the same id knows
-        of no ClientApp, so none returns, as a ClientApp that gets no connection does after
-        `patience`."""
-        enough = self.invitation.patience + _GRACE_SECONDS
-        lost_at = line.session.lost_at or time.monotonic()
-        if line.waited > enough and (line.error or time.monotonic() - lost_at > enough):
-            log.warning("node %d is called again: it has not come for %g s", line.node.id, enough)
-            line.error, line.calls = "", 0
-            self.call(line)
+    def call_again(self, lines: Sequence[Line]) -> None:
+        """Of nodes without a connection, call those that nobody will hear of: a SuperNode that was
+        restarted under the same id knows of no ClientApp; and one whose ClientApps have failed
+        may have been mended after a while."""
+        activations = self._activations() if lines else {}
+        for line in lines:
+            if activations.get(line.node.id, line.activated) != line.activated:
+                log.warning("SuperNode %d was restarted and is called again", line.node.id)
+                self.call(line)
+            elif line.error and line.waited > _RETRY_SECONDS:
+                log.warning("node %d is called again after %s", line.node.id, line.error)
+                line.error, line.calls = "", 0
+                self.call(line)
+
+    def _activations(self) -> dict[int, str]:
+        """When each SuperNode was started, by node id, as SuperLink tells it."""
+        return {node.node_id: node.last_activated_at for node in self.grid.get_nodes()}

@@ -245,8 +245,7 @@ class StreamLink(Link):
         self._heard_at = time.monotonic()
         lost = [line for line in self._lines.values() if not line.session.connected]
         self.caller.hear(lost)
-        for line in lost:
-            self.caller.call_unheard(line)
+        self.caller.call_again([x for x in lost if x.session.ever_connected.is_set() or x.error])
 
     def _is_there(self, line: Line) -> bool:
         """Whether a node without a connection is still one of this run's; looked up now and

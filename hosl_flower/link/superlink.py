@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class SuperLink:
-    """The three calls of a Grid that are used. seconds: what any of them may take; a SuperLink
+    """The calls of a Grid that are used. seconds: what any of them may take; a SuperLink
     that is gone is noticed before that. Raises SuperLinkError."""
 
     def __init__(self, grid: Grid, seconds: float, check: float = _CHECK_SECONDS):
@@ -30,6 +30,10 @@ class SuperLink:
     def get_node_ids(self) -> list[int]:
         """Ids of the nodes that are there."""
         return self._call(lambda: list(self.grid.get_node_ids()))
+
+    def get_nodes(self) -> list[Any]:
+        """The nodes that are there, with all that SuperLink tells of them."""
+        return self._call(lambda: list(self.grid.get_nodes()))
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Send; ids of the messages, "" for one that was not taken."""
