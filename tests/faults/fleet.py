@@ -165,7 +165,9 @@ class Fleet:
         return node
 
     def ensure(self, count: int = 3) -> None:
-        """SuperLink and this many SuperNodes run, and nothing of earlier runs."""
+        """SuperLink and this many SuperNodes run, and no earlier run."""
+        for pid in self.apps("serverapp"):  # of a test that failed
+            kill(pid)
         if self.superlink is None or self.superlink.poll() is not None:
             self.start_superlink()
         for number in range(count):
