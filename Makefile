@@ -1,6 +1,7 @@
 # make run    set up, train simulations/opt125m_hosl through `flwr run`, write runs/<time>-opt125m_hosl
 # make test   set up, run the fast tests and the real Flower tests
 # make lint   ruff and mypy
+# make fault-test   kill, slow down and cut off real processes (REPEAT=10: ten times each); long
 # make docs   the documentation as a site, site/index.html
 # make deploy-demo   SuperLink, three SuperNodes, TLS and authentication on this machine
 # SIMULATION=simulations/quickstart make run    another simulation
@@ -8,10 +9,11 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+REPEAT ?= 1
 SIMULATION ?= simulations/opt125m_hosl
 BIN := $(VENV)/bin
 
-.PHONY: setup run deploy-demo docs test fast-test integration-test lint clean
+.PHONY: setup run deploy-demo docs test fast-test integration-test fault-test lint clean
 
 setup: $(VENV)/.ready
 
@@ -44,6 +46,9 @@ fast-test: setup
 integration-test: setup
 	$(BIN)/python -m pytest -m slow
 	$(BIN)/python -m pytest tests/integration --override-ini addopts='-q -n 2 --dist load'
+
+fault-test: setup
+	REPEAT=$(REPEAT) $(BIN)/python -m pytest tests/faults --override-ini addopts='-q --durations=0'
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -101,6 +101,11 @@ def read(run: Path) -> Checkpoint:
         ) from error
 
 
+def latest(run: Path) -> int | None:
+    """Step of the latest checkpoint of a run directory; None when it has none."""
+    return max((step for step, _ in _found(run)), default=None)
+
+
 def sync(path: Path) -> None:
     """Have a file's or a directory's contents on the disk when this returns."""
     handle = os.open(path, os.O_RDONLY)

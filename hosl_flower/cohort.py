@@ -1,24 +1,42 @@
 """The clients of one step, of which some may fail."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+import math
+import time
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 from torch import Tensor
 
 from hosl_flower.errors import (
+    AbsentError,
     ClientError,
     DivergedError,
     OutOfRangeError,
     ProtocolError,
     UnusableBatchError,
 )
-from hosl_flower.link.base import Link
+from hosl_flower.link.base import NOT_YET, Link
 from hosl_flower.messages import Activations, Describe, Described, Request
 from hosl_flower.schedule import rate_factor
 from hosl_flower.session import Drop, Session
 
 log = logging.getLogger("hosl_flower")
+
+_MOMENT = 0.05  # seconds between two looks at clients that are late
+
+
+def absent(session: Session, link: Link) -> set[int]:
+    """Partitions that a step does without: those with no node, and those that are late with an
+    earlier one. Late ones are waited for while there are fewer others than min-clients."""
+    config = session.config
+    give_up = time.monotonic() + config.reply_deadline
+    while True:
+        gone, late = link.absent(), link.late()
+        left = config.num_clients - len(gone | late)
+        if left >= config.min_clients or not late - gone or time.monotonic() > give_up:
+            return gone | late
+        time.sleep(_MOMENT)
 
 
 class Cohort:
@@ -102,7 +120,9 @@ class Question:
     def __init__(self, session: Session, link: Link):
         self.session, self.link = session, link
         self._queued: list[Request] = []
-        self._streams: dict[tuple[int, int], Iterator[Any]] = {}  # by (step, partition)
+        self._streams: dict[
+            tuple[int, int], Generator[Any, None, None]
+        ] = {}  # by (step, partition)
         self._undescribed: set[int] = set()  # whose first reply is a description
         self._failed: dict[int, Exception] = {}
 
@@ -133,19 +153,30 @@ class Question:
     def answers(self, cohort: Cohort) -> dict[int, Any]:
         """Replies by partition, of those who answered; the others are dropped.
 
-        Raises ClientError when too few are left, DriftError when one is not what its ledger
-        says, DivergedError when that is because their numbers are out of range.
+        With a step-deadline, clients that are late are left out as soon as it has passed and
+        min-clients have answered. Raises ClientError when too few are left, DriftError when one
+        is not what its ledger says, DivergedError when that is because their numbers are out of
+        range.
         """
         self._flush()
         replies: dict[int, Any] = {}
         errors: list[Exception] = []
-        for partition in list(cohort.partitions):
-            try:
-                replies[partition] = self._next(cohort.step, partition)
-            except (ClientError, ProtocolError) as error:
-                self._failed[partition] = error
-                errors.append(error)
-                cohort.drop(partition, error)
+        seconds, least = self.session.config.step_deadline, self.session.config.min_clients
+        self.link.until = time.monotonic() + seconds if seconds else math.inf
+        waiting = list(cohort.partitions)
+        try:
+            while waiting:
+                waiting = [m for m in waiting if not self._take(cohort, m, replies, errors)]
+                if len(replies) >= least or len(replies) + len(waiting) < least:
+                    break  # else the first of the late are enough, whoever they are
+                self.link.until = time.monotonic() + _MOMENT
+        finally:
+            self.link.until = math.inf
+        for partition in waiting:
+            late = AbsentError(f"it did not answer within {seconds:g} s (step-deadline)")
+            self._fail(cohort, partition, late)
+            errors.append(late)
+        replies = {m: replies[m] for m in cohort.partitions}  # in their order, not that of arrival
         too_few = len(cohort.partitions) < self.session.config.min_clients
         if too_few and errors and all(isinstance(error, OutOfRangeError) for error in errors):
             raise DivergedError(
@@ -156,13 +187,40 @@ class Question:
         cohort.check_enough()
         return replies
 
+    def _take(
+        self, cohort: Cohort, partition: int, replies: dict[int, Any], errors: list[Exception]
+    ) -> bool:
+        """One client's reply, or what it failed with; False when it is not there yet."""
+        try:
+            reply = self._next(cohort.step, partition)
+        except (ClientError, ProtocolError) as error:
+            self._fail(cohort, partition, error)
+            errors.append(error)
+            return True
+        if reply is NOT_YET:
+            return False
+        replies[partition] = reply
+        return True
+
+    def _fail(self, cohort: Cohort, partition: int, error: Exception) -> None:
+        """One client answers nothing more of this question."""
+        self._failed[partition] = error
+        for key in [key for key in self._streams if key[1] == partition]:
+            self._streams.pop(key).close()
+        cohort.drop(partition, error)
+
     def _next(self, step: int, partition: int) -> Any:
         if partition in self._failed:
             raise self._failed[partition]
-        stream = self._streams.pop((step, partition))
+        stream = self._streams[step, partition]
         if partition in self._undescribed:
             described = next(stream)
+            if described is NOT_YET:
+                return NOT_YET
             assert isinstance(described, Described)  # Link has checked it
             self.session.clients[partition] = described
             self._undescribed.remove(partition)
-        return next(stream)
+        reply = next(stream)
+        if reply is not NOT_YET:
+            del self._streams[step, partition]
+        return reply

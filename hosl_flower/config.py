@@ -290,6 +290,13 @@ class RunConfig(BaseModel):
     reply_deadline: float = Field(
         600.0, gt=0, description="seconds a client may take for one exchange"
     )
+    step_deadline: float = Field(
+        0.0,
+        ge=0,
+        description="seconds a step waits for answers of its clients before it goes on with those "
+        "it has, if they are min-clients; 0 is reply-deadline. Not for methods with one client at "
+        "a time",
+    )
 
     link: Literal["auto", "stream", "grid"] = Field(
         "auto",

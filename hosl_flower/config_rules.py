@@ -72,6 +72,11 @@ def _clients(config: RunConfig) -> Iterator[str]:
             f"min-clients = {config.min_clients} is more than the {config.sampled_clients} "
             "clients of a step"
         )
+    if config.step_deadline >= config.reply_deadline:
+        yield (
+            f"step-deadline = {config.step_deadline:g} has no use: it is not below reply-deadline "
+            f"= {config.reply_deadline:g}"
+        )
     if config.client_seeds == "per-client" and config.aggregation in ("median", "trimmed-mean"):
         yield (
             f"aggregation = {config.aggregation} compares the clients' scalars along the same "

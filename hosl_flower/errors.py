@@ -44,6 +44,10 @@ class AbsentError(ClientError):
     """A client is not connected or does not answer: it may be there later."""
 
 
+class SuperLinkError(HoslError):
+    """SuperLink does not answer any more."""
+
+
 class DriftError(HoslError):
     """A client submodel is not the one its ledger describes."""
 

@@ -6,6 +6,7 @@ results.json    the outcome; written last, so its absence means the run did not 
 curve.png       loss and accuracy against steps
 partition.png   training examples per client and label
 ledger.jsonl    the client submodel's history
+log.txt         what was said while it ran (runlog.py)
 checkpoint-N/   the run after step N, to go on from (checkpoint.py), if wanted
 model/          the merged model, for transformers, or the LoRA adapters, for peft
 """
@@ -31,6 +32,7 @@ from hosl_flower.measures import headline
 from hosl_flower.plot import draw_curve, draw_partition
 from hosl_flower.results import Measured, Results, results_of
 from hosl_flower.resume import Resumable, collect, run_directory
+from hosl_flower.runlog import RunLog
 from hosl_flower.server import Score
 from hosl_flower.session import Session
 from hosl_flower.summary import plan, table
@@ -46,8 +48,8 @@ _PACKAGES = ("hosl-flower", "flwr", "torch", "transformers", "datasets", "ray", 
 class Report:
     """The run directory and the log of one run."""
 
-    def __init__(self, config: RunConfig):
-        self.config = config
+    def __init__(self, config: RunConfig, kept: RunLog):
+        self.config, self._kept = config, kept
         name = config.run_name or time.strftime("%Y%m%d-%H%M%S")
         self.directory = (Path(config.output_dir).expanduser() / name).absolute()
         if config.resume:
@@ -73,6 +75,7 @@ class Report:
         except OSError as error:
             raise ConfigError(f"output-dir: cannot make {self.directory}: {error}") from error
         self._lock = lock(self.directory)
+        self._kept.keep(self.directory)
         record = {
             "config": self.config.as_keys(),
             "model_used": session.spec.model,

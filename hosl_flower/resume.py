@@ -32,7 +32,7 @@ FREE = {
     "steps", "resume", "checkpoint-every", "output-dir", "run-name", "save-model", "save-format",
     "trackers",
     "threads", "device", "link", "min-clients", "clients-per-node", "nodes-deadline",
-    "reply-deadline", "max-session-seconds", "stream-endpoint", "stream-bind",
+    "reply-deadline", "step-deadline", "max-session-seconds", "stream-endpoint", "stream-bind",
     "stream-certificate", "stream-key", "stream-authority", "stream-insecure", "stream-lifetime",
 }  # fmt: skip
 

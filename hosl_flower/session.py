@@ -47,6 +47,17 @@ from hosl_flower.zo import clip
 log = logging.getLogger("hosl_flower")
 
 
+class Place(NamedTuple):
+    """Where a run was before a step: its counts, and by which its parameters can be known to be
+    what they were."""
+
+    batches: Counter[int]
+    unchecked: set[int]
+    drops: int
+    position: int
+    versions: list[int]
+
+
 class Drop(NamedTuple):
     """A client that was left out of a step."""
 
@@ -108,6 +119,29 @@ class Session:
     def activation_bytes_per_token(self) -> int:
         """Bytes of one position's activation as the client sends it."""
         return self.limits.hidden * torch_dtype(self.spec.dtype).itemsize
+
+    def place(self) -> Place:
+        """Where the run is."""
+        return Place(
+            Counter(self.batches),
+            set(self.unchecked),
+            len(self.dropped),
+            len(self.history.ledger),
+            self._versions(),
+        )
+
+    def return_to(self, place: Place) -> bool:
+        """Take back what an unfinished step has counted; False when it has changed parameters,
+        which cannot be taken back."""
+        if len(self.history.ledger) != place.position or self._versions() != place.versions:
+            return False
+        self.batches, self.unchecked = place.batches, place.unchecked
+        del self.dropped[place.drops :]
+        return True
+
+    def _versions(self) -> list[int]:
+        """torch counts the changes of every tensor."""
+        return [parameter._version for parameter in self.server.trained.values()]
 
     def at(self, step: int, partition: int) -> dict[str, Any]:
         """The fields every request has, for the ledger as it is now."""

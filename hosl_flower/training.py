@@ -3,6 +3,7 @@
 A method is anything with a `name` and `steps`; strategies/ has one per file.
 """
 
+import contextlib
 import logging
 import math
 import time
@@ -89,7 +90,8 @@ def train(method: Method, session: Session, link: Link, report: Report) -> Resul
         started = time.perf_counter()
         waited, computed = link.traffic.waited_seconds, link.traffic.client_seconds
         try:
-            losses = method.steps(session, link, steps)
+            with rescued(method, session, link, report, steps[0] - 1, saved):
+                losses = method.steps(session, link, steps)
         except DivergedError as error:
             raise DivergedError(f"step {_span(steps)}: {error}") from error
         except OutOfRangeError as error:  # of a client the step cannot do without
@@ -104,8 +106,9 @@ def train(method: Method, session: Session, link: Link, report: Report) -> Resul
             report.stepped(step, loss, session, **each)
         if step % config.eval_every == 0 or step == config.steps:
             link.flush()
-            check_clients(session, link, session.unchecked, step)
-            session.unchecked.clear()
+            late = link.late()  # they are checked when they are back
+            check_clients(session, link, session.unchecked - late, step)
+            session.unchecked &= late
             method.settle(session)
             report.evaluated(step, evaluate(session, judge, step), session)
         due = 0 < config.checkpoint_every <= step - saved
@@ -113,6 +116,22 @@ def train(method: Method, session: Session, link: Link, report: Report) -> Resul
             report.checkpoint(step, session, method, link.traffic)
             saved = step
     return finish(method, session, link, report)
+
+
+@contextlib.contextmanager
+def rescued(
+    method: Method, session: Session, link: Link, report: Report, done: int, saved: int
+) -> Iterator[None]:
+    """A step that fails before it has changed anything, as most do that lack clients, loses none
+    of those before it: there is a checkpoint of the last one."""
+    place = session.place()
+    try:
+        yield
+    except HoslError:
+        wanted = session.config.checkpoint_every and done > saved
+        if wanted and method.may_pause(done) and session.return_to(place):
+            report.checkpoint(done, session, method, link.traffic)
+        raise
 
 
 def grouped(steps: int, together: int, eval_every: int, first: int = 1) -> Iterator[range]:

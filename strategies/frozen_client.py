@@ -9,7 +9,7 @@ that we know of reports it.
 
 from collections.abc import Sequence
 
-from hosl_flower.cohort import Cohort, Question
+from hosl_flower.cohort import Cohort, Question, absent
 from hosl_flower.link.base import Link
 from hosl_flower.messages import Forward
 from hosl_flower.session import Session
@@ -39,8 +39,8 @@ class FrozenClient(SplitStrategy):
 
     def steps(self, session: Session, link: Link, steps: Sequence[int]) -> list[float]:
         """One step of the server each; the weighted losses before it."""
-        absent = link.absent()
-        cohorts = [Cohort(session, step, session.sample(step, absent)) for step in steps]
+        away = absent(session, link)
+        cohorts = [Cohort(session, step, session.sample(step, away)) for step in steps]
         question = Question(session, link)
         for cohort in cohorts:
             for m in cohort.partitions:

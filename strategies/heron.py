@@ -20,7 +20,7 @@ before the local steps.
 
 from collections.abc import Sequence
 
-from hosl_flower.cohort import Cohort, Question
+from hosl_flower.cohort import Cohort, Question, absent
 from hosl_flower.link.base import Link
 from hosl_flower.messages import Forward, HeadProbe
 from hosl_flower.schedule import client_rate
@@ -40,8 +40,8 @@ class Heron(HoSfl):
 
     def steps(self, session: Session, link: Link, steps: Sequence[int]) -> list[float]:
         """These steps; the weighted losses of the clients' heads before each."""
-        absent = link.absent()
-        cohorts = [Cohort(session, step, session.sample(step, absent)) for step in steps]
+        away = absent(session, link)
+        cohorts = [Cohort(session, step, session.sample(step, away)) for step in steps]
         probed, forward = Question(session, link), Question(session, link)
         batches: dict[tuple[int, int], int] = {}
         for cohort in cohorts:

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from hosl_flower.aggregate import make_aggregate
-from hosl_flower.cohort import Cohort, Question
+from hosl_flower.cohort import Cohort, Question, absent
 from hosl_flower.ledger import Entry
 from hosl_flower.link.base import Link
 from hosl_flower.messages import CutGradient, Forward, Request
@@ -65,8 +65,8 @@ class HoSfl(SplitStrategy):
     def steps(self, session: Session, link: Link, steps: Sequence[int]) -> list[float]:
         """These steps, all of the clients' work at the weights as they are now; the weighted
         losses of the clean forwards."""
-        absent = link.absent()
-        cohorts = [Cohort(session, step, session.sample(step, absent)) for step in steps]
+        away = absent(session, link)
+        cohorts = [Cohort(session, step, session.sample(step, away)) for step in steps]
         losses, probed = self.probe(session, link, cohorts)
 
         # all answers first: they are about the weights before these steps

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from hosl_flower.aggregate import check_is_mean
 from hosl_flower.backprop import unflat
-from hosl_flower.cohort import Cohort, Question
+from hosl_flower.cohort import Cohort, Question, absent
 from hosl_flower.config import RunConfig
 from hosl_flower.errors import ConfigError
 from hosl_flower.gradient import Dense
@@ -107,7 +107,7 @@ class SplitFo(HoSfl):
         losses = []
         for step in steps:
             if not self.local(step):
-                self.members = session.sample(step, link.absent())
+                self.members = session.sample(step, absent(session, link))
             cohort = Cohort(session, step, self.members)
             own, stepped = self.probe(session, link, [cohort])
             stepped.answers(cohort)

@@ -7,10 +7,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from runs import metrics, run_factory
 
 from hosl_flower.checkpoint import Checkpoint, _digest, read, write
-from hosl_flower.errors import CheckpointError, ConfigError
+from hosl_flower.errors import CheckpointError, ClientError, ConfigError
+from hosl_flower.session import Drop
 from strategies.fedavg_zo import FedAvgZo
 from strategies.heron import Heron
 from strategies.ho_sfl import HoSfl
@@ -108,6 +110,31 @@ def test_what_was_sent_before_counts(make):
     resumed, _, _ = make(resume=str(directory.with_name("run1")), save_model=False)
     assert resumed.bytes_up["probe"]["messages"] == whole.bytes_up["probe"]["messages"]
     assert resumed.bytes_down["restore"]["messages"] == 1
+
+
+@pytest.mark.parametrize(("name", "moved"), [("ho-sfl", False), ("hosl", False), ("ho-sfl", True)])
+def test_a_step_that_fails_before_it_changes_anything_loses_no_other(make, name, moved):
+    strategy, changes = RUNS[name]
+    changes = {"save_model": False, "checkpoint_every": 4, **changes}
+
+    class Failing(strategy):
+        def steps(self, session, link, steps):
+            if 6 in steps:
+                session.next_batch(0)
+                session.dropped.append(Drop(6, 0, "gone"))
+                if moved:
+                    with torch.no_grad():
+                        next(iter(session.server.trained.values())).add_(1.0)
+                raise ClientError("nobody is left")
+            return super().steps(session, link, steps)
+
+    _, whole, _ = make(strategy, **changes)
+    with pytest.raises(ClientError):
+        make(Failing, **changes)
+    directory = whole.with_name("run1")
+    assert read(directory).step == (4 if moved else 5)
+    make(strategy, resume=str(directory), **changes)
+    assert metrics(directory) == metrics(whole)
 
 
 @pytest.fixture

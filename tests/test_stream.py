@@ -8,9 +8,9 @@ import time
 import grpc
 import pytest
 import torch
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Error, Message
 from flwr.supercore.task_identity import TaskIdentity
-from grids import LocalGrid
+from grids import ThreadGrid
 from specs import client_spec, history_for
 
 from hosl_flower import client_app
@@ -21,9 +21,10 @@ from hosl_flower.ledger import Entry
 from hosl_flower.link import dial as dialling
 from hosl_flower.link.frames import Key, decode, encode, encode_word, read_word
 from hosl_flower.link.inprocess import InProcessLink
+from hosl_flower.link.lines import SESSION
 from hosl_flower.link.nodes import Nodes
 from hosl_flower.link.sessions import METHOD
-from hosl_flower.link.stream import SESSION, StreamLink
+from hosl_flower.link.stream import StreamLink
 from hosl_flower.messages import (
     REPLIES,
     REQUESTS,
@@ -60,32 +61,6 @@ def _a_client_for_each_thread(monkeypatch):
         return local.client
 
     monkeypatch.setattr(client_app, "_client", client)
-
-
-class ThreadGrid(LocalGrid):
-    """Sessions run in threads, as ClientApps run in processes."""
-
-    def __init__(self, nodes):
-        super().__init__(nodes)
-        self.threads = []
-
-    def push_messages(self, messages):
-        ids = []
-        for message in messages:
-            config = self.nodes.get(message.metadata.dst_node_id)
-            if message.metadata.message_type != SESSION or config is None:
-                ids += super().push_messages([message])
-                continue
-            message.metadata._message_id = f"m{len(self.sent)}"
-            self.sent.append(message)
-            ids.append(message.metadata.message_id)
-            self.threads.append(threading.Thread(target=self.run, args=(message, config)))
-            self.threads[-1].start()
-        return ids
-
-    def run(self, message, config):
-        context = Context(1, message.metadata.dst_node_id, config, RecordDict(), {})
-        self.answers[message.metadata.message_id] = client_app.session(message, context)
 
 
 @pytest.fixture

@@ -6,10 +6,12 @@ business; catching clients up, checking replies and counting bytes and seconds i
 once for all links.
 """
 
+import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -89,6 +91,8 @@ _ANSWERS: dict[type[Request], type[Reply]] = {
 }
 
 
+NOT_YET: Any = None  # in place of a reply that has not come by a link's `until`
+
 _CATCH_UPS = 4  # resends per request, each of which may land in another process
 
 
@@ -119,10 +123,12 @@ class Link(ABC):
     """Base of all links. history: the server's, to catch clients up from.
 
     pipelined: whether requests can be sent one by one, while replies to others are awaited, at no
-    extra cost; else what can go together should.
+    extra cost; else what can go together should. until: time (time.monotonic) after which an
+    exchange's iterators no longer wait: they yield NOT_YET, and the reply another time.
     """
 
     pipelined = True
+    until = math.inf
 
     def __init__(self, history: History, limits: Limits):
         self.history, self.limits = history, limits
@@ -133,10 +139,15 @@ class Link(ABC):
     @abstractmethod
     def _deliver(self, requests: Mapping[int, Sequence[Request]]) -> dict[int, Iterator[Reply]]:
         """Send; the iterators yield replies in order, as they come, and may end early after
-        Behind or Failure. Raises ClientError from the iterator when a client does not answer."""
+        Behind or Failure. Raises ClientError from the iterator when a client does not answer. Of
+        what has not come when an iterator is closed, nothing is wanted any more."""
 
     def absent(self) -> set[int]:
         """Partitions that cannot be asked now: no node is there for them."""
+        return set()
+
+    def late(self) -> set[int]:
+        """Partitions that still work on something nobody waits for any more."""
         return set()
 
     @abstractmethod
@@ -160,7 +171,9 @@ class Link(ABC):
             for _ in replies:
                 pass
 
-    def exchange(self, requests: Mapping[int, Sequence[Request]]) -> dict[int, Iterator[Reply]]:
+    def exchange(
+        self, requests: Mapping[int, Sequence[Request]]
+    ) -> dict[int, Generator[Reply, None, None]]:
         """Send each client its requests; per client, an iterator of checked replies.
 
         requests: by partition. A client that is behind gets what it lacks first. The iterators
@@ -209,11 +222,14 @@ class Link(ABC):
 
     def _checked(
         self, partition: int, sent: Sequence[Request], lead: int, stream: Iterator[Reply]
-    ) -> Iterator[Reply]:
+    ) -> Generator[Reply, None, None]:
         """Replies to what follows the first `lead` requests, all of them checked."""
         index = attempts = 0
         while index < len(sent):
             reply = self._next(partition, sent[index], stream)
+            if reply is NOT_YET:
+                yield NOT_YET
+                continue
             if isinstance(reply, Behind) and sent[index].local:
                 if not isinstance(sent[index], Adopt):
                     raise ClientError(
@@ -260,6 +276,8 @@ class Link(ABC):
             raise ClientError(f"{self._where(partition, request)}: no reply") from None
         finally:
             traffic.waited_seconds += time.perf_counter() - started
+        if reply is NOT_YET:
+            return reply
         traffic.count(traffic.down, request.kind, request)
         traffic.client_seconds += reply.seconds
         traffic.peak_bytes = max(traffic.peak_bytes, reply.peak_bytes)

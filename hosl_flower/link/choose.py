@@ -13,6 +13,7 @@ from hosl_flower.link.base import Link
 from hosl_flower.link.grid import GridLink
 from hosl_flower.link.nodes import Nodes
 from hosl_flower.link.stream import StreamLink
+from hosl_flower.link.superlink import SuperLink
 from hosl_flower.spec import ClientSpec
 
 
@@ -33,7 +34,8 @@ def open_link(
     a network unencrypted without that being asked for, and for a method that needs one without.
     """
     check_stream(config)
-    nodes = Nodes(grid, config.num_clients, config.clients_per_node, config.reply_deadline)
+    superlink = SuperLink(grid, config.reply_deadline)
+    nodes = Nodes(superlink, config.num_clients, config.clients_per_node, config.reply_deadline)
     nodes.wait(config.nodes_deadline, required_clients)
     stream = config.link == "stream" or (
         config.link == "auto" and (nodes.simulated or bool(config.stream_endpoint))
@@ -45,7 +47,7 @@ def open_link(
             "local-steps = 1"
         )
     if not stream:
-        return GridLink(grid, spec, history, limits, config.reply_deadline, nodes)
+        return GridLink(superlink, spec, history, limits, config.reply_deadline, nodes)
     if not nodes.simulated and not config.stream_endpoint:
         raise ConfigError(
             "link = stream needs stream-endpoint, the host:port of this ServerApp that "
@@ -54,7 +56,7 @@ def open_link(
     certificate, authority = _certificates(config)
     bind = config.stream_bind or _bind(config.stream_endpoint)
     return StreamLink(
-        grid,
+        superlink,
         spec,
         history,
         limits,
@@ -66,6 +68,7 @@ def open_link(
         certificate=certificate,
         authority=authority,
         longest=config.max_session_seconds,
+        indispensable=required_clients == config.num_clients,
     )
 
 

@@ -6,18 +6,18 @@ Flower's mailbox costs: 0.1 s per exchange in simulation, seconds in deployment.
 """
 
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from flwr.app import Message
-from flwr.serverapp import Grid
 
 from hosl_flower.checks import Limits
 from hosl_flower.errors import AbsentError, ClientError, HoslError, ProtocolError
 from hosl_flower.history import History
-from hosl_flower.link.base import Link
+from hosl_flower.link.base import NOT_YET, Link
+from hosl_flower.link.mailbox import Letter, Mailbox, Part
 from hosl_flower.link.nodes import Node, Nodes
 from hosl_flower.link.records import pack, unpack_replies
+from hosl_flower.link.superlink import AnyGrid
 from hosl_flower.messages import (
     Backward,
     Evaluate,
@@ -34,11 +34,7 @@ from hosl_flower.tensors import DTYPES
 from hosl_flower.wire import to_wire
 
 EXCHANGE = "train.exchange"
-_FIRST_POLL_SECONDS, _LAST_POLL_SECONDS = 0.002, 0.25
 _MESSAGE_BYTES = 64 << 20  # activations that one message may carry, if it carries several
-_TRIES = 3  # of a message whose process died: what it asks for is the same whoever answers
-
-Part = dict[int, list[Request]]  # by partition: what one message asks
 
 
 class GridLink(Link):
@@ -48,7 +44,7 @@ class GridLink(Link):
 
     def __init__(
         self,
-        grid: Grid,
+        grid: AnyGrid,
         spec: ClientSpec,
         history: History,
         limits: Limits,
@@ -57,11 +53,16 @@ class GridLink(Link):
     ):
         super().__init__(history, limits)
         self.grid, self.spec, self.deadline, self.nodes = grid, spec, deadline, nodes
+        self.mailbox = Mailbox(grid, self._write)
 
     def absent(self) -> set[int]:
-        if not self.nodes.complete:
-            self.nodes.refresh()
+        self.nodes.look()
         return set(range(self.spec.num_clients)) - set(self.nodes.served())
+
+    def late(self) -> set[int]:
+        self.mailbox.poll()
+        late = self.mailbox.late()
+        return {p for p in self.nodes.served() if (node := self.nodes.of(p)) and node.id in late}
 
     def describe_client(self, partition: int) -> str:
         node = self.nodes.of(partition)
@@ -69,8 +70,7 @@ class GridLink(Link):
 
     def _deliver(self, requests: Mapping[int, Sequence[Request]]) -> dict[int, Iterator[Reply]]:
         """The first message to every node at once; what does not fit follows when wanted."""
-        if not self.nodes.complete:
-            self.nodes.refresh()
+        self.nodes.look()
         by_node: dict[Node, Part] = {}
         streams: dict[int, Iterator[Reply]] = {}
         for partition, own in requests.items():
@@ -80,11 +80,15 @@ class GridLink(Link):
             else:
                 by_node.setdefault(node, {})[partition] = list(own)
         exchanges = {node: self._cut(own) for node, own in by_node.items()}
-        answers = self._send_and_wait({node: parts[0] for node, parts in exchanges.items()})
-        for node, parts in exchanges.items():
-            exchange = _NodeExchange(self, node, parts, answers.get(node))
+        first = {node: parts[0] for node, parts in exchanges.items()}
+        for node, letter in self.mailbox.send(first, self.deadline).items():
+            exchange = _NodeExchange(self, node, exchanges[node], letter)
             streams |= {partition: exchange.read(partition) for partition in by_node[node]}
         return {partition: streams[partition] for partition in requests}
+
+    def post_to(self, node: Node, part: Part) -> Letter:
+        """A message to one node."""
+        return self.mailbox.send({node: part}, self.deadline)[node]
 
     def _absent(self, partition: int) -> Iterator[Reply]:
         raise AbsentError(f"client {partition}: its SuperNode is not connected")
@@ -120,87 +124,74 @@ class GridLink(Link):
             size = max(size, 4 * (state.elements + moments))
         return size
 
-    def _send_and_wait(self, parts: Mapping[Node, Part]) -> dict[Node, Message]:
-        """Push a message per node, pull until all are answered or the deadline passes.
-
-        Grid.send_and_receive polls every 3 s in deployment; this polls as often as pays. A node
-        whose ClientApp process died is asked again.
-        """
-        waiting = self._push(parts)
-        tries = dict.fromkeys(parts, 1)
-        answers: dict[Node, Message] = {}
-        give_up = time.monotonic() + self.deadline
-        pause = _FIRST_POLL_SECONDS
-        while waiting and time.monotonic() < give_up:
-            for answer in self.grid.pull_messages(list(waiting)):
-                node = waiting.pop(answer.metadata.reply_to_message_id, None)
-                if node is None:
-                    continue
-                answers[node] = answer
-                if answer.has_error() and tries[node] < _TRIES:
-                    tries[node] += 1
-                    waiting |= self._push({node: parts[node]})
-            if waiting:
-                time.sleep(pause)
-                pause = min(pause * 1.3, _LAST_POLL_SECONDS)
-        for node in parts:
-            if node not in answers or answers[node].has_error():
-                self.nodes.forget(node)
-        return answers
-
-    def _push(self, parts: Mapping[Node, Part]) -> dict[str, Node]:
-        """Message ids of what was sent."""
-        messages = [
-            Message(
-                content=pack(part.values(), self.spec),
-                dst_node_id=node.id,
-                message_type=EXCHANGE,
-                ttl=self.deadline,
-                group_id=str(next(iter(part.values()))[0].step),
-            )
-            for node, part in parts.items()
-        ]
-        ids = self.grid.push_messages(messages)
-        return {i: node for i, node in zip(ids, parts, strict=True) if i}
+    def _write(self, node: Node, part: Part) -> Message:
+        return Message(
+            content=pack(part.values(), self.spec),
+            dst_node_id=node.id,
+            message_type=EXCHANGE,
+            ttl=self.deadline,
+            group_id=str(next(iter(part.values()))[0].step),
+        )
 
 
 class _NodeExchange:
     """The messages of one exchange with one node, and the replies taken from them so far."""
 
-    def __init__(self, link: GridLink, node: Node, parts: list[Part], first: Message | None):
+    def __init__(self, link: GridLink, node: Node, parts: list[Part], first: Letter):
         self.link, self.node, self.parts = link, node, parts
+        self.letter: Letter | None = first  # the one that is waited for
+        self.wanted = parts[0]  # what it asks
+        self.readers = {partition for part in parts for partition in part}
         self.ended: set[int] = set()  # partitions that get nothing more
-        self.silent = first is None  # nothing more is asked of it: every wait is a deadline
-        self.replies: list[dict[int, list[Reply]] | HoslError] = [self._unpack(parts[0], first)]
+        self.silent = False  # nothing more is asked of it: every wait is a deadline
+        self.replies: list[dict[int, list[Reply]] | HoslError] = []
 
     def read(self, partition: int) -> Iterator[Reply]:
         """Replies of one partition, later messages sent when they are wanted."""
-        for index, part in enumerate(self.parts):
-            if partition not in part:
-                continue
-            while len(self.replies) <= index:
-                self._fetch()
-            found = self.replies[index]
-            if isinstance(found, HoslError):
-                self.ended.add(partition)
-                raise found
-            own = found.pop(partition)
-            complete = len(own) == len(part[partition])
-            while own:  # let go of each as it is taken: activations are large
-                yield own.pop(0)
-            if not complete:  # Behind or Failure: the rest would be refused too
-                self.ended.add(partition)
-                return
+        try:
+            for index, part in enumerate(self.parts):
+                if partition not in part:
+                    continue
+                while len(self.replies) <= index:
+                    if not self._fetch():
+                        yield NOT_YET
+                found = self.replies[index]
+                if isinstance(found, HoslError):
+                    raise found
+                own = found.pop(partition)
+                complete = len(own) == len(part[partition])
+                while own:  # let go of each as it is taken: activations are large
+                    yield own.pop(0)
+                if not complete:  # Behind or Failure: the rest would be refused too
+                    return
+        finally:
+            self._leave(partition)
 
-    def _fetch(self) -> None:
-        """Send the next message, without what is no longer of use."""
-        part = self.parts[len(self.replies)]
-        wanted = {p: own for p, own in part.items() if p not in self.ended}
-        answer = None
-        if wanted and not self.silent:
-            answer = self.link._send_and_wait({self.node: wanted}).get(self.node)
-            self.silent = answer is None
-        self.replies.append(self._unpack(wanted, answer) if wanted else {})
+    def _leave(self, partition: int) -> None:
+        """One partition has all it wants; a message nobody waits for any more is dropped."""
+        self.ended.add(partition)
+        self.readers.discard(partition)
+        if not self.readers and self.letter is not None:
+            self.link.mailbox.drop(self.letter)
+
+    def _fetch(self) -> bool:
+        """Take the answer to the next message, which is sent, without what is no longer of use,
+        if it is not on its way; False when it has not come by the link's `until`."""
+        if self.letter is None:
+            part = self.parts[len(self.replies)]
+            self.wanted = {p: own for p, own in part.items() if p not in self.ended}
+            if self.wanted and not self.silent:
+                self.letter = self.link.post_to(self.node, self.wanted)
+        if self.letter is not None and not self.link.mailbox.wait(self.letter, self.link.until):
+            return False
+        answer = self.letter.answer if self.letter else None
+        if answer is not None and not answer.has_error():
+            self.link.nodes.trust(self.node)
+        elif self.letter is not None:
+            self.link.nodes.doubt(self.node)
+        self.letter, self.silent = None, answer is None
+        self.replies.append(self._unpack(self.wanted, answer) if self.wanted else {})
+        return True
 
     def _unpack(self, part: Part, answer: Message | None) -> dict[int, list[Reply]] | HoslError:
         who = self.link.describe_client(next(iter(part)))

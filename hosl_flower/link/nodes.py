@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, Message, RecordDict
-from flwr.serverapp import Grid
 
 from hosl_flower.errors import ClientError, ConfigError
+from hosl_flower.link.superlink import AnyGrid
 
 log = logging.getLogger("hosl_flower")
 
@@ -41,13 +41,15 @@ class Nodes:
     a node may take to answer.
     """
 
-    def __init__(self, grid: Grid, clients: int, per_node: int, deadline: float):
+    def __init__(self, grid: AnyGrid, clients: int, per_node: int, deadline: float):
         self.grid, self.clients, self.per_node, self.deadline = grid, clients, per_node, deadline
         self._known: dict[int, Node] = {}  # by number
         self._asked: dict[str, int] = {}  # message id -> node, not answered yet
         self._seen: set[int] = set()
         self._tries: Counter[int] = Counter()  # questions a node has failed to answer
         self._unfit: list[str] = []
+        self._doubted: set[int] = set()  # ids of nodes that have failed and may be gone
+        self._refused: set[int] = set()  # ids of nodes whose number is another's, as has been said
         self._fixed = 0  # M, once the run has started
 
     @property
@@ -102,9 +104,20 @@ class Nodes:
         self._check_data()
         log.info(self._plan(served))
 
+    def look(self) -> None:
+        """Refresh, if there is any reason to: a node is missing, or may be."""
+        if self._doubted or not self.complete:
+            self.refresh()
+
     def refresh(self) -> None:
-        """Ask nodes that are new, take answers that have come. Does not wait."""
-        new = [node for node in self.grid.get_node_ids() if node not in self._seen]
+        """Let go of doubted nodes that are gone, ask those that are new, take answers that have
+        come. Does not wait."""
+        there = list(self.grid.get_node_ids())
+        for node in list(self._known.values()):
+            if node.id in self._doubted and node.id not in there:
+                log.warning("SuperNode %d, partition %d, is gone", node.id, node.number)
+                self._let_go(node)
+        new = [node for node in there if node not in self._seen]
         self._seen.update(new)
         if new:
             ids = self.grid.push_messages([_question(node, self.deadline) for node in new])
@@ -119,16 +132,31 @@ class Nodes:
                 if self._tries[node_id] < _TRIES:
                     self._seen.discard(node_id)  # it is asked again
 
-    def forget(self, node: Node) -> None:
-        """Let go of a node that failed, if it is gone: another may come in its place."""
-        if node.id not in set(self.grid.get_node_ids()):
-            self._seen.discard(node.id)
-            if self._known.get(node.number) == node:
-                del self._known[node.number]
+    def doubt(self, node: Node) -> None:
+        """A node has failed: it is let go of when it is gone, and another of its number takes
+        its place even before Flower has noticed."""
+        if self._known.get(node.number) == node:
+            self._doubted.add(node.id)
+
+    def trust(self, node: Node) -> None:
+        """A node has shown that it is there."""
+        self._doubted.discard(node.id)
+
+    def _let_go(self, node: Node) -> None:
+        self._doubted.discard(node.id)
+        if self._known.get(node.number) == node:
+            del self._known[node.number]
+        # spare nodes, with the same number perhaps, are asked once more
+        self._seen = {other.id for other in self._known.values()} | set(self._asked.values())
 
     def _add(self, node: Node) -> None:
         other = self._known.get(node.number)
-        if other is not None and other.id in set(self.grid.get_node_ids()) - {node.id}:
+        if other is not None and self._fixed and other.id in self._doubted:
+            log.warning(
+                "SuperNode %d takes the place of %d, partition %d", node.id, other.id, node.number
+            )
+            self._doubted.discard(other.id)  # it stays seen: nobody asks it again
+        elif other is not None and other.id in set(self.grid.get_node_ids()) - {node.id}:
             text = (
                 f"SuperNodes {other.id} and {node.id} both serve partition {node.number}; give "
                 "each its own partition-id"
@@ -136,7 +164,9 @@ class Nodes:
             if not self._fixed:
                 raise ConfigError(text)
             # the first keeps it; a restarted node gets it back once its old id is gone
-            log.warning("%s; %d goes on", text, other.id)
+            if node.id not in self._refused:
+                log.warning("%s; %d goes on", text, other.id)
+            self._refused.add(node.id)
             self._seen.discard(node.id)
             return
         self._known[node.number] = node

@@ -49,6 +49,7 @@ class Session:
         self._unanswered: OrderedDict[Key, bytes] = OrderedDict()
         self._unsent: deque[Key] = deque()
         self._replies: dict[Key, Reply] = {}
+        self._abandoned: set[Key] = set()  # sent, withdrawn since, and the client is still at it
         self._waiting_for: Key | None = None
         self._connection = 0  # number of the connection that is up; 0 is none
         self._connections = 0
@@ -69,9 +70,9 @@ class Session:
 
     @property
     def idle(self) -> bool:
-        """Whether everything asked has been answered, and every answer taken or withdrawn."""
+        """Whether everything asked has been answered, and every answer that is wanted taken."""
         with self._changed:
-            return not (self._unanswered or self._replies)
+            return not (self._unanswered or self._replies or self._abandoned)
 
     def ask(self, requests: Mapping[Key, Request]) -> None:
         """Send requests, in order, as soon as the client can take them."""
@@ -96,6 +97,11 @@ class Session:
             self._changed.notify_all()
         return reply
 
+    def late(self, partition: int) -> bool:
+        """Whether the client still works on something of this partition that was withdrawn."""
+        with self._changed:
+            return any(key.partition == partition for key in self._abandoned)
+
     def withdraw(self, exchange: int, partition: int) -> None:
         """Forget what is still open of one client's part of an exchange."""
         with self._changed:
@@ -114,8 +120,11 @@ class Session:
             self._changed.notify_all()
 
     def _withdraw(self, exchange: int, partition: int) -> None:
+        unsent = set(self._unsent)
         for key in [k for k in self._unanswered if k[:2] == (exchange, partition)]:
             del self._unanswered[key]
+            if self._connection and key not in unsent:
+                self._abandoned.add(key)
         for key in [k for k in self._replies if k[:2] == (exchange, partition)]:
             del self._replies[key]
 
@@ -125,6 +134,7 @@ class Session:
             self._connections += 1
             self._connection, self.lost_at = self._connections, None
             self._unsent = deque(self._unanswered)
+            self._abandoned.clear()  # who dials has nothing else to do
             self.token = secrets.token_urlsafe(32)
             self._changed.notify_all()
             if not self.ever_connected.is_set():
@@ -158,6 +168,11 @@ class Session:
     def incoming(self, key: Key, reply: Reply) -> None:
         """A reply from the client; held back while too many replies wait to be read."""
         with self._changed:
+            if key in self._abandoned:
+                self._abandoned.discard(key)
+                if isinstance(reply, Behind | Failure):  # it refuses the rest
+                    self._abandoned = {k for k in self._abandoned if k[:2] != key[:2]}
+                return
             if self._unanswered.pop(key, None) is None:
                 return  # answered already, over another connection, or withdrawn
             if isinstance(reply, Behind | Failure):

@@ -10,56 +10,40 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-from flwr.app import Message
-from flwr.serverapp import Grid
-
 from hosl_flower.checks import Limits
-from hosl_flower.errors import AbsentError, ClientError, ProtocolError
+from hosl_flower.errors import AbsentError, ClientError, ProtocolError, SuperLinkError
 from hosl_flower.history import History
-from hosl_flower.link.base import Link
+from hosl_flower.link.base import NOT_YET, Link
 from hosl_flower.link.dial import Invitation
 from hosl_flower.link.frames import Key
-from hosl_flower.link.nodes import Node, Nodes
-from hosl_flower.link.records import pack_invitation
-from hosl_flower.link.sessions import Session, StreamServer
+from hosl_flower.link.lines import Caller, Line
+from hosl_flower.link.nodes import Nodes
+from hosl_flower.link.sessions import StreamServer
+from hosl_flower.link.superlink import AnyGrid
 from hosl_flower.messages import Behind, Failure, Reply, Request
 from hosl_flower.spec import ClientSpec
 from hosl_flower.tensors import DTYPES
 
 log = logging.getLogger("hosl_flower")
 
-SESSION = "train.session"
 _SLACK = 1 << 20  # bytes a frame may have beside its tensors
 _OTHERS_SECONDS = 1.0  # that the first session waits for the others; they may join later
 _POLL_SECONDS = 0.5
 _CLOSE_SECONDS = 15.0
-_CALLS = 3  # times a node is called again without ever having answered between them
-
-
-class _Line:
-    """A node's session, and the Flower message that called it."""
-
-    def __init__(self, node: Node, session: Session):
-        self.node = node
-        self.begin(session)
-
-    def begin(self, session: Session) -> None:
-        """A new conversation; nobody has been called to it yet."""
-        self.session = session
-        self.message = ""
-        self.calls = 0
-        self.answered = 0  # replies since the last call
-        self.error = ""
+_LOOK_SECONDS = 0.5  # between two questions to SuperLink about a node without a connection
+_START_SECONDS = 60.0  # that a node which does not come is not doubted: it may be loading
+_MOMENT = 0.05
 
 
 class StreamLink(Link):
     """endpoint: what clients dial, "" for this machine; bind: what the strategy listens on.
     deadline: seconds a client may take for one reply; lifetime: seconds Flower keeps the
-    message that opens a session; longest: seconds a session may last, 0 for any."""
+    message that opens a session; longest: seconds a session may last, 0 for any; indispensable:
+    no client can be done without, so another node is waited for where one is gone."""
 
     def __init__(
         self,
-        grid: Grid,
+        grid: AnyGrid,
         spec: ClientSpec,
         history: History,
         limits: Limits,
@@ -71,16 +55,26 @@ class StreamLink(Link):
         certificate: tuple[bytes, bytes] | None = None,
         authority: str = "",
         longest: float = 0.0,
+        indispensable: bool = False,
     ):
         super().__init__(history, limits)
         self.grid, self.spec, self.deadline, self.nodes = grid, spec, deadline, nodes
-        self.lifetime, self.authority, self.longest = lifetime, authority, longest
+        self.longest, self.indispensable = longest, indispensable
+        self._heard_at = 0.0
         self.limit = longest_frame(limits, history)
         # each connection has a reading and a writing thread; a node may be dialling anew
         self.server = StreamServer(bind, self.limit, 4 * nodes.count + 8, certificate)
         self.endpoint = endpoint or f"127.0.0.1:{self.server.port}"
-        self._lines: dict[int, _Line] = {}  # by node id
-        self._served: dict[int, _Line] = {}  # by partition: who answered last
+        invitation = Invitation(
+            endpoint=self.endpoint,
+            token="",
+            authority=authority,
+            limit=self.limit,
+            patience=min(60.0, deadline),
+        )
+        self.caller = Caller(grid, spec, invitation, lifetime)
+        self._lines: dict[int, Line] = {}  # by node id
+        self._served: dict[int, Line] = {}  # by partition: who answered last
         self._exchange = 0
         try:
             self._call_nodes()
@@ -91,7 +85,12 @@ class StreamLink(Link):
 
     def absent(self) -> set[int]:
         self._call_nodes()
-        return {p for p in range(self.spec.num_clients) if self._line_of(p) is None}
+        lines = {p: self._line_of(p) for p in range(self.spec.num_clients)}
+        return {p for p, line in lines.items() if line is None or line.overdue}
+
+    def late(self) -> set[int]:
+        sessions = [line.session for line in self._lines.values()]
+        return {p for p in range(self.spec.num_clients) if any(s.late(p) for s in sessions)}
 
     def describe_client(self, partition: int) -> str:
         line = self._served.get(partition) or self._line_of(partition)
@@ -100,16 +99,20 @@ class StreamLink(Link):
     def close(self) -> None:
         """End the sessions, wait for the ClientApps to return, close the port."""
         lines = self._lines.values()
-        self._end([line for line in lines if line.session.ever_connected.is_set()])
-        self.server.stop()
+        try:
+            self._end([line for line in lines if line.session.ever_connected.is_set()])
+        except SuperLinkError as error:  # nothing is lost by it: the run is over
+            log.warning("%s", error)
+        finally:
+            self.server.stop()
 
-    def _end(self, lines: Sequence[_Line]) -> None:
+    def _end(self, lines: Sequence[Line]) -> None:
         """Close sessions and wait for their ClientApps to return, though not for long."""
         for line in lines:
             line.session.close()
         give_up = time.monotonic() + _CLOSE_SECONDS
         while any(line.message for line in lines) and time.monotonic() < give_up:
-            self._hear(lines, closing=True)
+            self.caller.hear(lines, closing=True)
             time.sleep(0.05)
 
     def _renew(self) -> None:
@@ -124,7 +127,7 @@ class StreamLink(Link):
         for line in old:
             self.server.forget(line.session)
             line.begin(self.server.session(f"node {line.node.id}"))
-            self._call(line)
+            self.caller.call(line)
         self._wait_for_any(list(self._lines.values()))
 
     def _deliver(self, requests: Mapping[int, Sequence[Request]]) -> dict[int, Iterator[Reply]]:
@@ -143,28 +146,38 @@ class StreamLink(Link):
             self._served[partition] = line
             keys = [Key(self._exchange, partition, index) for index in range(len(own))]
             asked.setdefault(line.node.id, {}).update(zip(keys, own, strict=True))
-            streams[partition] = self._read(line, partition, keys)
+            streams[partition] = self._read(line, partition, dict(zip(keys, own, strict=True)))
         for node, own_requests in asked.items():
             self._lines[node].session.ask(own_requests)
         return streams
 
-    def _read(self, line: _Line, partition: int, keys: Sequence[Key]) -> Iterator[Reply]:
+    def _read(self, line: Line, partition: int, asked: dict[Key, Request]) -> Iterator[Reply]:
         """Replies in order, as they come; ends after Behind or Failure."""
         try:
-            for key in keys:
-                reply = self._await(line, partition, key)
+            for key in list(asked):
+                give_up = time.monotonic() + self.deadline
+                while (reply := self._await(line, partition, key, give_up)) is None:
+                    if time.monotonic() >= self.until:
+                        yield NOT_YET
+                    other = self._line_of(partition)
+                    if not self._is_there(line) and other:  # asks what a node took with it
+                        line = self._served[partition] = other
+                        line.session.ask(asked)
                 line.answered += 1
+                del asked[key]
                 yield reply
                 if isinstance(reply, Behind | Failure):
                     return
         finally:
-            if keys:
-                line.session.withdraw(keys[0].exchange, partition)
+            for exchange in {key.exchange for key in asked}:
+                line.session.withdraw(exchange, partition)
 
-    def _await(self, line: _Line, partition: int, key: Key) -> Reply:
-        give_up = time.monotonic() + self.deadline
+    def _await(self, line: Line, partition: int, key: Key, give_up: float) -> Reply | None:
+        """The reply to one request; None when it has not come by `until`, or its node is gone
+        and cannot be done without."""
         while True:
-            reply = line.session.reply(key, _POLL_SECONDS)
+            left = self.until - time.monotonic()
+            reply = line.session.reply(key, max(0.0, min(_POLL_SECONDS, left)))
             if reply is not None:
                 return reply
             if line.session.fault:
@@ -173,14 +186,22 @@ class StreamLink(Link):
             if line.error:
                 raise ClientError(f"client {partition} (node {line.node.id}): {line.error}")
             if time.monotonic() > give_up:
+                line.overdue = not line.session.connected
                 raise AbsentError(
                     f"client {partition} (node {line.node.id}) did not answer within "
                     f"{self.deadline:g} s; is its SuperNode alive? (reply-deadline allows more)"
                 )
-            if not line.session.connected:
-                self._hear([line])
+            if not line.session.connected and not self._is_there(line):
+                if self.indispensable:
+                    time.sleep(_MOMENT)
+                    return None
+                raise AbsentError(
+                    f"client {partition} (node {line.node.id}): its SuperNode is gone"
+                )
+            if time.monotonic() >= self.until:
+                return None
 
-    def _line_of(self, partition: int) -> _Line | None:
+    def _line_of(self, partition: int) -> Line | None:
         """Who answers for a client: its node, or in simulation any worker that has come."""
         if self.nodes.simulated:
             ready = [line for line in self._lines.values() if line.session.connected]
@@ -189,7 +210,7 @@ class StreamLink(Link):
         node = self.nodes.of(partition)
         return self._lines.get(node.id) if node else None
 
-    def _line_that_served(self, partition: int) -> _Line | None:
+    def _line_that_served(self, partition: int) -> Line | None:
         """Who answered for a client last, if it is there, or dials again in a moment."""
         line = self._served.get(partition)
         give_up = time.monotonic() + _OTHERS_SECONDS
@@ -200,62 +221,45 @@ class StreamLink(Link):
         return line
 
     def _call_nodes(self) -> None:
-        """Invite nodes that have not been."""
-        if not self.nodes.complete:
-            self.nodes.refresh()
-        for node in self.nodes.all():
+        """Invite nodes that have not been, let go of those that are gone, call those again whose
+        ClientApp has."""
+        for line in self._lines.values():
+            if line.session.connected:
+                line.overdue = False
+                self.nodes.trust(line.node)
+            elif line.session.ever_connected.is_set() or line.waited > _START_SECONDS:
+                self.nodes.doubt(line.node)
+        self.nodes.look()
+        there = {node.id: node for node in self.nodes.all()}
+        for line in [line for i, line in self._lines.items() if i not in there]:
+            line.session.close()
+            self.server.forget(line.session)
+            del self._lines[line.node.id]
+        for node in there.values():
             if node.id not in self._lines:
-                line = _Line(node, self.server.session(f"node {node.id}"))
+                line = Line(node, self.server.session(f"node {node.id}"))
                 self._lines[node.id] = line
-                self._call(line)
+                self.caller.call(line)
+        if time.monotonic() - self._heard_at < _LOOK_SECONDS:
+            return
+        self._heard_at = time.monotonic()
+        lost = [line for line in self._lines.values() if not line.session.connected]
+        self.caller.hear(lost)
+        self.caller.call_again([x for x in lost if x.session.ever_connected.is_set() or x.error])
 
-    def _call(self, line: _Line) -> None:
-        """Send the Flower message that makes a ClientApp dial."""
-        line.calls = 1 if line.answered else line.calls + 1
-        line.answered = 0
-        invitation = Invitation(
-            endpoint=self.endpoint,
-            token=line.session.invite(),
-            authority=self.authority,
-            limit=self.limit,
-            patience=min(60.0, self.deadline),
-        )
-        message = Message(
-            pack_invitation(invitation, self.spec),
-            dst_node_id=line.node.id,
-            message_type=SESSION,
-            ttl=self.lifetime,
-        )
-        (line.message,) = self.grid.push_messages([message])
+    def _is_there(self, line: Line) -> bool:
+        """Whether a node without a connection is still one of this run's; looked up now and
+        then."""
+        if time.monotonic() - line.looked_at > _LOOK_SECONDS:
+            line.looked_at = time.monotonic()
+            self._call_nodes()
+        return self._lines.get(line.node.id) is line
 
-    def _hear(self, lines: Sequence[_Line], closing: bool = False) -> None:
-        """Take Flower's replies: a ClientApp that has returned is called again, unless the
-        session is closing or it said that it cannot serve."""
-        by_message = {line.message: line for line in lines if line.message}
-        for answer in self.grid.pull_messages(list(by_message)) if by_message else ():
-            line = by_message[answer.metadata.reply_to_message_id]
-            line.message = ""
-            said = ""
-            if answer.has_error():
-                reason = answer.error.reason or str(answer.error.code)
-            else:
-                config = answer.content.config_records.get("config")
-                said = reason = str(config.get("error", "")) if config else "no record"
-            if closing:
-                continue
-            if said and not line.session.ever_connected.is_set():
-                line.error = said
-            elif line.calls >= _CALLS:
-                line.error = f"its ClientApp ended {line.calls} times: {reason}"
-            else:
-                log.warning("node %d is called again: %s", line.node.id, reason or "it returned")
-                self._call(line)
-
-    def _wait_for_any(self, lines: Sequence[_Line]) -> None:
+    def _wait_for_any(self, lines: Sequence[Line]) -> None:
         """Until a session is up; the others have a moment more, and may join at any time."""
         give_up = time.monotonic() + self.deadline
         while not any(line.session.connected for line in lines):
-            self._hear(lines)
+            self.caller.hear(lines)
             errors = [f"node {line.node.id}: {line.error}" for line in lines if line.error]
             if len(errors) == len(lines) or time.monotonic() > give_up:
                 raise ClientError(f"no SuperNode came to its session; {'; '.join(errors[:3])}")

@@ -1,0 +1,128 @@
+"""The log of a run, kept in its directory: log.txt has every line of this package's, with the
+time, and last the line that says how the run ended if it did not end well."""
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from hosl_flower.checkpoint import latest
+from hosl_flower.errors import HoslError
+
+log = logging.getLogger("hosl_flower")
+
+NAME = "log.txt"
+_LINES = 10_000  # kept until there is a directory
+
+
+class _Quiet(logging.FileHandler):
+    """A log that cannot be written, for want of room, stops and disturbs nothing."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what it still held
+            super().close()
+
+
+class RunLog:
+    """Around a run. Lines are held back until `keep` says where the run directory is: one that
+    is refused before leaves no directory."""
+
+    def __init__(self) -> None:
+        self._held: list[logging.LogRecord] = []
+        self._handler: logging.Handler = _Holding(self._held)
+        self._file: _Quiet | None = None
+        self.directory: Path | None = None
+
+    def __enter__(self) -> "RunLog":
+        log.addHandler(self._handler)
+        return self
+
+    def keep(self, directory: Path) -> None:
+        """Write to a run directory from now on, what has been said so far first; a run that is
+        resumed adds to its log."""
+        self.directory = directory
+        file = _Quiet(directory / NAME, encoding="utf-8", delay=True)
+        file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        log.removeHandler(self._handler)
+        self._file = self._handler = file
+        for record in self._held:
+            file.handle(record)
+        self._held.clear()
+        log.addHandler(file)
+
+    def way_on(self) -> str:
+        """What there is to go on from."""
+        step = latest(self.directory) if self.directory else None
+        if step is None:
+            return "there is no checkpoint to go on from"
+        return f"resume={self.directory} goes on from the checkpoint of step {step}"
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if isinstance(error, Exception) and self._file is not None:
+            log.info(self.way_on())
+            known = isinstance(error, HoslError)
+            line = f"{type(error).__name__}: {error}" if known else repr(error)
+            # the app says it on the terminal
+            self._file.handle(
+                log.makeRecord(log.name, logging.ERROR, "", 0, f"run failed: {line}", (), None)
+            )
+        log.removeHandler(self._handler)
+        self._handler.close()
+
+
+@contextlib.contextmanager
+def stop_announced(kept: RunLog) -> Iterator[None]:
+    """While this lasts, a signal that ends the process leaves a line first: `flwr stop` sends
+    one, and so does Flower to a ServerApp whose SuperLink has ended."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(RuntimeError):  # a line was being written
+            log.error(
+                "run stopped: signal %d (flwr stop, or SuperLink is gone); %s",
+                number,
+                kept.way_on(),
+            )
+        handler = before[number] or signal.SIG_DFL
+        signal.signal(number, handler)
+        if callable(handler):
+            handler(number, frame)
+        else:
+            os.kill(os.getpid(), number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are none of its business
+        return
+    try:
+        for number in numbers:
+            signal.signal(number, stop)
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, before[number] or signal.SIG_DFL)
+
+
+class _Holding(logging.Handler):
+    """Lines for later."""
+
+    def __init__(self, held: list[logging.LogRecord]):
+        super().__init__()
+        self.held = held
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if len(self.held) < _LINES:
+            self.held.append(record)

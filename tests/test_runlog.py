@@ -1,0 +1,67 @@
+"""runlog.py: what a run said is in its directory, and how it ended."""
+
+import logging
+import signal
+
+import pytest
+
+from hosl_flower.errors import ClientError
+from hosl_flower.runlog import NAME, RunLog, stop_announced
+
+log = logging.getLogger("hosl_flower")
+
+
+def said(directory):
+    """Without the times."""
+    return [line.split(" ", 2)[2] for line in (directory / NAME).read_text().splitlines()]
+
+
+def run_that_fails(directory):
+    with RunLog() as kept:
+        log.warning("first of %d", 3)
+        if directory:
+            kept.keep(directory)
+        log.warning("second")
+        raise ClientError("nobody is there")
+
+
+def test_lines_before_there_is_a_directory_are_kept_and_a_failure_is_the_last(tmp_path):
+    before = list(log.handlers)
+    with pytest.raises(ClientError):
+        run_that_fails(tmp_path)
+    assert said(tmp_path) == ["first of 3", "second", "run failed: ClientError: nobody is there"]
+    assert log.handlers == before
+    with RunLog() as kept:  # resumed
+        kept.keep(tmp_path)
+        log.warning("again")
+    assert said(tmp_path)[3:] == ["again"]
+
+
+def test_a_signal_leaves_a_line_and_does_what_it_did_before(tmp_path):
+    (tmp_path / "checkpoint-5").mkdir()
+    before = signal.signal(signal.SIGINT, lambda *_: heard.append(tmp_path))
+    heard = []
+    try:
+        with RunLog() as kept, stop_announced(kept):
+            kept.keep(tmp_path)
+            signal.raise_signal(signal.SIGINT)
+        assert heard == [tmp_path]
+    finally:
+        signal.signal(signal.SIGINT, before)
+    (line,) = said(tmp_path)
+    assert line.startswith("run stopped: signal 2")
+    assert line.endswith(f"; resume={tmp_path} goes on from the checkpoint of step 5")
+
+
+def test_a_run_that_is_refused_leaves_nothing(tmp_path):
+    with pytest.raises(ClientError):
+        run_that_fails(None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_log_that_cannot_be_written_stops_nothing(tmp_path, capsys):
+    (tmp_path / NAME).symlink_to("/dev/full")
+    with RunLog() as kept:
+        kept.keep(tmp_path)
+        log.warning("lost")
+    assert "Traceback" not in capsys.readouterr().err
