@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 _SMOOTH = 20  # steps in the moving average of the training loss
 
@@ -54,7 +55,7 @@ def draw_partition(
     clients = range(len(label_counts))
     totals = [sum(counts) for counts in label_counts]
     figure = Figure(figsize=(11, 4), layout="constrained")
-    axes = figure.subplots()
+    axes: Any = figure.subplots()
     bottom = [0] * len(label_counts)
     for label, name in enumerate(label_names):
         heights = [counts[label] for counts in label_counts]
