@@ -23,11 +23,12 @@ Override = Annotated[
 @cli.command()
 def run(app: App, config: Override = None) -> None:
     """Train in this process, without Flower: same config, same numbers, no network."""
-    from hosl_flower.server_app import load_strategy, log_to_stderr
-
-    log_to_stderr()
     try:
-        load_strategy(read_app_config(app, config or [])).run_in_process()
+        checked = read_app_config(app, config or [])  # before seconds of imports
+        from hosl_flower.server_app import load_strategy, log_to_stderr
+
+        log_to_stderr()
+        load_strategy(checked).run_in_process()
     except HoslError as error:
         _fail(error)
 
@@ -41,12 +42,12 @@ def simulate(
     ] = "",
 ) -> None:
     """`flwr run` with a SuperLink of its own: fails when the run failed, leaves nothing behind."""
-    from hosl_flower.local_flower import run_flower_app
-    from hosl_flower.server_app import load_strategy
-
     try:
         overrides = dict(map(key_value, config or []))
-        checked = read_app_config(app, config or [])
+        checked = read_app_config(app, config or [])  # before seconds of imports
+        from hosl_flower.local_flower import run_flower_app
+        from hosl_flower.server_app import load_strategy
+
         load_strategy(checked)  # what it refuses, it refuses before anything is started
         results = run_flower_app(app, overrides, federation, Path(checked.output_dir))
     except HoslError as error:

@@ -10,12 +10,9 @@ on the decoded ones. HOSL takes differences of losses between probes, which a co
 than the probe distance drowns; HO-SFL's probes never travel.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Codec = Literal["exact", "bf16", "fp16", "int8"]
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 _LARGEST = {"fp16": 1.0, "int8": 127.0}  # magnitude a token's largest value is scaled to
 

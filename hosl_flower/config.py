@@ -20,7 +20,6 @@ from pydantic import (
     model_validator,
 )
 
-from hosl_flower.codec import Codec
 from hosl_flower.config_rules import contradictions, split_words
 from hosl_flower.errors import ConfigError
 
@@ -34,6 +33,7 @@ Schedule = Literal["constant", "linear", "cosine"]
 ClientOptimizer = Literal["sgd", "adamw", "adafactor"]
 ClientGradient = Literal["backprop", "recompute", "residual"]
 Quantization = Literal["none", "int8"]
+Codec = Literal["exact", "bf16", "fp16", "int8"]  # see codec.py, which needs torch
 Partitioner = Literal["iid", "dirichlet", "natural-id"]
 Aggregation = Literal["weighted-mean", "mean", "median", "trimmed-mean"]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")]

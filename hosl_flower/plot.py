@@ -3,12 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")  # a server has no display
-
-from matplotlib import pyplot
+from typing import Any
 
 _SMOOTH = 20  # steps in the moving average of the training loss
 _SCORES: dict[str, tuple[str, dict[str, str]]] = {
@@ -22,10 +17,13 @@ _SCORES: dict[str, tuple[str, dict[str, str]]] = {
 
 def draw_curve(directory: Path, title: str) -> Path:
     """Write curve.png: training loss, held-out loss, held-out accuracy or F1 against steps."""
+    from matplotlib.figure import Figure  # slow, and a run draws at its end, others never
+
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     losses = [row["train_loss"] for row in rows if "train_loss" in row]
     held_out = [(row["step"], row["held_out"]) for row in rows if "held_out" in row]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     figure.suptitle(title)
 
     steps = range(1, len(losses) + 1)
@@ -47,7 +45,6 @@ def draw_curve(directory: Path, title: str) -> Path:
         axes.grid(alpha=0.3)
     path = directory / "curve.png"
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
     return path
 
 
@@ -58,9 +55,12 @@ def draw_partition(
 
     label_counts: [clients][labels].
     """
+    from matplotlib.figure import Figure
+
     clients = range(len(label_counts))
     totals = [sum(counts) for counts in label_counts]
-    figure, axes = pyplot.subplots(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    axes: Any = figure.subplots()
     bottom = [0] * len(label_counts)
     for label, name in enumerate(label_names):
         heights = [counts[label] for counts in label_counts]
@@ -74,4 +74,3 @@ def draw_partition(
     axes.margins(x=0.01)
     figure.legend(title="label", loc="outside right upper")  # a place without bars
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)

@@ -10,11 +10,11 @@ from pydantic.dataclasses import dataclass
 
 from hosl_flower import hub
 from hosl_flower.architectures import ARCHITECTURES, IMAGE_ARCHITECTURES
-from hosl_flower.codec import Codec
 from hosl_flower.config import (
     Alpha,
     ClientGradient,
     ClientOptimizer,
+    Codec,
     Device,
     Dtype,
     Length,

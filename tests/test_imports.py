@@ -26,3 +26,16 @@ def test_the_client_app_imports_what_a_client_uses():
     loaded = json.loads(done.stdout.splitlines()[-1])
     assert "hosl_flower.client" in loaded
     assert not {name for name in NOT_A_CLIENTS if name in loaded}
+
+
+def test_the_command_line_starts_without_torch():
+    """It says what is wrong at once; and server_app settles how torch's threads wait, which must
+    be before torch is loaded."""
+    script = SCRIPT.replace("hosl_flower.client_app", "hosl_flower.cli")
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    loaded = json.loads(done.stdout.splitlines()[-1])
+    assert "hosl_flower.config" in loaded
+    slow = ("torch", "transformers", "flwr", "matplotlib", "datasets")
+    assert not {name for name in slow if name in loaded}
