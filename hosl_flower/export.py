@@ -88,7 +88,8 @@ def _write_sides(run: Finished, directory: Path, sides: tuple[str, ...]) -> None
     for side in sides:
         half = trained.client() if side == "client" else trained.server()
         tensors.update(half.merged_parameters())
-    save_merged(directory, trained.base, tensors, {}, load_processor(trained.tokenizer))
+    processor = load_processor(trained.tokenizer, trained.base.config)
+    save_merged(directory, trained.base, tensors, {}, processor)
     if len(sides) == 1:
         split = {"side": sides[0], "cut_layer": trained.cut, "blocks": trained.base.blocks}
         (directory / "split.json").write_text(json.dumps(split, indent=2) + "\n")

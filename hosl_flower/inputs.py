@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from hosl_flower.errors import ConfigError
 from hosl_flower.families import InitStd, family_of
 from hosl_flower.spec import ClientSpec
-from hosl_flower.split import Base, model_config
+from hosl_flower.split import Base
 from hosl_flower.tasks import Encoder, Inputs, load_tokenizer
 from hosl_flower.weights import RandomWeights, WeightSource
 
@@ -49,9 +49,9 @@ def make_inputs(spec: ClientSpec, model: str, config: PretrainedConfig) -> Input
     return ImageInputs(spec.task, processor, config, spec.cut_layer)
 
 
-def load_processor(model: str) -> Any:
-    """What is saved with a model besides its weights: tokenizer or image processor."""
-    config = model_config(model)
+def load_processor(model: str, config: PretrainedConfig) -> Any:
+    """What is saved with a model besides its weights: tokenizer or image processor. model: a
+    directory that has it, which may be one of adapters. config: the model's."""
     if family_of(config).modality == "text":
         return load_tokenizer(model)
     from hosl_flower.image_inputs import load_image_processor
