@@ -42,16 +42,19 @@ def wait_for(what: str, condition: Callable[[], object], seconds: float = 300.0)
 
 
 class Run:
-    """A submitted run, as its directory shows it."""
+    """A run, as its directory shows it; number: Flower's, once it is submitted. What the log of a
+    run that is resumed says already is of the past."""
 
-    def __init__(self, directory: Path, number: str):
-        self.directory, self.number = directory, number
+    def __init__(self, directory: Path):
+        self.directory, self.number = directory, ""
+        self._past = ""
+        self._past = self.log
 
     @property
     def log(self) -> str:
         """What it has said."""
         with contextlib.suppress(OSError):
-            return (self.directory / "log.txt").read_text()
+            return (self.directory / "log.txt").read_text().removeprefix(self._past)
         return ""
 
     @property
@@ -176,6 +179,7 @@ class Fleet:
 
     def submit(self, output: Path, name: str, **keys) -> Run:
         """Submit a run over streams, whose ServerApp is there when this returns."""
+        run = Run(Path(keys["resume"]) if "resume" in keys else output / name)
         port = free_port()
         endpoint = {"stream-endpoint": f"127.0.0.1:{port}"} if keys.get("link") != "grid" else {}
         wanted = {**KEYS, **endpoint, "output-dir": str(output), "run-name": name, **keys}
@@ -190,8 +194,8 @@ class Fleet:
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         wait_for("a ServerApp", lambda: self.apps("serverapp"))
-        number = str(json.loads(done.stdout[done.stdout.index("{") :])["run-id"])
-        return Run(Path(keys["resume"]) if "resume" in keys else output / name, number)
+        run.number = str(json.loads(done.stdout[done.stdout.index("{") :])["run-id"])
+        return run
 
     def end(self, run: Run) -> str:
         """Wait for the end of the ServerApp; what Flower has kept of what it said."""
