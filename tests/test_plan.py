@@ -100,7 +100,17 @@ def test_a_size_that_is_none_is_refused():
         parse_bytes("--client-memory", "big")
 
 
-def test_the_command_says_whether_a_device_is_large_enough(keys, tmp_path):
+def test_the_command_says_whether_a_device_is_large_enough(keys, tmp_path, monkeypatch):
+    made = []
+
+    def once(config):
+        """The first call's plan: what is said of it differs, and its making takes seconds."""
+        if not made:
+            made.append((config, plan(config)))
+        assert config == made[0][0]
+        return made[0][1]
+
+    monkeypatch.setattr("hosl_flower.plan.plan", once)
     app = tmp_path / "app"
     app.mkdir()
     rows = "\n".join(f"{key} = {json.dumps(value)}" for key, value in keys.items())
