@@ -13,8 +13,8 @@ from hosl_flower.text_score import TextScore
 
 @dataclass(frozen=True)
 class Results:
-    """results.json. The fields up to wall_seconds are those of the final evaluation; exact_match
-    and f1 are of generated answers, which have none of the three kinds of accuracy."""
+    """results.json. The fields up to wall_seconds are those of the final evaluation, as are
+    exact_match and f1: of generated answers, which have none of the three kinds of accuracy."""
 
     method: str
     model: str
@@ -24,12 +24,12 @@ class Results:
     steps: int
     accuracy: float | None
     balanced_accuracy: float | None
-    exact_match: float | None
-    f1: float | None
     loss: float
     wall_seconds: float
     notice: str
     majority_accuracy: float | None
+    exact_match: float | None
+    f1: float | None
     held_out_examples: int
     evaluations: list[dict[str, float]]
     seconds_per_step: dict[str, float]

@@ -376,9 +376,9 @@ def test_the_server_of_split_zo_takes_tau_steps_before_it_answers_probes(make, m
         events.append("loss")
         return loss(self, batch)
 
-    def noted_step(self, batch, seeds):
+    def noted_step(self, batch, seeds, factor):
         before = len(events)
-        scalars = step(self, batch, seeds)
+        scalars = step(self, batch, seeds, factor)
         del events[before:]  # its own probes
         events.append(tuple(seeds))
         return scalars
