@@ -1,10 +1,15 @@
 """Shared fixtures: tiny OPT checkpoints and a closed hub."""
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, as in server_app.py
+
+import filecmp
 import itertools
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +18,9 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
-from hosl_flower import hub
+from hosl_flower import hub, tasks
 from hosl_flower.tasks import BUNDLED
 
 torch.set_num_threads(1)  # a process per core runs them (pytest-xdist): threads would fight
@@ -31,6 +36,36 @@ TINY = {
     "num_attention_heads": 2,
     "max_position_embeddings": 64,
 }
+
+
+class SharedTokenizer:
+    """AutoTokenizer for hosl_flower, to which the bundled tokenizer is always the same object:
+    a run reads it twice, and parsing its 50,000 tokens is a quarter of a tiny run. Any other
+    tokenizer is read as ever."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Any] = {}  # by config.json: a model's type may choose the class
+
+    def from_pretrained(self, model: Any, **options: Any) -> Any:
+        names = [path.name for path in TOKENIZER.iterdir()]
+        if filecmp.cmpfiles(model, TOKENIZER, names, shallow=False)[0] != names:
+            return AutoTokenizer.from_pretrained(model, **options)
+        config = Path(model) / "config.json"
+        kind = json.loads(config.read_text())["model_type"] if config.is_file() else ""
+        if kind not in self._known:
+            self._known[kind] = AutoTokenizer.from_pretrained(model, **options)
+        return self._known[kind]
+
+
+tasks.AutoTokenizer = SharedTokenizer()
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Whatever a run has set, the next test starts with one thread."""
+    yield
+    torch.set_num_threads(1)
+
 
 TinyOpt = Callable[..., tuple[Path, OPTForCausalLM]]
 

@@ -64,8 +64,10 @@ def history(directory):
 
 
 def test_flower_and_in_process_give_the_same_bits(tmp_path):
-    common = {"steps": 6, "eval_every": 3, "eval_examples": 60, "num_clients": 2, "turn_steps": 2}
-    common["output_dir"] = tmp_path
+    common = {
+        "steps": 6, "eval_every": 3, "eval_examples": 60, "num_clients": 2, "turn_steps": 2,
+        "batch_size": 8, "output_dir": tmp_path,
+    }  # fmt: skip
     # two workers: whichever process answers, the ledger brings it to the same bits
     federation = ["--federation", "num-supernodes=2 client-resources-num-cpus=1"]
     code, output = simulate(QUICK, *keys(**common, run_name="flower"), *federation)
@@ -157,7 +159,8 @@ def test_ten_clients_a_hundred_steps_over_flower_in_process_and_in_the_reference
 def test_what_lives_on_clients_gives_the_same_bits_over_flower(tmp_path, own):
     common = {
         "directions": 1, "num_clients": 3, "clients_per_step": 2, "client_learning_rate": 1e-2,
-        **own, "steps": 4, "eval_every": 2, "eval_examples": 40, "output_dir": tmp_path,
+        **own, "steps": 4, "eval_every": 2, "eval_examples": 40, "batch_size": 8, "threads": 1,
+        "output_dir": tmp_path,
     }  # fmt: skip
     federation = ["--federation", "num-supernodes=2 client-resources-num-cpus=1"]
     code, output = simulate(QUICK, *keys(**common, run_name="flower"), *federation)
