@@ -74,8 +74,10 @@ def _results(run: Finished) -> Iterator[str]:
     yield f"| | step {first['step']} | step {last['step']} |"
     yield "|---|---|---|"
     for key in ("accuracy", "balanced_accuracy", "loss"):
-        yield f"| {key.replace('_', ' ')} | {first[key]:.4f} | {last[key]:.4f} |"
-    yield f"\nThe most frequent label, always answered: accuracy {last['majority_accuracy']:.4f}."
+        if last[key] is not None:
+            yield f"| {key.replace('_', ' ')} | {first[key]:.4f} | {last[key]:.4f} |"
+    if (majority := last["majority_accuracy"]) is not None:
+        yield f"\nThe most frequent label, always answered: accuracy {majority:.4f}."
     differences = list(_differences(run.config))
     if differences:
         yield f"\nWhat was evaluated there is not quite what is here: {'; '.join(differences)}."

@@ -16,8 +16,12 @@ from hosl_flower.messages import (
     Fingerprint,
     Fingerprinted,
     Gradient,
+    HeldOutStates,
+    HiddenGradient,
+    HiddenStates,
     LocalProbe,
     Scalars,
+    Scored,
     Weights,
 )
 from hosl_flower.state import ClientState
@@ -33,7 +37,7 @@ class Limits:
     """What a run's replies may look like: activations of at most `batch` sequences of `length`
     tokens, of width `hidden` and `dtype`, written by `codec`, with labels of `classes` classes;
     `each` sequences per example, of `shortest` tokens or more, so that an answer has its place;
-    at most `held_out` held-out examples."""
+    at most `held_out` held-out examples. private_labels: none are sent."""
 
     batch: int
     length: int
@@ -44,12 +48,19 @@ class Limits:
     codec: str = "exact"
     each: int = 1
     shortest: int = 1
+    private_labels: bool = False
 
 
 def check_described(reply: Described, limits: Limits) -> None:
     """ProtocolError unless a client's numbers of examples fit each other and the run."""
     train, held_out, counts = reply.train_examples, reply.held_out_examples, reply.label_counts
-    if len(counts) != limits.classes or sum(counts) != train or not 0 < train <= _MOST_EXAMPLES:
+    if limits.private_labels:
+        if counts or not 0 < train <= _MOST_EXAMPLES:
+            raise ProtocolError(
+                f"described: expected 1 or more training examples and no label counts, which stay "
+                f"on the client; got {train} and {len(counts)} counts"
+            )
+    elif len(counts) != limits.classes or sum(counts) != train or not 0 < train <= _MOST_EXAMPLES:
         raise ProtocolError(
             f"described: expected {limits.classes} label counts that sum to the number of training "
             f"examples, 1 or more; got {list(counts[:8])} and {train}"
@@ -86,7 +97,22 @@ def check_activations(reply: Activations, limits: Limits) -> None:
             f"attention_mask: expected bool{[batch, length]}, left-padded, "
             f"got {dtype_name(mask)}{list(mask.shape)}"
         )
+    _check_labels(labels, batch, limits)
+    if not (torch.isfinite(h).all() and torch.isfinite(reply.scales).all()):
+        bad = int((~torch.isfinite(h)).sum())
+        raise OutOfRangeError(f"activations: {bad} of {h.numel()} values are not finite")
+
+
+def _check_labels(labels: Tensor, batch: int, limits: Limits) -> None:
+    """batch: sequences that came with them."""
     examples, rest = divmod(batch, limits.each)
+    if limits.private_labels:
+        if labels.numel() or rest:
+            raise ProtocolError(
+                f"labels: expected none, they stay on the client, and {limits.each} sequences per "
+                f"example; got {labels.numel()} with {batch} sequences"
+            )
+        return
     if labels.dtype != torch.int64 or labels.shape != (examples,) or rest:
         raise ProtocolError(
             f"labels: expected int64[{examples}], one for {limits.each} of {batch} sequences, got "
@@ -96,9 +122,30 @@ def check_activations(reply: Activations, limits: Limits) -> None:
         raise ProtocolError(
             f"labels: expected 0..{limits.classes - 1}, got {labels.unique().tolist()}"
         )
-    if not (torch.isfinite(h).all() and torch.isfinite(reply.scales).all()):
-        bad = int((~torch.isfinite(h)).sum())
-        raise OutOfRangeError(f"activations: {bad} of {h.numel()} values are not finite")
+
+
+def check_hidden_gradient(reply: HiddenGradient, request: HiddenStates) -> None:
+    """ProtocolError unless there is a loss, and one finite float32 per value of the states where
+    a gradient was wanted."""
+    shape = [0] if request.losses_only else list(request.states.shape)
+    gradient = reply.gradient
+    if gradient.dtype != torch.float32 or list(gradient.shape) != shape:
+        raise ProtocolError(
+            f"gradient: expected float32{shape}, got {dtype_name(gradient)}{list(gradient.shape)}"
+        )
+    if not 0 <= reply.loss <= LARGEST_SCALAR:
+        raise OutOfRangeError(f"loss: expected 0..{LARGEST_SCALAR:g}, got {reply.loss}")
+    if not (gradient.abs() <= LARGEST_SCALAR).all():  # also false for what is not a number
+        raise OutOfRangeError(f"gradient: expected values of at most +-{LARGEST_SCALAR:g}")
+
+
+def check_scored(reply: Scored, request: HeldOutStates) -> None:
+    """ProtocolError unless the counts are of the examples that were sent."""
+    examples = len(request.states)
+    if reply.correct > examples:
+        raise ProtocolError(f"correct: expected at most {examples}, got {reply.correct}")
+    if not 0 <= reply.loss_sum <= LARGEST_SCALAR:
+        raise OutOfRangeError(f"loss_sum: expected 0..{LARGEST_SCALAR:g}, got {reply.loss_sum}")
 
 
 def check_scalars(reply: Scalars, request: LocalProbe) -> None:

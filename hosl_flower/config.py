@@ -31,6 +31,7 @@ Trainable = Literal["full", "blocks", "lora"]
 Optimizer = Literal["sgd", "adamw"]
 ClientOptimizer = Literal["sgd", "adamw", "adafactor"]
 ClientGradient = Literal["backprop", "recompute", "residual"]
+Labels = Literal["server", "client"]
 Quantization = Literal["none", "int8"]
 Partitioner = Literal["iid", "dirichlet", "natural-id"]
 Aggregation = Literal["weighted-mean", "mean", "median", "trimmed-mean"]
@@ -100,6 +101,11 @@ class RunConfig(BaseModel):
         "label=word where labels are no numbers",
     )
     label_column: str = Field("", description="overrides the name of the label column")
+    labels: Labels = Field(
+        "server",
+        description="client: labels are not sent; the server sends its last hidden states, and "
+        "each client, with the answer words' rows of the head, the loss gradient there",
+    )
     max_length: Length = Field(128, description="tokens per example; longer texts are cut")
     train_examples: Natural = Field(0, description="use at most so many; 0 is all")
     held_out_examples: Natural = Field(
@@ -198,7 +204,9 @@ class RunConfig(BaseModel):
     )
     client_learning_rate: float = Field(1e-6, ge=0, le=1e3, description="of the client's optimizer")
     server_trainable: Trainable = Field(
-        "full", description="full trains final norm and answer words too, blocks or lora as above"
+        "full",
+        description="full trains final norm and answer words too (not these with labels = client), "
+        "blocks or lora as above",
     )
     server_optimizer: Optimizer = Field("sgd", description="adamw without weight decay")
     server_learning_rate: float = Field(1e-3, ge=0, le=1e3, description="of the server's optimizer")

@@ -44,6 +44,17 @@ class AbsentError(ClientError):
     """A client is not connected or does not answer: it may be there later."""
 
 
+class LostClientsError(ClientError):
+    """Clients that failed in the middle of a step.
+
+    errors: by their place among its mini-batches.
+    """
+
+    def __init__(self, errors: dict[int, HoslError]):
+        super().__init__("; ".join(map(str, errors.values())))
+        self.errors = errors
+
+
 class DriftError(HoslError):
     """A client submodel is not the one its ledger describes."""
 

@@ -7,6 +7,9 @@ they are made from what arrived; wire.py turns them into bytes and back.
     Forward      activations of a training batch at theta           -> Activations
     Probe        the same at theta + c * s(seed)                    -> Activations
     Evaluate     activations of a held-out batch                    -> Activations
+    HiddenStates   the server's last hidden states, where labels are the client's: their loss
+                                                                    -> HiddenGradient
+    HeldOutStates  the same of held-out examples: how many are right -> Scored
     Losses       the true losses of your probes: update theta       -> Applied
     CutGradient  the loss gradient at the cut: probe your half      -> Scalars
     LocalTrain   the same, but train on it and send the change      -> Change
@@ -32,8 +35,10 @@ from hosl_flower.replies import (
     Failure,
     Fingerprinted,
     Gradient,
+    HiddenGradient,
     Reply,
     Scalars,
+    Scored,
     Stepped,
     Weights,
 )
@@ -48,6 +53,8 @@ from hosl_flower.requests import (
     Fingerprint,
     Forward,
     HeadProbe,
+    HeldOutStates,
+    HiddenStates,
     LocalProbe,
     LocalStep,
     LocalTrain,
@@ -65,6 +72,8 @@ REQUESTS: dict[str, type[Request]] = {
         Forward,
         Probe,
         Evaluate,
+        HiddenStates,
+        HeldOutStates,
         Losses,
         CutGradient,
         LocalTrain,
@@ -83,6 +92,8 @@ REPLIES: dict[str, type[Reply]] = {
     for cls in (
         Described,
         Activations,
+        HiddenGradient,
+        Scored,
         Applied,
         Scalars,
         Change,
@@ -116,6 +127,9 @@ __all__ = [
     "Forward",
     "Gradient",
     "HeadProbe",
+    "HeldOutStates",
+    "HiddenGradient",
+    "HiddenStates",
     "LocalProbe",
     "LocalStep",
     "LocalTrain",
@@ -126,6 +140,7 @@ __all__ = [
     "Request",
     "Restore",
     "Scalars",
+    "Scored",
     "Stepped",
     "Weights",
 ]

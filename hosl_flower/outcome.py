@@ -25,7 +25,7 @@ _FORWARDS: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "local-step": lambda keys: _GRADIENT[keys.get("client-gradient", "backprop")],
 }
 _NOT_TRAINING = ("load", "evaluate", "exchange")
-_UPDATES = ("losses", "catch-up", "restore", "fetch", "adopt")
+_UPDATES = ("losses", "catch-up", "restore", "fetch", "adopt", "hidden-states")
 
 
 def _linear(keys: Mapping[str, Any]) -> int:
@@ -46,7 +46,7 @@ class Outcome:
 
     accuracy: float
     loss: float
-    balanced_accuracy: float
+    balanced_accuracy: float | None
     bytes_up: float
     bytes_down: float
     forwards: float

@@ -17,6 +17,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from hosl_flower.client import Client
 from hosl_flower.config import RunConfig
 from hosl_flower.errors import ConfigError
+from hosl_flower.labels import score_by_client
 from hosl_flower.link.inprocess import InProcessLink
 from hosl_flower.memory import PHASES, Meter
 from hosl_flower.messages import Activations, Evaluate
@@ -148,6 +149,7 @@ def peaks_of(config: RunConfig, partitions: list[int]) -> dict[str, int]:
             torch.zeros(size, dtype=torch.int64),
         )
         client.compute.train_batch = lambda *_: batch  # type: ignore[method-assign]
+        client.compute.train_labels = lambda *_: batch.labels  # type: ignore[method-assign]
         link = InProcessLink(client, session.history, session.limits)
         describe_all(session, link)
         method.steps(session, link, [1])
@@ -205,7 +207,10 @@ def _one_evaluation(session: Session, link: InProcessLink) -> dict[str, float]:
     before, started = link.traffic.total(link.traffic.up), time.perf_counter()
     (reply,) = link.exchange({0: [Evaluate(**session.at(0, 0), batch=batches // 2)]})[0]
     assert isinstance(reply, Activations)  # Link has checked it
-    session.server.score(reply, Score(len(session.spec.task.verbalizers)))
+    if session.limits.private_labels:
+        score_by_client(link, session.at(0, 0), [session.server.states(reply)])
+    else:
+        session.server.score(reply, Score(len(session.spec.task.verbalizers)))
     sent = link.traffic.total(link.traffic.up) - before
     return {
         "evaluation_bytes": batches * sent * (session.config.evaluation == "split"),

@@ -33,9 +33,12 @@ def draw_curve(directory: Path, title: str) -> Path:
 
     right.plot(at, [row["accuracy"] for _, row in held_out], "o-", color="C1", label="accuracy")
     balanced = [row["balanced_accuracy"] for _, row in held_out]
-    right.plot(at, balanced, "s--", color="C2", label="balanced accuracy")
+    if None not in balanced:
+        right.plot(at, balanced, "s--", color="C2", label="balanced accuracy")
     majority = [row["majority_accuracy"] for _, row in held_out]
-    right.plot(at, majority, color="0.5", linestyle=":", label="accuracy of the majority class")
+    if None not in majority:
+        label = "accuracy of the majority class"
+        right.plot(at, majority, color="0.5", linestyle=":", label=label)
     right.set(xlabel="step", ylabel="held-out accuracy")
     right.legend()
     for axes in (left, right):

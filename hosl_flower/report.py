@@ -17,6 +17,7 @@ import platform
 import shutil
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import Any
 from hosl_flower.checkpoint import sync, write
 from hosl_flower.config import RunConfig
 from hosl_flower.errors import ConfigError, HoslError
+from hosl_flower.labels import Tally
 from hosl_flower.link.base import Traffic
 from hosl_flower.lock import lock, unlock
 from hosl_flower.plot import draw_curve, draw_partition
@@ -32,7 +34,7 @@ from hosl_flower.results import Measured, Results, results_of
 from hosl_flower.resume import Resumable, collect, run_directory
 from hosl_flower.server import Score
 from hosl_flower.session import Session
-from hosl_flower.summary import plan, table
+from hosl_flower.summary import plan, table, with_majority
 from hosl_flower.trackers import Trackers, check_trackers
 
 log = logging.getLogger("hosl_flower")
@@ -57,8 +59,8 @@ class Report:
         self.trackers: Trackers | None = None
         if config.tracker_names != ("auto",):
             check_trackers(config.tracker_names)
-        self.evaluations: list[dict[str, float]] = []
-        self.final: Score | None = None
+        self.evaluations: list[dict[str, float | None]] = []
+        self.final: Score | Tally | None = None
         self._seconds: dict[str, float] = defaultdict(float)
         self._started = self._last_line = time.perf_counter()
         self._last_loss = float("nan")
@@ -88,8 +90,11 @@ class Report:
         if session.resumed is None:
             (self.directory / "metrics.jsonl").write_text("")
             session.history.ledger.record(self.directory / "ledger.jsonl")
-        counts = [client.label_counts for _, client in sorted(session.clients.items())]
+        clients = [client for _, client in sorted(session.clients.items())]
         names = session.spec.task.label_names or session.spec.task.verbalizers
+        counts = [client.label_counts for client in clients]
+        if session.limits.private_labels:
+            names, counts = ("any",), [(client.train_examples,) for client in clients]
         self.trackers = Trackers(self.config.tracker_names, self.directory, self.config.as_keys())
         draw_partition(self.directory / "partition.png", counts, names)
         for line in plan(method, session):
@@ -160,7 +165,7 @@ class Report:
         if time.perf_counter() - self._last_line > _PROGRESS_SECONDS:
             self._progress(step)
 
-    def evaluated(self, step: int, score: Score, session: Session) -> None:
+    def evaluated(self, step: int, score: Score | Tally, session: Session) -> None:
         """Record one evaluation, and the client submodel's history up to it."""
         try:
             session.history.ledger.seal()
@@ -177,13 +182,12 @@ class Report:
         self._append({"step": step, "held_out": row})
         self._track(step, {}, "held_out", row)
         log.info(
-            "step %d/%d: held-out loss %.4f, accuracy %.3f (majority class %.3f), balanced %.3f",
+            "step %d/%d: held-out loss %.4f, accuracy %s%s",
             step,
             self.config.steps,
             score.loss,
-            score.accuracy,
-            score.majority,
-            score.balanced_accuracy,
+            with_majority(score.accuracy, score.majority, 3),
+            "" if score.balanced_accuracy is None else f", balanced {score.balanced_accuracy:.3f}",
         )
         self._last_line = time.perf_counter()
 
@@ -204,10 +208,15 @@ class Report:
         return results
 
     def _track(
-        self, step: int, values: dict[str, float], group: str, more: dict[str, float]
+        self,
+        step: int,
+        values: dict[str, float],
+        group: str,
+        more: Mapping[str, float | None],
     ) -> None:
         if self.trackers is not None:
-            self.trackers.log(step, {**values, **{f"{group}/{k}": v for k, v in more.items()}})
+            known = {f"{group}/{k}": v for k, v in more.items() if v is not None}
+            self.trackers.log(step, {**values, **known})
 
     def _progress(self, step: int) -> None:
         self._last_line = time.perf_counter()

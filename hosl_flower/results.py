@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from hosl_flower.labels import Tally
 from hosl_flower.link.base import Traffic
 from hosl_flower.memory import PHASES
 from hosl_flower.server import Score
@@ -12,7 +13,8 @@ from hosl_flower.session import Session
 
 @dataclass(frozen=True)
 class Results:
-    """results.json. The fields up to wall_seconds are those of the final evaluation."""
+    """results.json. The fields up to wall_seconds are those of the final evaluation; None: nobody
+    but the clients knows it (labels = client)."""
 
     method: str
     model: str
@@ -21,13 +23,13 @@ class Results:
     seed: int
     steps: int
     accuracy: float
-    balanced_accuracy: float
+    balanced_accuracy: float | None
     loss: float
     wall_seconds: float
     notice: str
-    majority_accuracy: float
+    majority_accuracy: float | None
     held_out_examples: int
-    evaluations: list[dict[str, float]]
+    evaluations: list[dict[str, float | None]]
     seconds_per_step: dict[str, float]
     bytes_up: dict[str, dict[str, int]]
     bytes_down: dict[str, dict[str, int]]
@@ -41,8 +43,8 @@ class Results:
 class Measured(NamedTuple):
     """What was noted on the way. seconds: of all steps, by part."""
 
-    final: Score
-    evaluations: list[dict[str, float]]
+    final: Score | Tally
+    evaluations: list[dict[str, float | None]]
     seconds: Mapping[str, float]
     wall_seconds: float
 

@@ -94,6 +94,7 @@ class Session:
             codec=spec.codec,
             each=answers.sequences,
             shortest=answers.longest,
+            private_labels=spec.labels == "client",
             **({"held_out": min(held_out)} if held_out else {}),
         )
 
@@ -189,6 +190,7 @@ def open_session(
         config.server_optimizer,
         config.server_learning_rate,
         config.server_trainable,
+        own_head=config.labels == "server",
     )
     if config.save_format == "adapters" and not base.pretrained:
         raise ConfigError(

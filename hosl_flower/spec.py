@@ -17,6 +17,7 @@ from hosl_flower.config import (
     ClientOptimizer,
     Device,
     Dtype,
+    Labels,
     Length,
     Natural,
     Partitioner,
@@ -62,6 +63,7 @@ class ClientSpec:
     lora_alpha: Alpha
     lora_targets: str
     perturbation: Perturbation
+    labels: Labels
     task: Task
     source: str
     num_clients: Positive

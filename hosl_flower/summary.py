@@ -44,6 +44,17 @@ def plan(method: Any, session: Session) -> Iterable[str]:
         f"{config.steps} steps of {spec.batch_size} examples; per step {up} activations up, "
         f"{down} down, each at most {most / 1e6:.2f} MB"
     )
+    if spec.labels == "client":
+        yield (
+            "labels stay on the clients: hidden states go down, their loss gradients up; the "
+            "answer words' rows of the head are not trained"
+        )
+
+
+def with_majority(accuracy: float, majority: float | None, digits: int) -> str:
+    """An accuracy beside that of always answering the most frequent label, where it is known."""
+    known = "" if majority is None else f" (majority class {majority:.{digits}f})"
+    return f"{accuracy:.{digits}f}{known}"
 
 
 def table(results: "Results", traffic: Traffic) -> str:
@@ -52,8 +63,10 @@ def table(results: "Results", traffic: Traffic) -> str:
     seconds, peaks = results.seconds_per_step, results.client_peak_memory["tensor_bytes"]
     rows = {
         "model": f"{results.model} ({'pretrained' if results.pretrained else 'RANDOM WEIGHTS'})",
-        "accuracy": f"{results.accuracy:.4f} (majority class {results.majority_accuracy:.4f})",
-        "balanced accuracy": f"{results.balanced_accuracy:.4f}",
+        "accuracy": with_majority(results.accuracy, results.majority_accuracy, 4),
+        "balanced accuracy": "not known, labels are the clients'"
+        if results.balanced_accuracy is None
+        else f"{results.balanced_accuracy:.4f}",
         "loss": f"{results.loss:.4f} (before training {results.evaluations[0]['loss']:.4f})",
         "steps": f"{results.steps} in {results.wall_seconds:.1f} s",
         "seconds per step": ", ".join(f"{part} {value:.3f}" for part, value in seconds.items()),

@@ -7,8 +7,9 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -21,12 +22,12 @@ from hosl_flower.errors import (
     OutOfRangeError,
     ProtocolError,
 )
+from hosl_flower.labels import Tally, score_by_client
 from hosl_flower.link.base import Link
 from hosl_flower.link.inprocess import InProcessLink
 from hosl_flower.lora import save_adapters
 from hosl_flower.merge import save_merged
 from hosl_flower.messages import (
-    Activations,
     Describe,
     Described,
     Evaluate,
@@ -78,8 +79,9 @@ def train(method: Method, session: Session, link: Link, report: Report) -> Resul
     describe_all(session, link)
     check_clients(session, link, session.clients, session.done)
     judge = link
-    if config.evaluation == "central":
-        judge = InProcessLink(Client(session.spec), session.history, session.limits)
+    if config.evaluation == "central":  # data of the server's own, labels and all
+        spec, limits = session.spec, replace(session.limits, private_labels=False)
+        judge = InProcessLink(Client(replace(spec, labels="server")), session.history, limits)
     report.open(method, session)
     if not session.resumed:
         method.settle(session)
@@ -174,7 +176,7 @@ def check_clients(session: Session, link: Link, partitions: Iterable[int], step:
     return compared
 
 
-def evaluate(session: Session, judge: Link, step: int) -> Score:
+def evaluate(session: Session, judge: Link, step: int) -> Score | Tally:
     """Score the held-out part, through the split or centrally: always the same client's while it
     is there, so that the evaluations of a run are about the same examples where clients have
     their own."""
@@ -200,7 +202,7 @@ def evaluate(session: Session, judge: Link, step: int) -> Score:
     raise ClientError(f"no client could evaluate step {step}: {reasons}")
 
 
-def _evaluate_on(session: Session, judge: Link, step: int, partition: int) -> Score:
+def _evaluate_on(session: Session, judge: Link, step: int, partition: int) -> Score | Tally:
     spec, at = session.spec, session.at(step, partition)
     size = session.clients[partition].held_out_examples
     if session.config.evaluation == "central":  # the server's own data, not the client's
@@ -208,10 +210,12 @@ def _evaluate_on(session: Session, judge: Link, step: int, partition: int) -> Sc
         assert isinstance(described, Described)  # Link has checked it
         size = described.held_out_examples
     batches = range(math.ceil(size / spec.eval_batch_size))
-    score = Score(len(spec.task.verbalizers))
     requests = [Evaluate(**at, batch=number) for number in batches]
-    for reply in judge.exchange({partition: requests})[partition]:
-        assert isinstance(reply, Activations)  # Link has checked it
+    replies: Iterator[Any] = judge.exchange({partition: requests})[partition]
+    if judge.limits.private_labels:
+        return score_by_client(judge, at, map(session.server.states, replies))
+    score = Score(len(spec.task.verbalizers))
+    for reply in replies:
         session.server.score(reply, score)
     return score
 

@@ -23,11 +23,20 @@ from hosl_flower.checks import (
     check_change,
     check_described,
     check_gradient,
+    check_hidden_gradient,
+    check_scored,
 )
 from hosl_flower.errors import ProtocolError
 from hosl_flower.link.frames import Key, decode, encode, encode_word, read_word
 from hosl_flower.link.records import unpack_replies, unpack_requests
-from hosl_flower.messages import REPLIES, REQUESTS, Message, Reply
+from hosl_flower.messages import (
+    REPLIES,
+    REQUESTS,
+    HeldOutStates,
+    HiddenStates,
+    Message,
+    Reply,
+)
 
 NASTY = [
     None, True, -1, 0, 1, 2**31, 2**40, 2**63 - 1, 2**64, 10**400, -(2**63), 1e-320, 1e308,
@@ -47,6 +56,8 @@ class Fuzz:
         self.frames = [encode(Key(1, 0, n), message) for n, message in enumerate(messages)]
         self.frames.append(encode_word("hello", token="t" * 32))
         self.limits = limits
+        kinds = (HiddenStates, HeldOutStates)
+        self.asked: dict[str, Any] = {m.kind: m for m in messages if isinstance(m, kinds)}
         self.outcomes: Counter[str] = Counter()
         self.most_bytes, self.most_seconds = 0, 0.0
 
@@ -120,6 +131,8 @@ class Fuzz:
             "described": lambda r: check_described(r, self.limits),
             "change": lambda r: check_change(r, 24),
             "gradient": lambda r: check_gradient(r, 24),
+            "hidden-gradient": lambda r: check_hidden_gradient(r, self.asked["hidden-states"]),
+            "scored": lambda r: check_scored(r, self.asked["held-out-states"]),
         }
         if (check := checks.get(reply.kind)) is not None:
             check(reply)

@@ -20,7 +20,9 @@ from hosl_flower.checks import (
     check_described,
     check_fingerprints,
     check_gradient,
+    check_hidden_gradient,
     check_scalars,
+    check_scored,
     check_weights,
 )
 from hosl_flower.codec import decode
@@ -46,6 +48,9 @@ from hosl_flower.messages import (
     Forward,
     Gradient,
     HeadProbe,
+    HeldOutStates,
+    HiddenGradient,
+    HiddenStates,
     LocalProbe,
     LocalStep,
     LocalTrain,
@@ -56,6 +61,7 @@ from hosl_flower.messages import (
     Request,
     Restore,
     Scalars,
+    Scored,
     Stepped,
     Weights,
 )
@@ -67,6 +73,8 @@ _ANSWERS: dict[type[Request], type[Reply]] = {
     Forward: Activations,
     Probe: Activations,
     Evaluate: Activations,
+    HiddenStates: HiddenGradient,
+    HeldOutStates: Scored,
     Losses: Applied,
     CutGradient: Scalars,
     LocalTrain: Change,
@@ -81,6 +89,7 @@ _ANSWERS: dict[type[Request], type[Reply]] = {
 }
 
 
+_ANYWHERE = (Describe, HiddenStates, HeldOutStates)  # answered at any position
 _CATCH_UPS = 4  # resends per request, each of which may land in another process
 
 
@@ -186,7 +195,7 @@ class Link(ABC):
 
     def _lead(self, partition: int, work: Sequence[Request]) -> list[Request]:
         """What a client lacks, as far as is known, to answer its work."""
-        first = next((request for request in work if not isinstance(request, Describe)), None)
+        first = next((request for request in work if not isinstance(request, _ANYWHERE)), None)
         position, digest = self._positions.get(partition, (0, self.history.ledger.digest(0)))
         if first is None or position >= first.position:
             return []
@@ -301,6 +310,10 @@ class Link(ABC):
                 check_change(reply, self.history.state.elements)
             case _, Gradient():
                 check_gradient(reply, self.history.state.elements)
+            case HiddenStates(), HiddenGradient():
+                check_hidden_gradient(reply, request)
+            case HeldOutStates(), Scored():
+                check_scored(reply, request)
             case _, Weights():
                 check_weights(reply, self.history.state)
             case _, Stepped() if reply.local != request.local + 1:
