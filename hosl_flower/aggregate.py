@@ -10,6 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from hosl_flower.errors import ConfigError
+
+MEANS = ("weighted-mean", "mean")  # those that merge more than scalars
 Aggregate = Callable[[Tensor, Sequence[float]], Tensor]
 
 
@@ -22,6 +25,15 @@ def make_aggregate(name: str, trim_fraction: float) -> Aggregate:
         "trimmed-mean": partial(trimmed_mean, fraction=trim_fraction),
     }
     return rules[name]
+
+
+def check_is_mean(name: str, method: str, averaged: str) -> None:
+    """ConfigError for a rule that a method which averages something else does not have."""
+    if name not in MEANS:
+        raise ConfigError(
+            f"{method} averages {averaged}: aggregation = {name} is of scalars; use "
+            f"{' or '.join(MEANS)}"
+        )
 
 
 def weighted_mean(scalars: Tensor, weights: Sequence[float]) -> Tensor:

@@ -17,6 +17,7 @@ from hosl_flower.errors import (
 from hosl_flower.labels import KeptLabels, kept
 from hosl_flower.link.base import Link
 from hosl_flower.messages import Activations, Describe, Described, Forward, Request
+from hosl_flower.schedule import rate_factor
 from hosl_flower.session import Drop, Session
 
 log = logging.getLogger("hosl_flower")
@@ -81,7 +82,7 @@ class Cohort:
                 self.check_enough()
                 continue
             clean.clear()
-            server.apply()
+            server.apply(rate_factor(self.session.config, self.step))
             return loss
 
     def done(self) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
@@ -35,10 +35,10 @@ from hosl_flower.residual import residual_gradients
 from hosl_flower.spec import ClientSpec
 from hosl_flower.split import ClientSubmodel
 from hosl_flower.state import ClientState
-from hosl_flower.surrogate import Cotangent, Pieces, Surrogate, head_loss, linear
+from hosl_flower.surrogate import Cotangent, Pieces, head_loss, linear
 from hosl_flower.tasks import Batch
 from hosl_flower.tensors import dtype_name
-from hosl_flower.zo import Point
+from hosl_flower.zo import Point, directional, estimate
 
 # phase that is measured, and how the gradient comes about, by client-gradient
 _GRADIENTS: dict[str, tuple[str, Callable[..., Iterator[tuple[str, Tensor]]]]] = {
@@ -207,11 +207,17 @@ class Compute:
             anchor = gradient.inner((0, z) for z in known) if known else None
             known.clear()  # one number is all the probes need of it
 
-            def surrogate(step: int) -> Surrogate:
-                pieces = self.forwards.pieces
-                return linear(lambda p: pieces(batch, p), gradient, None if step else anchor)
+            def exactly(_: int, seeds: Sequence[int]) -> list[float]:
+                tangents = self.forwards.tangents
+                return directional(lambda seed: gradient.inner(tangents(batch, seed)), seeds)
 
-            return local_steps(self.state, surrogate, request)
+            def differences(step: int, seeds: Sequence[int]) -> list[float]:
+                pieces, known = self.forwards.pieces, None if step else anchor
+                surrogate = linear(lambda p: pieces(batch, p), gradient, known)
+                return estimate(surrogate, seeds, request.epsilon, two_sided=False)
+
+            estimator = differences if request.epsilon else exactly
+            return local_steps(self.state, estimator, request)
 
     def probe_head(self, request: HeadProbe) -> tuple[list[list[float]], float]:
         """Probe the auxiliary head's loss, each local step on the next mini-batch (HERON-SFL);
@@ -219,12 +225,13 @@ class Compute:
         first = self.train_batch(request)
         clean: list[float] = []
 
-        def surrogate(step: int) -> Surrogate:
+        def estimator(step: int, seeds: Sequence[int]) -> list[float]:
             batch = self.train_batch(request, step) if step else first
-            return head_loss(lambda point: self.forwards.losses(batch, point), clean.append)
+            surrogate = head_loss(lambda p: self.forwards.losses(batch, p), clean.append)
+            return estimate(surrogate, seeds, request.epsilon, two_sided=False)
 
         with self.phase("probe", first.input_ids.numel()):
-            scalars, _ = local_steps(self.state, surrogate, request)
+            scalars, _ = local_steps(self.state, estimator, request)
         return scalars, clean[0]
 
     def gradient(self, request: Backward) -> Tensor:

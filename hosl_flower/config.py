@@ -29,6 +29,8 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Perturbation = Literal["rank1", "signs", "gaussian"]
 Trainable = Literal["full", "blocks", "lora"]
 Optimizer = Literal["sgd", "adamw"]
+Derivative = Literal["differences", "forward-mode"]
+Schedule = Literal["constant", "linear", "cosine"]
 ClientOptimizer = Literal["sgd", "adamw", "adafactor"]
 ClientGradient = Literal["backprop", "recompute", "residual"]
 Labels = Literal["server", "client"]
@@ -160,6 +162,11 @@ class RunConfig(BaseModel):
         validate_default=True,
         description="probe distance; 0 is what suits dtype: 0.003 for bfloat16, else 0.001",
     )
+    derivative: Derivative = Field(
+        "differences",
+        description="how HO-SFL's clients find their scalars: by probes at epsilon, or exactly by "
+        "forward-mode differentiation, in twice a probe's time and memory of activations",
+    )
     perturbation: Perturbation = Field("rank1", description="distribution of the directions")
     client_seeds: Literal["shared", "per-client"] = Field(
         "shared", description="per-client: K * P different directions per step (HO-SFL)"
@@ -210,6 +217,13 @@ class RunConfig(BaseModel):
     )
     server_optimizer: Optimizer = Field("sgd", description="adamw without weight decay")
     server_learning_rate: float = Field(1e-3, ge=0, le=1e3, description="of the server's optimizer")
+    learning_rate_schedule: Schedule = Field(
+        "constant",
+        description="of both sides' learning rates: linear and cosine fall to zero over the steps",
+    )
+    warmup_steps: Natural = Field(
+        0, description="steps over which both learning rates rise from zero first"
+    )
     server_micro_batch: Natural = Field(
         0, description="sequences the server back-propagates at a time; 0 is all of a step"
     )
@@ -306,6 +320,11 @@ class RunConfig(BaseModel):
         if problems:
             raise ValueError("\n  ".join(problems))
         return self
+
+    @property
+    def probe_distance(self) -> float:
+        """epsilon, or 0 where the derivative is taken itself."""
+        return self.epsilon if self.derivative == "differences" else 0.0
 
     @property
     def sampled_clients(self) -> int:

@@ -19,6 +19,7 @@ def contradictions(config: RunConfig) -> Iterator[str]:
     yield from _data(config)
     yield from _idle(config)
     yield from _clients(config)
+    yield from _derivative(config)
     yield from _adapters(config)
 
 
@@ -32,6 +33,8 @@ def _data(config: RunConfig) -> Iterator[str]:
         )
     if config.partitioner == "natural-id" and not config.partition_column:
         yield "partitioner = natural-id needs partition-column"
+    if config.warmup_steps >= config.steps:
+        yield f"warmup-steps = {config.warmup_steps} leaves none of the {config.steps} steps"
 
 
 def _idle(config: RunConfig) -> Iterator[str]:
@@ -69,6 +72,15 @@ def _clients(config: RunConfig) -> Iterator[str]:
             f"aggregation = {config.aggregation} compares the clients' scalars along the same "
             "directions; it needs client-seeds = shared"
         )
+
+
+def _derivative(config: RunConfig) -> Iterator[str]:
+    if config.derivative == "differences":
+        return
+    if config.epsilon != type(config).model_validate({"dtype": config.dtype}).epsilon:
+        yield "epsilon has no use without derivative = differences"
+    if config.client_quantization != "none":
+        yield "derivative = forward-mode knows no 8-bit weights: no client-quantization"
 
 
 def _adapters(config: RunConfig) -> Iterator[str]:

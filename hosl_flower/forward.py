@@ -12,6 +12,7 @@ from hosl_flower.errors import ProtocolError
 from hosl_flower.probe import perturbed
 from hosl_flower.split import ClientSubmodel
 from hosl_flower.state import ClientState
+from hosl_flower.tangent import along, derivative
 from hosl_flower.tasks import Batch
 from hosl_flower.zo import Point
 
@@ -32,6 +33,17 @@ class Forwards:
         """Activations [b, S, H] at a point, on the device, with the number of the first sequence
         of each piece; no graph, weights not written. Holds no piece it has handed out."""
         yield from self._run(batch, point, self.submodel)
+
+    def tangents(self, batch: Batch, seed: int) -> Iterator[tuple[int, Tensor]]:
+        """As pieces, the activations' derivative along a direction (tangent.py)."""
+        direction = self.state.layout.draw(seed, self.device)
+        ids, mask = batch.input_ids, batch.attention_mask
+        for rows in batch.slices(self.micro_batch):
+            with along(self.state.parameters, direction):
+                own = self.submodel(ids[rows].to(self.device), mask[rows].to(self.device))
+                piece = [derivative(own)]
+                del own
+            yield rows.start, piece.pop()
 
     def losses(self, batch: Batch, point: Point = HERE) -> Iterator[float]:
         """Each sequence's loss by the client's auxiliary head (head.py), float64: differences of

@@ -1,22 +1,23 @@
 """Local zeroth-order steps of a client on its own surrogate (HO-SFL, HERON-SFL; HO-FL's E)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from hosl_flower.requests import LocalProbe, LocalTrain
 from hosl_flower.state import ClientState
-from hosl_flower.surrogate import Surrogate
-from hosl_flower.zo import estimate
+
+# Projected gradients [P] of a local step, by its number, along the directions of seeds [P].
+Estimator = Callable[[int, Sequence[int]], list[float]]
 
 
 def local_steps(
-    state: ClientState, surrogates: Callable[[int], Surrogate], request: LocalProbe
+    state: ClientState, estimator: Estimator, request: LocalProbe
 ) -> tuple[list[list[float]], Tensor | None]:
     """Scalars [E][P] of E local steps, and for LocalTrain the change of the weights [n].
 
-    surrogates: that of each local step, by number, around the weights as they are then.
+    estimator: of each local step, around the weights as they are then.
     Between the steps the client moves by its own scalars, and at the end it is back where it was,
     bit for bit. That takes a copy of the trainable weights, which a single step (E = 1) without
     LocalTrain does without.
@@ -28,8 +29,7 @@ def local_steps(
     change = None
     try:
         for number, seeds in enumerate(steps):
-            surrogate = surrogates(number)
-            scalars.append(estimate(surrogate, seeds, request.epsilon, two_sided=False))
+            scalars.append(estimator(number, seeds))
             if train or number + 1 < len(steps):
                 state.update(state.seeded(seeds, scalars[-1]), request.learning_rate)
         if train and start is not None:

@@ -26,6 +26,7 @@ else:
 
 PLACEHOLDER = "{partition}"  # in a node's data-path: the number of the client it is for
 _KEPT = 64  # partitions a process remembers
+_DRAWS = 20  # times the Dirichlet partitioner may try, eleven draws each
 
 
 def shared_between_partitions(own: str) -> bool:
@@ -67,25 +68,29 @@ def _dirichlet(train: Dataset, spec: ClientSpec, seed: int) -> Partitioner:
             f"{clients} clients with min-partition-size = {least} need {clients * least} training "
             f"examples, there are {len(train)}; lower num-clients or min-partition-size"
         )
-    partitioner = DirichletPartitioner(
-        num_partitions=clients,
-        partition_by="label",
-        alpha=float(spec.dirichlet_alpha),
-        min_partition_size=least,
-        self_balancing=False,
-        shuffle=True,
-        seed=seed % 2**32,
+    for number in range(_DRAWS):
+        # the library draws eleven times; few clients with a small alpha need more
+        own = derive_seed(seed, "redraw", number) if number else seed
+        partitioner = DirichletPartitioner(
+            num_partitions=clients,
+            partition_by="label",
+            alpha=float(spec.dirichlet_alpha),
+            min_partition_size=least,
+            self_balancing=False,
+            shuffle=True,
+            seed=own % 2**32,
+        )
+        partitioner.dataset = train
+        try:
+            _draw(partitioner)
+        except ValueError:  # it does not say how far off they were
+            continue
+        return partitioner
+    raise DataError(
+        f"dirichlet-alpha = {spec.dirichlet_alpha:g} leaves one of {clients} clients with fewer "
+        f"than min-partition-size = {least} of {len(train)} examples; raise dirichlet-alpha or "
+        f"lower num-clients or min-partition-size ({11 * _DRAWS} draws)"
     )
-    partitioner.dataset = train
-    try:
-        _draw(partitioner)
-    except ValueError as error:  # after eleven draws; it does not say how far off they were
-        raise DataError(
-            f"dirichlet-alpha = {spec.dirichlet_alpha:g} leaves one of {clients} clients "
-            f"with fewer than min-partition-size = {least} of {len(train)} "
-            "examples; raise dirichlet-alpha or lower num-clients or min-partition-size"
-        ) from error
-    return partitioner
 
 
 def _natural_id(train: Dataset, spec: ClientSpec) -> Partitioner:

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from hosl_flower.perturb import Direction
 
 # Reading these from a parameter reveals no value, so they need no perturbed copy.
-_METADATA = {
+METADATA = {
     getattr(torch.Tensor, name).__get__
     for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad")
 } | {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.is_floating_point}
@@ -49,7 +49,7 @@ class _PerturbedFunctions(TorchFunctionMode):
             return self._linear(*args, **kwargs)
         if func is F.embedding and len(args) >= 2 and self._name(args[1]):
             return self._embedding(*args, **kwargs)
-        if func in _METADATA:
+        if func in METADATA:
             return func(*args, **kwargs)
         args = tuple(self._value(arg) for arg in args)
         kwargs = {key: self._value(value) for key, value in kwargs.items()}

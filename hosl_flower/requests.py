@@ -119,7 +119,8 @@ class Losses(Request):
 class LocalProbe(Forward):
     """Probe a surrogate that needs no server, from mini-batch `batch` on, with `directions` seeds
     in each of len(seeds) / directions local steps. learning_rate: of the local updates between
-    the steps, which the client takes back at the end."""
+    the steps, which the client takes back at the end. epsilon: the probe distance; 0, of a
+    CutGradient, is the derivative itself."""
 
     directions: Annotated[int, Field(ge=1, lt=2**31)]
     seeds: Counts

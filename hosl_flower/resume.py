@@ -62,10 +62,12 @@ def find(config: RunConfig) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{directory}/config.json cannot be read ({error})") from error
     wanted = config.as_keys()
+    # a rate that falls to zero at the end depends on where that is
+    free = FREE if config.learning_rate_schedule == "constant" else FREE - {"steps"}
     differ = [
         f"{key} = {record[key]!r}, here {value!r}"
         for key, value in wanted.items()
-        if key not in FREE and record.get(key, value) != value
+        if key not in free and record.get(key, value) != value
     ]
     if differ:
         raise ConfigError(

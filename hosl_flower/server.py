@@ -96,6 +96,7 @@ class Server:
     ):
         self.submodel = submodel
         self.answers = answers
+        self.learning_rate = learning_rate
         head = submodel.lm_head.weight
         self.device = head.device
         rows = head.detach()[answers.ids].clone()
@@ -149,10 +150,12 @@ class Server:
         logits = self._logits(batch.activations, batch.attention_mask)
         return float(F.cross_entropy(logits, batch.labels.to(self.device)))
 
-    def train_step(self, batch: Activations, labels: Labels | None = None) -> float:
+    def train_step(
+        self, batch: Activations, factor: float = 1.0, labels: Labels | None = None
+    ) -> float:
         """One first-order step on a batch (HOSL Alg. 1, L27-30); the loss before it."""
         ((_, loss, _),) = self.propagate([batch], [1.0], cut_gradients=False, labels=labels)
-        self.apply()
+        self.apply(factor)
         return loss
 
     def propagate(
@@ -169,9 +172,9 @@ class Server:
         lambda_m = d loss_m / d activations_m, float32 [R, S, H] on the CPU, the client's own,
         without its weight (empty without cut_gradients). At most `micro_batch` sequences (0: all)
         are propagated at a time, but never less than an example. labels: where losses come from;
-        None: the labels in the batches. Raises UnusableBatchError at the
-        end, with nothing to apply, when batches give no finite logits; those, and all that come
-        after one, are not yielded.
+        None: the labels in the batches. Raises UnusableBatchError at the end, with nothing to
+        apply, when batches give no finite logits; those, and all that come after one, are not
+        yielded.
         """
         labels = labels or self._sent_labels()
         self.optimizer.zero_grad(set_to_none=True)
@@ -204,8 +207,10 @@ class Server:
             self.optimizer.zero_grad(set_to_none=True)
             raise UnusableBatchError(_DIVERGED, sorted(bad))
 
-    def apply(self) -> None:
-        """The optimizer's step along what has been propagated."""
+    def apply(self, factor: float = 1.0) -> None:
+        """The optimizer's step along what has been propagated. factor: of the learning rate."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * factor
         self.optimizer.step()
 
     @torch.no_grad()

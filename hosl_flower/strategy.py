@@ -25,7 +25,8 @@ from hosl_flower.resume import find, restore
 from hosl_flower.session import Session, open_session
 from hosl_flower.training import train
 
-_RARE = ("server-steps", "upload-every", "client-gradient")  # keys a method must say it uses
+# keys a method must say it uses
+_RARE = ("server-steps", "upload-every", "client-gradient", "derivative")
 
 
 class SplitStrategy(Strategy):

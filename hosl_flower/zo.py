@@ -5,6 +5,7 @@ HOSL asks the server for the true loss, HO-SFL takes an inner product with the c
 
     two-sided  g_q = (f(theta + eps s_q) - f(theta - eps s_q)) / (2 eps Q)
     one-sided  g_q = (f(theta + eps s_q) - f(theta)) / (eps Q)
+    exact      g_q = d/dt f(theta + t s_q) / Q at t = 0, by forward-mode (tangent.py)
     gradient   sum_q g_q s_q, which the client's optimizer applies (optimizer.py)
 
 The 1/Q sits in the scalar, as in HOSL's Alg. 1, so a ledger of (seed, g) pairs is complete.
@@ -54,8 +55,10 @@ def projected_gradients(
 ) -> list[float]:
     """Surrogate values, ordered as `probe_points`, -> projected gradients [Q], exact float32.
 
-    Raises ValueError when a value is not finite or their number does not fit.
+    Raises ValueError when a value is not finite, epsilon is 0 or their number does not fit.
     """
+    if not epsilon:
+        raise ValueError("differences need a probe distance, got epsilon = 0")
     if not all(map(math.isfinite, values)):
         raise ValueError(f"surrogate values must be finite, got {list(values)}")
     if two_sided:
@@ -68,6 +71,15 @@ def projected_gradients(
     if directions < 1:
         raise ValueError(f"one-sided probing needs 1 + Q values, got {len(values)}")
     return [to_float32((v - values[0]) / (epsilon * directions)) for v in values[1:]]
+
+
+def directional(derivative: Callable[[int], float], seeds: Sequence[int]) -> list[float]:
+    """Projected gradients [Q] where the derivative along a seed's direction is known: what
+    `estimate` tends to as epsilon does to zero. ValueError when one is not finite."""
+    values = [derivative(seed) for seed in seeds]
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"derivatives must be finite, got {values}")
+    return [to_float32(value / len(seeds)) for value in values]
 
 
 def estimate(

@@ -38,8 +38,9 @@ class ZoServer:
         """The inverse of `save_state`."""
         self.optimizer.load(tensors["moments"], int(tensors["steps"]), self.server.trained)
 
-    def step(self, batch: Activations, seeds: Sequence[int]) -> list[float]:
+    def step(self, batch: Activations, seeds: Sequence[int], factor: float = 1.0) -> list[float]:
         """One step along len(seeds) directions, probed on both sides; their projected gradients.
+        factor: of the learning rate.
 
         Raises DivergedError when a loss is not finite.
         """
@@ -52,5 +53,5 @@ class ZoServer:
 
         scalars = estimate(true_loss, seeds, self.epsilon)
         gradient = Seeded(self.layout, seeds, scalars)
-        self.optimizer.step(self.server.trained, gradient, self.learning_rate)
+        self.optimizer.step(self.server.trained, gradient, self.learning_rate * factor)
         return scalars

@@ -3,7 +3,8 @@
 The baseline that HO-SFL's aggregation of scalars is measured against. Steps 0 to 3 are those of
 strategies/ho_sfl.py (arXiv 2603.14773), but each client trains on its surrogate for E local
 zeroth-order steps and uploads the change of its trainable weights; the server averages the
-changes by numbers of examples (McMahan et al. 2017, Alg. 1) and sends the new weights down:
+changes by numbers of examples (McMahan et al. 2017, Alg. 1; with aggregation = mean all count
+alike) and sends the new weights down:
 
     theta_c <- theta_c + sum_m w_m (theta_c,m - theta_c)
 
@@ -16,7 +17,9 @@ from typing import Any
 
 import torch
 
+from hosl_flower.aggregate import check_is_mean
 from hosl_flower.cohort import Cohort
+from hosl_flower.config import RunConfig
 from hosl_flower.messages import LocalTrain
 from hosl_flower.session import Session
 from strategies.ho_sfl import HoSfl
@@ -25,12 +28,16 @@ from strategies.ho_sfl import HoSfl
 class FedAvgZo(HoSfl):
     """Per step and client: activations up, their gradient down, trainable weights up and down.
 
-    Run-config keys: as HO-SFL's, but aggregation is always the weighted mean.
+    Run-config keys: as HO-SFL's, but aggregation is weighted-mean or mean.
     """
 
     name = "fedavg-zo"
-    unused = ("turn-steps", "aggregation", "trim-fraction")
+    unused = ("turn-steps", "trim-fraction")
     request = LocalTrain
+
+    def __init__(self, config: RunConfig):
+        super().__init__(config)
+        check_is_mean(config.aggregation, self.name, "weights")
 
     def merge(self, session: Session, cohort: Cohort, replies: dict[int, Any]) -> torch.Tensor:
         """The weighted mean of the clients' changes: float64 [n]."""

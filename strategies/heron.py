@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from hosl_flower.cohort import Cohort, Question
 from hosl_flower.link.base import Link
 from hosl_flower.messages import Forward, HeadProbe
+from hosl_flower.schedule import client_rate
 from hosl_flower.session import Session
 from strategies.ho_sfl import HoSfl
 
@@ -80,7 +81,7 @@ class Heron(HoSfl):
             directions=config.directions,
             seeds=tuple(s for own in self.seeds(session, step, partition) for s in own),
             epsilon=config.epsilon,
-            learning_rate=config.client_learning_rate,
+            learning_rate=client_rate(config, step),
         )
 
     def activations_per_step(self) -> tuple[int, int]:

@@ -9,7 +9,7 @@ step, client parameters theta_c (the same on every client), server parameters th
        sends each client the gradient at the cut, lambda_m = dL_m / dz_m
     3  each client probes its own half, forward passes only, with P seeded directions:
        v_mp = <lambda_m, f_c(x_m; theta_c + eps s_p) - z_m> / (P eps)        (one-sided)
-       and uploads P scalars
+       and uploads P scalars (derivative = forward-mode: what that tends to as eps does to 0)
     4  v_p = sum_m w_m v_mp goes into the ledger; every client's optimizer takes the gradient
        sum_p v_p s_p, the sampled ones now, the others when they are next asked
 
@@ -41,6 +41,7 @@ from hosl_flower.ledger import Entry
 from hosl_flower.link.base import Link
 from hosl_flower.messages import CutGradient, Forward, Request
 from hosl_flower.perturb import derive_seed
+from hosl_flower.schedule import client_rate
 from hosl_flower.session import Session
 from hosl_flower.strategy import SplitStrategy
 from hosl_flower.zo import to_float32
@@ -56,6 +57,7 @@ class HoSfl(SplitStrategy):
 
     name = "ho-sfl"
     unused: tuple[str, ...] = ("turn-steps",)
+    uses: tuple[str, ...] = ("derivative",)
     tolerates_absence = True
     request: type[CutGradient] = CutGradient
     keeps_labels = True
@@ -121,8 +123,8 @@ class HoSfl(SplitStrategy):
             batch=batch,
             directions=config.directions,
             seeds=tuple(s for own in self.seeds(session, step, partition) for s in own),
-            epsilon=config.epsilon,
-            learning_rate=config.client_learning_rate,
+            epsilon=config.probe_distance,
+            learning_rate=client_rate(config, step),
             **session.for_wire(gradient),
         )
 
@@ -143,7 +145,7 @@ class HoSfl(SplitStrategy):
         config, step, weights = session.config, cohort.step, cohort.weights
         seeds = {m: self.seeds(session, step, m) for m in cohort.partitions}
         aggregate = make_aggregate(config.aggregation, config.trim_fraction)
-        entries = []
+        rate, entries = client_rate(config, step), []
         for e in range(config.local_steps):
             own = scalars[:, e]  # [K, P]
             if config.client_seeds == "shared":
@@ -155,7 +157,7 @@ class HoSfl(SplitStrategy):
                 shares = torch.tensor(weights, dtype=torch.float64)
                 values = (own.double() * shares.unsqueeze(1)).reshape(-1)
             rounded = tuple(map(to_float32, values.tolist()))
-            entries.append(Entry(step, tuple(directions), rounded, config.client_learning_rate))
+            entries.append(Entry(step, tuple(directions), rounded, rate))
         return entries
 
     def activations_per_step(self) -> tuple[int, int]:

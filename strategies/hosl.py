@@ -28,6 +28,7 @@ from hosl_flower.ledger import Entry
 from hosl_flower.link.base import Link
 from hosl_flower.messages import Forward, Losses, Probe, Request
 from hosl_flower.perturb import derive_seed
+from hosl_flower.schedule import client_rate, rate_factor
 from hosl_flower.session import Session
 from hosl_flower.strategy import SplitStrategy
 from hosl_flower.zo import Point, estimate, probe_points
@@ -118,13 +119,14 @@ class Hosl(SplitStrategy):
         # 2: first-order step of the server on the clean activations
         clean = next(replies)
         check_same_batch([*batches, BatchKey.of(clean)], step)
-        return Probed(server.train_step(clean, labels), losses, scalars)
+        loss = server.train_step(clean, rate_factor(self.config, step), labels)
+        return Probed(loss, losses, scalars)
 
     def update(self, session: Session, link: Link, step: int, probed: Probed) -> None:
         """Phase 3: both sides make the same ledger entry."""
         config, history = session.config, session.history
         client, seeds = session.turn(step), tuple(self.seeds(step))
-        at, rate = session.at(step, client), config.client_learning_rate
+        at, rate = session.at(step, client), client_rate(config, step)
         history.commit([Entry(step, seeds, tuple(probed.scalars), rate)])
         link.post(
             Losses(

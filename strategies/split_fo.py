@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hosl_flower.aggregate import check_is_mean
 from hosl_flower.backprop import unflat
 from hosl_flower.cohort import Cohort, Question
 from hosl_flower.config import RunConfig
@@ -41,6 +42,7 @@ from hosl_flower.gradient import Dense
 from hosl_flower.link.base import Link
 from hosl_flower.messages import Adopt, Backward, Fetch, LocalStep, Request, Weights
 from hosl_flower.perturb import derive_seed
+from hosl_flower.schedule import client_rate
 from hosl_flower.session import Session
 from strategies.ho_sfl import HoSfl
 
@@ -71,11 +73,7 @@ class SplitFo(HoSfl):
     def __init__(self, config: RunConfig):
         super().__init__(config)
         self.members: list[int] = []  # the clients between two averagings
-        if config.aggregation in ("median", "trimmed-mean"):
-            raise ConfigError(
-                f"split-fo averages gradients or weights: aggregation = {config.aggregation} is of "
-                "scalars; use weighted-mean or mean"
-            )
+        check_is_mean(config.aggregation, self.name, "gradients or weights")
         if config.local_steps > 1 and (config.link == "grid" or config.max_session_seconds):
             raise ConfigError(
                 f"local-steps = {config.local_steps} keeps weights on the clients between two "
@@ -135,7 +133,7 @@ class SplitFo(HoSfl):
         }
         if self.config.local_steps == 1:
             return Backward(**values)
-        return LocalStep(**values, learning_rate=self.config.client_learning_rate)
+        return LocalStep(**values, learning_rate=client_rate(self.config, step))
 
     def merge(self, session: Session, cohort: Cohort, replies: dict[int, Any]) -> Dense:
         """E = 1: the weighted mean of the clients' gradients."""
@@ -147,7 +145,7 @@ class SplitFo(HoSfl):
 
     def commit(self, session: Session, cohort: Cohort, update: Dense) -> None:
         """E = 1: new weights for everybody."""
-        session.history.descend(cohort.step, update, session.config.client_learning_rate)
+        session.history.descend(cohort.step, update, client_rate(self.config, cohort.step))
 
     def average(self, session: Session, link: Link, cohort: Cohort) -> None:
         """E > 1: the clients' weights become the run's."""

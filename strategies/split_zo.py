@@ -23,6 +23,7 @@ from hosl_flower.checks import BatchKey, check_same_batch
 from hosl_flower.labels import KeptLabels
 from hosl_flower.messages import Forward, Probe, Request
 from hosl_flower.perturb import derive_seed
+from hosl_flower.schedule import rate_factor
 from hosl_flower.session import Session
 from hosl_flower.zo import probe_points, projected_gradients
 from hosl_flower.zo_server import ZoServer
@@ -78,7 +79,7 @@ class SplitZo(Hosl):
                 derive_seed(config.seed, "server-direction", step, turn, q)
                 for q in range(config.directions)
             ]
-            server.step(clean, seeds)
+            server.step(clean, seeds, rate_factor(config, step))
         batches, losses = [BatchKey.of(clean)], []
         del clean
         for _ in range(2 * config.directions):  # one activation held at a time

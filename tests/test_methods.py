@@ -540,6 +540,7 @@ def test_per_client_seeds_in_full_zo_are_fedavg_of_weights(make):
         (SplitFo, "local_steps", 3, "eval-every = 2 is no multiple of local-steps = 3"),
         (FullZo, "server_learning_rate", 1e-4, "does not use server-learning-rate"),
         (FedAvgZo, "server_steps", 2, "fedavg-zo does not use server-steps"),
+        (FedAvgZo, "aggregation", "median", "fedavg-zo averages weights: aggregation = median is"),
     ],
 )
 def test_a_key_a_method_does_not_use_is_refused(make, method, key, value, match):

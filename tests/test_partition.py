@@ -86,6 +86,17 @@ def test_natural_ids_are_whole_and_in_order():
     assert [set(share["who"]) for share in own] == [{"person 0"}, {"person 1"}]
 
 
+def test_few_clients_and_a_small_alpha_are_drawn_until_it_fits(monkeypatch):
+    uneven = {"num_clients": 10, "partitioner": "dirichlet", "dirichlet_alpha": 0.1, "seed": 0}
+    with monkeypatch.context() as once:
+        once.setattr("hosl_flower.partition._DRAWS", 1)
+        with pytest.raises(DataError, match="leaves one of 10 clients"):
+            shares(numbered(400), **uneven)
+    own = shares(numbered(400), **uneven)
+    assert min(map(len, own)) >= 1
+    assert sum(map(len, own)) == 400
+
+
 @pytest.mark.parametrize("partitioner", ["dirichlet", "natural-id"])
 def test_drawing_prints_nothing(capfd, partitioner):
     data = numbered(80, who=[f"person {i % 4}" for i in range(80)]).select(range(0, 80, 2))

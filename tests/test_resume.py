@@ -45,7 +45,9 @@ MANY = {"num_clients": 3, "clients_per_step": 2}
 RUNS = {
     "hosl": (Hosl, {}),
     "hosl-bf16": (Hosl, {"dtype": "bfloat16", "client_optimizer": "adamw"}),
-    "ho-sfl": (HoSfl, {**MANY, "server_optimizer": "adamw"}),
+    "ho-sfl": (
+        HoSfl, {**MANY, "server_optimizer": "adamw", "learning_rate_schedule": "linear"}
+    ),
     "ho-sfl-labels": (HoSfl, {**MANY, "labels": "client", "server_optimizer": "adamw"}),
     "fedavg-zo": (FedAvgZo, {**MANY, "local_steps": 2}),
     "heron": (Heron, {**MANY, "client_optimizer": "adamw", "upload_every": 2}),

@@ -7,13 +7,13 @@
     python tests/benchmarks/memory.py --table [micro]       the table of the results so far
 
 Random weights, cut 5, synthetic full-length batches (memory depends on shapes only). HOSL with one
-direction, HO-SFL with one, SGD; residual feedback and recomputing with adafactor, whose state is in
-the peak, updating in place. Every cell is a process of its own, so that its peak resident set
-is too. Peaks are of tensors, weights and cut gradient included, on CUDA from the allocator, on
-the CPU from memory.LiveTensors; loading is not in them. Seconds are of one watched step. A cell
-that would not fit into --limit-gib is skipped and named. A traced cell is the same code on tensors
-without data (hosl_flower/traced.py): bytes, no seconds and no resident set, a batch of tokens
-that all differ.
+direction, HO-SFL with one (ho_sfl_exact: by forward-mode), SGD; residual feedback and recomputing
+with adafactor, whose state is in the peak, updating in place. Every cell is a process of its own,
+so that its peak resident set is too. Peaks are of tensors, weights and cut gradient included, on
+CUDA from the allocator, on the CPU from memory.LiveTensors; loading is not in them. Seconds are of
+one watched step. A cell that would not fit into --limit-gib is skipped and named. A traced cell is
+the same code on tensors without data (hosl_flower/traced.py): bytes, no seconds and no resident
+set, a batch of tokens that all differ.
 """
 
 import argparse
@@ -21,12 +21,14 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "memory.json"
 COLUMNS = (
     "inference", "inference_micro", "hosl", "hosl_micro", "ho_sfl", "ho_sfl_micro",
+    "ho_sfl_exact", "ho_sfl_exact_micro",
     "residual", "residual_micro", "recompute", "recompute_micro",
     "fo", "fo_checkpoint", "fo_fused", "fo_fused_micro",
 )  # fmt: skip
@@ -123,8 +125,8 @@ def _client(shape: tuple, column: str, device: str) -> dict[str, Any]:
             row.copy_(torch.randn(row.shape, generator=generator) * 1e-3)
         return {"batch": 0, "gradient": cut, "scales": torch.empty(0), "scale": 1.0}
 
-    def cut_gradient() -> None:
-        ask(CutGradient(**at, **lambda_(), directions=1, seeds=(1,), epsilon=1e-3,
+    def cut_gradient(epsilon: float = 1e-3) -> None:
+        ask(CutGradient(**at, **lambda_(), directions=1, seeds=(1,), epsilon=epsilon,
                         learning_rate=1e-6))  # fmt: skip
 
     def local_step() -> None:
@@ -152,6 +154,7 @@ def _client(shape: tuple, column: str, device: str) -> dict[str, Any]:
         "inference": [forward],
         "hosl": [probe, probe, forward, update],
         "ho_sfl": [forward, cut_gradient, update],
+        "ho_sfl_exact": [forward, partial(cut_gradient, 0.0), update],
         "residual": [forward, local_step],
         "recompute": [forward, local_step],
     }

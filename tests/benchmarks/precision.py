@@ -5,7 +5,8 @@
 Random weights, cut in the middle, 4 x 16 tokens, 32 directions over all the client (--quick: 8).
 The exact derivative is back-propagated in float64 through the same client, its weights those that
 the dtype holds. Two surrogates: HOSL's, two-sided differences of the loss, and HO-SFL's, one-sided
-<lambda, h>, computed as clients and server do. Errors are root mean squares over the directions,
+<lambda, h>, computed as clients and server do, the latter by forward-mode differentiation too,
+which has no epsilon. Errors are root mean squares over the directions,
 relative to that of the derivatives: 1 is as bad as an estimate of zero. The last line is one
 JSON object.
 """
@@ -22,6 +23,7 @@ from hosl_flower.perturb import DISTRIBUTIONS, Layout
 from hosl_flower.probe import perturbed
 from hosl_flower.spec import torch_dtype, use_threads
 from hosl_flower.split import ClientSubmodel, ServerSubmodel, load_client, load_server, open_base
+from hosl_flower.tangent import along, derivative
 from hosl_flower.zo import Point, estimate
 
 EPSILONS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -80,6 +82,11 @@ class Setting:
         difference = self.probe(layout, Point(seed, epsilon)).double() - self.anchor.double()
         return float((difference * self.cut_gradient.double()).sum()) / epsilon
 
+    def forward_mode(self, layout: Layout, seed: int) -> float:
+        with along(self.parameters, layout.draw(seed)):
+            tangent = derivative(self.client(self.ids, self.mask))
+        return float((tangent.double() * self.cut_gradient.double()).sum())
+
 
 def main() -> None:
     parser = argparse.ArgumentParser()
@@ -90,7 +97,7 @@ def main() -> None:
     use_threads(0)
     seeds = range(8 if args.quick else 32)
     errors: dict[str, dict[str, float]] = {}
-    print("relative error" + "".join(f"{epsilon:>9g}" for epsilon in EPSILONS))
+    print("relative error" + "".join(f"{epsilon:>9g}" for epsilon in EPSILONS) + "  forward-mode")
     for dtype in DTYPES:
         setting = Setting(args.model, dtype)
         for distribution in DISTRIBUTIONS[:2]:
@@ -101,6 +108,9 @@ def main() -> None:
                 for epsilon in EPSILONS:
                     found = torch.tensor([method(layout, seed, epsilon) for seed in seeds])
                     row[f"{epsilon:g}"] = round(float((found - exact).norm() / exact.norm()), 4)
+                if method == setting.ho_sfl:
+                    found = torch.tensor([setting.forward_mode(layout, seed) for seed in seeds])
+                    row["forward-mode"] = round(float((found - exact).norm() / exact.norm()), 4)
                 name = f"{dtype} {distribution} {method.__name__}"
                 errors[name] = row
                 print(f"{name:28}" + "".join(f"{e:>9.3f}" for e in row.values()), flush=True)

@@ -3,6 +3,7 @@
     python tests/benchmarks/probe.py [--quick]
 
 OPT-125M architecture (random weights), client submodel cut at 5, 8 x 64 tokens, all cores.
+`tangent` is the exact derivative along a direction, by forward-mode.
 Medians of interleaved repetitions, so that a busy machine slows both alike. `stacked` says what
 several directions in one forward could save at most: the time of one plain forward of D times
 the batch over that of D forwards (below 1 there is something to gain; perturbing D groups costs
@@ -23,6 +24,7 @@ from hosl_flower.perturb import DISTRIBUTIONS, Layout
 from hosl_flower.probe import perturbed
 from hosl_flower.spec import use_threads
 from hosl_flower.split import ClientSubmodel, load_client, open_base
+from hosl_flower.tangent import along, derivative
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)  # of 64 tokens
 
@@ -58,7 +60,12 @@ def main() -> None:
         def update(layout: Layout = layout) -> None:
             Sgd().step(parameters, Seeded(layout, [1], [1e-6]), 1e-6)
 
-        work |= {f"probe_{distribution}": probe, f"update_{distribution}": update}
+        def tangent(layout: Layout = layout) -> None:
+            with along(parameters, layout.draw(1)):
+                derivative(client(ids, mask))
+
+        own = {"probe": probe, "tangent": tangent, "update": update}
+        work |= {f"{name}_{distribution}": run for name, run in own.items()}
     for batch in BATCHES if "--quick" not in sys.argv else BATCHES[:4]:
         work[f"batch_{batch}"] = partial(plain, client, batch)
     times: dict[str, list[float]] = {name: [] for name in work}
@@ -70,7 +77,7 @@ def main() -> None:
     ratios = {
         n: round(m / medians["forward"], 3)
         for n, m in medians.items()
-        if n.startswith(("probe", "update"))
+        if n.startswith(("probe", "tangent", "update"))
     }
     result = {"repetitions": REPETITIONS, "ratio_to_forward": ratios, "stacked": stacked(medians)}
     print(json.dumps(result))
