@@ -21,8 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hosl_flower.split import ServerSubmodel
-
 
 class Scoring(Protocol):
     """What encoder and server ask of a task's way to be scored.
@@ -43,20 +41,23 @@ class Scoring(Protocol):
     def labels(self, examples: Sequence[Mapping[str, Any]]) -> Tensor:
         """What is right, int64: [B], or [B, A] where the last A positions each have a label."""
 
-    def scores(
-        self,
-        submodel: ServerSubmodel,
-        activations: Tensor,
-        mask: Tensor,
-        rows: Tensor,
-        width: int = 1,
+    def states(self, hidden: Tensor, width: int = 1) -> Tensor:
+        """Of last hidden states [R, S, D] those that scores are made of: [B, M, D]. width: A, the
+        positions that have a label."""
+
+    def scores_of(
+        self, states: Tensor, head: Tensor, rows: Tensor, bias: Tensor | None = None
     ) -> Tensor:
-        """Scores float32 that F.cross_entropy takes with the labels: [B, C], or [B, V, A] with
-        A = `width`. activations [R, S, H], mask [R, S]; rows: of the LM head, those of `ids`."""
+        """Scores float32 that F.cross_entropy takes with the labels: [B, C], or [B, V, A]. head:
+        the LM head [V, D]; rows: its rows of `ids`, as they are trained; bias: of an image model's
+        classes [C]."""
 
 
 class Answers:
     """tokens: ids of the answer words, by label.
+
+    M: hidden states per example that scores are made of, one for each token of all words, or the
+    one at the last position where every word is one token.
 
     sequences: per example, in the order of the labels. longest: tokens of the longest word.
     ids: the tokens whose rows of the LM head are trained, each once.
@@ -67,6 +68,8 @@ class Answers:
         self.longest = max(map(len, self.tokens))
         self.sequences = 1 if self.longest == 1 else len(self.tokens)
         self.ids = list(dict.fromkeys(token for word in self.tokens for token in word))
+        self.flat = [token for word in self.tokens for token in word]
+        self.words = [c for c, word in enumerate(self.tokens) for _ in word]  # of each of `flat`
 
     def inputs(
         self, prompt: Sequence[int], example: Mapping[str, Any] | None = None
@@ -80,31 +83,35 @@ class Answers:
         """[B], 0..C-1."""
         return torch.tensor([example["label"] for example in examples])
 
-    def scores(
-        self,
-        submodel: ServerSubmodel,
-        activations: Tensor,
-        mask: Tensor,
-        rows: Tensor,
-        width: int = 1,
-    ) -> Tensor:
-        """Scores [B, C] of activations [R, S, H] and mask [R, S], R = B * sequences.
+    @property
+    def states_per_example(self) -> int:
+        """M."""
+        return 1 if self.sequences == 1 else len(self.flat)
 
-        rows: [len(ids), D], the trained rows of the head; the others are the submodel's.
-        """
+    def states(self, hidden: Tensor, width: int = 1) -> Tensor:
+        """Of last hidden states [R, S, D] those that predict the answers' tokens: [B, M, D]."""
         if self.sequences == 1:
-            return submodel.answer_logits(activations, mask, rows)
-        hidden = submodel.hidden(activations, mask)
+            return hidden[:, -1:]
         hidden = hidden.unflatten(0, (-1, self.sequences))  # [B, C, S, D]
-        device, length = hidden.device, hidden.shape[2]
-        words = [c for c, word in enumerate(self.tokens) for _ in word]
+        length = hidden.shape[2]
         places = [length - n for word in self.tokens for n in range(len(word), 0, -1)]
-        hidden = hidden[:, words, places]  # [B, M, D], one for each of M tokens of all words
+        return hidden[:, self.words, places]
+
+    def scores_of(
+        self, states: Tensor, head: Tensor, rows: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        """Scores [B, C] of states [B, M, D]. rows [len(ids), D]: the trained rows of the head
+        [V, D]. bias: of the labels [C], where every answer is one token."""
+        if self.sequences == 1:
+            return F.linear(states[:, 0], rows, bias)
+        device = states.device
         trained = torch.tensor(self.ids, device=device)
-        logits = F.linear(hidden, submodel.lm_head.weight)
-        logits = logits.index_copy(2, trained, F.linear(hidden, rows))  # [B, M, V]
-        wanted = torch.tensor([t for word in self.tokens for t in word], device=device)
-        wanted = wanted.expand(len(hidden), -1).unsqueeze(2)
-        found = logits.log_softmax(2).gather(2, wanted).squeeze(2)  # [B, M]
-        sums = found.new_zeros(len(hidden), self.sequences)
-        return sums.index_add(1, torch.tensor(words, device=device), found)
+        logits = F.linear(states, head)
+        logits = logits.index_copy(2, trained, F.linear(states, rows))  # [B, M, V]
+        wanted = torch.tensor(self.flat, device=device).expand(len(states), -1).unsqueeze(2)
+        return self.summed(logits.log_softmax(2).gather(2, wanted).squeeze(2))
+
+    def summed(self, found: Tensor) -> Tensor:
+        """Log-probabilities [B, M] of the words' tokens -> of the words [B, C]."""
+        sums = found.new_zeros(len(found), self.sequences)
+        return sums.index_add(1, torch.tensor(self.words, device=found.device), found)

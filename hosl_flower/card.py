@@ -84,8 +84,8 @@ def _results(run: Finished) -> Iterator[str]:
     for key in ("accuracy", "balanced_accuracy", "f1", "exact_match", "loss"):
         if last.get(key) is not None:
             yield f"| {key.replace('_', ' ')} | {first[key]:.4f} | {last[key]:.4f} |"
-    if (always := last.get("majority_accuracy")) is not None:
-        yield f"\nThe most frequent label, always answered: accuracy {always:.4f}."
+    if (majority := last.get("majority_accuracy")) is not None:
+        yield f"\nThe most frequent label, always answered: accuracy {majority:.4f}."
     differences = list(_differences(run.config))
     if differences:
         yield f"\nWhat was evaluated there is not quite what is here: {'; '.join(differences)}."

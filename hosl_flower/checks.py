@@ -21,8 +21,12 @@ from hosl_flower.messages import (
     Grade,
     Graded,
     Gradient,
+    HeldOutStates,
+    HiddenGradient,
+    HiddenStates,
     LocalProbe,
     Scalars,
+    Scored,
     Weights,
 )
 from hosl_flower.state import ClientState
@@ -39,7 +43,7 @@ class Limits:
     tokens, of width `hidden` and `dtype`, written by `codec`, with labels of `classes` classes;
     `each` sequences per example, of `shortest` tokens or more, so that an answer has its place;
     at most `held_out` held-out examples. vocabulary: of answers that are generated, whose labels
-    are up to `longest` tokens; else 0."""
+    are up to `longest` tokens; else 0. private_labels: none are sent."""
 
     batch: int
     length: int
@@ -52,12 +56,19 @@ class Limits:
     shortest: int = 1
     longest: int = 1
     vocabulary: int = 0
+    private_labels: bool = False
 
 
 def check_described(reply: Described, limits: Limits) -> None:
     """ProtocolError unless a client's numbers of examples fit each other and the run."""
     train, held_out, counts = reply.train_examples, reply.held_out_examples, reply.label_counts
-    if len(counts) != limits.classes or sum(counts) != train or not 0 < train <= _MOST_EXAMPLES:
+    if limits.private_labels:
+        if counts or not 0 < train <= _MOST_EXAMPLES:
+            raise ProtocolError(
+                f"described: expected 1 or more training examples and no label counts, which stay "
+                f"on the client; got {train} and {len(counts)} counts"
+            )
+    elif len(counts) != limits.classes or sum(counts) != train or not 0 < train <= _MOST_EXAMPLES:
         raise ProtocolError(
             f"described: expected {limits.classes} label counts that sum to the number of training "
             f"examples, 1 or more; got {list(counts[:8])} and {train}"
@@ -137,6 +148,13 @@ def _check_finite(reply: Activations | Continued) -> None:
 def _check_labels(labels: Tensor, batch: int, length: int, limits: Limits) -> None:
     """Of the examples of `batch` sequences of `length` tokens."""
     examples, rest = divmod(batch, limits.each)
+    if limits.private_labels:
+        if labels.numel() or rest:
+            raise ProtocolError(
+                f"labels: expected none, they stay on the client, and {limits.each} sequences per "
+                f"example; got {labels.numel()} with {batch} sequences"
+            )
+        return
     if limits.vocabulary:
         _check_tokens(labels, batch, length, limits)
         return
@@ -168,6 +186,30 @@ def _check_tokens(labels: Tensor, batch: int, length: int, limits: Limits) -> No
             f"labels: expected tokens 0..{limits.vocabulary - 1}, left-padded with {IGNORED}, got "
             f"{labels.unique().tolist()[:8]}"
         )
+
+
+def check_hidden_gradient(reply: HiddenGradient, request: HiddenStates) -> None:
+    """ProtocolError unless there is a loss, and one finite float32 per value of the states where
+    a gradient was wanted."""
+    shape = [0] if request.losses_only else list(request.states.shape)
+    gradient = reply.gradient
+    if gradient.dtype != torch.float32 or list(gradient.shape) != shape:
+        raise ProtocolError(
+            f"gradient: expected float32{shape}, got {dtype_name(gradient)}{list(gradient.shape)}"
+        )
+    if not 0 <= reply.loss <= LARGEST_SCALAR:
+        raise OutOfRangeError(f"loss: expected 0..{LARGEST_SCALAR:g}, got {reply.loss}")
+    if not (gradient.abs() <= LARGEST_SCALAR).all():  # also false for what is not a number
+        raise OutOfRangeError(f"gradient: expected values of at most +-{LARGEST_SCALAR:g}")
+
+
+def check_scored(reply: Scored, request: HeldOutStates) -> None:
+    """ProtocolError unless the counts are of the examples that were sent."""
+    examples = len(request.states)
+    if reply.correct > examples:
+        raise ProtocolError(f"correct: expected at most {examples}, got {reply.correct}")
+    if not 0 <= reply.loss_sum <= LARGEST_SCALAR:
+        raise OutOfRangeError(f"loss_sum: expected 0..{LARGEST_SCALAR:g}, got {reply.loss_sum}")
 
 
 def check_scalars(reply: Scalars, request: LocalProbe) -> None:

@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 
 import torch
 
+from hosl_flower.answers import Answers
 from hosl_flower.branches import Branches
 from hosl_flower.compute import Compute
-from hosl_flower.errors import DriftError, HoslError, ProtocolError
+from hosl_flower.errors import DataError, DriftError, HoslError, ProtocolError
 from hosl_flower.head import attach_head
 from hosl_flower.inputs import make_inputs
 from hosl_flower.ledger import Entry, chain, chain_entries, fingerprint
@@ -42,6 +43,9 @@ from hosl_flower.messages import (
     Graded,
     Gradient,
     HeadProbe,
+    HeldOutStates,
+    HiddenGradient,
+    HiddenStates,
     LocalStep,
     LocalTrain,
     Losses,
@@ -50,9 +54,11 @@ from hosl_flower.messages import (
     Request,
     Restore,
     Scalars,
+    Scored,
     Stepped,
     Weights,
 )
+from hosl_flower.output_head import OutputHead, load_output_head
 from hosl_flower.partition import DataPool
 from hosl_flower.residual import fed_back
 from hosl_flower.spec import ClientSpec, pick_device, torch_dtype
@@ -100,15 +106,24 @@ class Client:
         base = open_base(self.model, spec.seed, partial=True)
         self.config = base.config
         dtype = torch_dtype(spec.dtype)
+        head: OutputHead | None = None
         with self.meter.phase("load", 0):
             self.submodel = load_client(
                 base, spec.cut_layer, dtype, self.device, spec.lora, spec.client_quantization
             )
             if spec.client_head:
                 attach_head(self.submodel, base, self.encoder.answers, self.device)
+            if spec.labels == "client":
+                answers = self.encoder.answers
+                assert isinstance(answers, Answers)  # inputs.make_inputs has checked it
+                head = load_output_head(
+                    self.submodel, base, answers, self.device, spec.client_trainable
+                )
         self.state = new_state(self.submodel, spec)
         self.branches = Branches(self.state)
-        self.compute = Compute(spec, self.submodel, self.state, self.pool, self.meter, self.device)
+        self.compute = Compute(
+            spec, self.submodel, self.state, self.pool, self.meter, self.device, head
+        )
 
     def answer(self, requests: Iterable[Request]) -> Iterator[Reply]:
         """Replies, one per request, computed when asked for; ends early after Behind or Failure.
@@ -130,7 +145,7 @@ class Client:
         except Exception as error:
             if not isinstance(error, HoslError):
                 log.exception("client failed on %s of step %d", request.kind, request.step)
-            kind, values = Failure, {"error": f"{type(error).__name__}: {error}"[:4000]}
+            kind, values = Failure, {"error": self._reason(error)}
         return kind(
             step=request.step,
             seconds=time.perf_counter() - started,
@@ -139,10 +154,26 @@ class Client:
             **values,
         )
 
+    def _reason(self, error: Exception) -> str:
+        """What the server is told of an error: where labels stay here, nothing about data."""
+        kind = type(error).__name__
+        told = isinstance(error, HoslError) and not isinstance(error, DataError)
+        if self.spec.labels == "server" or told:
+            return f"{kind}: {error}"[:4000]
+        log.error("%s: %s", kind, error)
+        return f"{kind}: the reason is in the log of this client, which keeps its data to itself"
+
     def _handle(self, request: Request) -> Answer:
         match request:
             case Describe():
                 return self._describe(request)
+            case HiddenStates():
+                judged = self.compute.judge(request)
+                return HiddenGradient, {"loss": judged.loss, "gradient": judged.gradient.cpu()}
+            case HeldOutStates():
+                judged = self.compute.judge_held_out(request)
+                loss_sum = judged.loss * len(request.states)
+                return Scored, {"correct": judged.correct, "loss_sum": loss_sum}
             case CatchUp():
                 return self._catch_up(request)
             case Restore():
@@ -171,7 +202,7 @@ class Client:
         return Described, {
             "train_examples": len(data.train),
             "held_out_examples": len(data.held_out),
-            "label_counts": tuple(data.label_counts()),
+            "label_counts": () if self.spec.labels == "client" else tuple(data.label_counts()),
             "memory_meter": self.meter.name,
         }
 

@@ -12,12 +12,14 @@ from hosl_flower.errors import (
     AbsentError,
     ClientError,
     DivergedError,
+    LostClientsError,
     OutOfRangeError,
     ProtocolError,
     UnusableBatchError,
 )
+from hosl_flower.labels import KeptLabels, kept
 from hosl_flower.link.base import NOT_YET, Link
-from hosl_flower.messages import Activations, Describe, Described, Request
+from hosl_flower.messages import Activations, Describe, Described, Forward, Request
 from hosl_flower.schedule import rate_factor
 from hosl_flower.session import Drop, Session
 
@@ -58,24 +60,28 @@ class Cohort:
         return [count / sum(examples) for count in examples]
 
     def train_server(
-        self, clean: dict[int, Activations], send: Callable[[int, Tensor], None] | None = None
+        self, forward: "Question", send: Callable[[int, Tensor], None] | None = None
     ) -> float:
         """One step of the server on the clients' activations, weighted: the loss before it.
 
-        send: is given each client's own cut gradient as soon as there is one, so that clients
-        can probe while the server works on the others' activations and on its own step; without
-        it there are none. A client
-        whose batch gives no finite logits is dropped and the rest is propagated again; when it
-        is everybody's, training has diverged. Empties `clean`.
+        forward: asked for them. send: is given each client's own cut gradient as soon as there is
+        one, so that clients can probe while the server works on the others' activations and on its
+        own step; without it there are none. A client whose batch gives no finite logits, or that
+        keeps its labels and gives no gradient, is dropped and the rest is propagated again; when
+        no batch gives finite logits, training has diverged.
         """
+        clean: dict[int, Activations] = forward.answers(self)
         server, micro_batch = self.session.server, self.session.config.server_micro_batch
         sent: set[int] = set()
         while True:
             clients, weights = list(self.partitions), self.weights
             loss = 0.0
             batches = [clean[m] for m in clients]
+            labels = forward.labels(self)
             try:
-                propagated = server.propagate(batches, weights, micro_batch, send is not None)
+                propagated = server.propagate(
+                    batches, weights, micro_batch, send is not None, labels
+                )
                 for m, own, gradient in propagated:
                     loss += weights[m] * own
                     if send and clients[m] not in sent:
@@ -86,6 +92,11 @@ class Cohort:
                     raise
                 for index in error.indices:
                     self.drop(clients[index], ClientError("its activations give no finite logits"))
+                self.check_enough()
+                continue
+            except LostClientsError as error:
+                for index, reason in error.errors.items():
+                    self.drop(clients[index], reason)
                 self.check_enough()
                 continue
             clean.clear()
@@ -125,10 +136,13 @@ class Question:
         ] = {}  # by (step, partition)
         self._undescribed: set[int] = set()  # whose first reply is a description
         self._failed: dict[int, Exception] = {}
+        self._forwards: dict[tuple[int, int], Forward] = {}  # asked for, by (step, partition)
 
     def add(self, request: Request) -> None:
         """Send a request with all others, when the first answer is wanted."""
         self._queued.append(request)
+        if type(request) is Forward:
+            self._forwards[request.step, request.partition] = request
 
     def send(self, request: Request) -> None:
         """Send a request now, where the link can do that at no extra cost."""
@@ -149,6 +163,11 @@ class Question:
         for request in self._queued:
             self._streams[request.step, request.partition] = streams[request.partition]
         self._queued.clear()
+
+    def labels(self, cohort: Cohort) -> KeptLabels | None:
+        """Where the labels of the activations that were asked for are, if not with them."""
+        asked = [self._forwards[cohort.step, m] for m in cohort.partitions]
+        return kept(self.session, self.link, *asked)
 
     def answers(self, cohort: Cohort) -> dict[int, Any]:
         """Replies by partition, of those who answered; the others are dropped.

@@ -16,8 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hosl_flower.split import ServerSubmodel
-
 IGNORED = -100  # the label that cross_entropy leaves out
 
 
@@ -69,18 +67,15 @@ class Completion:
             row[len(row) - len(tokens) :] = torch.tensor(tokens)
         return labels
 
-    def scores(
-        self,
-        submodel: ServerSubmodel,
-        activations: Tensor,
-        mask: Tensor,
-        rows: Tensor,
-        width: int = 1,
+    def states(self, hidden: Tensor, width: int = 1) -> Tensor:
+        """The last A = `width` of last hidden states [B, S, D]."""
+        return hidden[:, -width:]
+
+    def scores_of(
+        self, states: Tensor, head: Tensor, rows: Tensor, bias: Tensor | None = None
     ) -> Tensor:
-        """Logits [B, V, A] at the last A = `width` positions of activations [B, S, H]. rows: the
-        LM head's [V, D]."""
-        hidden = submodel.hidden(activations, mask)[:, -width:]
-        return F.linear(hidden, rows).transpose(1, 2)
+        """Logits [B, V, A] of states [B, A, D]. rows: the LM head's [V, D], all of them."""
+        return F.linear(states, rows).transpose(1, 2)
 
     def cut(self, tokens: Sequence[int]) -> list[int]:
         """Generated tokens up to the first that ends the answer."""

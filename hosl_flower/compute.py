@@ -1,5 +1,6 @@
 """What a client computes of a mini-batch: activations, scalars, gradients. No ledger here."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -17,6 +18,7 @@ from hosl_flower.gradient import Dense
 from hosl_flower.local import local_steps
 from hosl_flower.memory import Meter
 from hosl_flower.optimizer import matrix_of
+from hosl_flower.output_head import Judged, OutputHead
 from hosl_flower.partition import DataPool
 from hosl_flower.perturb import derive_seed
 from hosl_flower.recompute import recomputed_gradients
@@ -28,6 +30,8 @@ from hosl_flower.requests import (
     Forward,
     Grade,
     HeadProbe,
+    HeldOutStates,
+    HiddenStates,
     LocalStep,
 )
 from hosl_flower.residual import residual_gradients
@@ -37,6 +41,7 @@ from hosl_flower.squad import graded
 from hosl_flower.state import ClientState
 from hosl_flower.surrogate import Cotangent, Pieces, head_loss, linear
 from hosl_flower.tasks import Batch, Encoder
+from hosl_flower.tensors import dtype_name
 from hosl_flower.zo import Point, directional, estimate
 
 # phase that is measured, and how the gradient comes about, by client-gradient
@@ -57,7 +62,8 @@ class _Anchor(NamedTuple):
 
 
 class Compute:
-    """The work of one client process at the weights in `state`."""
+    """The work of one client process at the weights in `state`. head: of the whole model, where
+    the labels stay here."""
 
     def __init__(
         self,
@@ -67,8 +73,9 @@ class Compute:
         pool: DataPool,
         meter: Meter,
         device: str,
+        head: OutputHead | None = None,
     ):
-        self.spec, self.submodel, self.state = spec, submodel, state
+        self.spec, self.submodel, self.state, self.head = spec, submodel, state, head
         self.pool, self.meter, self.device = pool, meter, device
         self.forwards = Forwards(submodel, state, device, spec.client_micro_batch)
         self.hidden: int = submodel.hidden_size
@@ -152,6 +159,8 @@ class Compute:
         yield from self.submodel.parameters()
         yield from self.submodel.buffers()
         yield from self.state.optimizer.tensors()
+        if self.head is not None:
+            yield self.head.weight
         yield from (anchor.activations for anchor in self._anchors.values())
         yield from self._prompts[1].tensors() if self._prompts else ()
         yield from more
@@ -168,8 +177,46 @@ class Compute:
             "activations": activations,
             "scales": scales,
             "attention_mask": batch.attention_mask.bool(),
-            "labels": batch.labels,
+            "labels": batch.labels if self.head is None else batch.labels[:0],
         }
+
+    def train_labels(self, request: HiddenStates) -> Tensor:
+        """Of the mini-batch of a request."""
+        data = self.pool.client(request.partition)
+        return data.train_labels(request.batch, self.spec.batch_size)
+
+    def judge(self, request: HiddenStates) -> Judged:
+        """The loss of hidden states of a training batch, and its gradient there."""
+        labels = self.train_labels(request)[request.first :]
+        return self._judged("forward", request, labels, not request.losses_only)
+
+    def judge_held_out(self, request: HeldOutStates) -> Judged:
+        """The loss of hidden states of held-out examples, and how many are right."""
+        data = self.pool.client(request.partition)
+        labels = data.held_out_labels(request.first, len(request.states))
+        return self._judged("evaluate", request, labels, False)
+
+    def _judged(
+        self, phase: str, request: HiddenStates | HeldOutStates, labels: Tensor, gradient: bool
+    ) -> Judged:
+        """labels: of at least as many examples as there are states of."""
+        if self.head is None:
+            raise ProtocolError(f"{request.kind}: in this run labels are sent to the server")
+        states, shape = request.states, [*request.states.shape]
+        wanted = [self.head.answers.states_per_example, self.head.weight.shape[1]]
+        fits = states.dtype == torch.float32 and shape[1:] == wanted
+        if not (fits and 0 < shape[0] <= len(labels)):
+            raise ProtocolError(
+                f"{request.kind}: expected float32[1 to {len(labels)}, {wanted[0]}, {wanted[1]}], "
+                f"got {dtype_name(states)}{shape}"
+            )
+        size = states.numel()
+        with self.meter.phase(phase, size, self._held(states), part="head"):
+            own = labels[: shape[0]].to(self.device)
+            found = self.head.judge(states.to(self.device), own, gradient)
+        if not math.isfinite(found.loss):
+            raise ProtocolError(f"{request.kind}: the states give no finite loss")
+        return found
 
     def clean(self, request: Forward) -> dict[str, Any]:
         """Activations at theta itself, remembered where probes will start from them. With

@@ -32,6 +32,7 @@ Derivative = Literal["differences", "forward-mode"]
 Schedule = Literal["constant", "linear", "cosine"]
 ClientOptimizer = Literal["sgd", "adamw", "adafactor"]
 ClientGradient = Literal["backprop", "recompute", "residual"]
+Labels = Literal["server", "client"]
 Quantization = Literal["none", "int8"]
 Codec = Literal["exact", "bf16", "fp16", "int8"]  # see codec.py, which needs torch
 Partitioner = Literal["iid", "dirichlet", "natural-id"]
@@ -118,6 +119,11 @@ class RunConfig(BaseModel):
         0,
         description="height and width images are resized to, with the model's own mean and "
         "deviation; 0 leaves all to the model's own image processor",
+    )
+    labels: Labels = Field(
+        "server",
+        description="client: labels are not sent; the server sends its last hidden states, and "
+        "each client, with the answer words' rows of the head, the loss gradient there",
     )
     max_length: Length = Field(
         DEFAULT_LENGTH,
@@ -235,7 +241,9 @@ class RunConfig(BaseModel):
     )
     client_learning_rate: float = Field(1e-6, ge=0, le=1e3, description="of the client's optimizer")
     server_trainable: Trainable = Field(
-        "full", description="full trains final norm and answer words too, blocks or lora as above"
+        "full",
+        description="full trains final norm and answer words too (not these with labels = client), "
+        "blocks or lora as above",
     )
     server_optimizer: Optimizer = Field("sgd", description="adamw without weight decay")
     server_learning_rate: float = Field(1e-3, ge=0, le=1e3, description="of the server's optimizer")

@@ -48,6 +48,17 @@ class SuperLinkError(HoslError):
     """SuperLink does not answer any more."""
 
 
+class LostClientsError(ClientError):
+    """Clients that failed in the middle of a step.
+
+    errors: by their place among its mini-batches.
+    """
+
+    def __init__(self, errors: dict[int, HoslError]):
+        super().__init__("; ".join(map(str, errors.values())))
+        self.errors = errors
+
+
 class DriftError(HoslError):
     """A client submodel is not the one its ledger describes."""
 

@@ -5,27 +5,31 @@ for every token, those of the tokens that came back. It grades the answers itsel
 ones need not travel as text.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
 from hosl_flower.completion import Completion
 from hosl_flower.decoding import Writer, greedy
+from hosl_flower.labels import score_by_client
 from hosl_flower.link.base import Link
 from hosl_flower.messages import Activations, Continue, Continued, Evaluate, Grade, Graded, Request
-from hosl_flower.server import Score
 from hosl_flower.session import Session
-from hosl_flower.text_score import TextScore, new_score
+from hosl_flower.text_score import HeldOut, TextScore, new_score
 
 
 def score_batches(
     session: Session, judge: Link, step: int, partition: int, batches: range
-) -> Score | TextScore:
+) -> HeldOut:
     """The score of held-out batches of a client's. Raises what the link does, or DivergedError."""
-    score = new_score(session.spec.task)
     at = session.at(step, partition)
     requests = [Evaluate(**at, batch=number) for number in batches]
-    for reply in judge.exchange({partition: requests})[partition]:
+    replies: Iterator[Any] = judge.exchange({partition: requests})[partition]
+    if judge.limits.private_labels:
+        return score_by_client(judge, at, map(session.server.states, replies))
+    score = new_score(session.spec.task)
+    for reply in replies:
         assert isinstance(reply, Activations)  # Link has checked it
         session.server.score(reply, score)
     if isinstance(score, TextScore):

@@ -30,16 +30,26 @@ class _FreshHead:
         source = self._head if name.startswith(self._names) else self.source
         source.fill(name, out)
 
+    def rows(self, name: str, shape: tuple[int, int], rows: Sequence[int]) -> Tensor:
+        source = self._head if name.startswith(self._names) else self.source
+        return source.rows(name, shape, rows)
+
 
 def make_inputs(spec: ClientSpec, model: str, config: PretrainedConfig) -> Inputs:
     """The inputs of a run's task for a model, by its configuration. ConfigError when the one is
-    about images and the other is not."""
+    about images and the other is not, or labels cannot stay on clients."""
     modality = family_of(config).modality
     if (modality == "image") != bool(spec.task.image):
         about = "images" if spec.task.image else "text"
         raise ConfigError(
             f"task {spec.task.name} is about {about}, {model} is a model of {modality} "
             f"({config.model_type}): choose another model or task"
+        )
+    if spec.labels == "client" and (spec.task.image or spec.task.target):
+        about = "images" if spec.task.image else "answers that are generated"
+        raise ConfigError(
+            f"labels = client is for choices among answer words, task {spec.task.name} is about "
+            f"{about}; use labels = server"
         )
     if modality == "text":
         return Encoder(spec.task, load_tokenizer(model), spec.max_length, spec.max_new_tokens)

@@ -116,14 +116,16 @@ class Meter:
         self.name = "cuda_allocated" if self.device.type == "cuda" else "live_storages"
         self.peaks = dict.fromkeys(PHASES, 0)
         self._live = LiveTensors()
-        self._watched: dict[str, int] = {}  # phase -> largest size
+        self._watched: dict[tuple[str, str], int] = {}  # (phase, part) -> largest size
 
     @contextmanager
-    def phase(self, name: str, size: int, held: Iterable[Tensor] = ()) -> Iterator[None]:
+    def phase(
+        self, name: str, size: int, held: Iterable[Tensor] = (), part: str = ""
+    ) -> Iterator[None]:
         """Measure what runs within, if it is new or larger than before.
 
         size: of the work, in any unit of its own, such as tokens. held: tensors alive at the
-        start that earlier phases may not have seen.
+        start that earlier phases may not have seen. part: of the phase, with sizes of its own.
         """
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -132,11 +134,11 @@ class Meter:
             finally:
                 self._note(name, torch.cuda.max_memory_allocated(self.device))
             return
-        if size <= self._watched.get(name, -1):
+        if size <= self._watched.get((name, part), -1):
             del held  # not to keep alive what the caller lets go
             yield
             return
-        self._watched[name] = size
+        self._watched[name, part] = size
         self._live.hold(held)
         del held
         self._live.restart()

@@ -10,6 +10,9 @@ they are made from what arrived; wire.py turns them into bytes and back.
     Continue     activations of held-out prompts, then of tokens    -> Continued
                  that follow them
     Grade        exact match and F1 of what was generated           -> Graded
+    HiddenStates   the server's last hidden states, where labels are the client's: their loss
+                                                                    -> HiddenGradient
+    HeldOutStates  the same of held-out examples: how many are right -> Scored
     Losses       the true losses of your probes: update theta       -> Applied
     CutGradient  the loss gradient at the cut: probe your half      -> Scalars
     LocalTrain   the same, but train on it and send the change      -> Change
@@ -37,8 +40,10 @@ from hosl_flower.replies import (
     Fingerprinted,
     Graded,
     Gradient,
+    HiddenGradient,
     Reply,
     Scalars,
+    Scored,
     Stepped,
     Weights,
 )
@@ -55,6 +60,8 @@ from hosl_flower.requests import (
     Forward,
     Grade,
     HeadProbe,
+    HeldOutStates,
+    HiddenStates,
     LocalProbe,
     LocalStep,
     LocalTrain,
@@ -74,6 +81,8 @@ REQUESTS: dict[str, type[Request]] = {
         Evaluate,
         Continue,
         Grade,
+        HiddenStates,
+        HeldOutStates,
         Losses,
         CutGradient,
         LocalTrain,
@@ -94,6 +103,8 @@ REPLIES: dict[str, type[Reply]] = {
         Activations,
         Continued,
         Graded,
+        HiddenGradient,
+        Scored,
         Applied,
         Scalars,
         Change,
@@ -131,6 +142,9 @@ __all__ = [
     "Graded",
     "Gradient",
     "HeadProbe",
+    "HeldOutStates",
+    "HiddenGradient",
+    "HiddenStates",
     "LocalProbe",
     "LocalStep",
     "LocalTrain",
@@ -141,6 +155,7 @@ __all__ = [
     "Request",
     "Restore",
     "Scalars",
+    "Scored",
     "Stepped",
     "Weights",
 ]

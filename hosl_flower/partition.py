@@ -10,6 +10,9 @@ import warnings
 from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from hosl_flower.errors import DataError, ProtocolError
 from hosl_flower.perturb import derive_seed, permutation
 from hosl_flower.spec import ClientSpec
@@ -144,6 +147,16 @@ class ClientData:
             seed = derive_seed(self.order_seed, "epoch", epoch)
             self._order = (epoch, permutation(len(self.train), seed))
         return self._order[1][offset]
+
+    def train_labels(self, number: int, size: int) -> Tensor:
+        """Labels [B] int64 of mini-batch `number`."""
+        size = min(size, len(self.train))
+        rows = [self._row(i) for i in range(number * size, (number + 1) * size)]
+        return torch.tensor(self.train[rows]["label"])
+
+    def held_out_labels(self, first: int, count: int) -> Tensor:
+        """Labels int64 of held-out examples first.., at most so many."""
+        return torch.tensor(self.held_out["label"][:][first : first + count])
 
     def held_out_batch(self, number: int, size: int) -> Batch:
         """Held-out examples number * size onwards; DataError past the end."""

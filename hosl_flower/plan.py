@@ -139,6 +139,7 @@ def peaks_of(config: RunConfig, partitions: list[int]) -> dict[str, int]:
         client = Client(session.spec)
         batch = session.encoder.largest(config.batch_size)
         client.compute.train_batch = lambda *_: batch  # type: ignore[method-assign]
+        client.compute.train_labels = lambda *_: batch.labels  # type: ignore[method-assign]
         link = InProcessLink(client, session.history, session.limits)
         describe_all(session, link)
         method.steps(session, link, [1])

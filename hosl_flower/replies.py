@@ -27,7 +27,8 @@ class Reply:
 
 @dataclass(frozen=True, config=STRICT)
 class Described(Reply):
-    """label_counts: training examples per label; memory_meter: what tensor_peaks measures."""
+    """label_counts: training examples per label, none where labels are the client's;
+    memory_meter: what tensor_peaks measures."""
 
     kind: ClassVar[str] = "described"
     train_examples: Count
@@ -38,9 +39,10 @@ class Described(Reply):
 
 @dataclass(frozen=True, config=STRICT)
 class Activations(Reply):
-    """activations [R, S, H]; attention_mask [R, S] bool; labels [B] int64 in 0..C-1. R is B, or
-    B * C where answer words are scored by their tokens (answers.py). Where answers are generated,
-    labels [B, A] are the tokens of the last A positions (completion.py).
+    """activations [R, S, H]; attention_mask [R, S] bool; labels [B] int64 in 0..C-1, or [0] where
+    they are the client's. R is B, or B * C where answer words are scored by their tokens
+    (answers.py). Where answers are generated, labels [B, A] are the tokens of the last A positions
+    (completion.py).
 
     On the wire activations and scales are as the run's codec writes them; the link hands them
     on decoded, without scales.
@@ -69,6 +71,25 @@ class Graded(Reply):
 
     kind: ClassVar[str] = "graded"
     scores: Tensor
+
+
+@dataclass(frozen=True, config=STRICT)
+class HiddenGradient(Reply):
+    """loss: mean cross-entropy of the examples of a HiddenStates; gradient: of it with respect to
+    the states, float32 [b, M, D], or [0] where only losses were wanted."""
+
+    kind: ClassVar[str] = "hidden-gradient"
+    loss: Finite
+    gradient: Tensor
+
+
+@dataclass(frozen=True, config=STRICT)
+class Scored(Reply):
+    """Of all examples of a HeldOutStates together: how many were right, the sum of the losses."""
+
+    kind: ClassVar[str] = "scored"
+    correct: Count
+    loss_sum: Finite
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -18,6 +18,7 @@ import platform
 import shutil
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -33,10 +34,9 @@ from hosl_flower.plot import draw_curve, draw_partition
 from hosl_flower.results import Measured, Results, results_of
 from hosl_flower.resume import Resumable, collect, run_directory
 from hosl_flower.runlog import RunLog
-from hosl_flower.server import Score
 from hosl_flower.session import Session
 from hosl_flower.summary import plan, table
-from hosl_flower.text_score import TextScore
+from hosl_flower.text_score import HeldOut
 from hosl_flower.trackers import Trackers, check_trackers
 
 log = logging.getLogger("hosl_flower")
@@ -61,8 +61,8 @@ class Report:
         self.trackers: Trackers | None = None
         if config.tracker_names != ("auto",):
             check_trackers(config.tracker_names)
-        self.evaluations: list[dict[str, float]] = []
-        self.final: Score | TextScore | None = None
+        self.evaluations: list[dict[str, float | None]] = []
+        self.final: HeldOut | None = None
         self._seconds: dict[str, float] = defaultdict(float)
         self._started = self._last_line = time.perf_counter()
         self._last_loss = float("nan")
@@ -93,9 +93,12 @@ class Report:
         if session.resumed is None:
             (self.directory / "metrics.jsonl").write_text("")
             session.history.ledger.record(self.directory / "ledger.jsonl")
-        counts = [client.label_counts for _, client in sorted(session.clients.items())]
+        clients = [client for _, client in sorted(session.clients.items())]
+        counts = [client.label_counts for client in clients]
         task = session.spec.task
         names = task.label_names or task.verbalizers or ("examples",)
+        if session.limits.private_labels:
+            names, counts = ("any",), [(client.train_examples,) for client in clients]
         self.trackers = Trackers(self.config.tracker_names, self.directory, self.config.as_keys())
         draw_partition(self.directory / "partition.png", counts, names)
         for line in plan(method, session):
@@ -168,7 +171,7 @@ class Report:
         if time.perf_counter() - self._last_line > _PROGRESS_SECONDS:
             self._progress(step)
 
-    def evaluated(self, step: int, score: Score | TextScore, session: Session) -> None:
+    def evaluated(self, step: int, score: HeldOut, session: Session) -> None:
         """Record one evaluation, and the client submodel's history up to it."""
         try:
             session.history.ledger.seal()
@@ -199,10 +202,15 @@ class Report:
         return results
 
     def _track(
-        self, step: int, values: dict[str, float], group: str, more: dict[str, float]
+        self,
+        step: int,
+        values: dict[str, float],
+        group: str,
+        more: Mapping[str, float | None],
     ) -> None:
         if self.trackers is not None:
-            self.trackers.log(step, {**values, **{f"{group}/{k}": v for k, v in more.items()}})
+            known = {f"{group}/{k}": v for k, v in more.items() if v is not None}
+            self.trackers.log(step, {**values, **known})
 
     def _progress(self, step: int) -> None:
         self._last_line = time.perf_counter()

@@ -96,6 +96,30 @@ class Grade(Evaluate):
 
 
 @dataclass(frozen=True, config=STRICT)
+class HiddenStates(Request):
+    """The server submodel's last hidden states float32 [b, M, D] (answers.py) of examples first..
+    of mini-batch `batch`, where labels are the client's. Answered at any position.
+
+    losses_only: no gradient is wanted.
+    """
+
+    kind: ClassVar[str] = "hidden-states"
+    batch: Count
+    first: Count
+    states: Tensor
+    losses_only: bool = field(default=False, kw_only=True)
+
+
+@dataclass(frozen=True, config=STRICT)
+class HeldOutStates(Request):
+    """As HiddenStates, of held-out examples first.. . Answered at any position."""
+
+    kind: ClassVar[str] = "held-out-states"
+    first: Count
+    states: Tensor
+
+
+@dataclass(frozen=True, config=STRICT)
 class Losses(Request):
     """Losses [2Q] of the probes +eps, -eps of each seed: the client makes its update of them.
 

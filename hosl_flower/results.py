@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 
 from hosl_flower.link.base import Traffic
 from hosl_flower.memory import PHASES
-from hosl_flower.server import Score
 from hosl_flower.session import Session
-from hosl_flower.text_score import TextScore
+from hosl_flower.text_score import HeldOut
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Results:
     exact_match: float | None
     f1: float | None
     held_out_examples: int
-    evaluations: list[dict[str, float]]
+    evaluations: list[dict[str, float | None]]
     seconds_per_step: dict[str, float]
     bytes_up: dict[str, dict[str, int]]
     bytes_down: dict[str, dict[str, int]]
@@ -45,8 +44,8 @@ class Results:
 class Measured(NamedTuple):
     """What was noted on the way. seconds: of all steps, by part."""
 
-    final: Score | TextScore
-    evaluations: list[dict[str, float]]
+    final: HeldOut
+    evaluations: list[dict[str, float | None]]
     seconds: Mapping[str, float]
     wall_seconds: float
 

@@ -11,15 +11,15 @@ a vocabulary-sized gradient. For answers that are generated all rows are.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hosl_flower.answers import Scoring
-from hosl_flower.completion import targets
 from hosl_flower.errors import ConfigError, DivergedError, UnusableBatchError
+from hosl_flower.labels import Labels, Piece, SentLabels
 from hosl_flower.messages import Activations
 from hosl_flower.split import AUXILIARY, ServerSubmodel, trainable_parameters
 
@@ -42,7 +42,7 @@ class Score:
         counts = torch.bincount(pairs.cpu(), minlength=self.classes**2)
         self.confusion += counts.view_as(self.confusion)
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float | None]:
         """What is measured, by name."""
         return {
             "loss": self.loss,
@@ -100,20 +100,13 @@ _DIVERGED = (
 )
 
 
-class Piece(NamedTuple):
-    """Examples start..stop of one client's mini-batch, number `client`."""
-
-    client: int
-    start: int
-    stop: int
-
-
 class Server:
     """The server submodel and its optimizer. trained: its trained parameters, by name.
 
     answers: the tokens of the answer words. optimizer: "sgd" or "adamw".
-    trainable: "full", "blocks" or "lora", see split.trainable_parameters. Raises ConfigError when
-    that is nothing.
+    trainable: "full", "blocks" or "lora", see split.trainable_parameters. own_head: whether the
+    losses are of this server's head; else that is never trained. Raises ConfigError when there is
+    nothing to train.
     """
 
     def __init__(
@@ -123,6 +116,7 @@ class Server:
         optimizer: str,
         learning_rate: float,
         trainable: str = "full",
+        own_head: bool = True,
     ):
         self.submodel = submodel
         self.answers = answers
@@ -130,13 +124,14 @@ class Server:
         head = submodel.lm_head.weight
         self.device = head.device
         rows = head.detach()[answers.ids]  # a copy, unless it is all of them
-        self.answer_rows = nn.Parameter(rows, requires_grad=trainable == "full")
+        trains_rows = trainable == "full" and own_head
+        self.answer_rows = nn.Parameter(rows, requires_grad=trains_rows)
         trained = trainable_parameters(submodel, trainable)
         trained.pop(submodel.family.head, None)
         submodel.requires_grad_(False)
         for parameter in trained.values():
             parameter.requires_grad_(True)
-        if trainable == "full":
+        if trains_rows:
             trained[ANSWERS] = self.answer_rows
         self.trained = trained
         own = list(trained.values())
@@ -157,15 +152,24 @@ class Server:
 
         Raises DivergedError when they are not finite.
         """
-        logits = self._raw_logits(activations, mask, width)
-        if not torch.isfinite(logits).all():
-            raise DivergedError(_DIVERGED)
-        return logits
+        return _finite(self._sent_labels().outputs(self._states(activations, mask, width)))
 
-    def _raw_logits(self, activations: Tensor, mask: Tensor, width: int) -> Tensor:
+    def _states(self, activations: Tensor, mask: Tensor, width: int = 1) -> Tensor:
+        """The hidden states that the losses are made of [B, M, D], see answers.py.
+        width: positions that have a label."""
         h = activations.to(self.device, torch.float32)
         mask = mask.to(self.device, torch.int64)
-        return self.answers.scores(self.submodel, h, mask, self.answer_rows, width)
+        return self.answers.states(self.submodel.hidden(h, mask), width)
+
+    def _sent_labels(self) -> SentLabels:
+        head = self.submodel.lm_head
+        return SentLabels(self.answers, head.weight, self.answer_rows, head.bias)
+
+    @torch.no_grad()
+    def states(self, batch: Activations) -> Tensor:
+        """Of a batch, for a client that has its labels: [B, M, D]. Raises DivergedError when they
+        are not finite."""
+        return _finite(self._states(batch.activations, batch.attention_mask))
 
     @torch.no_grad()
     def loss(self, batch: Activations) -> float:
@@ -173,9 +177,11 @@ class Server:
         logits = self._logits(batch.activations, batch.attention_mask, _width(batch.labels))
         return float(F.cross_entropy(logits, batch.labels.to(self.device)))
 
-    def train_step(self, batch: Activations, factor: float = 1.0) -> float:
+    def train_step(
+        self, batch: Activations, factor: float = 1.0, labels: Labels | None = None
+    ) -> float:
         """One first-order step on a batch (HOSL Alg. 1, L27-30); the loss before it."""
-        ((_, loss, _),) = self.propagate([batch], [1.0], cut_gradients=False)
+        ((_, loss, _),) = self.propagate([batch], [1.0], cut_gradients=False, labels=labels)
         self.apply(factor)
         return loss
 
@@ -185,52 +191,45 @@ class Server:
         weights: Sequence[float],
         micro_batch: int = 0,
         cut_gradients: bool = True,
+        labels: Labels | None = None,
     ) -> Iterator[tuple[int, float, Tensor]]:
         """Back-propagate sum_m weights[m] * loss_m over clients' mini-batches; `apply` is the step.
 
         Yields (m, loss_m, lambda_m) in order, each as soon as client m's sequences are through:
         lambda_m = d loss_m / d activations_m, float32 [R, S, H] on the CPU, the client's own,
         without its weight (empty without cut_gradients). At most `micro_batch` sequences (0: all)
-        are propagated at a time, but never less than an example. Raises UnusableBatchError at the
-        end, with nothing to apply, when batches give no finite logits; those, and all that come
-        after one, are not yielded.
+        are propagated at a time, but never less than an example. labels: where losses come from;
+        None: the labels in the batches. Raises UnusableBatchError at the end, with nothing to
+        apply, when batches give no finite logits; those, and all that come after one, are not
+        yielded.
         """
+        labels = labels or self._sent_labels()
         self.optimizer.zero_grad(set_to_none=True)
         losses = [0.0] * len(batches)
         gradients: dict[int, Tensor] = {}
         bad: set[int] = set()
         each = self.answers.sequences
         limit = max(1, micro_batch // each) if micro_batch else 0  # whole examples
-        for pieces in _micro_batches([len(b.labels) for b in batches], limit):
+        sizes = [len(batch.activations) // each for batch in batches]
+        for pieces in _micro_batches(sizes, limit):
             h, mask = _stack(batches, pieces, each)
             h = h.to(self.device, torch.float32).requires_grad_(cut_gradients)
             width = max(_width(batches[piece.client].labels) for piece in pieces)
             with torch.set_grad_enabled(not bad):  # once one is bad, the rest is only looked at
-                logits = self._raw_logits(h, mask, width)
-            bad |= _unusable(logits, pieces)
+                outputs = labels.outputs(self._states(h, mask, width))
+            bad |= _unusable(outputs, pieces)
             if bad:
                 continue
-            total, row = torch.zeros((), device=self.device), 0
-            for piece in pieces:
-                batch = batches[piece.client]
-                labels = batch.labels[piece.start : piece.stop].to(self.device)
-                scores = logits[row : row + len(labels)]
-                if labels.dim() == 2:
-                    scores = scores[..., width - labels.shape[1] :]
-                own = F.cross_entropy(scores, labels)
-                share = targets(labels) / targets(batch.labels)
-                total = total + own * (weights[piece.client] * share)
-                losses[piece.client] += float(own.detach()) * share
-                row += len(labels)
-            total.backward()
-            for piece in pieces:
+            own = labels.backward(outputs, batches, pieces, weights)
+            for piece, loss in zip(pieces, own, strict=True):
+                losses[piece.client] += loss
                 shape = batches[piece.client].activations.shape if cut_gradients else (0,)
                 gradients.setdefault(piece.client, torch.zeros(shape))
             if cut_gradients:
                 assert h.grad is not None
                 _unstack(h.grad.cpu(), pieces, weights, gradients, each)
             for piece in pieces:
-                if piece.stop == len(batches[piece.client].labels):
+                if piece.stop == sizes[piece.client]:
                     yield piece.client, losses[piece.client], gradients.pop(piece.client)
         if bad:
             self.optimizer.zero_grad(set_to_none=True)
@@ -280,9 +279,15 @@ def _width(labels: Tensor) -> int:
     return labels.shape[1] if labels.dim() == 2 else 1
 
 
-def _unusable(logits: Tensor, pieces: Sequence[Piece]) -> set[int]:
-    """Clients with logits that are not finite."""
-    finite = torch.isfinite(logits).flatten(1).all(1).split([p.stop - p.start for p in pieces])
+def _finite(outputs: Tensor) -> Tensor:
+    if not torch.isfinite(outputs).all():
+        raise DivergedError(_DIVERGED)
+    return outputs
+
+
+def _unusable(outputs: Tensor, pieces: Sequence[Piece]) -> set[int]:
+    """Clients with logits, or hidden states, that are not finite."""
+    finite = torch.isfinite(outputs).flatten(1).all(1).split([p.stop - p.start for p in pieces])
     return {p.client for p, own in zip(pieces, finite, strict=True) if not own.all()}
 
 

@@ -112,6 +112,7 @@ class Session:
             each=answers.sequences,
             shortest=self.encoder.shortest,
             longest=answers.longest,
+            private_labels=spec.labels == "client",
             **({"held_out": min(held_out)} if held_out else {}),
         )
 
@@ -238,6 +239,7 @@ def open_session(
         config.server_optimizer,
         config.server_learning_rate,
         config.server_trainable,
+        own_head=config.labels == "server",
     )
     if config.save_format == "adapters" and spec.task.image:
         raise ConfigError(

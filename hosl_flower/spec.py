@@ -17,6 +17,7 @@ from hosl_flower.config import (
     Codec,
     Device,
     Dtype,
+    Labels,
     Length,
     Natural,
     Partitioner,
@@ -63,6 +64,7 @@ class ClientSpec:
     lora_alpha: Alpha
     lora_targets: str
     perturbation: Perturbation
+    labels: Labels
     task: Task
     source: str
     num_clients: Positive

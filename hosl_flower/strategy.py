@@ -36,13 +36,15 @@ class SplitStrategy(Strategy):
     unused: run-config keys the method does not look at; setting one is an error, not a wish
     silently ignored. uses: keys that it does look at, of those few methods do. tolerates_absence:
     steps go on without clients that are not there. client_head: clients have an auxiliary head.
-    client_optimizers: those it can use.
+    client_optimizers: those it can use. keeps_labels: steps can do with losses and gradients of
+    hidden states from the clients (labels = client).
     """
 
     name = "split"
     unused: tuple[str, ...] = ()
     uses: tuple[str, ...] = ()
     client_head = False
+    keeps_labels = False
     tolerates_absence = False
     client_optimizers: tuple[str, ...] = ("sgd", "adamw")  # those that replay a ledger to the bit
 
@@ -53,6 +55,11 @@ class SplitStrategy(Strategy):
         if idle:
             raise ConfigError(
                 f"{self.name} does not use {', '.join(idle)}: leave it at its default"
+            )
+        if config.labels == "client" and not self.keeps_labels:
+            raise ConfigError(
+                f"{self.name} needs labels on the server: labels = client is for HOSL, HO-SFL, "
+                "split FO, the frozen client and what is made like them"
             )
         if config.client_optimizer not in self.client_optimizers:
             raise ConfigError(
@@ -191,6 +198,7 @@ def _flower_result(results: Results) -> Result:
     """Evaluations in the form Flower's users expect."""
     result = Result()
     for row in results.evaluations:
-        metrics: dict[str, Any] = {k: float(v) for k, v in row.items() if k != "step"}
-        result.evaluate_metrics_clientapp[int(row["step"])] = MetricRecord(metrics)
+        metrics: dict[str, Any] = {k: float(v) for k, v in row.items() if v is not None}
+        step = int(metrics.pop("step"))
+        result.evaluate_metrics_clientapp[step] = MetricRecord(metrics)
     return result

@@ -44,6 +44,11 @@ def plan(method: Any, session: Session) -> Iterable[str]:
         f"{config.steps} steps of {spec.batch_size} examples; per step {up} activations up, "
         f"{down} down, each at most {most / 1e6:.2f} MB"
     )
+    if spec.labels == "client":
+        yield (
+            "labels stay on the clients: hidden states go down, their loss gradients up; the "
+            "answer words' rows of the head are not trained"
+        )
 
 
 def table(results: "Results", traffic: Traffic) -> str:
@@ -74,6 +79,11 @@ def _measured(results: "Results") -> dict[str, str]:
     """The final evaluation, less its loss."""
     if results.f1 is not None:
         return {"F1": f"{results.f1:.4f}", "exact match": f"{results.exact_match:.4f}"}
+    if results.balanced_accuracy is None:
+        return {
+            "accuracy": f"{results.accuracy:.4f}",
+            "balanced accuracy": "not known, labels are the clients'",
+        }
     return {
         "accuracy": f"{results.accuracy:.4f} (majority class {results.majority_accuracy:.4f})",
         "balanced accuracy": f"{results.balanced_accuracy:.4f}",

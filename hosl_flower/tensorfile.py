@@ -7,6 +7,7 @@ it first.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -59,6 +60,16 @@ def copy_into(out: Tensor, path: Path, stored: Stored) -> None:
                 buffer = torch.empty(part.shape, dtype=dtype)
                 _read(file, buffer)
                 part.copy_(buffer)
+
+
+def copy_rows(out: Tensor, path: Path, stored: Stored, rows: Sequence[int]) -> None:
+    """Fill `out` [n, D], on the CPU, with some rows of a matrix, and read nothing else."""
+    buffer = torch.empty(stored.shape[1], dtype=_FLOATS[stored.dtype])
+    with path.open("rb", buffering=0) as file:
+        for row, own in zip(rows, out, strict=True):
+            file.seek(stored.start + row * buffer.nbytes)
+            _read(file, buffer)
+            own.copy_(buffer)
 
 
 def _read(file: BinaryIO, out: Tensor) -> None:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hosl_flower.completion import targets
+from hosl_flower.labels import Tally
 from hosl_flower.server import Score
 from hosl_flower.task_table import Task
 
@@ -38,15 +39,21 @@ class TextScore:
         """Mean cross-entropy of the answers' tokens."""
         return self.loss_sum / self.tokens
 
-    def metrics(self) -> dict[str, float]:
-        """What is measured, by name."""
+    def _means(self) -> tuple[float, float]:
         exact, f1 = self.grades.double().mean(0).tolist()
+        return exact, f1
+
+    def metrics(self) -> dict[str, float | None]:
+        """What is measured, by name."""
+        exact, f1 = self._means()
         return {"loss": self.loss, "exact_match": exact, "f1": f1}
 
     def __str__(self) -> str:
-        return "loss {loss:.4f}, exact match {exact_match:.3f}, F1 {f1:.3f}".format(
-            **self.metrics()
-        )
+        exact, f1 = self._means()
+        return f"loss {self.loss:.4f}, exact match {exact:.3f}, F1 {f1:.3f}"
+
+
+HeldOut = Score | TextScore | Tally  # what an evaluation gives
 
 
 def new_score(task: Task) -> Score | TextScore:

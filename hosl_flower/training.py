@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -36,10 +37,9 @@ from hosl_flower.messages import (
 from hosl_flower.report import Report
 from hosl_flower.results import Results
 from hosl_flower.resume import earlier_traffic
-from hosl_flower.server import Score
 from hosl_flower.session import Session
 from hosl_flower.split import trainable_parameters
-from hosl_flower.text_score import TextScore
+from hosl_flower.text_score import HeldOut
 
 log = logging.getLogger("hosl_flower")
 
@@ -79,8 +79,9 @@ def train(method: Method, session: Session, link: Link, report: Report) -> Resul
     describe_all(session, link)
     check_clients(session, link, session.clients, session.done)
     judge = link
-    if config.evaluation == "central":
-        judge = InProcessLink(Client(session.spec), session.history, session.limits)
+    if config.evaluation == "central":  # data of the server's own, labels and all
+        spec, limits = session.spec, replace(session.limits, private_labels=False)
+        judge = InProcessLink(Client(replace(spec, labels="server")), session.history, limits)
     report.open(method, session)
     if not session.resumed:
         method.settle(session)
@@ -193,7 +194,7 @@ def check_clients(session: Session, link: Link, partitions: Iterable[int], step:
     return compared
 
 
-def evaluate(session: Session, judge: Link, step: int) -> Score | TextScore:
+def evaluate(session: Session, judge: Link, step: int) -> HeldOut:
     """Score the held-out part, through the split or centrally: always the same client's while it
     is there, so that the evaluations of a run are about the same examples where clients have
     their own."""
@@ -219,7 +220,7 @@ def evaluate(session: Session, judge: Link, step: int) -> Score | TextScore:
     raise ClientError(f"no client could evaluate step {step}: {reasons}")
 
 
-def _evaluate_on(session: Session, judge: Link, step: int, partition: int) -> Score | TextScore:
+def _evaluate_on(session: Session, judge: Link, step: int, partition: int) -> HeldOut:
     spec, at = session.spec, session.at(step, partition)
     size = session.clients[partition].held_out_examples
     if session.config.evaluation == "central":  # the server's own data, not the client's

@@ -9,7 +9,8 @@ downloaded, and of a file on the hub a client downloads its own tensors alone (r
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -24,7 +25,7 @@ from hosl_flower.families import HEAD, InitStd, Rename
 from hosl_flower.legacy import converted, damaged, legacy_keys
 from hosl_flower.perturb import derive_seed
 from hosl_flower.ranged import RemoteFile
-from hosl_flower.tensorfile import CHUNK_ELEMENTS, Stored, copy_into, find
+from hosl_flower.tensorfile import CHUNK_ELEMENTS, Stored, copy_into, copy_rows, find
 
 
 class WeightSource(Protocol):
@@ -38,6 +39,10 @@ class WeightSource(Protocol):
     def fill(self, name: str, out: Tensor) -> None:
         """Write the tensor into `out`, contiguous, of any floating point dtype and device, with
         little memory beside it. Raises CheckpointError when it is missing or does not fit."""
+
+    def rows(self, name: str, shape: tuple[int, int], rows: Sequence[int]) -> Tensor:
+        """Some rows of a matrix of this shape: float32 [n, D], on the CPU, and not the matrix.
+        Raises as `fill`."""
 
 
 class RandomWeights:
@@ -67,13 +72,32 @@ class RandomWeights:
         if out.dim() < 2:
             out.fill_(1.0 if self.starts_at_one(name) else 0.0)
             return
-        std = self.init_std
-        std = std if isinstance(std, float) else std(name, out.shape)
+        std = self._std(name, out.shape)
         # one generator, so that the numbers are the same however many are drawn at a time
         generator = numpy.random.default_rng(derive_seed(self.seed, "init", name))
         for part in out.view(-1).split(CHUNK_ELEMENTS):
             uniform = torch.from_numpy(generator.random(part.numel(), dtype=numpy.float32))
-            part.copy_(uniform.sub_(0.5).mul_(math.sqrt(12) * std))
+            part.copy_(_scaled(uniform, std))
+
+    def rows(self, name: str, shape: tuple[int, int], rows: Sequence[int]) -> Tensor:
+        count, width = shape
+        std = self._std(name, torch.Size(shape))
+        out = torch.empty(len(rows), width)
+        generator = numpy.random.default_rng(derive_seed(self.seed, "init", name))
+        size = max(1, CHUNK_ELEMENTS // width)
+        for first in range(0, count, size):
+            drawn = generator.random((min(size, count - first), width), dtype=numpy.float32)
+            for row, own in zip(rows, out, strict=True):
+                if first <= row < first + len(drawn):
+                    own.copy_(_scaled(torch.from_numpy(drawn[row - first].copy()), std))
+        return out
+
+    def _std(self, name: str, shape: torch.Size) -> float:
+        return self.init_std if isinstance(self.init_std, float) else self.init_std(name, shape)
+
+
+def _scaled(uniform: Tensor, std: float) -> Tensor:
+    return uniform.sub_(0.5).mul_(math.sqrt(12) * std)
 
 
 class Checkpoint:
@@ -105,6 +129,18 @@ class Checkpoint:
         return name in self._files
 
     def fill(self, name: str, out: Tensor) -> None:
+        with self._stored(name, tuple(out.shape)) as (file, stored):
+            copy_into(out, file, stored)
+
+    def rows(self, name: str, shape: tuple[int, int], rows: Sequence[int]) -> Tensor:
+        out = torch.empty(len(rows), shape[1])
+        with self._stored(name, shape) as (file, stored):
+            copy_rows(out, file, stored, rows)
+        return out
+
+    @contextmanager
+    def _stored(self, name: str, shape: tuple[int, ...]) -> Iterator[tuple[Path, Stored]]:
+        """The file that holds a tensor of this shape, and where; errors of reading it are ours."""
         if name not in self._files:
             raise CheckpointError(
                 f"{self.origin} has no tensor {name!r}; it holds {len(self._files)} others, "
@@ -119,16 +155,16 @@ class Checkpoint:
         file = converted(path, key) if filename.endswith(".bin") else path
         try:
             stored = find(file, key)
-            self._check(stored, out, f"{path}: {key}")
-            copy_into(out, file, stored)
+            self._check(stored, shape, f"{path}: {key}")
+            yield file, stored
         except (SafetensorError, OSError) as error:
             raise damaged(path, error) from error
 
-    def _check(self, stored: Stored, out: Tensor, where: str) -> None:
-        if stored.shape != tuple(out.shape):
+    def _check(self, stored: Stored, shape: tuple[int, ...], where: str) -> None:
+        if stored.shape != shape:
             raise CheckpointError(
                 f"{where} has shape {list(stored.shape)}, the configuration asks for "
-                f"{list(out.shape)}; config.json and weights do not belong together"
+                f"{list(shape)}; config.json and weights do not belong together"
             )
         if not stored.is_floating_point:
             raise CheckpointError(

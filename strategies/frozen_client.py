@@ -36,6 +36,7 @@ class FrozenClient(SplitStrategy):
     name = "frozen-client"
     unused = ("turn-steps", "trim-fraction", *CLIENT_TRAINING)
     tolerates_absence = True
+    keeps_labels = True
 
     def steps(self, session: Session, link: Link, steps: Sequence[int]) -> list[float]:
         """One step of the server each; the weighted losses before it."""
@@ -48,7 +49,7 @@ class FrozenClient(SplitStrategy):
                 question.add(Forward(**at, batch=session.next_batch(m)))
         losses = []
         for cohort in cohorts:
-            losses.append(cohort.train_server(question.answers(cohort)))
+            losses.append(cohort.train_server(question))
             cohort.done()
         return losses
 

@@ -37,6 +37,7 @@ class Heron(HoSfl):
     name = "heron-sfl"
     uses: tuple[str, ...] = ("scalar-clip", "upload-every")
     client_head = True
+    keeps_labels = False
 
     def steps(self, session: Session, link: Link, steps: Sequence[int]) -> list[float]:
         """These steps; the weighted losses of the clients' heads before each."""
@@ -53,7 +54,7 @@ class Heron(HoSfl):
                     forward.add(Forward(**session.at(cohort.step, m), batch=batch))
         for cohort in cohorts:
             if self.uploads(cohort.step):
-                cohort.train_server(forward.answers(cohort))
+                cohort.train_server(forward)
             for m in cohort.partitions:
                 probed.add(self.head_probe(session, cohort.step, m, batches[cohort.step, m]))
         losses, updates = [], []

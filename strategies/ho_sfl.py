@@ -60,6 +60,7 @@ class HoSfl(SplitStrategy):
     uses: tuple[str, ...] = ("derivative", "scalar-clip")
     tolerates_absence = True
     request: type[CutGradient] = CutGradient
+    keeps_labels = True
     anchors = True  # probes start from the clean activations
 
     def steps(self, session: Session, link: Link, steps: Sequence[int]) -> list[float]:
@@ -105,10 +106,7 @@ class HoSfl(SplitStrategy):
             probe.send(self.ask(session, step, m, batches[step, m], gradient))
 
         # 2: one step of the server on all clients' activations
-        losses = [
-            cohort.train_server(forward.answers(cohort), partial(send, cohort.step))
-            for cohort in cohorts
-        ]
+        losses = [cohort.train_server(forward, partial(send, cohort.step)) for cohort in cohorts]
         return losses, probe
 
     def at(self, session: Session, step: int, partition: int) -> dict[str, Any]:

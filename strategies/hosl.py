@@ -21,8 +21,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from hosl_flower.checks import BatchKey, check_same_batch
+from hosl_flower.labels import KeptLabels, kept
 from hosl_flower.ledger import Entry
 from hosl_flower.link.base import Link
 from hosl_flower.messages import Forward, Losses, Probe, Request
@@ -52,6 +54,7 @@ class Hosl(SplitStrategy):
 
     name = "hosl"
     uses: tuple[str, ...] = ("scalar-clip",)
+    keeps_labels = True
     unused = (
         "clients-per-step",
         "min-clients",
@@ -69,7 +72,11 @@ class Hosl(SplitStrategy):
         for step in steps:
             requests.setdefault(session.turn(step), []).extend(self.requests(session, step))
         replies = link.exchange(requests)
-        done = [self.step(session, step, replies[session.turn(step)]) for step in steps]
+        clean = {r.step: r for own in requests.values() for r in own if type(r) is Forward}
+        done = [
+            self.step(session, step, replies[session.turn(step)], kept(session, link, clean[step]))
+            for step in steps
+        ]
 
         # 3: losses to the client, which updates itself; the ledger records the same update
         for step, probed in zip(steps, done, strict=True):
@@ -86,8 +93,10 @@ class Hosl(SplitStrategy):
         ]
         return [*probes, Forward(**at, batch=batch)]
 
-    def step(self, session: Session, step: int, replies: Iterator[Any]) -> Probed:
-        """Phases 1 and 2 of Algorithm 1."""
+    def step(
+        self, session: Session, step: int, replies: Iterator[Any], labels: KeptLabels | None
+    ) -> Probed:
+        """Phases 1 and 2 of Algorithm 1. labels: where they are, if they have not been sent."""
         server = session.server
 
         # 1: the surrogate is the true loss of the frozen server; one activation held at a time
@@ -95,18 +104,26 @@ class Hosl(SplitStrategy):
         batches: list[BatchKey] = []
 
         def true_loss(points: Sequence[Point]) -> Iterator[float]:
+            states: list[Tensor] = []
             for _ in points:
                 reply = next(replies)
                 batches.append(BatchKey.of(reply))
+                if labels is not None:
+                    states.append(server.states(reply))
+                    continue
                 losses.append(server.loss(reply))
                 yield losses[-1]
+            if labels is not None:
+                losses.extend(labels.losses(states))
+                yield from losses
 
         scalars = estimate(true_loss, self.seeds(step), self.config.epsilon)
 
         # 2: first-order step of the server on the clean activations
         clean = next(replies)
         check_same_batch([*batches, BatchKey.of(clean)], step)
-        return Probed(server.train_step(clean, rate_factor(self.config, step)), losses, scalars)
+        loss = server.train_step(clean, rate_factor(self.config, step), labels)
+        return Probed(loss, losses, scalars)
 
     def update(self, session: Session, link: Link, step: int, probed: Probed) -> None:
         """Phase 3: both sides make the same ledger entry."""

@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from hosl_flower.checks import BatchKey, check_same_batch
+from hosl_flower.labels import KeptLabels
 from hosl_flower.messages import Forward, Probe, Request
 from hosl_flower.perturb import derive_seed
 from hosl_flower.schedule import rate_factor
@@ -38,6 +39,7 @@ class SplitZo(Hosl):
 
     name = "split-zo"
     uses = ("scalar-clip", "server-steps")
+    keeps_labels = False  # the server's own probes ask for its losses more often
     server: ZoServer | None = None
 
     def zo_server(self, session: Session) -> ZoServer:
@@ -65,7 +67,9 @@ class SplitZo(Hosl):
         ]
         return [Forward(**at, batch=batch), *probes]
 
-    def step(self, session: Session, step: int, replies: Iterator[Any]) -> Probed:
+    def step(
+        self, session: Session, step: int, replies: Iterator[Any], labels: KeptLabels | None
+    ) -> Probed:
         """Phases 1 and 2."""
         config, server = self.config, self.zo_server(session)
         clean = next(replies)

@@ -29,7 +29,9 @@ from hosl_flower.checks import (
     check_fingerprints,
     check_graded,
     check_gradient,
+    check_hidden_gradient,
     check_scalars,
+    check_scored,
     check_weights,
 )
 from hosl_flower.errors import ProtocolError
@@ -46,6 +48,8 @@ from hosl_flower.messages import (
     Fingerprint,
     Grade,
     HeadProbe,
+    HeldOutStates,
+    HiddenStates,
     LocalProbe,
     Message,
     Reply,
@@ -83,6 +87,8 @@ class Fuzz:
         self.damage = Damage(self.frames, seed)
         self.random = self.damage.random
         self.limits = limits
+        kinds = (HiddenStates, HeldOutStates)
+        self.asked: dict[str, Any] = {m.kind: m for m in messages if isinstance(m, kinds)}
         self.outcomes: Counter[str] = Counter()
         self.most_bytes, self.most_seconds = 0, 0.0
         self.last = ""  # what became of the last frame, in words
@@ -177,6 +183,8 @@ class Fuzz:
             "scalars": lambda r: check_scalars(r, _ASKED),
             "weights": lambda r: check_weights(r, _state()),
             "fingerprinted": lambda r: check_fingerprints(r, _SINCE),
+            "hidden-gradient": lambda r: check_hidden_gradient(r, self.asked["hidden-states"]),
+            "scored": lambda r: check_scored(r, self.asked["held-out-states"]),
         }
         if isinstance(message, Reply) and (check := checks.get(message.kind)) is not None:
             check(message)

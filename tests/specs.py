@@ -12,7 +12,7 @@ from hosl_flower.tasks import TASKS
 
 _DEFAULTS: dict[str, Any] = {
     "run": "r", "model": "random:opt-tiny", "cut_layer": 1, "dtype": "float32", "device": "cpu",
-    "codec": "exact", "threads": 1, "client_trainable": "blocks",
+    "codec": "exact", "labels": "server", "threads": 1, "client_trainable": "blocks",
     "client_gradient": "backprop", "client_optimizer": "sgd",
     "client_quantization": "none", "client_head": False, "lora_rank": 4,
     "lora_alpha": 16.0, "lora_targets": "q_proj,v_proj", "perturbation": "rank1",

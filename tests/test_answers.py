@@ -90,19 +90,11 @@ def test_a_score_is_the_sum_of_the_tokens_log_probabilities(halves):
 
 def test_a_score_by_hand():
     """Hidden states and head are unit vectors: every logit is 0 or 1."""
-
-    class Unit:
-        lm_head = torch.nn.Linear(4, 4, bias=False)
-
-        def hidden(self, activations, mask):
-            return activations
-
-    Unit.lm_head.weight = torch.nn.Parameter(torch.eye(4))
     answers = Answers([[0], [1, 2]])
     e = torch.eye(4)
     # padding, then prompt of one token; and the prompt with token 1 after it
     h = torch.stack([torch.stack([e[3], e[0]]), torch.stack([e[1], e[3]])])
-    scores = answers.scores(Unit(), h, torch.ones(2, 2), torch.eye(4)[answers.ids])
+    scores = answers.scores_of(answers.states(h), torch.eye(4), torch.eye(4)[answers.ids])
     hit, miss = 1 - torch.tensor(torch.e + 3).log(), -torch.tensor(torch.e + 3).log()
     assert torch.allclose(scores, torch.stack([hit, hit + miss]).unsqueeze(0))
 

@@ -14,8 +14,10 @@ from hosl_flower.checks import (
     check_change,
     check_described,
     check_fingerprints,
+    check_hidden_gradient,
     check_same_batch,
     check_scalars,
+    check_scored,
 )
 from hosl_flower.errors import ProtocolError
 from hosl_flower.ledger import Entry, Ledger
@@ -45,12 +47,16 @@ from hosl_flower.messages import (
     Graded,
     Gradient,
     HeadProbe,
+    HeldOutStates,
+    HiddenGradient,
+    HiddenStates,
     LocalStep,
     LocalTrain,
     Losses,
     Probe,
     Restore,
     Scalars,
+    Scored,
     Stepped,
     Weights,
 )
@@ -115,6 +121,9 @@ ALL = [
     Adopt(**AT, local=3, weights=D, digest_after=D),
     Restore(**AT, updates=2, weights=torch.randn(5).bfloat16(), moments=torch.randn(2, 5)),
     Fingerprint(**AT, since=1),
+    HiddenStates(**AT, batch=4, first=1, states=torch.randn(2, 3, 4)),
+    HiddenStates(**AT, batch=4, first=0, states=torch.randn(2, 3, 4), losses_only=True),
+    HeldOutStates(**AT, first=40, states=torch.randn(2, 3, 4)),
     Described(
         **DONE, train_examples=5, held_out_examples=2, label_counts=(3, 2),
         memory_meter="live_storages",
@@ -133,6 +142,8 @@ ALL = [
     Fingerprinted(**DONE, positions=(1, 2), fingerprints=(D, D)),
     Behind(**DONE, position=0, digest=D),
     Failure(**DONE, error="DataError: no"),
+    HiddenGradient(**DONE, loss=0.5, gradient=torch.randn(2, 3, 4)),
+    Scored(**DONE, correct=1, loss_sum=1.5),
 ]  # fmt: skip
 
 
@@ -283,6 +294,46 @@ def test_a_description_that_cannot_be_is_refused(changes, complaint):
     check_described(Described(**good), limits)
     with pytest.raises(ProtocolError, match=complaint):
         check_described(Described(**{**good, **changes}), limits)
+
+
+def test_no_labels_are_taken_where_they_are_the_clients():
+    limits = Limits(8, 16, 4, "float32", 2, private_labels=True)
+    good = next(vars(m) for m in ALL if isinstance(m, Described))
+    check_described(Described(**{**good, "label_counts": ()}), limits)
+    with pytest.raises(ProtocolError, match="no label counts, which stay on the client; got 5"):
+        check_described(Described(**good), limits)
+    check_activations(activations(labels=torch.empty(0, dtype=torch.int64)), limits)
+    with pytest.raises(ProtocolError, match="expected none, they stay on the client"):
+        check_activations(activations(), limits)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient": torch.zeros(2, 3, 5)},
+        {"gradient": torch.zeros(2, 3, 4).half()},
+        {"gradient": torch.zeros(0)},
+        {"gradient": torch.full((2, 3, 4), float("nan"))},
+        {"gradient": torch.full((2, 3, 4), 1e20)},
+        {"loss": -0.1},
+        {"loss": 1e20},
+    ],
+)
+def test_a_gradient_that_does_not_fit_the_hidden_states_is_refused(changes):
+    request = HiddenStates(**AT, batch=4, first=0, states=torch.randn(2, 3, 4))
+    good = {"loss": 0.5, "gradient": torch.zeros(2, 3, 4)}
+    check_hidden_gradient(HiddenGradient(**DONE, **good), request)
+    with pytest.raises(ProtocolError, match=r"gradient: expected|loss: expected"):
+        check_hidden_gradient(HiddenGradient(**DONE, **{**good, **changes}), request)
+
+
+@pytest.mark.parametrize("changes", [{"correct": 3}, {"loss_sum": -1.0}, {"loss_sum": 1e20}])
+def test_totals_that_cannot_be_are_refused(changes):
+    request = HeldOutStates(**AT, first=40, states=torch.randn(2, 3, 4))
+    good = {"correct": 2, "loss_sum": 1.5}
+    check_scored(Scored(**DONE, **good), request)
+    with pytest.raises(ProtocolError, match=r"correct: expected|loss_sum: expected"):
+        check_scored(Scored(**DONE, **{**good, **changes}), request)
 
 
 @pytest.mark.parametrize(

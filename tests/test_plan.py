@@ -31,6 +31,10 @@ def keys(tiny_opt, tmp_path, monkeypatch):
 STRATEGIES = {
     "hosl": {"strategy": "strategies.hosl:Hosl"},
     "ho-sfl": {"strategy": "strategies.ho_sfl:HoSfl", "num-clients": 3, "clients-per-step": 2},
+    "labels": {
+        "strategy": "strategies.ho_sfl:HoSfl", "labels": "client",
+        "verbalizers": "terrible,not great at all",
+    },
     "heron": {"strategy": "strategies.heron:Heron", "upload-every": 3},
     "frozen": {"strategy": "strategies.frozen_client:FrozenClient", "client-trainable": "full"},
     "residual": {

@@ -50,6 +50,7 @@ RUNS = {
     "ho-sfl": (
         HoSfl, {**MANY, "server_optimizer": "adamw", "learning_rate_schedule": "linear"}
     ),
+    "ho-sfl-labels": (HoSfl, {**MANY, "labels": "client", "server_optimizer": "adamw"}),
     "fedavg-zo": (FedAvgZo, {**MANY, "local_steps": 2}),
     "heron": (Heron, {**MANY, "client_optimizer": "adamw", "upload_every": 2}),
     "split-zo": (SplitZo, {"server_optimizer": "adamw", "server_learning_rate": 1e-4}),

@@ -11,6 +11,7 @@ import torch
 from flwr.app import Error, Message
 from flwr.supercore.task_identity import TaskIdentity
 from grids import ThreadGrid
+from runs import metrics, run_factory
 from specs import client_spec, history_for
 
 from hosl_flower import client_app
@@ -36,6 +37,7 @@ from hosl_flower.messages import (
     Probe,
 )
 from hosl_flower.processes import free_port
+from strategies.ho_sfl import HoSfl
 
 SPEC = client_spec(num_clients=5)
 LIMITS = Limits(batch=8, length=32, hidden=64, dtype="float32", classes=2)
@@ -435,3 +437,23 @@ def test_a_session_that_has_lasted_long_enough_is_opened_anew(history, make):
     calls = [m.metadata.dst_node_id for m in link.grid.sent if m.metadata.message_type == SESSION]
     assert calls == [7, 8, 7, 8]
     assert sum(thread.is_alive() for thread in link.grid.threads) == 2, "the old ones returned"
+
+
+class OverStream(HoSfl):
+    """Runs on Flower, as far as a grid of threads is that."""
+
+    def run_in_process(self):
+        self.start(ThreadGrid(dict(NODES)))
+
+
+def test_a_run_whose_labels_stay_on_the_clients_is_the_in_process_one(tiny_opt, tmp_path):
+    make = run_factory(
+        HoSfl, tiny_opt, tmp_path, **{"client-trainable": "blocks", "save-model": False}
+    )
+    keys = {"labels": "client", "num_clients": 3, "clients_per_step": 2, "aggregation": "mean"}
+    _, plain, _ = make(**keys)
+    endpoint = f"127.0.0.1:{free_port()}"
+    _, streamed, _ = make(OverStream, link="stream", stream_endpoint=endpoint, **keys)
+    assert metrics(streamed) == metrics(plain)
+    ledgers = [(run / "ledger.jsonl").read_text() for run in (plain, streamed)]
+    assert ledgers[0] == ledgers[1]

@@ -24,7 +24,9 @@ from hosl_flower.checks import (
     check_fingerprints,
     check_graded,
     check_gradient,
+    check_hidden_gradient,
     check_scalars,
+    check_scored,
     check_weights,
 )
 from hosl_flower.codec import decode
@@ -54,6 +56,9 @@ from hosl_flower.messages import (
     Graded,
     Gradient,
     HeadProbe,
+    HeldOutStates,
+    HiddenGradient,
+    HiddenStates,
     LocalProbe,
     LocalStep,
     LocalTrain,
@@ -64,6 +69,7 @@ from hosl_flower.messages import (
     Request,
     Restore,
     Scalars,
+    Scored,
     Stepped,
     Weights,
 )
@@ -77,6 +83,8 @@ _ANSWERS: dict[type[Request], type[Reply]] = {
     Evaluate: Activations,
     Continue: Continued,
     Grade: Graded,
+    HiddenStates: HiddenGradient,
+    HeldOutStates: Scored,
     Losses: Applied,
     CutGradient: Scalars,
     LocalTrain: Change,
@@ -93,6 +101,7 @@ _ANSWERS: dict[type[Request], type[Reply]] = {
 
 NOT_YET: Any = None  # in place of a reply that has not come by a link's `until`
 
+_ANYWHERE = (Describe, HiddenStates, HeldOutStates)  # answered at any position
 _CATCH_UPS = 4  # resends per request, each of which may land in another process
 
 
@@ -207,7 +216,7 @@ class Link(ABC):
 
     def _lead(self, partition: int, work: Sequence[Request]) -> list[Request]:
         """What a client lacks, as far as is known, to answer its work."""
-        first = next((request for request in work if not isinstance(request, Describe)), None)
+        first = next((request for request in work if not isinstance(request, _ANYWHERE)), None)
         position, digest = self._positions.get(partition, (0, self.history.ledger.digest(0)))
         if first is None or position >= first.position:
             return []
@@ -331,6 +340,10 @@ class Link(ABC):
                 check_change(reply, self.history.state.elements)
             case _, Gradient():
                 check_gradient(reply, self.history.state.elements)
+            case HiddenStates(), HiddenGradient():
+                check_hidden_gradient(reply, request)
+            case HeldOutStates(), Scored():
+                check_scored(reply, request)
             case _, Weights():
                 check_weights(reply, self.history.state)
             case _, Stepped() if reply.local != request.local + 1:

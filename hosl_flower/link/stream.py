@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from hosl_flower.checks import Limits
 from hosl_flower.errors import AbsentError, ClientError, ProtocolError, SuperLinkError
 from hosl_flower.history import History
+from hosl_flower.labels import STATES_BYTES
 from hosl_flower.link.base import NOT_YET, Link
 from hosl_flower.link.dial import Invitation
 from hosl_flower.link.frames import Key
@@ -272,10 +273,15 @@ class StreamLink(Link):
 
 
 def longest_frame(limits: Limits, history: History) -> int:
-    """Bytes of the longest message there can be: activations, a cut gradient or a snapshot."""
+    """Bytes of the longest message there can be: activations, a cut gradient, hidden states or a
+    snapshot."""
     item = DTYPES[limits.dtype].itemsize
     activations = limits.batch * limits.length * (limits.hidden * item + 1)
-    return max(activations, history.snapshot_bytes, 4 * history.state.elements) + _SLACK
+    weights = max(history.snapshot_bytes, 4 * history.state.elements)
+    states = (
+        2 * STATES_BYTES if limits.private_labels else 0
+    )  # a batch's are fewer than activations
+    return max(activations, weights, states) + _SLACK
 
 
 def _absent(partition: int) -> Iterator[Reply]:

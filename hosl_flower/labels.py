@@ -1,0 +1,214 @@
+"""Where the server's losses come from: its own head and labels it was sent, or the clients'.
+
+With labels = client (a U-shaped split) the server's forward pass ends at the last hidden states
+that predict the answers' tokens. They go to the client that has the labels, which sends the loss
+and its gradient there (output_head.py), and the server's backward pass goes on from that. Nothing
+else of a step is different.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hosl_flower.answers import Answers, Scoring
+from hosl_flower.completion import targets
+from hosl_flower.errors import ClientError, LostClientsError, ProtocolError
+from hosl_flower.link.base import Link
+from hosl_flower.messages import (
+    Activations,
+    Forward,
+    HeldOutStates,
+    HiddenGradient,
+    HiddenStates,
+    Scored,
+)
+
+if TYPE_CHECKING:
+    from hosl_flower.session import Session
+
+STATES_BYTES = 4 << 20  # of held-out examples' hidden states in one request, about
+
+
+class Piece(NamedTuple):
+    """Examples start..stop of one client's mini-batch, number `client`."""
+
+    client: int
+    start: int
+    stop: int
+
+
+class Labels(Protocol):
+    """What ends a forward pass and begins the backward pass."""
+
+    def outputs(self, states: Tensor) -> Tensor:
+        """Hidden states [n, M, D] -> [n, ...], what the loss is a function of."""
+
+    def backward(
+        self, outputs: Tensor, batches: Sequence[Activations], pieces: Sequence[Piece],
+        weights: Sequence[float],
+    ) -> list[float]:  # fmt: skip
+        """Back-propagate, from outputs [n, ...] of the pieces' examples, the sum of the clients'
+        mean losses, each times its weight; each piece's part of its client's mean loss."""
+
+
+@dataclass(frozen=True)
+class SentLabels:
+    """Labels that came with the activations. head: the LM head [V, D]; rows, bias: answers.py."""
+
+    answers: Scoring
+    head: Tensor
+    rows: Tensor
+    bias: Tensor | None = None
+
+    def outputs(self, states: Tensor) -> Tensor:
+        """Scores, see answers.py: of labels [n, C], of tokens [n, V, A]."""
+        return self.answers.scores_of(states, self.head, self.rows, self.bias)
+
+    def backward(
+        self, outputs: Tensor, batches: Sequence[Activations], pieces: Sequence[Piece],
+        weights: Sequence[float],
+    ) -> list[float]:  # fmt: skip
+        """Cross-entropy of the scores."""
+        total, row, losses = torch.zeros((), device=outputs.device), 0, []
+        for piece in pieces:
+            batch = batches[piece.client]
+            labels = batch.labels[piece.start : piece.stop].to(outputs.device)
+            scores = outputs[row : row + len(labels)]
+            if labels.dim() == 2:  # of answers shorter than another client's longest
+                scores = scores[..., outputs.shape[-1] - labels.shape[1] :]
+            own = F.cross_entropy(scores, labels)
+            share = targets(labels) / targets(batch.labels)
+            total = total + own * (weights[piece.client] * share)
+            losses.append(float(own.detach()) * share)
+            row += len(labels)
+        total.backward()
+        return losses
+
+
+@dataclass(frozen=True)
+class KeptLabels:
+    """Labels that stay on the clients. asked: the request each mini-batch is the answer to."""
+
+    answers: Answers
+    link: Link
+    asked: Sequence[Forward]
+
+    def outputs(self, states: Tensor) -> Tensor:
+        """The states themselves."""
+        return states
+
+    def backward(
+        self, outputs: Tensor, batches: Sequence[Activations], pieces: Sequence[Piece],
+        weights: Sequence[float],
+    ) -> list[float]:  # fmt: skip
+        """All clients of the pieces are asked at once. LostClientsError names those that fail."""
+        sizes = [piece.stop - piece.start for piece in pieces]
+        parts = outputs.detach().cpu().split(sizes)
+        found, failed = self._ask(list(zip(pieces, parts, strict=True)))
+        if failed:
+            raise LostClientsError(failed)
+        gradients, losses = [], []
+        for piece, reply in zip(pieces, found, strict=True):
+            examples = len(batches[piece.client].activations) // self.answers.sequences
+            share = (piece.stop - piece.start) / examples
+            gradients.append(reply.gradient * (weights[piece.client] * share))
+            losses.append(reply.loss * share)
+        outputs.backward(torch.cat(gradients).to(outputs.device))
+        return losses
+
+    def losses(self, states: Sequence[Tensor]) -> list[float]:
+        """Mean losses of whole mini-batches of one client, given their hidden states [B, M, D]."""
+        asked = self.asked[0]
+        requests = [self._request(asked, 0, own.cpu(), losses_only=True) for own in states]
+        replies: Iterator[Any] = self.link.exchange({asked.partition: requests})[asked.partition]
+        return [reply.loss for reply in replies]
+
+    def _ask(
+        self, parts: Sequence[tuple[Piece, Tensor]]
+    ) -> tuple[list[HiddenGradient], dict[int, Any]]:
+        """Replies in order, and the errors of clients that gave none."""
+        requests = {}
+        for piece, states in parts:
+            asked = self.asked[piece.client]
+            requests[asked.partition] = [self._request(asked, piece.start, states)]
+        streams = self.link.exchange(requests)
+        found: list[HiddenGradient] = []
+        failed: dict[int, Any] = {}
+        for piece, _ in parts:
+            try:
+                (reply,) = streams[self.asked[piece.client].partition]
+            except (ClientError, ProtocolError) as error:
+                failed[piece.client] = error
+                continue
+            assert isinstance(reply, HiddenGradient)  # Link has checked it
+            found.append(reply)
+        return found, failed
+
+    def _request(
+        self, asked: Forward, first: int, states: Tensor, losses_only: bool = False
+    ) -> HiddenStates:
+        at = {key: getattr(asked, key) for key in ("step", "partition", "position", "digest")}
+        return HiddenStates(
+            **at, batch=asked.batch, first=first, states=states, losses_only=losses_only
+        )
+
+
+def kept(session: "Session", link: Link, *asked: Forward) -> KeptLabels | None:
+    """Where the labels of these mini-batches are, if they do not come with the activations."""
+    if session.config.labels == "server":
+        return None
+    answers = session.encoder.answers
+    assert isinstance(answers, Answers)  # inputs.make_inputs has checked it
+    return KeptLabels(answers, link, asked)
+
+
+@dataclass
+class Tally:
+    """Held-out results of which only the totals are known."""
+
+    examples: int = 0
+    correct: int = 0
+    loss_sum: float = 0.0
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy."""
+        return self.loss_sum / self.examples
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return self.correct / self.examples
+
+    def metrics(self) -> dict[str, float | None]:
+        """What is measured, by name; None: nobody says which labels were right."""
+        unknown = {"balanced_accuracy": None, "majority_accuracy": None}
+        return {"loss": self.loss, "accuracy": self.accuracy, **unknown}
+
+    def __str__(self) -> str:
+        return f"loss {self.loss:.4f}, accuracy {self.accuracy:.3f}"
+
+
+def score_by_client(link: Link, at: dict[str, Any], states: Iterable[Tensor]) -> Tally:
+    """Have a client score all of its held-out examples. at: the fields of a request; states: the
+    hidden states [n, M, D] of consecutive batches of them.
+
+    They go in as few requests as their size allows, of like size, so that a total is of many
+    examples.
+    """
+    whole = torch.cat([own.cpu() for own in states])
+    parts = whole.tensor_split(-(-whole.nbytes // STATES_BYTES))
+    requests, first = [], 0
+    for part in parts:
+        requests.append(HeldOutStates(**at, first=first, states=part.contiguous()))
+        first += len(part)
+    tally = Tally(len(whole))
+    for reply in link.exchange({at["partition"]: requests})[at["partition"]]:
+        assert isinstance(reply, Scored)  # Link has checked it
+        tally.correct += reply.correct
+        tally.loss_sum += reply.loss_sum
+    return tally
