@@ -17,8 +17,8 @@ from hosl_flower.finished import Finished
 from hosl_flower.image_tasks import IMAGE_TASKS
 from hosl_flower.resume import FREE
 from hosl_flower.split import RANDOM
+from hosl_flower.task_choice import task_from_config
 from hosl_flower.task_table import TASKS, Task
-from hosl_flower.tasks import task_from_config
 
 _ALWAYS = ("strategy", "model", "cut-layer", "task", "steps", "seed")  # also as by default
 _RELATIONS = {"model": "finetune", "adapters": "adapter"}  # in the hub's words

@@ -33,8 +33,8 @@ from hosl_flower.errors import CheckpointError, ConfigError, ProtocolError
 from hosl_flower.image_tasks import IMAGE_TASKS
 from hosl_flower.lora import Lora
 from hosl_flower.split import RANDOM, check_cut, open_base
+from hosl_flower.task_choice import task_from_config
 from hosl_flower.task_table import TASKS, Task
-from hosl_flower.tasks import task_from_config
 
 FALLBACK_TASK, FALLBACK_IMAGE_TASK = "sms-spam", "digits"
 

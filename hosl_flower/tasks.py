@@ -8,7 +8,7 @@ themselves are in task_table.py.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,93 +19,10 @@ from transformers import AutoTokenizer
 from hosl_flower import hub
 from hosl_flower.answers import Answers, Scoring
 from hosl_flower.completion import Completion
-from hosl_flower.config import DEFAULT_LENGTH, RunConfig
 from hosl_flower.errors import CheckpointError, ConfigError, DataError, first_line
-from hosl_flower.image_tasks import IMAGE_TASKS, image_task
-from hosl_flower.task_table import FIELD, TASKS, Task
+from hosl_flower.task_table import FIELD, Task
 
 BUNDLED = Path(__file__).parent / "bundled"
-
-
-def task_from_config(config: RunConfig) -> Task:
-    """The task a run asks for, with its overrides; ConfigError when it is incomplete."""
-    base, (names, words) = TASKS.get(config.task), _labels_and_words(config)
-    if config.task in IMAGE_TASKS or config.image_column:
-        return _image_task(config, words)
-    if base is None:
-        if not (config.prompt and (words or config.target_column)):
-            raise ConfigError(
-                f"task = {config.task!r} is none of {', '.join((*TASKS, *IMAGE_TASKS))}; a task of "
-                "your own needs prompt, verbalizers and data-path (in the run config, or each "
-                "node's own), or target-column instead of verbalizers, and where it is about "
-                "images image-column and no prompt"
-            )
-        base = Task(config.task, config.prompt, words)
-    if base.target and (words or config.label_column):
-        raise ConfigError(
-            f"task {base.name} generates its answers: verbalizers and label-column have no use"
-        )
-    task = replace(
-        base,
-        prompt=config.prompt or base.prompt,
-        label_column=config.label_column or base.label_column,
-        target=config.target_column or base.target,
-    )
-    if task.target:
-        task = replace(task, verbalizers=(), label_names=())
-        task = task if task.cut in task.fields else replace(task, cut="")
-    else:
-        names, words = names or base.label_names, words or base.verbalizers
-        task = replace(task, verbalizers=words, label_names=names)
-    if not task.fields:
-        raise ConfigError(f"prompt = {task.prompt!r} names no column; write one like {{text}}")
-    if task.label_names and len(task.label_names) != len(task.verbalizers):
-        raise ConfigError(
-            f"verbalizers: task {task.name} has {len(task.label_names)} labels "
-            f"({', '.join(task.label_names)}), got {len(task.verbalizers)} words"
-        )
-    return task
-
-
-def _image_task(config: RunConfig, words: tuple[str, ...]) -> Task:
-    """A task about images; verbalizers are the classes."""
-    unused = {"prompt": config.prompt, "max-length": config.max_length != DEFAULT_LENGTH}
-    unused["target-column"] = bool(config.target_column)
-    if idle := [key for key, is_set in unused.items() if is_set]:
-        raise ConfigError(f"task = {config.task!r} is about images: it has no {', '.join(idle)}")
-    base = IMAGE_TASKS.get(config.task)
-    if base is None:
-        if not words:
-            raise ConfigError(
-                f"task = {config.task!r} is about images, by its image-column: it needs "
-                "verbalizers too, the names of the classes"
-            )
-        base = image_task(config.task, words, config.image_column)
-    elif words and len(words) != len(base.verbalizers):
-        raise ConfigError(
-            f"verbalizers: task {base.name} has {len(base.verbalizers)} classes, got {len(words)}"
-        )
-    return replace(
-        base,
-        verbalizers=words or base.verbalizers,
-        image=config.image_column or base.image,
-        label_column=config.label_column or base.label_column,
-    )
-
-
-def _labels_and_words(config: RunConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The label names and answer words of `verbalizers`: "bad,good" or "neg=bad,pos=good"."""
-    pairs = [item.partition("=") for item in config.verbalizer_list]
-    if not any(equals for _, equals, _ in pairs):
-        return (), tuple(config.verbalizer_list)
-    names = tuple(name.strip().lower() for name, _, _ in pairs)
-    words = tuple(word.strip() for _, _, word in pairs)
-    if not all(names) or not all(words) or len(set(names)) != len(names):
-        raise ConfigError(
-            f"verbalizers = {config.verbalizers!r}: expected a word for every label, or "
-            "label=word for every label of the data, each label once"
-        )
-    return names, words
 
 
 def load_tokenizer(model: str) -> Any:

@@ -13,7 +13,7 @@ from hosl_flower.config import RunConfig, help_table, parse_config
 from hosl_flower.errors import CheckpointError, ConfigError, ProtocolError
 from hosl_flower.server_app import load_strategy
 from hosl_flower.spec import ClientSpec, resolve
-from hosl_flower.tasks import TASKS
+from hosl_flower.task_table import TASKS
 
 KEYS = [field.alias for field in RunConfig.model_fields.values()]
 SIMULATIONS = sorted(Path(__file__).parents[1].glob("simulations/*/pyproject.toml"))

@@ -12,7 +12,8 @@ from hosl_flower.data import load_source, take
 from hosl_flower.errors import DataError
 from hosl_flower.partition import DataPool
 from hosl_flower.perturb import derive_seed, permutation
-from hosl_flower.tasks import TASKS, Encoder, Task, load_tokenizer
+from hosl_flower.task_table import TASKS, Task
+from hosl_flower.tasks import Encoder, load_tokenizer
 
 TASK = Task("own", "{text} It was", ("terrible", "great"), ("no", "yes"))
 FRAME = pandas.DataFrame({"label": [0, 1, 1], "text": ["one", "two", "three"]})

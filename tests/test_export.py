@@ -21,7 +21,7 @@ from hosl_flower.errors import CheckpointError
 from hosl_flower.export import export
 from hosl_flower.families import HEAD
 from hosl_flower.split import load_client, load_server, open_base
-from hosl_flower.tasks import task_from_config
+from hosl_flower.task_choice import task_from_config
 from strategies.ho_sfl import HoSfl
 
 LORA = {

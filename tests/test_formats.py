@@ -9,7 +9,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 
 from hosl_flower.data import load_source
 from hosl_flower.errors import DataError
-from hosl_flower.tasks import TASKS
+from hosl_flower.task_table import TASKS
 
 
 def lines(*rows):

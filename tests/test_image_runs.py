@@ -24,7 +24,7 @@ from hosl_flower.ledger import Ledger, fingerprint
 from hosl_flower.messages import CutGradient, Forward, Probe
 from hosl_flower.plan import plan
 from hosl_flower.split import open_base
-from hosl_flower.tasks import task_from_config
+from hosl_flower.task_choice import task_from_config
 from strategies.heron import Heron
 from strategies.ho_sfl import HoSfl
 from strategies.hosl import Hosl

@@ -10,7 +10,8 @@ from specs import client_spec
 from hosl_flower.errors import DataError, ProtocolError
 from hosl_flower.partition import ClientData, DataPool, make_partitioner, shared_between_partitions
 from hosl_flower.plot import draw_partition
-from hosl_flower.tasks import Encoder, Task, load_tokenizer
+from hosl_flower.task_table import Task
+from hosl_flower.tasks import Encoder, load_tokenizer
 
 TASK = Task("own", "{text} It was", ("terrible", "great"), ("no", "yes"))
 

@@ -11,8 +11,9 @@ from hosl_flower.config import parse_config
 from hosl_flower.data import load_source
 from hosl_flower.errors import ConfigError, DataError
 from hosl_flower.squad import graded, normalised
+from hosl_flower.task_choice import task_from_config
 from hosl_flower.task_table import TASKS
-from hosl_flower.tasks import Encoder, load_tokenizer, task_from_config
+from hosl_flower.tasks import Encoder, load_tokenizer
 
 SQUAD = TASKS["squad"]
 
