@@ -132,3 +132,16 @@ def test_the_page_of_strategies_has_all_of_them():
     named = set(re.findall(r"^\| `(\w+):\w+` \|", page, re.M))
     there = {path.stem for path in tracked("strategies/*.py")} - {"__init__"}
     assert named == there
+
+
+def test_the_site_has_every_page_it_lists():
+    listed = re.findall(r"[:-] (\S+\.(?:md|ipynb))$", (ROOT / "mkdocs.yml").read_text(), re.M)
+    assert len(listed) > 20
+    for name in listed:
+        # pages from outside docs/, see docs/outside.py
+        path = (
+            ROOT / name.removeprefix("repository/")
+            if "repository/" in name
+            else ROOT / "docs" / name
+        )
+        assert path.is_file(), name
