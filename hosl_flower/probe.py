@@ -16,6 +16,7 @@ It works on torch functions, not on module types, so that no use of a parameter 
 and a new model family needs nothing here.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -27,78 +28,101 @@ from torch.overrides import TorchFunctionMode
 
 from hosl_flower.perturb import Direction
 
-# Reading these from a parameter reveals no value, so they need no perturbed copy.
-METADATA = {
+# Reading these from a parameter reveals no value, so they need no other one.
+_METADATA = {
     getattr(torch.Tensor, name).__get__
     for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad")
 } | {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.is_floating_point}
 
 
-class _PerturbedFunctions(TorchFunctionMode):
-    """Replaces each use of a listed parameter by its value at theta + c * s."""
+class ParameterUses(TorchFunctionMode):
+    """Has every use of a listed parameter go another way, by a direction.
 
-    def __init__(self, names: Mapping[int, str], direction: Direction, coefficient: float):
+    special: the torch functions of (x, weight, ...) that need no whole weight, and what to call
+    with (name, x, weight, ...) instead. All others are given `replaced` parameters.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], direction: Direction):
         super().__init__()
-        self.names = names  # id(parameter) -> canonical name
+        self._names = {id(parameter): name for name, parameter in parameters.items()}
         self.direction = direction
-        self.coefficient = coefficient
+        self.special: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+    @abstractmethod
+    def replaced(self, name: str, parameter: nn.Parameter) -> Tensor:
+        """What a listed parameter is replaced by."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.linear and len(args) >= 2 and self._name(args[1]):
-            return self._linear(*args, **kwargs)
-        if func is F.embedding and len(args) >= 2 and self._name(args[1]):
-            return self._embedding(*args, **kwargs)
-        if func is F.conv2d and len(args) >= 2 and self._name(args[1]):
-            return self._conv2d(*args, **kwargs)
-        if func in METADATA:
+        if func in _METADATA:
             return func(*args, **kwargs)
-        args = tuple(self._value(arg) for arg in args)
-        kwargs = {key: self._value(value) for key, value in kwargs.items()}
+        if func in self.special and len(args) >= 2 and (name := self._name(args[1])):
+            return self.special[func](name, *args, **kwargs)
+        args = tuple(self.value(arg) for arg in args)
+        kwargs = {key: self.value(value) for key, value in kwargs.items()}
         return func(*args, **kwargs)
 
     def _name(self, value: Any) -> str | None:
-        return self.names.get(id(value)) if isinstance(value, nn.Parameter) else None
+        return self._names.get(id(value)) if isinstance(value, nn.Parameter) else None
 
-    def _value(self, value: Any) -> Any:
-        """The perturbed value of a listed parameter; anything else unchanged."""
+    def value(self, value: Any) -> Any:
+        """An argument with listed parameters replaced; anything else unchanged."""
         if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
-            items = [self._value(item) for item in value]
+            items = [self.value(item) for item in value]
             return items if isinstance(value, list) else tuple(items)
         name = self._name(value)
-        if name is None:
-            return value
-        return self.direction.shifted(name, value, self.coefficient)
+        return value if name is None else self.replaced(name, value)
 
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        name = self._name(weight)
-        assert name is not None
+
+class _Perturbed(ParameterUses):
+    """Each listed parameter acts as theta + c * s."""
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], direction: Direction, coefficient: float
+    ):
+        super().__init__(parameters, direction)
+        self.coefficient = coefficient
+        self.special = {
+            F.linear: self._linear,
+            F.embedding: self._embedding,
+            F.conv2d: self._conv2d,
+        }
+
+    def replaced(self, name: str, parameter: nn.Parameter) -> Tensor:
+        """Its perturbed value."""
+        return self.direction.shifted(name, parameter, self.coefficient)
+
+    def _linear(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if not self.direction.is_rank1(name):
-            return F.linear(x, self._value(weight), self._value(bias))
+            return F.linear(x, self.value(weight), self.value(bias))
         a, b = self.direction.factors(name)
-        y = F.linear(x, weight, self._value(bias))
+        y = F.linear(x, weight, self.value(bias))
         projection = (x @ b.to(x.dtype)).unsqueeze(-1)  # b^T x, [..., 1]
         return y.addcmul_(projection, a.to(y.dtype), value=self.coefficient)
 
     def _conv2d(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
+        self,
+        name: str,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
-        name = self._name(weight)
-        assert name is not None
         inputs = weight.shape[1]
         if not self.direction.is_rank1(name) or inputs != x.shape[-3]:  # or a grouped one
-            return F.conv2d(x, self._value(weight), self._value(bias), *args, **kwargs)
+            return F.conv2d(x, self.value(weight), self.value(bias), *args, **kwargs)
         a, b = self.direction.factors(name)
-        y = F.conv2d(x, weight, self._value(bias), *args, **kwargs)
+        y = F.conv2d(x, weight, self.value(bias), *args, **kwargs)
         kernel = b.to(x.dtype).view(1, *weight.shape[1:])
         projection = F.conv2d(x, kernel, None, *args, **kwargs)  # [..., 1, height, width]
         return y.addcmul_(projection, a.to(y.dtype).view(-1, 1, 1), value=self.coefficient)
 
-    def _embedding(self, ids: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        name = self._name(weight)
-        assert name is not None
+    def _embedding(
+        self, name: str, ids: Tensor, weight: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
         rows = F.embedding(ids, weight, *args, **kwargs)
         shift = self.direction.gather(name, ids).mul_(self.coefficient)
         return shift.add_(rows).to(rows.dtype)
@@ -112,6 +136,5 @@ def perturbed(
 
     Forward passes only: gradients are switched off inside, since a probe needs none.
     """
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    with torch.no_grad(), _PerturbedFunctions(names, direction, coefficient):
+    with torch.no_grad(), _Perturbed(parameters, direction, coefficient):
         yield

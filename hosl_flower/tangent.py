@@ -14,7 +14,7 @@ As for a probe there is no second set of weights:
   that uses it, then dropped.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,52 +23,25 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from hosl_flower.perturb import Direction
-from hosl_flower.probe import METADATA
+from hosl_flower.probe import ParameterUses
 
 
-class _TangentFunctions(TorchFunctionMode):
-    """Gives each use of a listed parameter its tangent."""
+class _Tangents(ParameterUses):
+    """Each listed parameter carries its tangent."""
 
-    def __init__(self, names: Mapping[int, str], direction: Direction):
-        super().__init__()
-        self.names = names  # id(parameter) -> canonical name
-        self.direction = direction
+    def __init__(self, parameters: Mapping[str, nn.Parameter], direction: Direction):
+        super().__init__(parameters, direction)
+        self.special = {F.linear: self._linear, F.embedding: self._embedding}
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.linear and len(args) >= 2 and self._name(args[1]):
-            return self._linear(*args, **kwargs)
-        if func is F.embedding and len(args) >= 2 and self._name(args[1]):
-            return self._embedding(*args, **kwargs)
-        if func in METADATA:
-            return func(*args, **kwargs)
-        args = tuple(self._dual(arg) for arg in args)
-        kwargs = {key: self._dual(value) for key, value in kwargs.items()}
-        return func(*args, **kwargs)
+    def replaced(self, name: str, parameter: nn.Parameter) -> Tensor:
+        """Itself, with its tangent."""
+        tangent = self.direction.dense(name).to(parameter.dtype)
+        return forward_ad.make_dual(parameter.detach(), tangent)
 
-    def _name(self, value: Any) -> str | None:
-        return self.names.get(id(value)) if isinstance(value, nn.Parameter) else None
-
-    def _dual(self, value: Any) -> Any:
-        """A listed parameter with its tangent; anything else unchanged."""
-        if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
-            items = [self._dual(item) for item in value]
-            return items if isinstance(value, list) else tuple(items)
-        name = self._name(value)
-        if name is None:
-            return value
-        tangent = self.direction.dense(name).to(value.dtype)
-        return forward_ad.make_dual(value.detach(), tangent)
-
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        name = self._name(weight)
-        assert name is not None
-        y = F.linear(x, weight, self._dual(bias))
+    def _linear(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = F.linear(x, weight, self.value(bias))
         known = forward_ad.unpack_dual(x).primal
         if self.direction.is_rank1(name):
             a, b = self.direction.factors(name)
@@ -77,9 +50,9 @@ class _TangentFunctions(TorchFunctionMode):
             own = F.linear(known, self.direction.dense(name).to(known.dtype))
         return _with_tangent(y, own)
 
-    def _embedding(self, ids: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        name = self._name(weight)
-        assert name is not None
+    def _embedding(
+        self, name: str, ids: Tensor, weight: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
         rows = F.embedding(ids, weight, *args, **kwargs)
         return _with_tangent(rows, self.direction.gather(name, ids).to(rows.dtype))
 
@@ -94,12 +67,11 @@ def _with_tangent(y: Tensor, own: Tensor) -> Tensor:
 def along(parameters: Mapping[str, nn.Parameter], direction: Direction) -> Iterator[None]:
     """Within this context forward passes carry their derivative along the direction; `derivative`
     takes it out. No graph is built."""
-    names = {id(parameter): name for name, parameter in parameters.items()}
     with (
         torch.no_grad(),
         forward_ad.dual_level(),
         sdpa_kernel(SDPBackend.MATH),  # the fused kernels know no tangents
-        _TangentFunctions(names, direction),
+        _Tangents(parameters, direction),
     ):
         yield
 
