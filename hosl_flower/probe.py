@@ -19,7 +19,7 @@ and a new model family needs nothing here.
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -39,14 +39,17 @@ class ParameterUses(TorchFunctionMode):
     """Has every use of a listed parameter go another way, by a direction.
 
     special: the torch functions of (x, weight, ...) that need no whole weight, and what to call
-    with (name, x, weight, ...) instead. All others are given `replaced` parameters.
+    with (self, name, x, weight, ...) instead. All others are given `replaced` parameters.
     """
+
+    # of the class: bound methods would tie the direction's vectors into a cycle, and nothing would
+    # free them when the pass is over
+    special: ClassVar[Mapping[Callable[..., Any], Callable[..., Any]]] = {}
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], direction: Direction):
         super().__init__()
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self.direction = direction
-        self.special: dict[Callable[..., Any], Callable[..., Any]] = {}
 
     @abstractmethod
     def replaced(self, name: str, parameter: nn.Parameter) -> Tensor:
@@ -59,7 +62,7 @@ class ParameterUses(TorchFunctionMode):
         if func in _METADATA:
             return func(*args, **kwargs)
         if func in self.special and len(args) >= 2 and (name := self._name(args[1])):
-            return self.special[func](name, *args, **kwargs)
+            return self.special[func](self, name, *args, **kwargs)
         args = tuple(self.value(arg) for arg in args)
         kwargs = {key: self.value(value) for key, value in kwargs.items()}
         return func(*args, **kwargs)
@@ -84,11 +87,6 @@ class _Perturbed(ParameterUses):
     ):
         super().__init__(parameters, direction)
         self.coefficient = coefficient
-        self.special = {
-            F.linear: self._linear,
-            F.embedding: self._embedding,
-            F.conv2d: self._conv2d,
-        }
 
     def replaced(self, name: str, parameter: nn.Parameter) -> Tensor:
         """Its perturbed value."""
@@ -126,6 +124,8 @@ class _Perturbed(ParameterUses):
         rows = F.embedding(ids, weight, *args, **kwargs)
         shift = self.direction.gather(name, ids).mul_(self.coefficient)
         return shift.add_(rows).to(rows.dtype)
+
+    special = {F.linear: _linear, F.embedding: _embedding, F.conv2d: _conv2d}  # noqa: RUF012
 
 
 @contextmanager

@@ -31,10 +31,6 @@ from hosl_flower.probe import ParameterUses
 class _Tangents(ParameterUses):
     """Each listed parameter carries its tangent."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], direction: Direction):
-        super().__init__(parameters, direction)
-        self.special = {F.linear: self._linear, F.embedding: self._embedding}
-
     def replaced(self, name: str, parameter: nn.Parameter) -> Tensor:
         """Itself, with its tangent."""
         tangent = self.direction.dense(name).to(parameter.dtype)
@@ -55,6 +51,8 @@ class _Tangents(ParameterUses):
     ) -> Tensor:
         rows = F.embedding(ids, weight, *args, **kwargs)
         return _with_tangent(rows, self.direction.gather(name, ids).to(rows.dtype))
+
+    special = {F.linear: _linear, F.embedding: _embedding}  # noqa: RUF012
 
 
 def _with_tangent(y: Tensor, own: Tensor) -> Tensor:
