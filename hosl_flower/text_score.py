@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hosl_flower.completion import targets
 from hosl_flower.labels import Tally
-from hosl_flower.server import Score
+from hosl_flower.score import Score
 from hosl_flower.task_table import Task
 
 
