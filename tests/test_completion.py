@@ -229,6 +229,8 @@ def test_central_evaluation_writes_the_same(make):
 def test_what_needs_labels_says_so(make):
     with pytest.raises(ConfigError, match="needs a task with answer words"):
         make(method=Heron, steps=1)
+    with pytest.raises(ConfigError, match="task squad is about answers that are generated; use"):
+        make(steps=1, labels="client")
     with pytest.raises(Exception, match="dirichlet spreads labels unevenly, task squad has none"):
         make(steps=1, partitioner="dirichlet")
     results, *_ = make(steps=1, partitioner="natural-id", partition_column="title")

@@ -219,6 +219,7 @@ def test_the_page_and_the_command_line(run, tmp_path):
         ({"cut_layer": 4}, r"cut-layer = 4 is outside 0..3"),
         ({"save_format": "adapters", "client_trainable": "lora", "server_trainable": "lora",
           "model": "random:vit-tiny"}, "adapters cannot hold the classes' head"),
+        ({"labels": "client"}, "task brightness is about images; use labels = server"),
         ({"client_trainable": "lora"}, "matches no linear module of this model; there are none"),
     ],
 )  # fmt: skip
