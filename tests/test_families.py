@@ -44,7 +44,9 @@ def saved(tmp_path):
 
     def make(name):
         settings = {**ARCHITECTURES[name], "vocab_size": 64}
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).eval()
+        with torch.random.fork_rng():  # transformers draws from torch's own generator
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).eval()
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in model.parameters():

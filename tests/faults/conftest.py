@@ -1,6 +1,7 @@
 """A fleet that lasts for a file of tests; REPEAT=n in the environment runs each test n times."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 from fleet import Fleet, fleet, plain
@@ -20,10 +21,14 @@ def shared_fleet():
 
 
 @pytest.fixture
-def whole(shared_fleet) -> Fleet:
-    """SuperLink and three SuperNodes; what an earlier test has killed is started again."""
+def whole(shared_fleet, request) -> Iterator[Fleet]:
+    """SuperLink and three SuperNodes; what an earlier test has killed is started again, and after
+    a test that fails everything."""
     shared_fleet.ensure()
-    return shared_fleet
+    failed = request.session.testsfailed
+    yield shared_fleet
+    if request.session.testsfailed > failed:
+        shared_fleet.stop()
 
 
 @pytest.fixture(scope="session")

@@ -239,6 +239,8 @@ class Fleet:
         """End everything."""
         for process in reversed(self.started):
             stop(process, self.environment[MARK])
+        self.nodes.clear()
+        self.superlink = None
 
 
 def processes() -> list[int]:
