@@ -35,11 +35,11 @@ class _Notes(Absent):
         return hidden
 
 
-def pieces(batch: Batch, micro_batch: int) -> list[slice]:
-    """Rows of the sequences that are run at a time: micro_batch of them or, where that is 0, some
-    thousand tokens. A block's gradient is summed over all of them before it is used, so that their
-    size changes memory and nothing else."""
-    return batch.slices(micro_batch or max(1, _PIECE_TOKENS // batch.attention_mask.shape[1]))
+def pieces(batch: Batch, micro_batch: int, tokens: int = _PIECE_TOKENS) -> list[slice]:
+    """Rows of the sequences that are run at a time: micro_batch of them or, where that is 0, so
+    many as have about this number of tokens. A block's gradient is summed over all of them before
+    it is used, so that their size changes memory and nothing else."""
+    return batch.slices(micro_batch or max(1, tokens // batch.attention_mask.shape[1]))
 
 
 class Blocks(Sequence[nn.Module]):

@@ -36,16 +36,27 @@ class _NoPositions(nn.Module):
 
 
 class Parts(NamedTuple):
-    """Names of the modules of a block that residual feedback goes by: the attention's output
-    projection, the MLP's norm, first and second matrix and activation; gate: of an MLP that is
-    down(activation(gate(x)) * up(x)), else down(activation(up(x)))."""
+    """Names of the modules of a block that residual feedback goes by: the norm before the
+    attention; the projections of queries, keys and values, or one of all three; the attention's
+    output projection; the MLP's norm, first and second matrix and activation. gate: of an MLP that
+    is down(activation(gate(x)) * up(x)), else down(activation(up(x))). head_norms: of queries and
+    of keys, head by head. scaling: the attribute by which a projection's queries are multiplied."""
 
+    entry: str
+    projections: tuple[str, ...]
     attention: str
     norm: str
     up: str
     down: str
     activation: str
     gate: str = ""
+    head_norms: tuple[str, ...] = ()
+    scaling: str = ""
+
+
+def projections(attention: str) -> tuple[str, ...]:
+    """Their usual names."""
+    return tuple(f"{attention}.{each}_proj" for each in "qkv")
 
 
 Rename = Callable[[str], str]
@@ -209,7 +220,9 @@ class Opt(_Decoder):
         plain = config.word_embed_proj_dim == config.hidden_size and config.do_layer_norm_before
         if not plain:
             return None
-        return Parts("self_attn.out_proj", "final_layer_norm", "fc1", "fc2", "activation_fn")
+        attention = (projections("self_attn"), "self_attn.out_proj")
+        mlp = ("final_layer_norm", "fc1", "fc2", "activation_fn")
+        return Parts("self_attn_layer_norm", *attention, *mlp, scaling="self_attn.scaling")
 
     def embedded(self, ids: Tensor, mask: Tensor) -> Mapping[str, Tensor]:
         offset = 2  # of OPT's position embedding
@@ -241,7 +254,8 @@ class Gpt2(_Decoder):
         return name.rpartition(".")[0].endswith(("ln_1", "ln_2", "ln_f"))
 
     def residual_parts(self, config: PretrainedConfig) -> Parts | None:
-        return Parts("attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj", "mlp.act")
+        mlp = ("mlp.c_fc", "mlp.c_proj", "mlp.act")
+        return Parts("ln_1", ("attn.c_attn",), "attn.c_proj", "ln_2", *mlp)
 
     def embedded(self, ids: Tensor, mask: Tensor) -> Mapping[str, Tensor]:
         return {"wte.weight": ids, "wpe.weight": self.positions(mask)["position_ids"]}
@@ -271,7 +285,9 @@ class Llama(_Decoder):
 
     def residual_parts(self, config: PretrainedConfig) -> Parts | None:
         mlp = ("mlp.up_proj", "mlp.down_proj", "mlp.act_fn", "mlp.gate_proj")
-        return Parts("self_attn.o_proj", "post_attention_layernorm", *mlp)
+        attention = (projections("self_attn"), "self_attn.o_proj", "post_attention_layernorm")
+        norms = ("self_attn.q_norm", "self_attn.k_norm") if config.model_type == "qwen3" else ()
+        return Parts("input_layernorm", *attention, *mlp, head_norms=norms)
 
     def embedded(self, ids: Tensor, mask: Tensor) -> Mapping[str, Tensor]:
         return {"embed_tokens.weight": ids}

@@ -1,7 +1,6 @@
 """What residual feedback does within one block: the gradients its matrices get from g.
 
-    h' = h + W_o o,   h'' = h' + mlp(norm(h')),   g at h'' and so at the MLP's output
-
+    h' = h + W_o o(norm(h)),   h'' = h' + mlp(norm(h')),   g at h'' and so at the MLP's output
 
     W2: g a^T,   da = W2^T g                               a = W2's input, n = norm(h')
     W1: dz n^T,  dz = da * s'(z)                           a plain MLP, a = s(z), z = W1 n
@@ -9,19 +8,25 @@
     Wu: du n^T,  du = da * s(z)                                                       u = Wu n
     Wo: g' o^T,  g' = g + J_norm^T (W1^T dz  or  Wg^T dz + Wu^T du)
 
-n, z and u are computed again from h', a few tokens at a time, rather than kept; s' by forward-mode
-differentiation of transformers' own activation, or read off a where that is relu.
+    W_q, W_k, W_v: dq m^T, dk m^T, dv m^T                  m = norm(h)
+    (dq, dk, dv): of W_o^T g' through the attention        attention_rule.py
+    what the block's input gets: g' + J_norm^T (W_q^T dq + W_k^T dk + W_v^T dv)
+
+n, m, z and u are computed again from h' and h, a few tokens at a time, rather than kept; s' by
+forward-mode differentiation of transformers' own activation, or read off a where that is relu.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hosl_flower.attention_rule import Attended, listening, through_attention, unrotate
 from hosl_flower.errors import ConfigError
 from hosl_flower.families import Parts
+from hosl_flower.norm_rule import Norm
 from hosl_flower.split import ClientSubmodel
 
 _CHUNK_TOKENS = 256  # whose feedback is worked out at a time: small beside what a block makes
@@ -41,12 +46,18 @@ def residual_parts(submodel: ClientSubmodel) -> Parts:
 
 def trained_parts(parts: Parts) -> list[str]:
     """The modules whose weights and biases the rule gives gradients for."""
-    return [p for p in (parts.attention, parts.norm, parts.up, parts.gate, parts.down) if p]
+    mlp = [p for p in (parts.norm, parts.up, parts.gate, parts.down) if p]
+    return [parts.entry, *parts.projections, *parts.head_norms, parts.attention, *mlp]
+
+
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some tokens of each [n, ...] at a time."""
+    return zip(*(tensor.split(_CHUNK_TOKENS) for tensor in tensors), strict=True)
 
 
 class Feedback:
-    """The rule of one block, summed over pieces. before: g' of the latest piece, as the
-    attention's output gets it; of the first block only, where embeddings want it."""
+    """The rule of one block, summed over pieces. before: what the latest piece's input of the block
+    gets; of the first block only, where embeddings want it."""
 
     before: Tensor
 
@@ -64,44 +75,54 @@ class Feedback:
         self._name = {p: submodel.canonical(f"{prefix}.{p}") for p in parts}
         self._module: dict[str, Any] = {p: block.get_submodule(p) for p in parts}
         self._activation: Any = block.get_submodule(self.parts.activation)
+        owner, _, attribute = self.parts.scaling.rpartition(".")
+        self._scaling = getattr(block.get_submodule(owner), attribute) if attribute else 1.0
         self._sums: dict[str, Tensor] = {}
         self._wide: dict[str, Tensor] = {}
 
     @contextmanager
-    def of(self, feedback: Tensor) -> Iterator[None]:
-        """Within it the block runs, once, on the tokens whose g is `feedback` [b, S, H]."""
+    def of(self, feedback: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Iterator[None]:
+        """Within it the block runs, once, on the tokens whose g is `feedback` [b, S, H]. rotary:
+        cosines and sines of rotary positions [b or 1, S, d], if the model has any."""
         g = feedback.flatten(0, 1)
-        seen: list[Tensor] = []  # o, the attention's output before its projection, and h'
+        seen: list[Tensor] = []  # h, then o, the attention's output before its projection, and h'
+        before: list[Tensor] = []  # g', some tokens at a time
 
         def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             seen.append(args[0].flatten(0, -2))
 
         def learn(_: nn.Module, args: tuple[Tensor, ...], __: Tensor) -> None:
-            tokens = zip(
-                *(t.split(_CHUNK_TOKENS) for t in (g, args[0].flatten(0, -2), *seen)), strict=True
-            )
-            seen.clear()
-            before = []
-            self._wide = {p: self._matrix(p) for p in self._mlp()}
-            for some in tokens:
-                own = self._learn(*some)
-                if self.first:
-                    before.append(own)
-            self._wide.clear()
-            if before:
-                self.before = torch.cat(before)
+            wanted = (g, args[0].flatten(0, -2), *seen[1:])
+            with self._widened(self._mlp()):
+                before.extend(self._learn_mlp(*some) for some in _chunks(*wanted))
+            del seen[1:]
 
-        module = self._module
-        hooks = [
-            module[self.parts.attention].register_forward_pre_hook(note),
-            module[self.parts.norm].register_forward_pre_hook(note),
-            module[self.parts.down].register_forward_hook(learn),
-        ]
+        noted = (self.parts.entry, self.parts.attention, self.parts.norm)
+        hooks = [self._module[part].register_forward_pre_hook(note) for part in noted]
+        hooks.append(self._module[self.parts.down].register_forward_hook(learn))
         try:
-            yield
+            with listening(self._key_width()) as heard:
+                yield
         finally:
             for hook in hooks:
                 hook.remove()
+        with self._widened((*self.parts.projections, self.parts.attention)):
+            self._learn_attention(torch.cat(before), seen.pop(), heard.pop(), rotary)
+
+    @contextmanager
+    def _widened(self, parts: Iterable[str]) -> Iterator[None]:
+        """Within it these matrices are at hand in float32."""
+        self._wide = {p: self._matrix(p) for p in parts}
+        try:
+            yield
+        finally:
+            self._wide = {}
+
+    def _key_width(self) -> int:
+        """Numbers in all keys of a token."""
+        parts = self.parts.projections
+        rows = self._matrix(parts[len(parts) // 2]).shape[0]
+        return rows if len(parts) > 1 else rows // 3
 
     def _mlp(self) -> list[str]:
         """Names of the MLP's matrices."""
@@ -112,19 +133,51 @@ class Feedback:
         weight = self._module[part].weight.float()
         return weight.T if self.transposed else weight
 
-    def _learn(self, g: Tensor, a: Tensor, o: Tensor, h: Tensor) -> Tensor:
+    def _learn_mlp(self, g: Tensor, a: Tensor, o: Tensor, h: Tensor) -> Tensor:
         """Add what some tokens [n, ...] say; their g'."""
         self._add(self.parts.down, g, a)
-        norm = _Norm(self._module[self.parts.norm], h.float())
+        norm = Norm(self._module[self.parts.norm], h.float())
         of_normed = self._through_mlp(g @ self._wide[self.parts.down], a, norm.output)
-        name = self._name[self.parts.norm]
-        if (total := self._sum(f"{name}.bias")) is not None:
-            total += of_normed.sum(0)
-        if (total := self._sum(f"{name}.weight")) is not None:
-            total += (of_normed * norm.unit).sum(0)
-        before = g + norm.back(of_normed)
+        before = g + self._through_norm(self.parts.norm, norm, of_normed)
         self._add(self.parts.attention, before, o)
         return before
+
+    def _learn_attention(self, before: Tensor, h: Tensor, attended: Attended, rotary: Any) -> None:
+        """Add what g' [n, H] says of queries, keys and values."""
+        sequences, heads, length, size = attended.query.shape
+        d = (before @ self._wide[self.parts.attention]).view(sequences, length, heads, size)
+        query, key, value = through_attention(attended, d.transpose(1, 2))
+        if rotary is not None:
+            query, key = unrotate(query, rotary), unrotate(key, rotary)
+        query.mul_(self._scaling)
+        found = [each.transpose(1, 2).flatten(0, 1) for each in (query, key, value)]
+        del d, query, key, value
+        own = []
+        for g, some, *each in _chunks(before, h, *found):
+            norm = Norm(self._module[self.parts.entry], some.float())
+            of_normed = self._through_projections(each, norm.output)
+            behind = self._through_norm(self.parts.entry, norm, of_normed)
+            if self.first:
+                own.append(behind.add_(g))
+        if own:
+            self.before = torch.cat(own)
+
+    def _through_projections(self, found: list[Tensor], normed: Tensor) -> Tensor:
+        """From the gradients at some tokens' queries, keys and values [n, heads, d] to that at what
+        they are projected from [n, H]."""
+        parts = self.parts.projections
+        for index, part in enumerate(self.parts.head_norms):
+            made = self._linear(parts[index], normed).view(-1, found[index].shape[2])
+            norm, g = Norm(self._module[part], made), found[index].flatten(0, 1)
+            found[index] = self._through_norm(part, norm, g).view_as(found[index])
+        flat = [each.flatten(1) for each in found]
+        if len(parts) == 1:
+            flat = [torch.cat(flat, 1)]
+        behind = torch.zeros_like(normed)
+        for part, g in zip(parts, flat, strict=True):
+            self._add(part, g, normed)
+            behind.addmm_(g, self._wide[part])
+        return behind
 
     def _through_mlp(self, da: Tensor, a: Tensor, normed: Tensor) -> Tensor:
         """From the gradient at a [n, inner], W2's input, to that at the MLP's input [n, H]."""
@@ -155,6 +208,14 @@ class Feedback:
         value, slope = torch.func.jvp(self._activation, (z,), (torch.ones_like(z),))[:2]
         return value, slope
 
+    def _through_norm(self, part: str, norm: Norm, g: Tensor) -> Tensor:
+        """From the gradient at a norm's output [n, H] to that at its input, in g's place."""
+        if (total := self._sum(f"{self._name[part]}.bias")) is not None:
+            total += g.sum(0)
+        if (total := self._sum(f"{self._name[part]}.weight")) is not None:
+            total += (g * norm.unit).sum(0)
+        return norm.back(g)
+
     def _add(self, part: str, g: Tensor, x: Tensor) -> None:
         """y = W x + b with g [n, out] at y: W gets g x^T, b gets g."""
         if (total := self._sum(f"{self._name[part]}.weight")) is not None:
@@ -181,29 +242,3 @@ class Feedback:
         """The sums, each let go as it is handed out."""
         for name in list(self._sums):
             yield name, self._sums.pop(name)
-
-
-class _Norm:
-    """A layer norm, or one of root mean squares, at h [n, H] in float32. unit: h to norm one, less
-    its mean for a layer norm; output: what the module makes of h."""
-
-    def __init__(self, module: Any, h: Tensor):
-        self.centres = isinstance(module, nn.LayerNorm)
-        centred = h - h.mean(1, keepdim=True) if self.centres else h
-        eps = module.eps if self.centres else module.variance_epsilon
-        self._scale = (centred.square().mean(1, keepdim=True) + eps).rsqrt_()
-        self.unit = centred.mul(self._scale)
-        self._gamma = None if module.weight is None else module.weight.float()
-        self.output = self.unit if self._gamma is None else self.unit * self._gamma
-        bias = getattr(module, "bias", None)
-        if bias is not None:
-            self.output = self.output + bias.float()
-
-    def back(self, g: Tensor) -> Tensor:
-        """J^T g, in g's place."""
-        if self._gamma is not None:
-            g.mul_(self._gamma)
-        along = self.unit * (g * self.unit).mean(1, keepdim=True)
-        # what is left when spread and, for a layer norm, mean are held
-        g -= g.mean(1, keepdim=True) + along if self.centres else along
-        return g.mul_(self._scale)

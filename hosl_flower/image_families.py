@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, DynamicCache, PretrainedConfig
 
 from hosl_flower.errors import ConfigError
-from hosl_flower.families import Absent, Family, InitStd, Parts, Rename
+from hosl_flower.families import Absent, Family, InitStd, Parts, Rename, projections
 
 
 class ImageFamily(Family, Protocol):
@@ -121,7 +121,8 @@ class Vit(_Classifier):
 
     def residual_parts(self, config: PretrainedConfig) -> Parts | None:
         mlp = ("mlp.fc1", "mlp.fc2", "mlp.activation_fn")
-        return Parts("attention.o_proj", "layernorm_after", *mlp)
+        attention = (projections("attention"), "attention.o_proj", "layernorm_after")
+        return Parts("layernorm_before", *attention, *mlp)
 
 
 class ResNet(_Classifier):

@@ -2,17 +2,16 @@
 
 In a pre-norm transformer blocks add to a stream that ends at the cut:
 
-    h' = h + attention(h),   h'' = h' + mlp(norm(h'))
+    h' = h + attention(norm(h)),   h'' = h' + mlp(norm(h'))
 
 With g the loss gradient at a block's output, back-propagation gives the gradients of all its
 matrices, but g is lambda = dL/dh_cut through all later blocks, which takes a backward pass. Each
 later block's Jacobian is the identity plus what the block does. Residual feedback keeps the
-identity and takes g = lambda in every block. Within a block the MLP, which acts on each token by
-itself, is seen through, since all that takes is at hand while the block runs (feedback.py): that
-gives the gradient at h', and the embeddings get the first block's. No graph, no pass in reverse
-order, nothing kept of one block for another: a block's gradients are whole, and can be applied,
-before the next block runs. The last block's MLP gets the exact gradient. Queries, keys, values and
-the norm before them are not trained. Derivation, relatives and limits: docs/residual.md.
+identity and takes g = lambda in every block. What is within a block is seen through by hand, since
+all that takes is at hand while the block runs (feedback.py); the embeddings get what the first
+block's input gets. No graph, no pass in reverse order, nothing kept of one block for another: a
+block's gradients are whole, and can be applied, before the next block runs. The last block's are
+exact. Derivation, relatives and limits: docs/residual.md.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -27,6 +26,8 @@ from hosl_flower.gradient import sparse_rows
 from hosl_flower.split import ClientSubmodel
 from hosl_flower.surrogate import Cotangent
 from hosl_flower.tasks import Batch
+
+_PIECE_TOKENS = 512  # of each its queries, keys, values and g' are held beside its MLP's inside
 
 
 def fed_back(submodel: ClientSubmodel, names: Collection[str]) -> list[str]:
@@ -43,8 +44,8 @@ def fed_back(submodel: ClientSubmodel, names: Collection[str]) -> list[str]:
     found = [name for name in names if name in known]
     if not found:
         raise ConfigError(
-            "client-gradient = residual trains embeddings, MLPs and the attention's output: it "
-            "needs client-trainable = full, or blocks with cut-layer > 0"
+            "client-gradient = residual trains embeddings and blocks as they are: it needs "
+            "client-trainable = full, or blocks with cut-layer > 0"
         )
     return found
 
@@ -63,7 +64,7 @@ def residual_gradients(
     micro_batch: sequences at a time, block after block (blockwise.pieces).
     """
     blocks, device = Blocks(submodel), cotangent.payload.device
-    parts = pieces(batch, micro_batch)
+    parts = pieces(batch, micro_batch, _PIECE_TOKENS)
     embeddings = _Embeddings(submodel, parameters, batch, device)
     running = []
     for rows in parts:
@@ -77,7 +78,8 @@ def residual_gradients(
         feedback = Feedback(submodel, blocks[index], index, parameters)
         for number, rows in enumerate(parts):
             hidden, arguments = running[number]
-            with feedback.of(cotangent.dense(rows)):
+            rotary = arguments[index].named.get("position_embeddings")
+            with feedback.of(cotangent.dense(rows), rotary):
                 running[number] = blocks.run(index, hidden, arguments), arguments
             if not index:
                 embeddings.add(rows, feedback.before)

@@ -201,7 +201,7 @@ def test_residual_feedback_trains_the_blocks_of_a_vit(saved):
     client, _ = halves(saved("vit")[0], 2)
     parameters = client.canonical_parameters()
     trained = fed_back(client, parameters)
-    assert len(trained) == 2 * 8  # W, b of the attention's output, the norm and the MLP's two
+    assert len(trained) == 2 * 16  # W and b of four in the attention, two norms, the MLP's two
     batch = Batch(PIXELS, torch.ones(3, 17, dtype=torch.int64), torch.zeros(3))
     gradient = torch.randn(3, 17, 32, generator=torch.Generator().manual_seed(2))
     h = client(PIXELS, torch.ones(3, 17))
