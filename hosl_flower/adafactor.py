@@ -7,6 +7,12 @@ An [out, in] matrix has out + in numbers of state instead of AdamW's 2 out in; a
 second moments whole. No first moments, no weight decay, no scaling by the parameter's size: eta
 is that of Adam. A chunk of rows at a time, in three passes over the gradient: no buffer.
 
+With momentum, the paper's section 2's, what is subtracted is an average of such updates:
+
+    m <- b1 m + (1 - b1) u / max(1, rms(u)),  theta <- theta - eta m / (1 - b1^t),  b1 = 0.9
+
+m is kept in bfloat16: a quarter of AdamW's state in float32, and half of the weights.
+
 Of a gradient that is sparse rows (an embedding's) only those are visited: the others' update is
 zero, their R decays. That is the dense algorithm's result to rounding, at the cost of the rows.
 
@@ -25,7 +31,7 @@ from hosl_flower.optimizer import Optimizer, Terms, matrix_of
 from hosl_flower.perturb import as_matrix_shape, row_chunks
 from hosl_flower.rounding import store
 
-_DECAY, _TINY, _CLIP = 0.8, 1e-30, 1.0
+_DECAY, _TINY, _CLIP, _BETA1 = 0.8, 1e-30, 1.0, 0.9
 
 
 class _Seen:
@@ -76,10 +82,10 @@ class Adafactor(Optimizer):
         seen = _Seen(name, matrix, terms)
         rows, columns = self._learn(seen, parameter.shape)
         square = sum(float(u.square_().sum()) for _, u in seen.updates(rows, columns))
-        rate = learning_rate / max(1.0, math.sqrt(square / matrix.numel()) / _CLIP)
+        scale = 1.0 / max(1.0, math.sqrt(square / matrix.numel()) / _CLIP)
         start = 0
-        for which, u in seen.updates(rows, columns):
-            u.mul_(rate)
+        for which, u in self._steps(seen, scale, rows, columns):
+            u.mul_(learning_rate)
             if matrix.dtype == torch.float32:
                 matrix[which] -= u
             else:
@@ -87,6 +93,13 @@ class Adafactor(Optimizer):
                 store(block, block.float().sub_(u), seed, name, start)
                 matrix[which] = block
             start += len(u)
+
+    def _steps(
+        self, seen: _Seen, scale: float, rows: Tensor, columns: Tensor
+    ) -> Iterator[tuple[slice | Tensor, Tensor]]:
+        """Which rows of the parameter are to be changed, and by what in units of eta."""
+        for which, u in seen.updates(rows, columns):
+            yield which, u.mul_(scale)
 
     def _learn(self, seen: _Seen, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """Bring the moments up to date; what g is to be multiplied by: [out] and [in]."""
@@ -128,6 +141,52 @@ class Adafactor(Optimizer):
             stop = start + state_size(parameter.shape)
             self.moments[name] = moments[0, start:stop].to(parameter.device, copy=True)
             start = stop
+
+
+class AdafactorMomentum(Adafactor):
+    """State per parameter: besides, m in its shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.averages: dict[str, Tensor] = {}  # m, bfloat16 [out, in]
+
+    def _steps(
+        self, seen: _Seen, scale: float, rows: Tensor, columns: Tensor
+    ) -> Iterator[tuple[slice | Tensor, Tensor]]:
+        if seen.name not in self.averages:
+            self.averages[seen.name] = torch.zeros_like(seen.matrix, dtype=torch.bfloat16)
+        average = self.averages[seen.name]
+        average.mul_(_BETA1)
+        for which, u in super()._steps(seen, scale * (1.0 - _BETA1), rows, columns):
+            average[which] = u.add_(average[which]).bfloat16()
+        for start, block in row_chunks(average):
+            corrected = block.float().div_(1.0 - _BETA1**self.steps)
+            yield slice(start, start + len(block)), corrected
+
+    def tensors(self) -> list[Tensor]:
+        return [*super().tensors(), *self.averages.values()]
+
+    def save(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        factored = super().save(parameters)
+        if not factored.numel():
+            return factored
+        own = [
+            self.averages[name].cpu().float().flatten()
+            if name in self.averages
+            else torch.zeros(p.numel())
+            for name, p in parameters.items()
+        ]
+        return torch.cat([factored[0], *own]).unsqueeze(0)
+
+    def load(self, moments: Tensor, steps: int, parameters: Mapping[str, Tensor]) -> None:
+        sizes = [p.numel() for p in parameters.values()] if moments.numel() else []
+        factored = moments[:, : moments.shape[1] - sum(sizes)]
+        super().load(factored, steps, parameters)
+        flat = moments[0, factored.shape[1] :].split(sizes) if sizes else ()
+        self.averages = {
+            name: average.view_as(matrix_of(p)).to(p.device, torch.bfloat16)
+            for (name, p), average in zip(parameters.items(), flat, strict=False)
+        }
 
 
 def state_size(shape: torch.Size) -> int:

@@ -30,7 +30,7 @@ Trainable = Literal["full", "blocks", "lora"]
 Optimizer = Literal["sgd", "adamw"]
 Derivative = Literal["differences", "forward-mode"]
 Schedule = Literal["constant", "linear", "cosine"]
-ClientOptimizer = Literal["sgd", "adamw", "adafactor"]
+ClientOptimizer = Literal["sgd", "adamw", "adafactor", "adafactor-momentum"]
 ClientGradient = Literal["backprop", "recompute", "residual"]
 Labels = Literal["server", "client"]
 Quantization = Literal["none", "int8"]
@@ -232,12 +232,12 @@ class RunConfig(BaseModel):
     client_gradient: ClientGradient = Field(
         "backprop",
         description="split FO: back-propagation, the same block by block (recompute), or residual "
-        "feedback: in a forward pass, of all but queries, keys and values",
+        "feedback: in a forward pass, each block by itself",
     )
     client_optimizer: ClientOptimizer = Field(
         "sgd",
-        description="of the client's gradient; adamw without weight decay; adafactor, with almost "
-        "no state, for split FO",
+        description="of the client's gradient; adamw without weight decay; for split FO adafactor, "
+        "with almost no state, and adafactor-momentum, with a quarter of adamw's",
     )
     client_learning_rate: float = Field(1e-6, ge=0, le=1e3, description="of the client's optimizer")
     server_trainable: Trainable = Field(

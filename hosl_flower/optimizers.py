@@ -4,10 +4,15 @@ from collections.abc import Sequence
 
 import torch
 
-from hosl_flower.adafactor import Adafactor, state_size
+from hosl_flower.adafactor import Adafactor, AdafactorMomentum, state_size
 from hosl_flower.optimizer import AdamW, Optimizer, Sgd
 
-_OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": Sgd, "adamw": AdamW, "adafactor": Adafactor}
+_OPTIMIZERS: dict[str, type[Optimizer]] = {
+    "sgd": Sgd,
+    "adamw": AdamW,
+    "adafactor": Adafactor,
+    "adafactor-momentum": AdafactorMomentum,
+}
 
 
 def make_optimizer(name: str) -> Optimizer:
@@ -17,6 +22,8 @@ def make_optimizer(name: str) -> Optimizer:
 
 def state_shape(name: str, shapes: Sequence[torch.Size]) -> tuple[int, int]:
     """[k, m] of the state over parameters of these shapes, as `save` gives it."""
-    if name == "adafactor":
-        return 1, sum(map(state_size, shapes))
-    return {"sgd": 0, "adamw": 2}[name], sum(shape.numel() for shape in shapes)
+    whole = sum(shape.numel() for shape in shapes)
+    if name.startswith("adafactor"):
+        averages = whole if name == "adafactor-momentum" else 0
+        return 1, sum(map(state_size, shapes)) + averages
+    return {"sgd": 0, "adamw": 2}[name], whole

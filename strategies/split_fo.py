@@ -23,7 +23,8 @@ How a client comes by g_m is client-gradient:
                 of what is added to the residual stream (hosl_flower/residual.py)
 
 With the last two and E > 1 a client updates each parameter as soon as its gradient is there, and
-client-optimizer = adafactor has almost no state: a step then takes about the memory of inference.
+client-optimizer = adafactor has almost no state: a step then takes about the memory of inference;
+adafactor-momentum has half of the weights' size.
 An averaging takes a copy of the trained weights besides.
 """
 
@@ -59,7 +60,7 @@ class SplitFo(HoSfl):
     name = "split-fo"
     uses = ("client-gradient",)
     anchors = False  # the forward pass is run again
-    client_optimizers = ("sgd", "adamw", "adafactor")
+    client_optimizers = ("sgd", "adamw", "adafactor", "adafactor-momentum")
     unused = (
         "turn-steps",
         "directions",

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.optimization import Adafactor as Published
 
-from hosl_flower.adafactor import Adafactor, state_size
+from hosl_flower.adafactor import Adafactor, AdafactorMomentum, state_size
 from hosl_flower.gradient import Dense, sparse_rows
 from hosl_flower.optimizers import make_optimizer, state_shape
 
@@ -110,3 +110,54 @@ def test_a_row_without_a_gradient_beside_a_huge_one_stays_a_number():
     Adafactor().step(parameter, Dense({"m": gradient}), RATE)
     assert torch.isfinite(parameter["m"]).all()
     assert (parameter["m"][[0, 2, 3]] == 0).all()
+
+
+def test_momentum_averages_the_steps_of_plain_adafactor():
+    shapes = {"m": (5, 7), "v": (6,)}
+    plain = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    own = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    average = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    expected = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    optimizer, momentum = Adafactor(), AdafactorMomentum()
+    for number, gradient in enumerate(gradients(shapes, 6), 1):
+        before = {name: p.clone() for name, p in plain.items()}
+        optimizer.step(plain, Dense(gradient), RATE)
+        momentum.step(own, Dense(gradient), RATE)
+        for name in shapes:
+            average[name] = 0.9 * average[name] + 0.1 * (plain[name] - before[name])
+            expected[name] += average[name] / (1 - 0.9**number)
+    for name in shapes:  # averages are kept in 8 bits of precision
+        assert torch.allclose(own[name], expected[name], rtol=2e-2, atol=2e-3), name
+    assert sum(t.numel() * t.element_size() for t in momentum.tensors()) == 4 * 18 + 2 * 41
+
+
+def test_momentum_moves_rows_whose_gradient_is_past():
+    dense, sparse = {"e": torch.zeros(9, 4)}, {"e": torch.zeros(9, 4)}
+    one, other = AdafactorMomentum(), AdafactorMomentum()
+    for number, gradient in enumerate(gradients({"e": (3, 4)}, 4)):
+        own = sparse_rows(torch.tensor([number, number + 2, 8]), gradient["e"], (9, 4))
+        before = sparse["e"].clone()
+        one.step(dense, Dense({"e": own.to_dense()}), RATE)
+        other.step(sparse, Dense({"e": own}), RATE)
+    assert torch.allclose(dense["e"], sparse["e"], rtol=1e-5, atol=1e-7)
+    assert (sparse["e"] != before).any(1).tolist() == [True] * 6 + [False] * 2 + [True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_momentum_goes_on_where_it_was(dtype):
+    shapes = {"b": torch.Size([6]), "m": torch.Size([5, 7])}
+    parameters = {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}
+    optimizer = AdafactorMomentum()
+    assert optimizer.save(parameters).numel() == 0
+    steps = list(gradients(shapes, 4))
+    for gradient in steps[:2]:
+        optimizer.step(parameters, Dense(gradient), RATE)
+    saved = optimizer.save(parameters)
+    assert saved.shape == state_shape("adafactor-momentum", list(shapes.values())) == (1, 59)
+    copy = {name: p.clone() for name, p in parameters.items()}
+    other = AdafactorMomentum()
+    other.load(saved, optimizer.steps, copy)
+    for gradient in steps[2:]:
+        optimizer.step(parameters, Dense(gradient), RATE)
+        other.step(copy, Dense(gradient), RATE)
+    assert all(torch.equal(parameters[name], copy[name]) for name in shapes)
