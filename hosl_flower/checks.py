@@ -249,7 +249,7 @@ def check_weights(reply: Weights, state: ClientState) -> None:
             raise ProtocolError(f"moments: expected {list(shape)}, got {list(rows.shape)}")
         for row in rows:
             _check_vector("moments", row, torch.float32, shape[1])
-        if not (rows[-1] >= 0).all():
+        if not (state.second_moments(rows) >= 0).all():
             raise OutOfRangeError("moments: expected second moments of 0 or more")
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from hosl_flower.adafactor import Adafactor, AdafactorMomentum, state_size
 from hosl_flower.optimizer import AdamW, Optimizer, Sgd
@@ -27,3 +28,10 @@ def state_shape(name: str, shapes: Sequence[torch.Size]) -> tuple[int, int]:
         averages = whole if name == "adafactor-momentum" else 0
         return 1, sum(map(state_size, shapes)) + averages
     return {"sgd": 0, "adamw": 2}[name], whole
+
+
+def second_moments(name: str, moments: Tensor, shapes: Sequence[torch.Size]) -> Tensor:
+    """Of a state [k, m] that `save` gave: what is a mean of squares and so never below zero."""
+    if name == "adafactor-momentum":
+        return moments[0, : sum(map(state_size, shapes))]
+    return moments[-1]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hosl_flower.gradient import Dense, Gradient, Seeded
 from hosl_flower.ledger import Entry, chain, fingerprint, first_digest
-from hosl_flower.optimizers import make_optimizer, state_shape
+from hosl_flower.optimizers import make_optimizer, second_moments, state_shape
 from hosl_flower.perturb import Layout, as_matrix_shape, row_chunks
 from hosl_flower.rounding import store
 
@@ -71,6 +71,11 @@ class ClientState:
     def moments_shape(self) -> tuple[int, int]:
         """[k, m] of the optimizer's state as a snapshot has it; k = 0 for none."""
         return state_shape(self.optimizer_name, [p.shape for p in self.parameters.values()])
+
+    def second_moments(self, moments: Tensor) -> Tensor:
+        """Those of an optimizer's state of that shape."""
+        shapes = [p.shape for p in self.parameters.values()]
+        return second_moments(self.optimizer_name, moments, shapes)
 
     @property
     def elements(self) -> int:

@@ -300,15 +300,17 @@ def test_a_local_step_that_fails_half_way_is_nobodys_weights(make, monkeypatch):
     assert ask(1).local == 1
 
 
-def test_adafactors_state_is_checked_like_any_other(make):
+@pytest.mark.parametrize("optimizer", ["adafactor", "adafactor-momentum"])
+def test_adafactors_state_is_checked_like_any_other(make, optimizer):
     _, _, config = make(
-        SplitFo, **FO, local_steps=2, client_gradient="residual", client_optimizer="adafactor",
+        SplitFo, **FO, local_steps=2, client_gradient="residual", client_optimizer=optimizer,
         save_model=False,
     )  # fmt: skip
     session = open_session(config, "r", 1)
     client, state = Client(session.spec), session.history.state
     gradient = torch.ones(state.elements)
     client.state.update(Dense(unflat(gradient, client.state.parameters)), 0.1)
+    client.state.update(Dense(unflat(-gradient, client.state.parameters)), 0.2)
     (own,) = client.answer([Fetch(**session.at(1, 0), moments=True)])
     assert own.moments.shape == state.moments_shape
     check_weights(own, state)
