@@ -21,6 +21,7 @@ from hosl_flower.link.nodes import Nodes
 from hosl_flower.link.records import pack
 from hosl_flower.messages import (
     Activations,
+    Applied,
     Behind,
     Describe,
     Failure,
@@ -67,13 +68,13 @@ def ask(link, *requests):
     return list(link.exchange({requests[0].partition: requests})[requests[0].partition])
 
 
-def update(history, step=1):
+def update(history, step=1, directions=1):
     """A Losses request, with its entry made part of the server's history."""
-    where = at(history, step)
-    scalars = projected_gradients([0.5, 0.25], 1e-3)
-    history.commit([Entry(step, (step,), tuple(scalars), 1e-4)])
+    where, seeds = at(history, step), tuple(range(step, step + directions))
+    losses = (0.5, 0.25) * directions
+    history.commit([Entry(step, seeds, tuple(projected_gradients(losses, 1e-3)), 1e-4)])
     return Losses(
-        **where, seeds=(step,), losses=(0.5, 0.25), epsilon=1e-3, learning_rate=1e-4,
+        **where, seeds=seeds, losses=losses, epsilon=1e-3, learning_rate=1e-4,
         digest_after=history.ledger.digest(),
     )  # fmt: skip
 
@@ -119,6 +120,25 @@ def test_a_lost_update_in_the_outbox_is_caught_up_too(link, history, client):
     link.post(update(history, 2))
     ask(link, Forward(**at(history, 3), batch=0))
     assert client.state.digest == history.ledger.digest()
+
+
+def test_receipts_of_updates_the_ledger_has_let_go_of_since():
+    """One weight matrix [64, 64] under adapters of rank 1: 128 weights are fewer bytes than an
+    entry of 100 directions, so that the ledger holds none of them."""
+    spec = client_spec(client_trainable="lora", lora_rank=1, lora_targets="q_proj")
+    history, client = history_for(spec), Client(spec)
+    link = InProcessLink(client, history, LIMITS)
+    requests = [update(history, step, directions=100) for step in (1, 2, 3)]
+    assert history.ledger.start == 3
+    for again in (False, True):  # and once more, as if the receipts had been lost
+        for request in requests:
+            link.post(request)
+        link.flush()
+        assert client.state.position == 3, again
+        assert client.state.mark().fingerprint == history.state.mark().fingerprint
+    other = Applied(step=3, seconds=0.0, peak_bytes=0, position=3, digest="0" * 16)
+    with pytest.raises(DriftError, match="which is not the server's"):
+        link._check(0, requests[-1], other)
 
 
 def test_an_update_another_partition_made_is_not_made_twice(link, history, client):
