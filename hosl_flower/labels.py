@@ -198,10 +198,10 @@ def score_by_client(link: Link, at: dict[str, Any], states: Iterable[Tensor]) ->
     hidden states [n, M, D] of consecutive batches of them.
 
     They go in as few requests as their size allows, of like size, so that a total is of many
-    examples.
+    examples; but a request has one at least, however large.
     """
     whole = torch.cat([own.cpu() for own in states])
-    parts = whole.tensor_split(-(-whole.nbytes // STATES_BYTES))
+    parts = whole.tensor_split(min(len(whole), -(-whole.nbytes // STATES_BYTES)))
     requests, first = [], 0
     for part in parts:
         requests.append(HeldOutStates(**at, first=first, states=part.contiguous()))

@@ -273,14 +273,15 @@ class StreamLink(Link):
 
 
 def longest_frame(limits: Limits, history: History) -> int:
-    """Bytes of the longest message there can be: activations, a cut gradient, hidden states or a
-    snapshot."""
+    """Bytes of the longest message there can be: activations with all that goes with them, a cut
+    gradient, hidden states or a snapshot."""
     item = DTYPES[limits.dtype].itemsize
     activations = limits.batch * limits.length * (limits.hidden * item + 1)
     weights = max(history.snapshot_bytes, 4 * history.state.elements)
-    states = (
-        2 * STATES_BYTES if limits.private_labels else 0
-    )  # a batch's are fewer than activations
+    # of a mini-batch, or of so many held-out examples and what is left of one more
+    state = 4 * limits.longest * limits.hidden
+    own = max(limits.batch * state, STATES_BYTES + limits.each * state)
+    states = own if limits.private_labels else 0
     return max(activations, weights, states) + _SLACK
 
 
