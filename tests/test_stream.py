@@ -15,8 +15,9 @@ from runs import metrics, run_factory
 from specs import client_spec, history_for
 
 from hosl_flower import client_app
-from hosl_flower.checks import Limits
+from hosl_flower.checks import Limits, check_activations
 from hosl_flower.client import Client
+from hosl_flower.codec import encode as codec_encode
 from hosl_flower.errors import AbsentError, ClientError, ProtocolError
 from hosl_flower.ledger import Entry
 from hosl_flower.link import dial as dialling
@@ -25,10 +26,11 @@ from hosl_flower.link.inprocess import InProcessLink
 from hosl_flower.link.lines import SESSION
 from hosl_flower.link.nodes import Nodes
 from hosl_flower.link.sessions import METHOD
-from hosl_flower.link.stream import StreamLink
+from hosl_flower.link.stream import StreamLink, longest_frame
 from hosl_flower.messages import (
     REPLIES,
     REQUESTS,
+    Activations,
     Describe,
     Fetch,
     Fingerprint,
@@ -37,6 +39,7 @@ from hosl_flower.messages import (
     Probe,
 )
 from hosl_flower.processes import free_port
+from hosl_flower.tensors import DTYPES
 from strategies.ho_sfl import HoSfl
 
 SPEC = client_spec(num_clients=5)
@@ -376,6 +379,26 @@ def test_frames_carry_messages_unchanged():
     assert (key, back) == (Key(4, 2, 1), forward)
     assert read_word(encode(Key(4, 2, 1), forward)) is None
     assert read_word(encode_word("close", a=1)) == {"word": "close", "a": 1}
+
+
+@pytest.mark.parametrize(("dtype", "codec"), [("float32", "exact"), ("bfloat16", "fp16")])
+def test_the_longest_activations_fit_a_frame(history, dtype, codec):
+    """1024 sequences of 384 tokens with answers of 256: labels are 2 MiB, scales 1.5 MiB, and
+    what a frame may have beside its tensors is 1 MiB."""
+    rows, tokens, answer, width = 1024, 384, 256, 64
+    limits = Limits(rows, tokens, width, dtype, 1, codec=codec, longest=answer, vocabulary=50272)
+    payload, scales = codec_encode(torch.zeros(rows, tokens, width, dtype=DTYPES[dtype]), codec)
+    reply = Activations(
+        step=1,
+        seconds=0.0,
+        peak_bytes=0,
+        activations=payload,
+        scales=scales,
+        attention_mask=torch.ones(rows, tokens, dtype=torch.bool),
+        labels=torch.zeros(rows, answer, dtype=torch.int64),
+    )
+    check_activations(reply, limits)
+    assert len(encode(Key(1, 0, 0), reply)) <= longest_frame(limits, history)
 
 
 def broken_frames():

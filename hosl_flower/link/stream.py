@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from hosl_flower.checks import Limits
+from hosl_flower.codec import has_scales
 from hosl_flower.errors import AbsentError, ClientError, ProtocolError, SuperLinkError
 from hosl_flower.history import History
 from hosl_flower.labels import STATES_BYTES
@@ -276,7 +277,8 @@ def longest_frame(limits: Limits, history: History) -> int:
     """Bytes of the longest message there can be: activations with all that goes with them, a cut
     gradient, hidden states or a snapshot."""
     item = DTYPES[limits.dtype].itemsize
-    activations = limits.batch * limits.length * (limits.hidden * item + 1)
+    token = limits.hidden * item + 1 + (4 if has_scales(limits.codec) else 0)  # with its mask
+    activations = limits.batch * (limits.length * token + 8 * limits.longest)  # and labels
     weights = max(history.snapshot_bytes, 4 * history.state.elements)
     # of a mini-batch, or of so many held-out examples and what is left of one more
     state = 4 * limits.longest * limits.hidden
