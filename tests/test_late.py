@@ -25,7 +25,7 @@ from hosl_flower.link.lines import SESSION
 from hosl_flower.link.nodes import Nodes
 from hosl_flower.link.stream import StreamLink
 from hosl_flower.link.superlink import SuperLink
-from hosl_flower.messages import Describe, Fingerprint
+from hosl_flower.messages import Describe, Fetch, Fingerprint
 from hosl_flower.server_app import load_strategy
 
 SPEC = client_spec(num_clients=3)
@@ -263,6 +263,22 @@ def test_a_node_that_dies_is_replaced_and_its_stream_opened_anew(history, stream
     assert describe(history, link).label_counts == before.label_counts
     assert link.describe_client(2) == "client 2 (node 44)"
     assert 9 not in link._lines
+
+
+def test_a_node_that_dials_again_after_it_was_let_go_of_is_not_asked(history, stream):
+    link = stream(MortalGrid(dict(NODES)), indispensable=False)
+    describe(history, link)
+    old = link._lines[9]
+    link.grid.kill(link, 9)
+    link.grid.nodes[44] = NODES[9]
+    while 44 not in link._lines:
+        link.absent()
+        time.sleep(0.05)
+    old.session.open()
+    at = {"position": 0, "digest": history.ledger.digest()}
+    fetch = Fetch(step=1, partition=2, **at, local=1, moments=False)
+    with pytest.raises(ClientError, match=r"client 2 \(node 44\).*no longer has the weights"):
+        list(link.exchange({2: [fetch]})[2])
 
 
 def test_a_supernode_restarted_under_its_own_id_is_called_again(history, stream):

@@ -136,7 +136,7 @@ class StreamLink(Link):
         self._renew()
         self._call_nodes()
         self._exchange += 1
-        asked: dict[int, dict[Key, Request]] = {}
+        asked: dict[Line, dict[Key, Request]] = {}
         streams: dict[int, Iterator[Reply]] = {}
         for partition, own in requests.items():
             line = self._line_of(partition)
@@ -147,10 +147,10 @@ class StreamLink(Link):
                 continue
             self._served[partition] = line
             keys = [Key(self._exchange, partition, index) for index in range(len(own))]
-            asked.setdefault(line.node.id, {}).update(zip(keys, own, strict=True))
+            asked.setdefault(line, {}).update(zip(keys, own, strict=True))
             streams[partition] = self._read(line, partition, dict(zip(keys, own, strict=True)))
-        for node, own_requests in asked.items():
-            self._lines[node].session.ask(own_requests)
+        for line, own_requests in asked.items():
+            line.session.ask(own_requests)
         return streams
 
     def _read(self, line: Line, partition: int, asked: dict[Key, Request]) -> Iterator[Reply]:
@@ -213,14 +213,17 @@ class StreamLink(Link):
         return self._lines.get(node.id) if node else None
 
     def _line_that_served(self, partition: int) -> Line | None:
-        """Who answered for a client last, if it is there, or dials again in a moment."""
+        """Who answered for a client last, if it is there, or dials again in a moment. One that
+        has been let go of is told to end, even if it dials again just then."""
         line = self._served.get(partition)
         give_up = time.monotonic() + _OTHERS_SECONDS
-        while line and not line.session.connected:
+        while line and self._lines.get(line.node.id) is line:
+            if line.session.connected:
+                return line
             if time.monotonic() > give_up:
-                return None
+                break
             time.sleep(0.05)
-        return line
+        return None
 
     def _call_nodes(self) -> None:
         """Invite nodes that have not been, let go of those that are gone, call those again whose
