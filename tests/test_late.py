@@ -292,6 +292,30 @@ def test_a_supernode_restarted_under_its_own_id_is_called_again(history, stream)
     assert sum(m.metadata.message_type == SESSION for m in link.grid.sent) == 4
 
 
+class RestartedGrid(ThreadGrid):
+    """Node 9 is restarted when it has taken the message that opens its session."""
+
+    def push_messages(self, messages):
+        ids = super().push_messages(messages)
+        opens = messages[0].metadata.message_type == SESSION
+        if opens and self.nodes[9] is None:
+            self.nodes[9], self.activated = NODES[9], "later"
+        return ids
+
+
+def test_a_supernode_restarted_before_it_first_came_is_called_again(history):
+    grid = RestartedGrid({9: NODES[9]})
+    nodes = Nodes(grid, 3, 0, 20.0)
+    nodes.wait(0.1, 1)
+    grid.nodes[9] = None
+    link = StreamLink(grid, SPEC, history, LIMITS, 20.0, nodes, 600.0)
+    try:
+        assert sum(m.metadata.message_type == SESSION for m in grid.sent) == 2
+        assert describe(history, link).held_out_examples == 20
+    finally:
+        link.close()
+
+
 def test_another_node_is_waited_for_where_no_client_can_be_missed(history, stream):
     link = stream(MortalGrid(dict(NODES)), indispensable=True)
     before = describe(history, link)

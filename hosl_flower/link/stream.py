@@ -80,7 +80,7 @@ class StreamLink(Link):
         self._exchange = 0
         try:
             self._call_nodes()
-            self._wait_for_any(list(self._lines.values()))
+            self._wait_for_any()
         except BaseException:
             self.close()
             raise
@@ -130,7 +130,7 @@ class StreamLink(Link):
             self.server.forget(line.session)
             line.begin(self.server.session(f"node {line.node.id}"))
             self.caller.call(line)
-        self._wait_for_any(list(self._lines.values()))
+        self._wait_for_any()
 
     def _deliver(self, requests: Mapping[int, Sequence[Request]]) -> dict[int, Iterator[Reply]]:
         self._renew()
@@ -250,7 +250,7 @@ class StreamLink(Link):
         self._heard_at = time.monotonic()
         lost = [line for line in self._lines.values() if not line.session.connected]
         self.caller.hear(lost)
-        self.caller.call_again([x for x in lost if x.session.ever_connected.is_set() or x.error])
+        self.caller.call_again(lost)
 
     def _is_there(self, line: Line) -> bool:
         """Whether a node without a connection is still one of this run's; looked up now and
@@ -260,18 +260,21 @@ class StreamLink(Link):
             self._call_nodes()
         return self._lines.get(line.node.id) is line
 
-    def _wait_for_any(self, lines: Sequence[Line]) -> None:
+    def _wait_for_any(self) -> None:
         """Until a session is up; the others have a moment more, and may join at any time."""
         give_up = time.monotonic() + self.deadline
-        while not any(line.session.connected for line in lines):
-            self.caller.hear(lines)
+        while not any(line.session.connected for line in self._lines.values()):
+            if time.monotonic() - self._heard_at > _LOOK_SECONDS:
+                self._call_nodes()
+            lines = list(self._lines.values())
             errors = [f"node {line.node.id}: {line.error}" for line in lines if line.error]
-            if len(errors) == len(lines) or time.monotonic() > give_up:
+            if (errors and len(errors) == len(lines)) or time.monotonic() > give_up:
                 raise ClientError(f"no SuperNode came to its session; {'; '.join(errors[:3])}")
-            time.sleep(0.05)
+            time.sleep(_MOMENT)
         give_up = time.monotonic() + _OTHERS_SECONDS
+        lines = list(self._lines.values())
         while time.monotonic() < give_up and not all(line.session.connected for line in lines):
-            time.sleep(0.05)
+            time.sleep(_MOMENT)
         up = sum(line.session.connected for line in lines)
         log.info("streams: %d of %d node(s) have come to %s", up, len(lines), self.endpoint)
 
