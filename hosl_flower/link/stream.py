@@ -269,7 +269,7 @@ class StreamLink(Link):
             lines = list(self._lines.values())
             errors = [f"node {line.node.id}: {line.error}" for line in lines if line.error]
             if (errors and len(errors) == len(lines)) or time.monotonic() > give_up:
-                raise ClientError(f"no SuperNode came to its session; {'; '.join(errors[:3])}")
+                raise ClientError(f"no SuperNode came to its session; {self._why_none(errors)}")
             time.sleep(_MOMENT)
         give_up = time.monotonic() + _OTHERS_SECONDS
         lines = list(self._lines.values())
@@ -277,6 +277,15 @@ class StreamLink(Link):
             time.sleep(_MOMENT)
         up = sum(line.session.connected for line in lines)
         log.info("streams: %d of %d node(s) have come to %s", up, len(lines), self.endpoint)
+
+    def _why_none(self, errors: Sequence[str]) -> str:
+        if errors:
+            return "; ".join(errors[:3])
+        return (
+            f"{len(self._lines)} were called and none has dialled {self.endpoint} within "
+            f"{self.deadline:g} s: can they reach it (stream-endpoint, stream-bind, a firewall)? "
+            "Their own logs tell more"
+        )
 
 
 def longest_frame(limits: Limits, history: History) -> int:
