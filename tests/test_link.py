@@ -13,7 +13,13 @@ from specs import client_spec, history_for
 from hosl_flower import client_app
 from hosl_flower.checks import Limits
 from hosl_flower.client import Client
-from hosl_flower.errors import ClientError, ConfigError, DriftError, ProtocolError
+from hosl_flower.errors import (
+    AbsentError,
+    ClientError,
+    ConfigError,
+    DriftError,
+    ProtocolError,
+)
 from hosl_flower.ledger import Entry
 from hosl_flower.link.grid import EXCHANGE, GridLink
 from hosl_flower.link.inprocess import InProcessLink
@@ -490,6 +496,24 @@ def test_a_client_whose_process_died_is_asked_again(history):
     (reply,) = ask(link, Fingerprint(**at(history), since=0))
     assert reply.fingerprints[-1] == history.state.mark().fingerprint
     assert len(died) == 2
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["silent", "gone"])
+def test_a_second_try_that_nobody_answers_is_told_from_an_error(history, gone):
+    there = {7: {"partition-id": 0}, 8: {"partition-id": 1}}
+    link = grid_link(there, history)
+
+    def dies(message, config):
+        there[7] = None
+        if gone:
+            del there[7]
+        return Message(Error(code=2, reason="killed"), reply_to=message)
+
+    link.grid.answer, link.deadline = dies, 0.2
+    with pytest.raises(ClientError) as failed:
+        ask(link, Describe(**at(history)))
+    assert isinstance(failed.value, AbsentError) is not gone
+    assert ("failed: killed" if gone else "did not answer within 0.2 s") in str(failed.value)
 
 
 def test_a_late_joiner_is_found_and_caught_up(history, caplog):
