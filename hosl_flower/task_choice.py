@@ -12,7 +12,7 @@ def task_from_config(config: RunConfig) -> Task:
     """The task a run asks for, with its overrides; ConfigError when it is incomplete."""
     base, (names, words) = TASKS.get(config.task), _labels_and_words(config)
     if config.task in IMAGE_TASKS or config.image_column:
-        return _image_task(config, words)
+        return _image_task(config, names, words)
     if base is None:
         if not (config.prompt and (words or config.target_column)):
             raise ConfigError(
@@ -48,8 +48,8 @@ def task_from_config(config: RunConfig) -> Task:
     return task
 
 
-def _image_task(config: RunConfig, words: tuple[str, ...]) -> Task:
-    """A task about images; verbalizers are the classes."""
+def _image_task(config: RunConfig, names: tuple[str, ...], words: tuple[str, ...]) -> Task:
+    """A task about images; verbalizers are the classes, under the names the data has for them."""
     unused = {"prompt": config.prompt, "max-length": config.max_length != DEFAULT_LENGTH}
     unused["target-column"] = bool(config.target_column)
     if idle := [key for key, is_set in unused.items() if is_set]:
@@ -69,6 +69,7 @@ def _image_task(config: RunConfig, words: tuple[str, ...]) -> Task:
     return replace(
         base,
         verbalizers=words or base.verbalizers,
+        label_names=names or base.label_names,
         image=config.image_column or base.image,
         label_column=config.label_column or base.label_column,
     )
