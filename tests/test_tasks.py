@@ -285,9 +285,13 @@ def test_a_newline_at_the_end_of_a_prompt_is_kept():
         ({"verbalizers": "neg=bad,good"}, "expected a word for every label, or label=word"),
         ({"verbalizers": "neg=bad,pos="}, "expected a word for every label, or label=word"),
         ({"verbalizers": "a=bad,A=good"}, "each label once"),
+        ({"image_size": 64}, "image-size has no use: task sst2 is not about images"),
+        ({"max_new_tokens": 7}, "max-new-tokens has no use: task sst2 generates no answers"),
+        ({"task": "squad", "image_size": 64}, "image-size has no use: task squad is not about"),
+        ({"task": "digits", "max_new_tokens": 7}, "is about images: it has no max-new-tokens"),
     ],
 )
-def test_incomplete_tasks_are_refused(keys, message):
+def test_incomplete_tasks_and_idle_keys_are_refused(keys, message):
     with pytest.raises(ConfigError, match=message):
         task(**keys)
 
