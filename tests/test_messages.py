@@ -211,6 +211,13 @@ def test_what_is_not_a_message_is_one_protocol_error(header, complaint):
         from_wire(header, {}, REQUESTS)
 
 
+@pytest.mark.parametrize("seconds", ["-1e300", "-1e-9", "1e308", "NaN", "Infinity"])
+def test_seconds_that_nobody_computes_for_are_refused(seconds):
+    header = f'{{"kind":"stepped","step":3,"seconds":{seconds},"peak_bytes":7,"local":1}}'
+    with pytest.raises(ProtocolError, match="seconds: "):
+        from_wire(header, {}, REPLIES)
+
+
 @given(st.text() | st.recursive(st.none() | st.integers() | st.text(), st.lists).map(repr))
 @settings(max_examples=200, deadline=None)
 def test_any_text_is_refused_with_a_protocol_error(header):
