@@ -34,6 +34,7 @@ from hosl_flower.tensors import DTYPES, dtype_name, raw_bytes
 
 LARGEST_SCALAR = 1e12  # its square, in Adam's second moment, is far from float32's end
 _MOST_EXAMPLES = 10**9
+_MOST_HELD_OUT = 10**6  # each of their batches is a request of the server's, at every evaluation
 _MOST_UPDATES = 10**12
 
 
@@ -50,7 +51,7 @@ class Limits:
     hidden: int
     dtype: str
     classes: int
-    held_out: int = _MOST_EXAMPLES
+    held_out: int = _MOST_HELD_OUT
     codec: str = "exact"
     each: int = 1
     shortest: int = 1
@@ -75,7 +76,8 @@ def check_described(reply: Described, limits: Limits) -> None:
         )
     if not 0 < held_out <= limits.held_out:
         raise ProtocolError(
-            f"described: expected 1 to {limits.held_out} held-out examples, got {held_out}"
+            f"described: expected 1 to {limits.held_out} held-out examples, got {held_out} "
+            "(eval-examples uses fewer)"
         )
 
 

@@ -18,14 +18,15 @@ from hosl_flower.messages import Activations, Continue, Continued, Evaluate, Gra
 from hosl_flower.session import Session
 from hosl_flower.text_score import HeldOut, TextScore, new_score
 
+_TOGETHER = 1000  # batches asked for in one exchange
+
 
 def score_batches(
     session: Session, judge: Link, step: int, partition: int, batches: range
 ) -> HeldOut:
     """The score of held-out batches of a client's. Raises what the link does, or DivergedError."""
     at = session.at(step, partition)
-    requests = [Evaluate(**at, batch=number) for number in batches]
-    replies: Iterator[Any] = judge.exchange({partition: requests})[partition]
+    replies = _activations(judge, at, batches)
     if judge.limits.private_labels:
         return score_by_client(judge, at, map(session.server.states, replies))
     score = new_score(session.spec.task)
@@ -39,6 +40,14 @@ def score_batches(
             assert isinstance(graded, Graded)  # Link has checked it
             score.add_grades(graded.scores)
     return score
+
+
+def _activations(judge: Link, at: dict[str, Any], batches: range) -> Iterator[Any]:
+    """The batches' activations, asked for a thousand at a time: how many there are is what a
+    client says."""
+    for first in range(0, len(batches), _TOGETHER):
+        requests = [Evaluate(**at, batch=number) for number in batches[first : first + _TOGETHER]]
+        yield from judge.exchange({at["partition"]: requests})[at["partition"]]
 
 
 def _written(session: Session, judge: Link, at: dict[str, Any], batch: int) -> Tensor:

@@ -303,6 +303,13 @@ def test_a_description_that_cannot_be_is_refused(changes, complaint):
         check_described(Described(**{**good, **changes}), limits)
 
 
+def test_a_client_cannot_have_an_evaluation_without_end():
+    good = next(vars(m) for m in ALL if isinstance(m, Described))
+    check_described(Described(**{**good, "held_out_examples": 10**6}), LIMITS)
+    with pytest.raises(ProtocolError, match="expected 1 to 1000000 held-out examples, got 1000001"):
+        check_described(Described(**{**good, "held_out_examples": 10**6 + 1}), LIMITS)
+
+
 def test_no_labels_are_taken_where_they_are_the_clients():
     limits = Limits(8, 16, 4, "float32", 2, private_labels=True)
     good = next(vars(m) for m in ALL if isinstance(m, Described))
