@@ -21,7 +21,11 @@ _LINES = 10_000  # kept until there is a directory
 
 
 class _Quiet(logging.FileHandler):
-    """A log that cannot be written, for want of room, stops and disturbs nothing."""
+    """A log that cannot be opened or written, for want of room say, stops and disturbs nothing."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):  # the file is opened here, outside what is handled
+            super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass

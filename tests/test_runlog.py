@@ -61,9 +61,12 @@ def test_a_run_that_is_refused_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_log_that_cannot_be_written_stops_nothing(tmp_path, capsys):
-    (tmp_path / NAME).symlink_to("/dev/full")
+@pytest.mark.parametrize("target", ["/dev/full", "/", "/nowhere/log.txt"])
+def test_a_log_that_cannot_be_written_stops_nothing(tmp_path, capsys, target):
+    """A full disk, a directory, a file that cannot be made."""
+    (tmp_path / NAME).symlink_to(target)
     with RunLog() as kept:
         kept.keep(tmp_path)
         log.warning("lost")
+        log.warning("lost too")
     assert "Traceback" not in capsys.readouterr().err
