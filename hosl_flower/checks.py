@@ -133,11 +133,16 @@ def _check_sequences(reply: Activations | Continued, limits: Limits, shortest: i
             f"activations: expected at most {limits.batch} sequences of {shortest} to "
             f"{limits.length} tokens, got {batch} of {length}"
         )
-    if mask.dtype != torch.bool or mask.shape != h.shape[:2] or not mask[:, -1].all():
+    if mask.dtype != torch.bool or mask.shape != h.shape[:2] or not _is_left_padded(mask):
         raise ProtocolError(
             f"attention_mask: expected bool{[batch, length]}, left-padded, "
             f"got {dtype_name(mask)}{list(mask.shape)}"
         )
+
+
+def _is_left_padded(used: Tensor) -> bool:
+    """Whether each row of a mask bool [B, S] is used from some place on to its end."""
+    return bool((used.long().diff(dim=1) >= 0).all() and used[:, -1].all())
 
 
 def _check_finite(reply: Activations | Continued) -> None:
@@ -181,9 +186,8 @@ def _check_tokens(labels: Tensor, batch: int, length: int, limits: Limits) -> No
             f"{dtype_name(labels)}{list(labels.shape)}"
         )
     tokens = labels != IGNORED
-    padded = (tokens.long().diff(dim=1) >= 0).all() and tokens[:, -1].all()
     own = labels[tokens]
-    if not padded or int(own.min()) < 0 or int(own.max()) >= limits.vocabulary:
+    if not _is_left_padded(tokens) or int(own.min()) < 0 or int(own.max()) >= limits.vocabulary:
         raise ProtocolError(
             f"labels: expected tokens 0..{limits.vocabulary - 1}, left-padded with {IGNORED}, got "
             f"{labels.unique().tolist()[:8]}"

@@ -236,6 +236,7 @@ def test_any_text_is_refused_with_a_protocol_error(header):
         ({"attention_mask": torch.ones(2, 2, dtype=torch.bool)}, "attention_mask"),
         ({"attention_mask": torch.ones(2, 3)}, "attention_mask"),
         ({"attention_mask": torch.tensor([[True, True, False]] * 2)}, "left-padded"),
+        ({"attention_mask": torch.tensor([[True, False, True]] * 2)}, "left-padded"),
         ({"activations": torch.zeros(2, 3, 4, dtype=torch.float16)}, "got float16"),
         ({"scales": torch.zeros(2, 3)}, r"scales: expected float32\[0\]"),
         ({"labels": torch.tensor([0, 2])}, r"labels: expected 0\.\.1"),
