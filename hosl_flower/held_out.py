@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hosl_flower.completion import Completion
 from hosl_flower.decoding import Writer, greedy
+from hosl_flower.errors import ProtocolError
 from hosl_flower.labels import score_by_client
 from hosl_flower.link.base import Link
 from hosl_flower.messages import Activations, Continue, Continued, Evaluate, Grade, Graded, Request
@@ -30,12 +31,14 @@ def score_batches(
     if judge.limits.private_labels:
         return score_by_client(judge, at, map(session.server.states, replies))
     score = new_score(session.spec.task)
+    counts: list[int] = []  # sequences of each batch
     for reply in replies:
         assert isinstance(reply, Activations)  # Link has checked it
         session.server.score(reply, score)
+        counts.append(len(reply.activations))
     if isinstance(score, TextScore):
-        for number in batches:
-            answers = _written(session, judge, at, number)
+        for number, count in zip(batches, counts, strict=True):
+            answers = _written(session, judge, at, number, count)
             graded = _ask(judge, Grade(**at, batch=number, tokens=answers))
             assert isinstance(graded, Graded)  # Link has checked it
             score.add_grades(graded.scores)
@@ -50,14 +53,19 @@ def _activations(judge: Link, at: dict[str, Any], batches: range) -> Iterator[An
         yield from judge.exchange({at["partition"]: requests})[at["partition"]]
 
 
-def _written(session: Session, judge: Link, at: dict[str, Any], batch: int) -> Tensor:
-    """Tokens [B, t] of the answers to a batch's prompts."""
+def _written(session: Session, judge: Link, at: dict[str, Any], batch: int, count: int) -> Tensor:
+    """Tokens [B, t] of the answers to a batch's prompts, of which there are `count`."""
     answers, server = session.encoder.answers, session.server
     assert isinstance(answers, Completion)
 
     def ask(tokens: Tensor) -> tuple[Tensor, Tensor]:
         reply = _ask(judge, Continue(**at, batch=batch, tokens=tokens))
         assert isinstance(reply, Continued)  # Link has checked it
+        if len(reply.activations) != count:  # fewer would be a score of the easiest ones
+            raise ProtocolError(
+                f"{judge.describe_client(at['partition'])}, step {at['step']}, continue: expected "
+                f"{count} sequences of held-out batch {batch}, got {len(reply.activations)}"
+            )
         return reply.activations, reply.attention_mask
 
     writer = Writer(server.submodel, server.answer_rows)
