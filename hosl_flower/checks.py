@@ -34,6 +34,7 @@ from hosl_flower.tensors import DTYPES, dtype_name, raw_bytes
 
 LARGEST_SCALAR = 1e12  # its square, in Adam's second moment, is far from float32's end
 _MOST_EXAMPLES = 10**9
+_MOST_HELD_OUT = 10**6  # each of their batches is a request of the server's, at every evaluation
 _MOST_UPDATES = 10**12
 
 
@@ -50,7 +51,7 @@ class Limits:
     hidden: int
     dtype: str
     classes: int
-    held_out: int = _MOST_EXAMPLES
+    held_out: int = _MOST_HELD_OUT
     codec: str = "exact"
     each: int = 1
     shortest: int = 1
@@ -75,7 +76,8 @@ def check_described(reply: Described, limits: Limits) -> None:
         )
     if not 0 < held_out <= limits.held_out:
         raise ProtocolError(
-            f"described: expected 1 to {limits.held_out} held-out examples, got {held_out}"
+            f"described: expected 1 to {limits.held_out} held-out examples, got {held_out} "
+            "(eval-examples uses fewer)"
         )
 
 
@@ -131,11 +133,16 @@ def _check_sequences(reply: Activations | Continued, limits: Limits, shortest: i
             f"activations: expected at most {limits.batch} sequences of {shortest} to "
             f"{limits.length} tokens, got {batch} of {length}"
         )
-    if mask.dtype != torch.bool or mask.shape != h.shape[:2] or not mask[:, -1].all():
+    if mask.dtype != torch.bool or mask.shape != h.shape[:2] or not _is_left_padded(mask):
         raise ProtocolError(
             f"attention_mask: expected bool{[batch, length]}, left-padded, "
             f"got {dtype_name(mask)}{list(mask.shape)}"
         )
+
+
+def _is_left_padded(used: Tensor) -> bool:
+    """Whether each row of a mask bool [B, S] is used from some place on to its end."""
+    return bool((used.long().diff(dim=1) >= 0).all() and used[:, -1].all())
 
 
 def _check_finite(reply: Activations | Continued) -> None:
@@ -179,9 +186,8 @@ def _check_tokens(labels: Tensor, batch: int, length: int, limits: Limits) -> No
             f"{dtype_name(labels)}{list(labels.shape)}"
         )
     tokens = labels != IGNORED
-    padded = (tokens.long().diff(dim=1) >= 0).all() and tokens[:, -1].all()
     own = labels[tokens]
-    if not padded or int(own.min()) < 0 or int(own.max()) >= limits.vocabulary:
+    if not _is_left_padded(tokens) or int(own.min()) < 0 or int(own.max()) >= limits.vocabulary:
         raise ProtocolError(
             f"labels: expected tokens 0..{limits.vocabulary - 1}, left-padded with {IGNORED}, got "
             f"{labels.unique().tolist()[:8]}"

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from hosl_flower.errors import (
-    AbsentError,
     ClientError,
     DivergedError,
     LostClientsError,
@@ -17,7 +16,7 @@ from hosl_flower.errors import (
     ProtocolError,
     UnusableBatchError,
 )
-from hosl_flower.labels import KeptLabels, kept
+from hosl_flower.labels import KeptLabels, kept, too_late
 from hosl_flower.link.base import NOT_YET, Link
 from hosl_flower.messages import Activations, Describe, Described, Forward, Request
 from hosl_flower.schedule import rate_factor
@@ -192,9 +191,8 @@ class Question:
         finally:
             self.link.until = math.inf
         for partition in waiting:
-            late = AbsentError(f"it did not answer within {seconds:g} s (step-deadline)")
-            self._fail(cohort, partition, late)
-            errors.append(late)
+            errors.append(too_late(seconds))
+            self._fail(cohort, partition, errors[-1])
         replies = {m: replies[m] for m in cohort.partitions}  # in their order, not that of arrival
         too_few = len(cohort.partitions) < self.session.config.min_clients
         if too_few and errors and all(isinstance(error, OutOfRangeError) for error in errors):

@@ -5,7 +5,7 @@ A source has a training part, which partition.py spreads over the clients, and a
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,21 +100,22 @@ def _from_hub(name: str) -> list[Part]:
 
 def _parts(loaded: Any, name: str) -> list[Part]:
     """Training and, if there is one, held-out part of a DatasetDict."""
-    if "train" not in loaded:
-        raise DataError(f"{name} has no 'train' part; it has {', '.join(loaded)}")
-    return [Part(n, loaded[n].flatten(), f"{name} ({n})") for n in _used(loaded)]
+    return [Part(n, loaded[n].flatten(), f"{name} ({n})") for n in _used(loaded, name)]
 
 
-def _used(names: Any) -> list[str]:
+def _used(names: Collection[str], where: str) -> list[str]:
     """The training part and the first held-out part there is."""
+    if "train" not in names:
+        raise DataError(f"{where} has no 'train' part; it has {', '.join(names)}")
     return ["train", *[name for name in _HELD_OUT_NAMES if name in names][:1]]
 
 
 def _from_path(path: Path, task: Task) -> list[Part]:
-    if task.image and path.exists() and (images := read_images(path)):
-        return [Part(name, images[name], f"{path} ({name})") for name in _used(images)]
     if path.is_file():
-        return [Part("train", read_file(path, task), str(path))]
+        images = read_images(path) if task.image else None
+        if images is None:
+            return [Part("train", read_file(path, task), str(path))]
+        return _image_parts(images, path)
     if not path.is_dir():
         raise DataError(f"data path {str(path)!r} does not exist")
     if (path / "dataset_dict.json").is_file():
@@ -122,12 +123,19 @@ def _from_path(path: Path, task: Task) -> list[Part]:
     if (path / "dataset_info.json").is_file():
         return [Part("train", _saved_dataset(path).flatten(), str(path))]
     files = _part_files(path)
-    if "train" not in files:
-        raise DataError(
-            f"{path} has no train file; expected train and, optionally, validation, val, dev or "
-            f"test, each one of {', '.join(SUFFIXES)}{_OR_IMAGES if task.image else ''}"
-        )
-    return [_read_part(name, files[name], task) for name in _used(files)]
+    if "train" in files:
+        return [_read_part(name, files[name], task) for name in _used(files, str(path))]
+    # last: a table may have a folder beside it, and images are no part files
+    if task.image and (images := read_images(path)):
+        return _image_parts(images, path)
+    raise DataError(
+        f"{path} has no train file; expected train and, optionally, validation, val, dev or "
+        f"test, each one of {', '.join(SUFFIXES)}{_OR_IMAGES if task.image else ''}"
+    )
+
+
+def _image_parts(images: Mapping[str, Dataset], path: Path) -> list[Part]:
+    return [Part(name, images[name], f"{path} ({name})") for name in _used(images, str(path))]
 
 
 def _part_files(path: Path) -> dict[str, list[Path]]:

@@ -12,11 +12,14 @@ from torch import Tensor
 
 from hosl_flower.completion import Completion
 from hosl_flower.decoding import Writer, greedy
+from hosl_flower.errors import ProtocolError
 from hosl_flower.labels import score_by_client
 from hosl_flower.link.base import Link
 from hosl_flower.messages import Activations, Continue, Continued, Evaluate, Grade, Graded, Request
 from hosl_flower.session import Session
 from hosl_flower.text_score import HeldOut, TextScore, new_score
+
+_TOGETHER = 1000  # batches asked for in one exchange
 
 
 def score_batches(
@@ -24,31 +27,45 @@ def score_batches(
 ) -> HeldOut:
     """The score of held-out batches of a client's. Raises what the link does, or DivergedError."""
     at = session.at(step, partition)
-    requests = [Evaluate(**at, batch=number) for number in batches]
-    replies: Iterator[Any] = judge.exchange({partition: requests})[partition]
+    replies = _activations(judge, at, batches)
     if judge.limits.private_labels:
         return score_by_client(judge, at, map(session.server.states, replies))
     score = new_score(session.spec.task)
+    counts: list[int] = []  # sequences of each batch
     for reply in replies:
         assert isinstance(reply, Activations)  # Link has checked it
         session.server.score(reply, score)
+        counts.append(len(reply.activations))
     if isinstance(score, TextScore):
-        for number in batches:
-            answers = _written(session, judge, at, number)
+        for number, count in zip(batches, counts, strict=True):
+            answers = _written(session, judge, at, number, count)
             graded = _ask(judge, Grade(**at, batch=number, tokens=answers))
             assert isinstance(graded, Graded)  # Link has checked it
             score.add_grades(graded.scores)
     return score
 
 
-def _written(session: Session, judge: Link, at: dict[str, Any], batch: int) -> Tensor:
-    """Tokens [B, t] of the answers to a batch's prompts."""
+def _activations(judge: Link, at: dict[str, Any], batches: range) -> Iterator[Any]:
+    """The batches' activations, asked for a thousand at a time: how many there are is what a
+    client says."""
+    for first in range(0, len(batches), _TOGETHER):
+        requests = [Evaluate(**at, batch=number) for number in batches[first : first + _TOGETHER]]
+        yield from judge.exchange({at["partition"]: requests})[at["partition"]]
+
+
+def _written(session: Session, judge: Link, at: dict[str, Any], batch: int, count: int) -> Tensor:
+    """Tokens [B, t] of the answers to a batch's prompts, of which there are `count`."""
     answers, server = session.encoder.answers, session.server
     assert isinstance(answers, Completion)
 
     def ask(tokens: Tensor) -> tuple[Tensor, Tensor]:
         reply = _ask(judge, Continue(**at, batch=batch, tokens=tokens))
         assert isinstance(reply, Continued)  # Link has checked it
+        if len(reply.activations) != count:  # fewer would be a score of the easiest ones
+            raise ProtocolError(
+                f"{judge.describe_client(at['partition'])}, step {at['step']}, continue: expected "
+                f"{count} sequences of held-out batch {batch}, got {len(reply.activations)}"
+            )
         return reply.activations, reply.attention_mask
 
     writer = Writer(server.submodel, server.answer_rows)

@@ -6,7 +6,9 @@ and its gradient there (output_head.py), and the server's backward pass goes on 
 else of a step is different.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -16,8 +18,8 @@ from torch import Tensor
 
 from hosl_flower.answers import Answers, Scoring
 from hosl_flower.completion import targets
-from hosl_flower.errors import ClientError, LostClientsError, ProtocolError
-from hosl_flower.link.base import Link
+from hosl_flower.errors import AbsentError, ClientError, LostClientsError, ProtocolError
+from hosl_flower.link.base import NOT_YET, Link
 from hosl_flower.messages import (
     Activations,
     Forward,
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from hosl_flower.session import Session
 
 STATES_BYTES = 4 << 20  # of held-out examples' hidden states in one request, about
+_MOMENT = 0.05  # seconds between two looks at clients that are late
 
 
 class Piece(NamedTuple):
@@ -91,11 +94,14 @@ class SentLabels:
 
 @dataclass(frozen=True)
 class KeptLabels:
-    """Labels that stay on the clients. asked: the request each mini-batch is the answer to."""
+    """Labels that stay on the clients. asked: the request each mini-batch is the answer to;
+    seconds: after which clients are left out of a step as long as `least` remain, 0 for never."""
 
     answers: Answers
     link: Link
     asked: Sequence[Forward]
+    seconds: float = 0.0
+    least: int = 1
 
     def outputs(self, states: Tensor) -> Tensor:
         """The states themselves."""
@@ -136,17 +142,42 @@ class KeptLabels:
             asked = self.asked[piece.client]
             requests[asked.partition] = [self._request(asked, piece.start, states)]
         streams = self.link.exchange(requests)
-        found: list[HiddenGradient] = []
+        found: dict[int, HiddenGradient] = {}  # by client
         failed: dict[int, Any] = {}
-        for piece, _ in parts:
-            try:
-                (reply,) = streams[self.asked[piece.client].partition]
-            except (ClientError, ProtocolError) as error:
-                failed[piece.client] = error
-                continue
-            assert isinstance(reply, HiddenGradient)  # Link has checked it
-            found.append(reply)
-        return found, failed
+        waiting = [piece.client for piece, _ in parts]
+        self.link.until = time.monotonic() + self.seconds if self.seconds else math.inf
+        try:
+            while waiting:
+                waiting = [m for m in waiting if not self._take(m, streams, found, failed)]
+                spare = len(self.asked) - self.least - len(failed)
+                if spare < 0 or len(waiting) <= spare:
+                    break  # else the first of the late are enough, whoever they are
+                self.link.until = time.monotonic() + _MOMENT
+        finally:
+            self.link.until = math.inf
+        for client in waiting:
+            streams[self.asked[client].partition].close()
+            failed[client] = too_late(self.seconds)
+        return [found[piece.client] for piece, _ in parts if piece.client in found], failed
+
+    def _take(
+        self,
+        client: int,
+        streams: Mapping[int, Iterator[Any]],
+        found: dict[int, HiddenGradient],
+        failed: dict[int, Any],
+    ) -> bool:
+        """One client's reply, or what it failed with; False when it is not there yet."""
+        try:
+            reply = next(streams[self.asked[client].partition])
+        except (ClientError, ProtocolError) as error:
+            failed[client] = error
+            return True
+        if reply is NOT_YET:
+            return False
+        assert isinstance(reply, HiddenGradient)  # Link has checked it
+        found[client] = reply
+        return True
 
     def _request(
         self, asked: Forward, first: int, states: Tensor, losses_only: bool = False
@@ -163,7 +194,13 @@ def kept(session: "Session", link: Link, *asked: Forward) -> KeptLabels | None:
         return None
     answers = session.encoder.answers
     assert isinstance(answers, Answers)  # inputs.make_inputs has checked it
-    return KeptLabels(answers, link, asked)
+    config = session.config
+    return KeptLabels(answers, link, asked, config.step_deadline, config.min_clients)
+
+
+def too_late(seconds: float) -> AbsentError:
+    """Why a client is left out that has not answered by the step-deadline."""
+    return AbsentError(f"it did not answer within {seconds:g} s (step-deadline)")
 
 
 @dataclass
@@ -198,10 +235,10 @@ def score_by_client(link: Link, at: dict[str, Any], states: Iterable[Tensor]) ->
     hidden states [n, M, D] of consecutive batches of them.
 
     They go in as few requests as their size allows, of like size, so that a total is of many
-    examples.
+    examples; but a request has one at least, however large.
     """
     whole = torch.cat([own.cpu() for own in states])
-    parts = whole.tensor_split(-(-whole.nbytes // STATES_BYTES))
+    parts = whole.tensor_split(min(len(whole), -(-whole.nbytes // STATES_BYTES)))
     requests, first = [], 0
     for part in parts:
         requests.append(HeldOutStates(**at, first=first, states=part.contiguous()))

@@ -31,10 +31,14 @@ _UPDATES = ("losses", "catch-up", "restore", "fetch", "adopt", "hidden-states")
 
 
 def _linear(keys: Mapping[str, Any]) -> int:
-    """Of E local steps on <lambda, f_c>: the first knows the clean value, unless activations come
-    in micro-batches and are not kept."""
+    """Of E local steps on <lambda, f_c>. Differences: the first step knows the clean value, unless
+    activations come in micro-batches and are not kept. A derivative needs no clean value; a pass
+    that carries a tangent counts as two (tangent.py)."""
+    steps, directions = keys["local-steps"], keys["directions"]
+    if keys.get("derivative") == "forward-mode":
+        return 2 * steps * directions
     known = not keys["client-micro-batch"]
-    return keys["local-steps"] * (keys["directions"] + 1) - known
+    return steps * (directions + 1) - known
 
 
 @dataclass(frozen=True)

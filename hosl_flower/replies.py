@@ -10,6 +10,8 @@ from torch import Tensor
 from hosl_flower.memory import PHASES
 from hosl_flower.requests import STRICT, Count, Counts, Digest, Digests, Finite
 
+# summed up over a run, so that a sum stays a number; nobody computes for longer than eleven days
+Seconds = Annotated[Finite, Field(ge=0, le=1e6)]
 Peaks = Annotated[Counts, Field(min_length=len(PHASES), max_length=len(PHASES))]
 
 
@@ -20,7 +22,7 @@ class Reply:
 
     kind: ClassVar[str]
     step: Count
-    seconds: Finite
+    seconds: Seconds
     peak_bytes: Count
     tensor_peaks: Peaks = field(default=(0,) * len(PHASES), kw_only=True)
 

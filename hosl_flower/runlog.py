@@ -21,7 +21,11 @@ _LINES = 10_000  # kept until there is a directory
 
 
 class _Quiet(logging.FileHandler):
-    """A log that cannot be written, for want of room, stops and disturbs nothing."""
+    """A log that cannot be opened or written, for want of room say, stops and disturbs nothing."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):  # the file is opened here, outside what is handled
+            super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass
@@ -86,9 +90,10 @@ class RunLog:
 @contextlib.contextmanager
 def stop_announced(kept: RunLog) -> Iterator[None]:
     """While this lasts, a signal that ends the process leaves a line first: `flwr stop` sends
-    one, and so does Flower to a ServerApp whose SuperLink has ended."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
+    one, and so does Flower to a ServerApp whose SuperLink has ended. One that is ignored, as a
+    shell's background jobs ignore SIGINT, stays so."""
+    both = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {n: set_to for n, set_to in both.items() if set_to != signal.SIG_IGN}
 
     def stop(number: int, frame: FrameType | None) -> None:
         with contextlib.suppress(RuntimeError):  # a line was being written
@@ -108,11 +113,11 @@ def stop_announced(kept: RunLog) -> Iterator[None]:
         yield  # signals are none of its business
         return
     try:
-        for number in numbers:
+        for number in before:
             signal.signal(number, stop)
         yield
     finally:
-        for number in numbers:
+        for number in before:
             signal.signal(number, before[number] or signal.SIG_DFL)
 
 

@@ -54,6 +54,8 @@ class Place(NamedTuple):
     batches: Counter[int]
     unchecked: set[int]
     drops: int
+    clipped: Counter[int]
+    clipped_at: dict[int, Counter[int]]
     position: int
     versions: list[int]
 
@@ -127,6 +129,8 @@ class Session:
             Counter(self.batches),
             set(self.unchecked),
             len(self.dropped),
+            Counter(self.clipped),
+            {step: Counter(of) for step, of in self.clipped_at.items()},
             len(self.history.ledger),
             self._versions(),
         )
@@ -137,6 +141,7 @@ class Session:
         if len(self.history.ledger) != place.position or self._versions() != place.versions:
             return False
         self.batches, self.unchecked = place.batches, place.unchecked
+        self.clipped, self.clipped_at = place.clipped, place.clipped_at
         del self.dropped[place.drops :]
         return True
 

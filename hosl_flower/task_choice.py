@@ -12,7 +12,7 @@ def task_from_config(config: RunConfig) -> Task:
     """The task a run asks for, with its overrides; ConfigError when it is incomplete."""
     base, (names, words) = TASKS.get(config.task), _labels_and_words(config)
     if config.task in IMAGE_TASKS or config.image_column:
-        return _image_task(config, words)
+        return _image_task(config, names, words)
     if base is None:
         if not (config.prompt and (words or config.target_column)):
             raise ConfigError(
@@ -38,6 +38,7 @@ def task_from_config(config: RunConfig) -> Task:
     else:
         names, words = names or base.label_names, words or base.verbalizers
         task = replace(task, verbalizers=words, label_names=names)
+    _check_used(config, task)
     if not task.fields:
         raise ConfigError(f"prompt = {task.prompt!r} names no column; write one like {{text}}")
     if task.label_names and len(task.label_names) != len(task.verbalizers):
@@ -48,10 +49,18 @@ def task_from_config(config: RunConfig) -> Task:
     return task
 
 
-def _image_task(config: RunConfig, words: tuple[str, ...]) -> Task:
-    """A task about images; verbalizers are the classes."""
+def _check_used(config: RunConfig, task: Task) -> None:
+    """A value that would change nothing of a task about text is a mistake."""
+    if config.image_size:
+        raise ConfigError(f"image-size has no use: task {task.name} is not about images")
+    if _writes(config) and not task.target:
+        raise ConfigError(f"max-new-tokens has no use: task {task.name} generates no answers")
+
+
+def _image_task(config: RunConfig, names: tuple[str, ...], words: tuple[str, ...]) -> Task:
+    """A task about images; verbalizers are the classes, under the names the data has for them."""
     unused = {"prompt": config.prompt, "max-length": config.max_length != DEFAULT_LENGTH}
-    unused["target-column"] = bool(config.target_column)
+    unused |= {"target-column": bool(config.target_column), "max-new-tokens": _writes(config)}
     if idle := [key for key, is_set in unused.items() if is_set]:
         raise ConfigError(f"task = {config.task!r} is about images: it has no {', '.join(idle)}")
     base = IMAGE_TASKS.get(config.task)
@@ -69,9 +78,15 @@ def _image_task(config: RunConfig, words: tuple[str, ...]) -> Task:
     return replace(
         base,
         verbalizers=words or base.verbalizers,
+        label_names=names or base.label_names,
         image=config.image_column or base.image,
         label_column=config.label_column or base.label_column,
     )
+
+
+def _writes(config: RunConfig) -> bool:
+    """Whether the length of generated answers is set."""
+    return config.max_new_tokens != RunConfig.model_fields["max_new_tokens"].default
 
 
 def _labels_and_words(config: RunConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:

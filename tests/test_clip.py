@@ -64,6 +64,18 @@ def test_each_clients_scalars_are_clipped_before_they_are_averaged(keys, entry):
     assert session.clipped_at == {7: {0: 2}}
 
 
+def test_what_an_unfinished_step_has_clipped_is_taken_back():
+    session, _ = of_session(**{"scalar-clip": 2.0})
+    session.history, session.server = SimpleNamespace(ledger=[]), SimpleNamespace(trained={})
+    session.clip(6, 0, torch.tensor([3.0, 1.0]))
+    place = session.place()
+    session.clip(6, 0, torch.tensor([3.0, -3.0]))
+    session.clip(7, 1, torch.tensor([3.0, 3.0]))
+    assert session.return_to(place)
+    assert session.clipped == {0: 1}
+    assert session.clipped_at == {6: {0: 1}}
+
+
 def blown_up(partition, request, reply):
     """Client 0 sends a million times its scalars."""
     if isinstance(reply, Scalars) and partition == 0:

@@ -294,6 +294,27 @@ def test_forwards_and_bytes_of_every_kind(experiment, in_this_process, tmp_path)
     assert outcome(out / "cut1-split-fo-seed0", 0).bytes_up * 4 > fetched > 0
 
 
+@pytest.mark.parametrize(
+    ("derivative", "micro_batch", "forwards"),
+    [("differences", 0, 1 + 2 * 4 - 1), ("differences", 2, 1 + 2 * 4), ("forward-mode", 2, 1 + 12)],
+)
+def test_forwards_of_two_local_steps_along_three_directions(
+    tmp_path, derivative, micro_batch, forwards
+):
+    """Each step has a clean pass and 3 probes, or 3 passes with a tangent, of twice a pass; the
+    first clean one is the forward's where it is kept."""
+    (tmp_path / "results.json").write_text(json.dumps({
+        "steps": 1, "loss": 0.5, "evaluations": [], "wall_seconds": 1.0,
+        "bytes_up": {kind: {"messages": 1, "bytes": 1} for kind in ("forward", "cut-gradient")},
+        "bytes_down": {}, "seconds_per_step": {"server": 0.0, "client": 0.0, "total": 0.0},
+        "client_peak_memory": {"tensor_bytes": {"probe": 1}},
+    }))  # fmt: skip
+    keys = {"local-steps": 2, "directions": 3, "client-micro-batch": micro_batch}
+    written = json.dumps({"config": {**keys, "derivative": derivative}})
+    (tmp_path / "config.json").write_text(written)
+    assert outcome(tmp_path, 0).forwards == forwards
+
+
 def test_the_frontier_is_drawn_where_there_is_a_gap(tmp_path, monkeypatch):
     marks = []
     monkeypatch.setattr("matplotlib.axes.Axes.errorbar", lambda _, *at, **__: marks.append(at))

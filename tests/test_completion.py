@@ -9,6 +9,7 @@ from runs import metrics, run_factory
 from specs import client_spec, history_for
 from test_families import halves
 from test_families import saved as saved  # a fixture
+from test_ho_sfl import link_that
 from test_squad import question, squad_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,7 +18,7 @@ from hosl_flower.client import Client
 from hosl_flower.completion import IGNORED, Completion
 from hosl_flower.config import parse_config
 from hosl_flower.decoding import Prompts, Writer, greedy
-from hosl_flower.errors import ConfigError, ProtocolError
+from hosl_flower.errors import ClientError, ConfigError, ProtocolError
 from hosl_flower.messages import Activations, Continue, Continued, Failure, Grade, Graded
 from hosl_flower.plan import plan
 from hosl_flower.server import Server
@@ -218,6 +219,19 @@ def test_a_zeroth_order_client_and_one_of_16_bits_write_answers_too(make):
         method=Hosl, steps=1, num_clients=1, dtype="bfloat16", codec="int8", client_micro_batch=2
     )
     assert 0 <= results.exact_match <= results.f1 <= 1
+
+
+def test_a_client_continues_every_prompt_it_was_scored_on(make, monkeypatch):
+    def easiest(partition, request, reply):
+        if not isinstance(reply, Continued):
+            return reply
+        own = {k: v[:1] for k, v in vars(reply).items() if k in ("activations", "attention_mask")}
+        return Continued(**{**vars(reply), **own})
+
+    link_that(monkeypatch, easiest)
+    expected = "client 0, step 0, continue: expected 3 sequences of held-out batch 0, got 1"
+    with pytest.raises(ClientError, match=expected):
+        make(steps=1)
 
 
 def test_central_evaluation_writes_the_same(make):

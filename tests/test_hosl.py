@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hosl_flower.errors import ConfigError, DivergedError, DriftError
 from hosl_flower.ledger import Ledger, fingerprint
+from hosl_flower.link.inprocess import InProcessLink
+from hosl_flower.messages import Evaluate
 from strategies.hosl import Hosl
 
 
@@ -47,6 +49,22 @@ def test_a_run_equals_the_reference_loop(make, kind):
         expected = dict(side.named_parameters())[n].detach()
         assert torch.allclose(merged[n], expected, atol=2e-5), n
     assert torch.allclose(merged["lm_head.weight"], server.lm_head.weight, atol=2e-5)
+
+
+def test_held_out_batches_are_asked_for_in_groups(make, monkeypatch):
+    """24 examples in batches of 7 are 4 batches."""
+    _, together, _ = make()
+    asked, original = [], InProcessLink.exchange
+
+    def exchange(self, requests):
+        asked.extend(sum(type(r) is Evaluate for r in own) for own in requests.values())
+        return original(self, requests)
+
+    monkeypatch.setattr(InProcessLink, "exchange", exchange)
+    monkeypatch.setattr("hosl_flower.held_out._TOGETHER", 3)
+    _, grouped, _ = make()
+    assert [count for count in asked if count] == [3, 1] * 3, "at steps 0, 2 and 4"
+    assert metrics(grouped) == metrics(together)
 
 
 def test_the_same_seed_gives_the_same_curve_and_another_seed_another(make):

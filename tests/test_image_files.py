@@ -97,6 +97,24 @@ def test_parquet_as_the_hub_has_it(tmp_path, plain):
     assert [int(image.mean() > 120) for image in found] == labels
 
 
+def test_saved_parts_and_tables_with_a_folder_beside_them(tmp_path):
+    write_folder(tmp_path / "files", 8)
+    made = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "files"))["train"]
+    parts = datasets.DatasetDict({"train": made, "test": made.select(range(6))})
+    parts.save_to_disk(tmp_path / "saved")
+    for hidden in (".cache", "notes"):
+        (tmp_path / "tables" / hidden).mkdir(parents=True)
+    (tmp_path / "tables" / ".cache" / "thumbnail.png").write_bytes(b"no image")
+    (tmp_path / "tables" / "notes" / "read.me").write_text("no image either")
+    for name, data in parts.items():
+        data.to_parquet(tmp_path / "tables" / f"{name}.parquet")
+    for kind in ("saved", "tables"):
+        train, held_out = load(tmp_path / kind)
+        assert (len(train), len(held_out)) == (8, 6), kind
+        found, labels = pixels_and_labels(train, 3)
+        assert [int(image.mean() > 120) for image in found] == labels
+
+
 def test_colours_become_grey_and_grey_three_channels():
     (grey,), (colour,) = images(1)[0], images(1, channels=3)[0]
     as_kept = load_source("bundled:digits", IMAGE_TASKS["digits"], 0)[0][0]["image"]
@@ -192,6 +210,13 @@ def test_other_things_that_are_no_images(tmp_path):
     pa.parquet.write_table(table.rename_columns(["photo", "label"]), tmp_path / "other.parquet")
     with pytest.raises(DataError, match="no column 'image'; the data has photo, label"):
         load(tmp_path / "other.parquet")
+    (tmp_path / "tables" / ".cache").mkdir(parents=True)
+    with pytest.raises(DataError, match="tables has no train file"):
+        load(tmp_path / "tables")
+    (tmp_path / "arrays").mkdir()
+    write_npz(tmp_path / "arrays" / "mnist.npz")
+    with pytest.raises(DataError, match="arrays has no 'train' part; it has mnist"):
+        load(tmp_path / "arrays")
     write_folder(tmp_path / "classes" / "train")
     (tmp_path / "classes" / "train" / "third").mkdir()
     (tmp_path / "classes" / "train" / "third" / "x.png").write_bytes(b"no image")

@@ -208,7 +208,8 @@ def test_the_page_and_the_command_line(run, tmp_path):
     ("changes", "message"),
     [
         ({"model": "random:opt-tiny"}, "brightness is about images, random:opt-tiny is a model of"),
-        ({"task": "sms-spam", "image_column": "", "verbalizers": "", "data_path": ""},
+        ({"task": "sms-spam", "image_column": "", "verbalizers": "", "data_path": "",
+          "image_size": 0},
          "sms-spam is about text, random:resnet-tiny is a model of image"),
         ({"model": "random:vit-tiny", "image_size": 32}, "for images of 16 pixels, not 32"),
         ({"image_size": 10**6}, "image-size = 1000000: expected at most 4096"),

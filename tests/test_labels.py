@@ -9,13 +9,17 @@ import torch
 import torch.nn.functional as F
 from runs import metrics, run_factory
 from safetensors.torch import load_file
-from specs import client_spec
+from specs import client_spec, history_for
 
 from hosl_flower.answers import Answers
+from hosl_flower.checks import Limits
 from hosl_flower.client import Client
 from hosl_flower.errors import ClientError, ConfigError
 from hosl_flower.families import embedding_name
-from hosl_flower.messages import HeldOutStates, HiddenStates
+from hosl_flower.labels import score_by_client
+from hosl_flower.link.base import Link
+from hosl_flower.link.stream import longest_frame
+from hosl_flower.messages import HeldOutStates, HiddenStates, Scored
 from hosl_flower.output_head import OutputHead, load_output_head
 from hosl_flower.split import load_client, load_server, open_base
 from hosl_flower.tensors import raw_bytes
@@ -256,6 +260,38 @@ def test_a_client_says_nothing_of_its_data_in_an_error(make, tmp_path):
             make(labels=labels, data_path=str(data), prompt="{text} It was")
         assert ("secret" in str(failed.value)) is told
         assert "DataError" in str(failed.value)
+
+
+class Counting(Link):
+    """Answers that as many examples are right as were sent."""
+
+    def describe_client(self, partition):
+        return f"client {partition}"
+
+    def _deliver(self, requests):
+        done = {"step": 1, "seconds": 0.0, "peak_bytes": 0, "loss_sum": 0.5}
+        return {
+            p: iter([Scored(**done, correct=len(request.states)) for request in own])
+            for p, own in requests.items()
+        }
+
+
+@pytest.mark.parametrize(
+    ("examples", "width", "requests"), [(3, 300 * 4096, 3), (5, 1 << 18, 2), (5, 1 << 10, 1)]
+)
+def test_held_out_states_are_asked_for_in_requests_of_an_example_at_least(
+    examples, width, requests
+):
+    """States of 4.7 MiB, 1 MiB and 4 KiB each, where 4 MiB go together."""
+    spec = client_spec(labels="client")
+    limits = Limits(4, 32, width, "float32", 2, private_labels=True)
+    link = Counting(history_for(spec), limits)
+    at = {"step": 1, "partition": 0, "position": 0, "digest": "0" * 16}
+    tally = score_by_client(link, at, [torch.zeros(examples, 1, width)])
+    assert (tally.examples, tally.correct) == (examples, examples)
+    assert link.traffic.down["held-out-states"][0] == requests
+    longest = -(-examples // requests) * width * 4 + 400  # the header too
+    assert longest <= longest_frame(limits, link.history)
 
 
 def test_states_that_do_not_fit_are_refused():

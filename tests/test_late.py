@@ -1,5 +1,7 @@
 """Clients that are late (step-deadline), nodes that are lost, a SuperLink that is gone."""
 
+import contextlib
+import math
 import re
 import threading
 import time
@@ -8,24 +10,33 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from flwr.app import Error, Message
 from flwr.supercore.task_identity import TaskIdentity
 from grids import LocalGrid, ThreadGrid
 from specs import client_spec, history_for
 
 from hosl_flower import client_app
+from hosl_flower.answers import Answers
 from hosl_flower.checks import Limits
 from hosl_flower.client import Client
 from hosl_flower.cohort import Cohort, Question, absent
 from hosl_flower.config import parse_config
-from hosl_flower.errors import AbsentError, ClientError, ConfigError, SuperLinkError
+from hosl_flower.errors import (
+    AbsentError,
+    ClientError,
+    ConfigError,
+    LostClientsError,
+    SuperLinkError,
+)
+from hosl_flower.labels import Piece, kept
 from hosl_flower.ledger import Entry
 from hosl_flower.link.grid import EXCHANGE, GridLink
 from hosl_flower.link.lines import SESSION
 from hosl_flower.link.nodes import Nodes
 from hosl_flower.link.stream import StreamLink
 from hosl_flower.link.superlink import SuperLink
-from hosl_flower.messages import Describe, Fingerprint
+from hosl_flower.messages import Describe, Fetch, Fingerprint, Forward
 from hosl_flower.server_app import load_strategy
 
 SPEC = client_spec(num_clients=3)
@@ -99,22 +110,30 @@ class Gate:
         self.event.set()
 
 
-@pytest.fixture(params=["grid", "stream"])
-def slow(request, history, monkeypatch):
-    """(link, gate): clients of the partitions in gate.held do not answer. gate.hold(p)"""
-    if request.param == "grid":
+@contextlib.contextmanager
+def held_back(kind, history, monkeypatch, spec=SPEC):
+    """(link, gate, first): clients of first + the partitions in gate.held do not answer."""
+    if kind == "grid":
         gate = HeldGrid(dict(NODES))
         nodes = Nodes(gate, 3, 0, 20.0)
         nodes.wait(0.1, 3)
-        yield GridLink(gate, SPEC, history, LIMITS, 20.0, nodes), gate, 7
+        yield GridLink(gate, spec, history, LIMITS, 20.0, nodes), gate, 7
         return
     grid, gate = ThreadGrid(dict(NODES)), Gate(monkeypatch)
     nodes = Nodes(grid, 3, 0, 20.0)
     nodes.wait(0.1, 3)
-    link = StreamLink(grid, SPEC, history, LIMITS, 20.0, nodes, 600.0)
-    yield link, gate, 0
-    gate.let_out()
-    link.close()
+    link = StreamLink(grid, spec, history, LIMITS, 20.0, nodes, 600.0)
+    try:
+        yield link, gate, 0
+    finally:
+        gate.let_out()
+        link.close()
+
+
+@pytest.fixture(params=["grid", "stream"])
+def slow(request, history, monkeypatch):
+    with held_back(request.param, history, monkeypatch) as held:
+        yield held
 
 
 def session_of(history, **keys):
@@ -183,6 +202,47 @@ def test_nobody_is_waited_for_longer_than_the_reply_deadline(slow, history):
         ClientError, match=r"2 client\(s\) left, min-clients = 3; client 2 \(node 9"
     ):
         ask(session, link, history, 1, range(3))
+
+
+@pytest.fixture(scope="module")
+def keepers():
+    """As `clients`, of a run whose labels stay on them."""
+    return [Client(client_spec(num_clients=3, labels="client")) for _ in NODES]
+
+
+@pytest.mark.parametrize("kind", ["grid", "stream"])
+@pytest.mark.parametrize("least", [2, 3])
+def test_gradients_of_labels_that_are_kept_are_waited_for_as_long(
+    kind, least, monkeypatch, keepers
+):
+    def keeper(spec, context):
+        return keepers[context.node_config["partition-id"]]
+
+    monkeypatch.setattr(client_app, "_client", keeper)
+    spec = keepers[0].spec
+    history = history_for(spec)
+    keys = {"labels": "client", "num-clients": 3, "min-clients": least, "step-deadline": 0.2}
+    encoder = SimpleNamespace(answers=Answers([[4], [8]]))
+    session = SimpleNamespace(config=parse_config(keys), encoder=encoder)
+    at = {"step": 1, "position": 0, "digest": history.ledger.digest(), "batch": 0}
+    asked = [Forward(**at, partition=p) for p in range(3)]
+    states = torch.zeros(6, 1, 64, requires_grad=True)  # of two examples of each client
+    pieces = [Piece(m, 0, 2) for m in range(3)]
+    batches = [SimpleNamespace(activations=torch.empty(2, 4, 64))] * 3
+    with held_back(kind, history, monkeypatch, spec) as (link, gate, first):
+        labels = kept(session, link, *asked)
+        gate.held = {first + 2}
+        if least == 3:  # it is indispensable
+            threading.Timer(0.6, gate.let_out).start()
+            losses = labels.backward(states, batches, pieces, [0.5, 0.25, 0.25])
+            assert losses == pytest.approx([math.log(2)] * 3)
+            return
+        with pytest.raises(LostClientsError) as lost:
+            labels.backward(states, batches, pieces, [0.5, 0.25, 0.25])
+        ((client, reason),) = lost.value.errors.items()
+        assert client == 2
+        assert str(reason) == "it did not answer within 0.2 s (step-deadline)"
+        assert link.late() == {2}, "it is not asked again while it is still at it"
 
 
 def test_late_clients_are_waited_for_when_there_are_too_few_others():
@@ -265,6 +325,22 @@ def test_a_node_that_dies_is_replaced_and_its_stream_opened_anew(history, stream
     assert 9 not in link._lines
 
 
+def test_a_node_that_dials_again_after_it_was_let_go_of_is_not_asked(history, stream):
+    link = stream(MortalGrid(dict(NODES)), indispensable=False)
+    describe(history, link)
+    old = link._lines[9]
+    link.grid.kill(link, 9)
+    link.grid.nodes[44] = NODES[9]
+    while 44 not in link._lines:
+        link.absent()
+        time.sleep(0.05)
+    old.session.open()
+    at = {"position": 0, "digest": history.ledger.digest()}
+    fetch = Fetch(step=1, partition=2, **at, local=1, moments=False)
+    with pytest.raises(ClientError, match=r"client 2 \(node 44\).*no longer has the weights"):
+        list(link.exchange({2: [fetch]})[2])
+
+
 def test_a_supernode_restarted_under_its_own_id_is_called_again(history, stream):
     link = stream(MortalGrid(dict(NODES)), indispensable=False)
     before = describe(history, link)
@@ -274,6 +350,30 @@ def test_a_supernode_restarted_under_its_own_id_is_called_again(history, stream)
     link.grid.activated = "later"
     assert describe(history, link).label_counts == before.label_counts
     assert sum(m.metadata.message_type == SESSION for m in link.grid.sent) == 4
+
+
+class RestartedGrid(ThreadGrid):
+    """Node 9 is restarted when it has taken the message that opens its session."""
+
+    def push_messages(self, messages):
+        ids = super().push_messages(messages)
+        opens = messages[0].metadata.message_type == SESSION
+        if opens and self.nodes[9] is None:
+            self.nodes[9], self.activated = NODES[9], "later"
+        return ids
+
+
+def test_a_supernode_restarted_before_it_first_came_is_called_again(history):
+    grid = RestartedGrid({9: NODES[9]})
+    nodes = Nodes(grid, 3, 0, 20.0)
+    nodes.wait(0.1, 1)
+    grid.nodes[9] = None
+    link = StreamLink(grid, SPEC, history, LIMITS, 20.0, nodes, 600.0)
+    try:
+        assert sum(m.metadata.message_type == SESSION for m in grid.sent) == 2
+        assert describe(history, link).held_out_examples == 20
+    finally:
+        link.close()
 
 
 def test_another_node_is_waited_for_where_no_client_can_be_missed(history, stream):

@@ -13,7 +13,13 @@ from specs import client_spec, history_for
 from hosl_flower import client_app
 from hosl_flower.checks import Limits
 from hosl_flower.client import Client
-from hosl_flower.errors import ClientError, ConfigError, DriftError, ProtocolError
+from hosl_flower.errors import (
+    AbsentError,
+    ClientError,
+    ConfigError,
+    DriftError,
+    ProtocolError,
+)
 from hosl_flower.ledger import Entry
 from hosl_flower.link.grid import EXCHANGE, GridLink
 from hosl_flower.link.inprocess import InProcessLink
@@ -21,6 +27,7 @@ from hosl_flower.link.nodes import Nodes
 from hosl_flower.link.records import pack
 from hosl_flower.messages import (
     Activations,
+    Applied,
     Behind,
     Describe,
     Failure,
@@ -67,13 +74,13 @@ def ask(link, *requests):
     return list(link.exchange({requests[0].partition: requests})[requests[0].partition])
 
 
-def update(history, step=1):
+def update(history, step=1, directions=1):
     """A Losses request, with its entry made part of the server's history."""
-    where = at(history, step)
-    scalars = projected_gradients([0.5, 0.25], 1e-3)
-    history.commit([Entry(step, (step,), tuple(scalars), 1e-4)])
+    where, seeds = at(history, step), tuple(range(step, step + directions))
+    losses = (0.5, 0.25) * directions
+    history.commit([Entry(step, seeds, tuple(projected_gradients(losses, 1e-3)), 1e-4)])
     return Losses(
-        **where, seeds=(step,), losses=(0.5, 0.25), epsilon=1e-3, learning_rate=1e-4,
+        **where, seeds=seeds, losses=losses, epsilon=1e-3, learning_rate=1e-4,
         digest_after=history.ledger.digest(),
     )  # fmt: skip
 
@@ -119,6 +126,25 @@ def test_a_lost_update_in_the_outbox_is_caught_up_too(link, history, client):
     link.post(update(history, 2))
     ask(link, Forward(**at(history, 3), batch=0))
     assert client.state.digest == history.ledger.digest()
+
+
+def test_receipts_of_updates_the_ledger_has_let_go_of_since():
+    """One weight matrix [64, 64] under adapters of rank 1: 128 weights are fewer bytes than an
+    entry of 100 directions, so that the ledger holds none of them."""
+    spec = client_spec(client_trainable="lora", lora_rank=1, lora_targets="q_proj")
+    history, client = history_for(spec), Client(spec)
+    link = InProcessLink(client, history, LIMITS)
+    requests = [update(history, step, directions=100) for step in (1, 2, 3)]
+    assert history.ledger.start == 3
+    for again in (False, True):  # and once more, as if the receipts had been lost
+        for request in requests:
+            link.post(request)
+        link.flush()
+        assert client.state.position == 3, again
+        assert client.state.mark().fingerprint == history.state.mark().fingerprint
+    other = Applied(step=3, seconds=0.0, peak_bytes=0, position=3, digest="0" * 16)
+    with pytest.raises(DriftError, match="which is not the server's"):
+        link._check(0, requests[-1], other)
 
 
 def test_an_update_another_partition_made_is_not_made_twice(link, history, client):
@@ -470,6 +496,24 @@ def test_a_client_whose_process_died_is_asked_again(history):
     (reply,) = ask(link, Fingerprint(**at(history), since=0))
     assert reply.fingerprints[-1] == history.state.mark().fingerprint
     assert len(died) == 2
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["silent", "gone"])
+def test_a_second_try_that_nobody_answers_is_told_from_an_error(history, gone):
+    there = {7: {"partition-id": 0}, 8: {"partition-id": 1}}
+    link = grid_link(there, history)
+
+    def dies(message, config):
+        there[7] = None
+        if gone:
+            del there[7]
+        return Message(Error(code=2, reason="killed"), reply_to=message)
+
+    link.grid.answer, link.deadline = dies, 0.2
+    with pytest.raises(ClientError) as failed:
+        ask(link, Describe(**at(history)))
+    assert isinstance(failed.value, AbsentError) is not gone
+    assert ("failed: killed" if gone else "did not answer within 0.2 s") in str(failed.value)
 
 
 def test_a_late_joiner_is_found_and_caught_up(history, caplog):

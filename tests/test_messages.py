@@ -211,6 +211,13 @@ def test_what_is_not_a_message_is_one_protocol_error(header, complaint):
         from_wire(header, {}, REQUESTS)
 
 
+@pytest.mark.parametrize("seconds", ["-1e300", "-1e-9", "1e308", "NaN", "Infinity"])
+def test_seconds_that_nobody_computes_for_are_refused(seconds):
+    header = f'{{"kind":"stepped","step":3,"seconds":{seconds},"peak_bytes":7,"local":1}}'
+    with pytest.raises(ProtocolError, match="seconds: "):
+        from_wire(header, {}, REPLIES)
+
+
 @given(st.text() | st.recursive(st.none() | st.integers() | st.text(), st.lists).map(repr))
 @settings(max_examples=200, deadline=None)
 def test_any_text_is_refused_with_a_protocol_error(header):
@@ -229,6 +236,7 @@ def test_any_text_is_refused_with_a_protocol_error(header):
         ({"attention_mask": torch.ones(2, 2, dtype=torch.bool)}, "attention_mask"),
         ({"attention_mask": torch.ones(2, 3)}, "attention_mask"),
         ({"attention_mask": torch.tensor([[True, True, False]] * 2)}, "left-padded"),
+        ({"attention_mask": torch.tensor([[True, False, True]] * 2)}, "left-padded"),
         ({"activations": torch.zeros(2, 3, 4, dtype=torch.float16)}, "got float16"),
         ({"scales": torch.zeros(2, 3)}, r"scales: expected float32\[0\]"),
         ({"labels": torch.tensor([0, 2])}, r"labels: expected 0\.\.1"),
@@ -294,6 +302,13 @@ def test_a_description_that_cannot_be_is_refused(changes, complaint):
     check_described(Described(**good), limits)
     with pytest.raises(ProtocolError, match=complaint):
         check_described(Described(**{**good, **changes}), limits)
+
+
+def test_a_client_cannot_have_an_evaluation_without_end():
+    good = next(vars(m) for m in ALL if isinstance(m, Described))
+    check_described(Described(**{**good, "held_out_examples": 10**6}), LIMITS)
+    with pytest.raises(ProtocolError, match="expected 1 to 1000000 held-out examples, got 1000001"):
+        check_described(Described(**{**good, "held_out_examples": 10**6 + 1}), LIMITS)
 
 
 def test_no_labels_are_taken_where_they_are_the_clients():

@@ -55,15 +55,31 @@ def test_a_signal_leaves_a_line_and_does_what_it_did_before(tmp_path):
     assert line.endswith(f"; resume={tmp_path} goes on from the checkpoint of step 5")
 
 
+def test_a_signal_that_is_ignored_stops_nothing_and_says_nothing(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with RunLog() as kept, stop_announced(kept):
+            kept.keep(tmp_path)
+            signal.raise_signal(signal.SIGINT)
+            log.warning("it goes on")
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert said(tmp_path) == ["it goes on"]
+
+
 def test_a_run_that_is_refused_leaves_nothing(tmp_path):
     with pytest.raises(ClientError):
         run_that_fails(None)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_log_that_cannot_be_written_stops_nothing(tmp_path, capsys):
-    (tmp_path / NAME).symlink_to("/dev/full")
+@pytest.mark.parametrize("target", ["/dev/full", "/", "/nowhere/log.txt"])
+def test_a_log_that_cannot_be_written_stops_nothing(tmp_path, capsys, target):
+    """A full disk, a directory, a file that cannot be made."""
+    (tmp_path / NAME).symlink_to(target)
     with RunLog() as kept:
         kept.keep(tmp_path)
         log.warning("lost")
+        log.warning("lost too")
     assert "Traceback" not in capsys.readouterr().err

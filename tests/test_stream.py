@@ -15,8 +15,9 @@ from runs import metrics, run_factory
 from specs import client_spec, history_for
 
 from hosl_flower import client_app
-from hosl_flower.checks import Limits
+from hosl_flower.checks import Limits, check_activations
 from hosl_flower.client import Client
+from hosl_flower.codec import encode as codec_encode
 from hosl_flower.errors import AbsentError, ClientError, ProtocolError
 from hosl_flower.ledger import Entry
 from hosl_flower.link import dial as dialling
@@ -25,10 +26,11 @@ from hosl_flower.link.inprocess import InProcessLink
 from hosl_flower.link.lines import SESSION
 from hosl_flower.link.nodes import Nodes
 from hosl_flower.link.sessions import METHOD
-from hosl_flower.link.stream import StreamLink
+from hosl_flower.link.stream import StreamLink, longest_frame
 from hosl_flower.messages import (
     REPLIES,
     REQUESTS,
+    Activations,
     Describe,
     Fetch,
     Fingerprint,
@@ -37,6 +39,7 @@ from hosl_flower.messages import (
     Probe,
 )
 from hosl_flower.processes import free_port
+from hosl_flower.tensors import DTYPES
 from strategies.ho_sfl import HoSfl
 
 SPEC = client_spec(num_clients=5)
@@ -260,6 +263,16 @@ def test_a_client_that_cannot_start_says_why(make, monkeypatch):
         make()
 
 
+def test_nodes_that_never_dial_are_asked_about_the_endpoint(history):
+    grid = ThreadGrid(dict(NODES))
+    nodes = Nodes(grid, SPEC.num_clients, 0, 20.0)
+    nodes.wait(0.1, 1)
+    grid.nodes = dict.fromkeys(NODES)  # as behind a firewall
+    why = r"2 were called and none has dialled 127\.0\.0\.1:\d+ within 0\.2 s.*stream-endpoint"
+    with pytest.raises(ClientError, match=f"no SuperNode came to its session; {why}"):
+        StreamLink(grid, SPEC, history, LIMITS, 0.2, nodes, 600.0)
+
+
 def test_the_window_keeps_a_fast_client_from_running_ahead(history, make):
     link = make({7: {"partition-id": 0, "num-partitions": 1}})
     many = [Forward(**at(history), batch=number % 3) for number in range(20)]
@@ -378,6 +391,26 @@ def test_frames_carry_messages_unchanged():
     assert read_word(encode_word("close", a=1)) == {"word": "close", "a": 1}
 
 
+@pytest.mark.parametrize(("dtype", "codec"), [("float32", "exact"), ("bfloat16", "fp16")])
+def test_the_longest_activations_fit_a_frame(history, dtype, codec):
+    """1024 sequences of 384 tokens with answers of 256: labels are 2 MiB, scales 1.5 MiB, and
+    what a frame may have beside its tensors is 1 MiB."""
+    rows, tokens, answer, width = 1024, 384, 256, 64
+    limits = Limits(rows, tokens, width, dtype, 1, codec=codec, longest=answer, vocabulary=50272)
+    payload, scales = codec_encode(torch.zeros(rows, tokens, width, dtype=DTYPES[dtype]), codec)
+    reply = Activations(
+        step=1,
+        seconds=0.0,
+        peak_bytes=0,
+        activations=payload,
+        scales=scales,
+        attention_mask=torch.ones(rows, tokens, dtype=torch.bool),
+        labels=torch.zeros(rows, answer, dtype=torch.int64),
+    )
+    check_activations(reply, limits)
+    assert len(encode(Key(1, 0, 0), reply)) <= longest_frame(limits, history)
+
+
 def broken_frames():
     good = encode(Key(0, 0, 0), Forward(step=1, partition=2, position=0, digest="0" * 16, batch=3))
     yield b""
@@ -405,7 +438,7 @@ def test_a_client_with_weights_of_its_own_stays_with_its_worker(history, make, m
     # simulated workers serve any client, but after a local step only one has its weights
     monkeypatch.setattr(Nodes, "simulated", True)
     link = make()
-    link._wait_for_any(list(link._lines.values()))
+    link._wait_for_any()
     cut = {"gradient": torch.zeros(0), "scales": torch.empty(0), "scale": 1.0}
     for partition in range(4):
         (clean,) = link.exchange({partition: [Forward(**at(history, 1, partition), batch=0)]})[

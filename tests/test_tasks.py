@@ -258,6 +258,16 @@ def test_labels_that_are_words_are_named_next_to_the_answers():
     assert parse_label("negative", swapped, "here") == 1
 
 
+def test_labels_of_images_are_named_next_to_the_classes():
+    own = task(task="own", image_column="image", verbalizers="dog=Hund,cat=Katze")
+    assert (own.label_names, own.verbalizers) == (("dog", "cat"), ("Hund", "Katze"))
+    assert [parse_label(value, own, "here") for value in ("Dog", "cat", 1)] == [0, 1, 1]
+    plain = task(task="own", image_column="image", verbalizers="Dog,cat")
+    assert [parse_label(value, plain, "here") for value in ("dog", "cat")] == [0, 1]
+    renamed = task(task="digits", verbalizers=",".join(f"{i}=no. {i}" for i in range(10)))
+    assert (parse_label("7", renamed, "here"), renamed.verbalizers[7]) == (7, "no. 7")
+
+
 def test_a_newline_at_the_end_of_a_prompt_is_kept():
     assert own_task("{text}\nGood or bad?\n").prompt.endswith("?\n")
 
@@ -275,9 +285,13 @@ def test_a_newline_at_the_end_of_a_prompt_is_kept():
         ({"verbalizers": "neg=bad,good"}, "expected a word for every label, or label=word"),
         ({"verbalizers": "neg=bad,pos="}, "expected a word for every label, or label=word"),
         ({"verbalizers": "a=bad,A=good"}, "each label once"),
+        ({"image_size": 64}, "image-size has no use: task sst2 is not about images"),
+        ({"max_new_tokens": 7}, "max-new-tokens has no use: task sst2 generates no answers"),
+        ({"task": "squad", "image_size": 64}, "image-size has no use: task squad is not about"),
+        ({"task": "digits", "max_new_tokens": 7}, "is about images: it has no max-new-tokens"),
     ],
 )
-def test_incomplete_tasks_are_refused(keys, message):
+def test_incomplete_tasks_and_idle_keys_are_refused(keys, message):
     with pytest.raises(ConfigError, match=message):
         task(**keys)
 

@@ -309,13 +309,23 @@ class Link(ABC):
         except ProtocolError as error:
             raise type(error)(f"{where}: {error}") from error
         if isinstance(reply, Applied):
-            position, ledger = reply.position, self.history.ledger
-            if position > len(ledger) or ledger.digest(position) != reply.digest:
+            if not self._is_ours(request, reply):
                 raise DriftError(
-                    f"{where}: the client's ledger at position {position} is {reply.digest}, "
-                    "which is not the server's; restart the client"
+                    f"{where}: the client's ledger at position {reply.position} is "
+                    f"{reply.digest}, which is not the server's; restart the client"
                 )
-            self._positions[partition] = (position, reply.digest)
+            self._positions[partition] = (reply.position, reply.digest)
+
+    def _is_ours(self, request: Request, reply: Applied) -> bool:
+        """Whether the ledger a receipt names is the server's, as far as that can be known: of
+        several updates posted at once, the server may have let go of all but the last."""
+        position, ledger = reply.position, self.history.ledger
+        if isinstance(request, Losses | Adopt):
+            if position == request.position + 1:
+                return reply.digest == request.digest_after
+            if request.position < position < ledger.start:
+                return True  # made before, its receipt lost; that of the last update will tell
+        return ledger.digest(position) == reply.digest  # "" where nothing is held
 
     def _decoded(self, reply: Reply) -> Reply:
         """Activations as the client computed them, as far as the codec kept them."""

@@ -91,8 +91,8 @@ class Caller:
 
     def call_again(self, lines: Sequence[Line]) -> None:
         """Of nodes without a connection, call those that nobody will hear of: a SuperNode that was
-        restarted under the same id knows of no ClientApp; and one whose ClientApps have failed
-        may have been mended after a while."""
+        restarted under the same id knows of no ClientApp, nor of a message it had taken; and one
+        whose ClientApps have failed may have been mended after a while."""
         activations = self._activations() if lines else {}
         for line in lines:
             if activations.get(line.node.id, line.activated) != line.activated:

@@ -64,17 +64,19 @@ class Mailbox:
         """Take what has come, send again what a dying process left, give up what is too late.
         Does not wait."""
         answers = list(self.grid.pull_messages(list(self._out))) if self._out else []
-        again = []
+        again: dict[Letter, Message] = {}
         for answer in answers:
             letter = self._out.pop(answer.metadata.reply_to_message_id, None)
             if letter is None or letter.dropped:
                 continue  # too late: its node is free again
-            letter.answer = answer
             if answer.has_error() and letter.tries < _TRIES:
-                again.append(letter)
+                again[letter] = answer
             else:
-                letter.over = True
-        self._push(again)
+                letter.answer, letter.over = answer, True
+        self._push(list(again))
+        for letter, error in again.items():
+            if letter.over:  # no more than this will be heard of its node
+                letter.answer = error
         now = time.monotonic()
         for i, letter in list(self._out.items()):
             if now > letter.give_up:

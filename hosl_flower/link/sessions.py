@@ -253,8 +253,10 @@ class StreamServer:
         except (StopIteration, ProtocolError, grpc.RpcError):
             return None
         shown = str(hello.get("token", "")).encode(errors="replace")
-        # every session is compared, so that time tells nothing about any
-        matches = [s for s in self._sessions if hmac.compare_digest(s.token.encode(), shown)]
+        # every session is compared, so that time tells nothing about any; of a copy, since others
+        # come and go in another thread
+        sessions = tuple(self._sessions)
+        matches = [s for s in sessions if hmac.compare_digest(s.token.encode(), shown)]
         return matches[0] if matches and shown else None
 
     def _read(self, session: Session, connection: int, frames: Iterator[bytes]) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from hosl_flower.checks import Limits
+from hosl_flower.codec import has_scales
 from hosl_flower.errors import AbsentError, ClientError, ProtocolError, SuperLinkError
 from hosl_flower.history import History
 from hosl_flower.labels import STATES_BYTES
@@ -79,7 +80,7 @@ class StreamLink(Link):
         self._exchange = 0
         try:
             self._call_nodes()
-            self._wait_for_any(list(self._lines.values()))
+            self._wait_for_any()
         except BaseException:
             self.close()
             raise
@@ -129,13 +130,13 @@ class StreamLink(Link):
             self.server.forget(line.session)
             line.begin(self.server.session(f"node {line.node.id}"))
             self.caller.call(line)
-        self._wait_for_any(list(self._lines.values()))
+        self._wait_for_any()
 
     def _deliver(self, requests: Mapping[int, Sequence[Request]]) -> dict[int, Iterator[Reply]]:
         self._renew()
         self._call_nodes()
         self._exchange += 1
-        asked: dict[int, dict[Key, Request]] = {}
+        asked: dict[Line, dict[Key, Request]] = {}
         streams: dict[int, Iterator[Reply]] = {}
         for partition, own in requests.items():
             line = self._line_of(partition)
@@ -146,10 +147,10 @@ class StreamLink(Link):
                 continue
             self._served[partition] = line
             keys = [Key(self._exchange, partition, index) for index in range(len(own))]
-            asked.setdefault(line.node.id, {}).update(zip(keys, own, strict=True))
+            asked.setdefault(line, {}).update(zip(keys, own, strict=True))
             streams[partition] = self._read(line, partition, dict(zip(keys, own, strict=True)))
-        for node, own_requests in asked.items():
-            self._lines[node].session.ask(own_requests)
+        for line, own_requests in asked.items():
+            line.session.ask(own_requests)
         return streams
 
     def _read(self, line: Line, partition: int, asked: dict[Key, Request]) -> Iterator[Reply]:
@@ -212,14 +213,17 @@ class StreamLink(Link):
         return self._lines.get(node.id) if node else None
 
     def _line_that_served(self, partition: int) -> Line | None:
-        """Who answered for a client last, if it is there, or dials again in a moment."""
+        """Who answered for a client last, if it is there, or dials again in a moment. One that
+        has been let go of is told to end, even if it dials again just then."""
         line = self._served.get(partition)
         give_up = time.monotonic() + _OTHERS_SECONDS
-        while line and not line.session.connected:
+        while line and self._lines.get(line.node.id) is line:
+            if line.session.connected:
+                return line
             if time.monotonic() > give_up:
-                return None
+                break
             time.sleep(0.05)
-        return line
+        return None
 
     def _call_nodes(self) -> None:
         """Invite nodes that have not been, let go of those that are gone, call those again whose
@@ -246,7 +250,7 @@ class StreamLink(Link):
         self._heard_at = time.monotonic()
         lost = [line for line in self._lines.values() if not line.session.connected]
         self.caller.hear(lost)
-        self.caller.call_again([x for x in lost if x.session.ever_connected.is_set() or x.error])
+        self.caller.call_again(lost)
 
     def _is_there(self, line: Line) -> bool:
         """Whether a node without a connection is still one of this run's; looked up now and
@@ -256,31 +260,45 @@ class StreamLink(Link):
             self._call_nodes()
         return self._lines.get(line.node.id) is line
 
-    def _wait_for_any(self, lines: Sequence[Line]) -> None:
+    def _wait_for_any(self) -> None:
         """Until a session is up; the others have a moment more, and may join at any time."""
         give_up = time.monotonic() + self.deadline
-        while not any(line.session.connected for line in lines):
-            self.caller.hear(lines)
+        while not any(line.session.connected for line in self._lines.values()):
+            if time.monotonic() - self._heard_at > _LOOK_SECONDS:
+                self._call_nodes()
+            lines = list(self._lines.values())
             errors = [f"node {line.node.id}: {line.error}" for line in lines if line.error]
-            if len(errors) == len(lines) or time.monotonic() > give_up:
-                raise ClientError(f"no SuperNode came to its session; {'; '.join(errors[:3])}")
-            time.sleep(0.05)
+            if (errors and len(errors) == len(lines)) or time.monotonic() > give_up:
+                raise ClientError(f"no SuperNode came to its session; {self._why_none(errors)}")
+            time.sleep(_MOMENT)
         give_up = time.monotonic() + _OTHERS_SECONDS
+        lines = list(self._lines.values())
         while time.monotonic() < give_up and not all(line.session.connected for line in lines):
-            time.sleep(0.05)
+            time.sleep(_MOMENT)
         up = sum(line.session.connected for line in lines)
         log.info("streams: %d of %d node(s) have come to %s", up, len(lines), self.endpoint)
 
+    def _why_none(self, errors: Sequence[str]) -> str:
+        if errors:
+            return "; ".join(errors[:3])
+        return (
+            f"{len(self._lines)} were called and none has dialled {self.endpoint} within "
+            f"{self.deadline:g} s: can they reach it (stream-endpoint, stream-bind, a firewall)? "
+            "Their own logs tell more"
+        )
+
 
 def longest_frame(limits: Limits, history: History) -> int:
-    """Bytes of the longest message there can be: activations, a cut gradient, hidden states or a
-    snapshot."""
+    """Bytes of the longest message there can be: activations with all that goes with them, a cut
+    gradient, hidden states or a snapshot."""
     item = DTYPES[limits.dtype].itemsize
-    activations = limits.batch * limits.length * (limits.hidden * item + 1)
+    token = limits.hidden * item + 1 + (4 if has_scales(limits.codec) else 0)  # with its mask
+    activations = limits.batch * (limits.length * token + 8 * limits.longest)  # and labels
     weights = max(history.snapshot_bytes, 4 * history.state.elements)
-    states = (
-        2 * STATES_BYTES if limits.private_labels else 0
-    )  # a batch's are fewer than activations
+    # of a mini-batch, or of so many held-out examples and what is left of one more
+    state = 4 * limits.longest * limits.hidden
+    own = max(limits.batch * state, STATES_BYTES + limits.each * state)
+    states = own if limits.private_labels else 0
     return max(activations, weights, states) + _SLACK
 
 
