@@ -201,7 +201,9 @@ def test_the_page_and_the_command_line(run, tmp_path):
     assert "brightness" in page.read_text()
     done = CliRunner().invoke(cli, ["generate", str(directory), "a cat"])
     assert done.exit_code == 1
-    assert "is a model of images and has no text to go on with" in " ".join(done.stderr.split())
+    assert "is a classifier of images and has no text to go on with" in " ".join(
+        done.stderr.split()
+    )
 
 
 @pytest.mark.parametrize(
@@ -229,7 +231,7 @@ def test_what_cannot_be_is_said_in_a_line(run, changes, message):
 
 
 def test_methods_with_heads_on_clients_are_refused(run):
-    with pytest.raises(ConfigError, match="needs a language model; for image models use another"):
+    with pytest.raises(ConfigError, match="needs a language model; for classifiers use another"):
         run(Heron)
 
 
