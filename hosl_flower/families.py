@@ -4,7 +4,7 @@ The submodels run transformers' own decoder, with the other side's modules taken
 positions and attention are never re-implemented here. A new family is one small class like
 `Gpt2` and an entry in FAMILIES; tests/test_families.py shows what it must satisfy. Classifiers have
 a "decoder" that maps their inputs to what the rows of the head, one for each class, are multiplied
-with: those of images are in image_families.py.
+with: those of images are in image_families.py, those of text in text_families.py.
 """
 
 from collections.abc import Callable, Mapping
@@ -330,13 +330,16 @@ def published_renames(model: Any) -> Rename:
 
 def family_of(config: PretrainedConfig) -> Family:
     """The family of a configuration; ConfigError names the supported ones."""
-    from hosl_flower.image_families import IMAGE_FAMILIES  # it builds on this module
+    from hosl_flower.image_families import IMAGE_FAMILIES  # they build on this module
+    from hosl_flower.text_families import TEXT_FAMILIES
 
-    families = {**FAMILIES, **IMAGE_FAMILIES}
+    families = {**FAMILIES, **IMAGE_FAMILIES, **TEXT_FAMILIES}
     if config.model_type not in families:
         raise ConfigError(
             f"model type {config.model_type!r} is not supported; supported: "
-            f"{', '.join(sorted(FAMILIES))}, and of images {', '.join(sorted(IMAGE_FAMILIES))}. "
+            f"{', '.join(sorted(FAMILIES))}, classifiers of text "
+            f"{', '.join(sorted(TEXT_FAMILIES))}, and of images "
+            f"{', '.join(sorted(IMAGE_FAMILIES))}. "
             "A family is one adapter in hosl_flower/families.py: "
             "the names of its modules and how to take out those of the other side"
         )

@@ -5,7 +5,7 @@
 
 Of a classifier the head's rows are the classes, and there is one position left of the sequence. Of
 images the inputs are pixels [B, C, height, width], and S is the number of positions of the feature
-map (or of patches): image_families.py.
+map (or of patches): image_families.py; text_families.py.
 
 Each side reads only its own tensors. Many models tie the LM head to the token embedding;
 a split breaks that tie: the SERVER OWNS ITS OWN COPY of the head, the client owns the

@@ -220,7 +220,7 @@ def test_the_page_and_the_command_line(run, tmp_path):
         ({"task": "cifar10"}, "task cifar10 has 10 classes, got 2"),
         ({"cut_layer": 4}, r"cut-layer = 4 is outside 0..3"),
         ({"save_format": "adapters", "client_trainable": "lora", "server_trainable": "lora",
-          "model": "random:vit-tiny"}, "adapters cannot hold the classes' head"),
+          "model": "random:vit-tiny"}, "adapters cannot hold the head of a classifier"),
         ({"labels": "client"}, "task brightness is about images; use labels = server"),
         ({"client_trainable": "lora"}, "matches no linear module of this model; there are none"),
     ],
