@@ -318,16 +318,6 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def published_renames(model: Any) -> Rename:
-    """For `Family.renames`, from transformers' own table: published checkpoints have the names of
-    older versions, some of which it still writes."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import rename_source_key
-
-    renamings = get_model_conversion_mapping(model)
-    return lambda name: rename_source_key(name, renamings, [])[0]
-
-
 def family_of(config: PretrainedConfig) -> Family:
     """The family of a configuration; ConfigError names the supported ones."""
     from hosl_flower.image_families import IMAGE_FAMILIES  # they build on this module
