@@ -2,7 +2,7 @@
 
 Sizes are those of the models' config.json (OPT: Table 1 of arXiv 2205.01068); a name ending in
 -tiny or -mini is no published model. Random models use the bundled tokenizer of OPT, so the
-published ones whose vocabulary is smaller than that (GPT-2, SmolLM, Mistral) are not here.
+published ones whose vocabulary is smaller than that (GPT-2, SmolLM, Mistral, BERT) are not here.
 """
 
 from typing import Any
@@ -137,9 +137,40 @@ IMAGE_ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
+def _encoder(kind: str, hidden: int, layers: int, heads: int, **other: Any) -> dict[str, Any]:
+    return {
+        "model_type": kind,
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        **other,
+    }
+
+
+# text classifiers
+TEXT_ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "bert-tiny": _encoder("bert", 64, 4, 4, **_TINY),
+    "distilbert-tiny": {
+        "model_type": "distilbert", "dim": 64, "hidden_dim": 256, "n_layers": 4, "n_heads": 4,
+        **_TINY,
+    },
+    "roberta-tiny": _encoder("roberta", 64, 4, 4, type_vocab_size=1, **_TINY),
+    "roberta-base": _encoder(
+        "roberta", 768, 12, 12, vocab_size=50265, max_position_embeddings=514, type_vocab_size=1,
+        layer_norm_eps=1e-5, bos_token_id=0, eos_token_id=2, pad_token_id=1,
+    ),
+}  # fmt: skip
+
+
+def known_architectures() -> dict[str, dict[str, Any]]:
+    """All of them, by name."""
+    return {**ARCHITECTURES, **IMAGE_ARCHITECTURES, **TEXT_ARCHITECTURES}
+
+
 def architecture(name: str) -> PretrainedConfig:
     """The configuration of a named architecture; ConfigError lists the names."""
-    known = {**ARCHITECTURES, **IMAGE_ARCHITECTURES}
+    known = known_architectures()
     if name not in known:
         raise ConfigError(f"no architecture {name!r}; there are {', '.join(known)}")
     return AutoConfig.for_model(**known[name])

@@ -6,24 +6,29 @@ things are or how they travelled.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, constants, try_to_load_from_cache
 
 from hosl_flower.config import RunConfig, Scalar, parse_config
+from hosl_flower.families import family_of
 from hosl_flower.finished import Finished
 from hosl_flower.image_tasks import IMAGE_TASKS
+from hosl_flower.inputs import class_names
 from hosl_flower.resume import FREE
-from hosl_flower.split import RANDOM
+from hosl_flower.split import RANDOM, load_model_config
 from hosl_flower.task_choice import task_from_config
 from hosl_flower.task_table import TASKS, Task
 
 _ALWAYS = ("strategy", "model", "cut-layer", "task", "steps", "seed")  # also as by default
 _RELATIONS = {"model": "finetune", "adapters": "adapter"}  # in the hub's words
-_AUTO = {False: "AutoModelForCausalLM", True: "AutoModelForImageClassification"}  # of images?
-_PIPELINES = {False: "text-generation", True: "image-classification"}
+_PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageClassification": "image-classification",
+    "AutoModelForSequenceClassification": "text-classification",
+}
 WHAT = {
     "model": "the whole model, merged: for `{auto}.from_pretrained`",
     "adapters": "LoRA adapters of both halves: for `PeftModel.from_pretrained`, over the base",
@@ -41,7 +46,7 @@ def model_card(run: Finished, what: str) -> ModelCard:
         base_model=_hub_base(run),
         base_model_relation=_RELATIONS.get(what) if _hub_base(run) else None,
         library_name="peft" if what == "adapters" else "transformers",
-        pipeline_tag=_PIPELINES[bool(_task(run).image)] if what in _RELATIONS else None,
+        pipeline_tag=_PIPELINES[_auto(run)] if what in _RELATIONS else None,
         tags=["hosl-flower", "split-learning", "federated-learning", run.results["method"]],
         datasets=_hub_data(run),
         **terms,
@@ -58,7 +63,7 @@ def model_card(run: Finished, what: str) -> ModelCard:
 def _description(run: Finished, what: str) -> Iterator[str]:
     """The list of what it is."""
     results, clients, task = run.results, run.config.num_clients, _task(run)
-    here = WHAT[what].format(cut=run.config.cut_layer, auto=_AUTO[bool(task.image)])
+    here = WHAT[what].format(cut=run.config.cut_layer, auto=_auto(run))
     yield f"- What is here: {here}."
     yield f"- Base model: {_base(run)}."
     yield (
@@ -67,12 +72,19 @@ def _description(run: Finished, what: str) -> Iterator[str]:
     )
     yield f"- Cut layer: {run.config.cut_layer}, the number of blocks that clients held."
     yield f"- Task: {task.name}. Training data: {_data(run)}."
-    words = ", ".join(f"`{word}`" for word in task.verbalizers)
-    if task.image:
-        yield f"- Classes, by label: {words}."
+    if _auto(run) == "AutoModelForCausalLM":
+        answer = f", by label: {_quoted(task.verbalizers)}"
+        follows = ": the answer, one line of text" if task.target else answer
+        yield f"- Prompt, as TOML: `{_toml(task.prompt)}`; what comes next{follows}."
         return
-    follows = ": the answer, one line of text" if task.target else f", by label: {words}"
-    yield f"- Prompt, as TOML: `{_toml(task.prompt)}`; what comes next{follows}."
+    if not task.image:
+        pair = " as a pair" * (len(task.fields) > 1)
+        yield f"- Text: {_quoted(task.fields)} of the data{pair}, without a prompt."
+    yield f"- Classes, by label: {_quoted(class_names(task))}."
+
+
+def _quoted(words: Iterable[str]) -> str:
+    return ", ".join(f"`{word}`" for word in words)
 
 
 def _results(run: Finished) -> Iterator[str]:
@@ -136,6 +148,13 @@ def _toml(value: Scalar) -> str:
 def _is_local(run: Finished) -> bool:
     """Whether the base model was a directory: what a run used is an absolute path then."""
     return Path(run.record["model_used"]).is_absolute()
+
+
+def _auto(run: Finished) -> str:
+    """transformers' class that loads the model."""
+    if run.has_adapters:  # which no classifier has
+        return "AutoModelForCausalLM"
+    return family_of(load_model_config(str(run.model))).auto.__name__
 
 
 def _hub_base(run: Finished) -> str | None:

@@ -2,8 +2,9 @@
 
 The submodels run transformers' own decoder, with the other side's modules taken out: masks,
 positions and attention are never re-implemented here. A new family is one small class like
-`Gpt2` and an entry in FAMILIES; tests/test_families.py shows what it must satisfy. Those of images
-are in image_families.py: there a "decoder" is the module that maps pixels to the last hidden state.
+`Gpt2` and an entry in FAMILIES; tests/test_families.py shows what it must satisfy. Classifiers have
+a "decoder" that maps their inputs to what the rows of the head, one for each class, are multiplied
+with: those of images are in image_families.py, those of text in text_families.py.
 """
 
 from collections.abc import Callable, Mapping
@@ -71,7 +72,9 @@ class Family(Protocol):
     auto: Any  # transformers' class that makes the whole model from a configuration
     attention: ClassVar[dict[str, str]]  # how the model is to compute attention, where it has any
     modality: str  # what the inputs are: "text" or "image"
+    classes: bool  # the head's rows are classes of examples, not tokens
     head: str  # canonical name of the head's matrix, [V, D]
+    heads: tuple[str, ...]  # what names start with that a checkpoint of the base model may lack
     base_prefix: str  # of the causal LM: the base model
     decoder_prefix: str  # canonical name prefix of the decoder's parameters
     embedding: str  # of the decoder: the token embedding
@@ -102,13 +105,10 @@ class Family(Protocol):
         self, decoder: Any, activations: Tensor, mask: Tensor, cache: DynamicCache | None
     ) -> Tensor:
         """Run a server's decoder: activations [B, S, H], mask [B, S] -> what the head gets
-        [B, S, D]; of images [B, 1, D]."""
+        [B, S, D]; of classifiers [B, 1, D]."""
 
     def run_block(self, block: Any, hidden: Tensor, positional: Any, named: Any) -> Tensor:
         """One block alone: [B, S, H] and the other arguments it is given -> [B, S', H']."""
-
-    def positions(self, mask: Tensor) -> Mapping[str, Tensor]:
-        """What the decoder is told beside the mask [B, S], so that padding shifts nothing."""
 
     def init_std(self, config: PretrainedConfig) -> InitStd:
         """Standard deviation of freshly initialised matrices."""
@@ -132,7 +132,9 @@ class _Decoder:
     auto: Any = AutoModelForCausalLM
     attention: ClassVar[dict[str, str]] = {"attn_implementation": "sdpa"}
     modality = "text"
+    classes = False
     head = HEAD
+    heads: tuple[str, ...] = ("lm_head.",)
     transposed = False
 
     def renames(self, model: Any) -> Rename:
@@ -177,6 +179,7 @@ class _Decoder:
         return output[0] if isinstance(output, tuple) else output
 
     def positions(self, mask: Tensor) -> Mapping[str, Tensor]:
+        """What the decoder is told beside the mask [B, S], so that padding shifts nothing."""
         return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
     def init_std(self, config: PretrainedConfig) -> InitStd:
@@ -317,13 +320,16 @@ FAMILIES: dict[str, Family] = {
 
 def family_of(config: PretrainedConfig) -> Family:
     """The family of a configuration; ConfigError names the supported ones."""
-    from hosl_flower.image_families import IMAGE_FAMILIES  # it builds on this module
+    from hosl_flower.image_families import IMAGE_FAMILIES  # they build on this module
+    from hosl_flower.text_families import TEXT_FAMILIES
 
-    families = {**FAMILIES, **IMAGE_FAMILIES}
+    families = {**FAMILIES, **IMAGE_FAMILIES, **TEXT_FAMILIES}
     if config.model_type not in families:
         raise ConfigError(
             f"model type {config.model_type!r} is not supported; supported: "
-            f"{', '.join(sorted(FAMILIES))}, and of images {', '.join(sorted(IMAGE_FAMILIES))}. "
+            f"{', '.join(sorted(FAMILIES))}, classifiers of text "
+            f"{', '.join(sorted(TEXT_FAMILIES))}, and of images "
+            f"{', '.join(sorted(IMAGE_FAMILIES))}. "
             "A family is one adapter in hosl_flower/families.py: "
             "the names of its modules and how to take out those of the other side"
         )

@@ -25,8 +25,10 @@ def continuation(
     cut it. Raises ConfigError or CheckpointError.
     """
     trained = open_trained(source, cut)
-    if trained.base.family.modality != "text":
-        raise ConfigError(f"{source} is a model of images and has no text to go on with")
+    if (family := trained.base.family).classes:
+        raise ConfigError(
+            f"{source} is a classifier of {family.modality}s and has no text to go on with"
+        )
     config, tokenizer = trained.base.config, load_tokenizer(trained.tokenizer)
     ids = _prompt_ids(tokenizer, prompt, new_tokens, config)
     device = pick_device("auto")

@@ -41,10 +41,10 @@ def attach_head(client: ClientSubmodel, base: Base, answers: Scoring, device: st
     """Give a client submodel a head of its own, float32, from the base checkpoint. Its parameters
     are named "head.*" among the client's and are trained whatever else is. ConfigError where answer
     words are of several tokens: those need the whole LM head."""
-    if client.family.modality != "text":
+    if client.family.classes:
         raise ConfigError(
             "a client with a head of its own (HERON-SFL, full ZO) needs a language model; for "
-            "image models use another strategy"
+            "classifiers use another strategy"
         )
     if not isinstance(answers, Answers):
         raise ConfigError(

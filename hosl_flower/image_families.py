@@ -18,6 +18,7 @@ from transformers import AutoModelForImageClassification, DynamicCache, Pretrain
 
 from hosl_flower.errors import ConfigError
 from hosl_flower.families import Absent, Family, InitStd, Parts, Rename, projections
+from hosl_flower.legacy import published_renames
 
 
 class ImageFamily(Family, Protocol):
@@ -33,14 +34,13 @@ class ImageFamily(Family, Protocol):
 class _Classifier:
     auto: Any = AutoModelForImageClassification
     modality = "image"
+    classes = True
+    heads: tuple[str, ...] = ("classifier.",)
     transposed = False
     embedding = ""  # there are no tokens
 
     def renames(self, model: Any) -> Rename:
         return str
-
-    def positions(self, mask: Tensor) -> Mapping[str, Tensor]:
-        return {}
 
     def embedded(self, ids: Tensor, mask: Tensor) -> Mapping[str, Tensor]:
         return {}
@@ -71,12 +71,7 @@ class Vit(_Classifier):
     blocks = "layers"
 
     def renames(self, model: Any) -> Rename:
-        """Published checkpoints have the names of transformers 4, which it still writes."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import rename_source_key
-
-        renamings = get_model_conversion_mapping(model)
-        return lambda name: rename_source_key(name, renamings, [])[0]
+        return published_renames(model)
 
     def count(self, config: PretrainedConfig) -> int:
         return config.num_hidden_layers

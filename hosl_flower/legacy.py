@@ -1,4 +1,5 @@
-"""Legacy `pytorch_model.bin` files, converted to safetensors once, block by block and on demand.
+"""Checkpoints of older versions: names, and `pytorch_model.bin` files, which are converted to
+safetensors once, block by block and on demand.
 
 No pickle is executed: `torch.load` runs with weights_only.
 """
@@ -10,6 +11,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -94,3 +96,13 @@ def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def published_renames(model: Any) -> Callable[[str], str]:
+    """For `Family.renames`, from transformers' own table: published checkpoints have the names of
+    older versions, some of which it still writes."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import rename_source_key
+
+    renamings = get_model_conversion_mapping(model)
+    return lambda name: rename_source_key(name, renamings, [])[0]

@@ -17,7 +17,7 @@ from hosl_flower.config import RunConfig
 from hosl_flower.errors import ConfigError
 from hosl_flower.head import attach_head
 from hosl_flower.history import History
-from hosl_flower.inputs import make_inputs, with_classes
+from hosl_flower.inputs import class_names, make_inputs, with_classes
 from hosl_flower.messages import Described
 from hosl_flower.perturb import derive_seed, permutation
 from hosl_flower.server import Server
@@ -234,7 +234,7 @@ def open_session(
     check_cut(base.config, spec.cut_layer)
     encoder = make_inputs(spec, spec.model, base.config)
     encoder.check(base.config)
-    base, fresh = with_classes(base, spec.task.verbalizers, spec.seed)
+    base, fresh = with_classes(base, class_names(spec.task), spec.seed)
     if fresh and base.pretrained:
         log.info("the head is a fresh one, for %d classes", len(spec.task.verbalizers))
     submodel = load_server(base, spec.cut_layer, torch.float32, device, server_lora(config))
@@ -246,10 +246,8 @@ def open_session(
         config.server_trainable,
         own_head=config.labels == "server",
     )
-    if config.save_format == "adapters" and spec.task.image:
-        raise ConfigError(
-            "save-format = adapters cannot hold the classes' head of an image model; use merged"
-        )
+    if config.save_format == "adapters" and base.family.classes:
+        raise ConfigError("save-format = adapters cannot hold the head of a classifier; use merged")
     if config.save_format == "adapters" and not base.pretrained:
         raise ConfigError(
             f"save-format = adapters needs a base model that can be loaded again, {spec.model} has "

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from hosl_flower import hub
-from hosl_flower.architectures import ARCHITECTURES, IMAGE_ARCHITECTURES
+from hosl_flower.architectures import known_architectures
 from hosl_flower.config import (
     Alpha,
     ClientGradient,
@@ -195,7 +195,7 @@ def _fallback_model(config: RunConfig, error: CheckpointError) -> str:
     architecture = config.model.rpartition("/")[2].lower()
     is_hub_model = config.model.count("/") == 1 and not config.model.startswith((".", "/", "~"))
     unreachable = not hub.is_reachable()
-    known = {**ARCHITECTURES, **IMAGE_ARCHITECTURES}
+    known = known_architectures()
     if is_hub_model and unreachable and config.offline_fallback and architecture in known:
         return f"{RANDOM}{architecture}"
     if is_hub_model and unreachable and not config.offline_fallback:

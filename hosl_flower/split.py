@@ -3,8 +3,9 @@
     client: token ids [B, S]        -> embeddings, blocks 1..cut  -> activations [B, S, H]
     server: activations [B, S, H]   -> blocks cut+1..n, norm, head -> logits
 
-Of an image classifier the inputs are pixels [B, C, height, width], S is the number of positions of
-the feature map (or of patches), and the head's rows are the classes: image_families.py.
+Of a classifier the head's rows are the classes, and there is one position left of the sequence. Of
+images the inputs are pixels [B, C, height, width], and S is the number of positions of the feature
+map (or of patches): image_families.py; text_families.py.
 
 Each side reads only its own tensors. Many models tie the LM head to the token embedding;
 a split breaks that tie: the SERVER OWNS ITS OWN COPY of the head, the client owns the
@@ -163,7 +164,7 @@ def open_base(model: str, seed: int = 0, partial: bool = False) -> Base:
         return Base(model, config, source, pretrained=False)
     whole, _, _ = _skeleton(config, 0)  # an impossible configuration is refused here, not midway
     checkpoint = Checkpoint(
-        model, family.base_prefix, family.blocks, partial, family.head, family.renames(whole)
+        model, family.base_prefix, family.blocks, partial, family.heads, family.renames(whole)
     )
     if checkpoint.blocks() > family.count(config):
         raise CheckpointError(
@@ -232,10 +233,10 @@ def client_skeleton(config: PretrainedConfig, cut: int, lora: Lora | None = None
 def server_skeleton(config: PretrainedConfig, cut: int, lora: Lora | None = None) -> ServerSubmodel:
     """The server submodel on the meta device, with a head of its own."""
     model, decoder, family = _skeleton(config, cut, lora)
+    head: Any = model.get_submodule(family.head.rpartition(".")[0])
     family.keep_server(decoder, cut)
     if lora is not None:
         attach(decoder, lora, "server")
-    head: Any = model.get_submodule(family.head.rpartition(".")[0])
     with torch.device("meta"):  # a fresh parameter: the old one may be the embedding's
         own = torch.empty(head.weight.shape)
         head.weight = nn.Parameter(own, requires_grad=lora is None)
@@ -280,8 +281,8 @@ def trainable_parameters(submodel: Submodel, trainable: str) -> dict[str, nn.Par
         return parameters
     if trainable == "lora":
         return {n: p for n, p in parameters.items() if is_adapter(n) or n.startswith(AUXILIARY)}
-    block = f".{submodel.family.blocks}."
-    return {n: p for n, p in parameters.items() if block in n or n.startswith(AUXILIARY)}
+    kept = (f"{submodel.family.decoder_prefix}{submodel.family.blocks}.", AUXILIARY)
+    return {n: p for n, p in parameters.items() if n.startswith(kept)}
 
 
 def count(parameters: Mapping[str, Tensor]) -> int:

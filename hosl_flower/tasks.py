@@ -47,9 +47,9 @@ def load_tokenizer(model: str) -> Any:
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of R = B * Scoring.sequences sequences: token ids [R, S] int64, left-padded, or pixels
-    [B, C, height, width]; attention_mask [R, S] int64, S as of the activations; labels [B], or
-    [B, A] (answers.py), int64, or [0] where there are none.
+    """Inputs of R = B * Scoring.sequences sequences: token ids [R, S] int64, left-padded, or with
+    their types [B, 2, S], or pixels [B, C, height, width]; attention_mask [R, S] int64, S as of the
+    activations; labels [B], or [B, A] (answers.py), int64, or [0] where there are none.
     """
 
     inputs: Tensor
@@ -74,8 +74,8 @@ class Batch:
 
 
 class Inputs(Protocol):
-    """What is between the examples of a task and a model: token ids here, pixels in
-    image_inputs.py.
+    """What is between the examples of a task and a model: a prompt's token ids here, a classifier's
+    in text_inputs.py, pixels in image_inputs.py.
 
     answers: how scores of the labels come about. processor: of transformers, saved with a model.
     length, shortest: most and fewest positions S of an example's activations.
@@ -241,10 +241,8 @@ class Encoder:
         return Batch(ids, torch.ones_like(ids), torch.zeros(shape, dtype=torch.int64))
 
     def by_length(self, data: Any) -> Any:
-        """Like lengths together: fewer padding tokens to forward, the same metrics."""
-        columns = [data[name][:] for name in self.task.fields]
-        lengths = [sum(map(len, texts)) for texts in zip(*columns, strict=True)]
-        return data.select(sorted(range(len(lengths)), key=lengths.__getitem__))
+        """Like lengths together."""
+        return by_length(data, self.task.fields)
 
     def check(self, config: Any) -> None:
         """CheckpointError when the model has too few positions or too small a vocabulary."""
@@ -256,17 +254,30 @@ class Encoder:
         self.check_vocabulary(config.vocab_size)
 
     def check_vocabulary(self, vocabulary: int) -> None:
-        """CheckpointError when the tokenizer can produce ids the model has no row for. Special
-        tokens may be beyond it (Gemma 3 has one for images, its text models no row for it): no
-        text means them but one that spells them out, which `encode` then refuses."""
-        beyond = {t: i for t, i in self.tokenizer.get_vocab().items() if i >= vocabulary}
-        added = self.tokenizer.added_tokens_decoder
-        if not all(i in added and added[i].special for i in beyond.values()):
-            raise CheckpointError(
-                f"the tokenizer has {len(self.tokenizer)} tokens, the model's embedding only "
-                f"{vocabulary} rows; they do not belong together"
-            )
-        self._beyond = {i: token for token, i in beyond.items()}
+        """As tokens_beyond; those that it allows are refused by `encode`."""
+        self._beyond = tokens_beyond(self.tokenizer, vocabulary)
+
+
+def tokens_beyond(tokenizer: Any, vocabulary: int) -> dict[int, str]:
+    """Special tokens, by id, that the model has no row for (Gemma 3 has one for images, its text
+    models no row for it): no text means them but one that spells them out. CheckpointError when the
+    tokenizer can produce others."""
+    beyond = {t: i for t, i in tokenizer.get_vocab().items() if i >= vocabulary}
+    added = tokenizer.added_tokens_decoder
+    if not all(i in added and added[i].special for i in beyond.values()):
+        raise CheckpointError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding only "
+            f"{vocabulary} rows; they do not belong together"
+        )
+    return {i: token for token, i in beyond.items()}
+
+
+def by_length(data: Any, fields: Sequence[str]) -> Any:
+    """A data set with like lengths of its texts together: fewer padding tokens to forward, the same
+    metrics."""
+    columns = [data[name][:] for name in fields]
+    lengths = [sum(map(len, texts)) for texts in zip(*columns, strict=True)]
+    return data.select(sorted(range(len(lengths)), key=lengths.__getitem__))
 
 
 def cut_longest(lengths: Sequence[int], room: int) -> list[int]:

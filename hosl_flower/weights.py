@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hosl_flower import hub, ranged
 from hosl_flower.errors import CheckpointError
-from hosl_flower.families import HEAD, InitStd, Rename
+from hosl_flower.families import InitStd, Rename
 from hosl_flower.legacy import converted, damaged, legacy_keys
 from hosl_flower.perturb import derive_seed
 from hosl_flower.ranged import RemoteFile
@@ -106,8 +106,8 @@ class Checkpoint:
     base_prefix: what canonical names of the decoder start with ("model"); checkpoints saved
     from the bare base model leave it out and are understood too. block_list: what comes before
     the number of a block in them ("layers"). partial: of files on the hub, download no more than
-    the tensors that are asked for. head: canonical name of the head's matrix. rename: from names in
-    the files to canonical ones, but for the prefix.
+    the tensors that are asked for. heads: what canonical names start with that are not the base
+    model's. rename: from names in the files to canonical ones, but for the prefix.
     """
 
     def __init__(
@@ -116,12 +116,12 @@ class Checkpoint:
         base_prefix: str,
         block_list: str,
         partial: bool = False,
-        head: str = HEAD,
+        heads: tuple[str, ...] = ("lm_head.",),
         rename: Rename = str,
     ):
         self.origin, self.partial = model, partial
-        self._head, self._rename = f"{head.partition('.')[0]}.", rename
-        self.base_prefix, self.block_list = base_prefix, block_list
+        self._known, self._rename = (f"{base_prefix}.", *heads), rename
+        self.block_list = block_list
         self._remote: dict[str, Path | RemoteFile | None] = {}
         self._files = self._index()
 
@@ -204,9 +204,8 @@ class Checkpoint:
         return self._remote[filename]
 
     def _canonical(self, key: str) -> str:
-        known = (f"{self.base_prefix}.", self._head)
         key = self._rename(key)
-        return key if key.startswith(known) else f"{self.base_prefix}.{key}"
+        return key if key.startswith(self._known) else f"{self._known[0]}{key}"
 
 
 def _weight_map(path: Path) -> dict[str, str]:

@@ -201,7 +201,9 @@ def test_the_page_and_the_command_line(run, tmp_path):
     assert "brightness" in page.read_text()
     done = CliRunner().invoke(cli, ["generate", str(directory), "a cat"])
     assert done.exit_code == 1
-    assert "is a model of images and has no text to go on with" in " ".join(done.stderr.split())
+    assert "is a classifier of images and has no text to go on with" in " ".join(
+        done.stderr.split()
+    )
 
 
 @pytest.mark.parametrize(
@@ -219,7 +221,7 @@ def test_the_page_and_the_command_line(run, tmp_path):
         ({"task": "cifar10"}, "task cifar10 has 10 classes, got 2"),
         ({"cut_layer": 4}, r"cut-layer = 4 is outside 0..3"),
         ({"save_format": "adapters", "client_trainable": "lora", "server_trainable": "lora",
-          "model": "random:vit-tiny"}, "adapters cannot hold the classes' head"),
+          "model": "random:vit-tiny"}, "adapters cannot hold the head of a classifier"),
         ({"labels": "client"}, "task brightness is about images; use labels = server"),
         ({"client_trainable": "lora"}, "matches no linear module of this model; there are none"),
     ],
@@ -230,7 +232,7 @@ def test_what_cannot_be_is_said_in_a_line(run, changes, message):
 
 
 def test_methods_with_heads_on_clients_are_refused(run):
-    with pytest.raises(ConfigError, match="needs a language model; for image models use another"):
+    with pytest.raises(ConfigError, match="needs a language model; for classifiers use another"):
         run(Heron)
 
 
