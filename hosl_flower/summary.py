@@ -96,16 +96,17 @@ def plan_table(found: "Plan", memory: float, uplink: float, downlink: float) -> 
     grid = Table(title=f"a run of {found.method}, before it is started", show_header=False)
     peaks = found.peak_bytes
     worst = max(peaks.values())
-    training = max(peak for phase, peak in peaks.items() if phase != "load")
+    training = max(peak for phase, peak in peaks.items() if phase not in ("load", "evaluate"))
     over = f"; {training / peaks['forward']:.2f} of inference" if "forward" in peaks else ""
     rows = {
         "model": f"{found.model} ({'pretrained' if found.pretrained else 'RANDOM WEIGHTS'})",
         "client": f"{found.client_parameters / 1e6:.1f} M parameters, "
-        f"{found.client_weight_bytes / 1e6:.0f} MB; trains {found.client_trained / 1e6:.1f} M",
+        f"{_mebibytes(found.client_weight_bytes)} MiB; trains {found.client_trained / 1e6:.1f} M",
         "server": f"trains {found.server_trained / 1e6:.1f} M parameters",
-        "client memory": f"{worst / 1e6:.0f} MB of tensors, for the longest batch ("
-        + ", ".join(f"{phase} {peak / 1e6:.0f}" for phase, peak in peaks.items())
-        + f"){over}; the process about {found.client_bytes / 1e9:.2f} GB",
+        "client memory": f"{_mebibytes(worst)} MiB of tensors, for the longest batch ("
+        + ", ".join(f"{phase} {_mebibytes(peak)}" for phase, peak in peaks.items())
+        + f"){over}; the process about {_mebibytes(found.client_bytes)} MiB on a SuperNode, "
+        f"{_mebibytes(found.worker_bytes)} MiB in a simulation, as a Ray worker",
         "per step": f"{found.clients:g} client(s): {found.up_bytes / 1e6:.2f} MB up, "
         f"{found.down_bytes / 1e6:.2f} MB down; on this machine client "
         f"{found.client_seconds / found.clients:.2f} s each, server {found.server_seconds:.2f} s",
@@ -115,11 +116,14 @@ def plan_table(found: "Plan", memory: float, uplink: float, downlink: float) -> 
         f"{_duration(found.run_seconds(uplink, downlink))}{_assumed(uplink, downlink)}",
     }
     if memory < math.inf:
-        fits = "fits" if found.client_bytes <= memory else "DOES NOT FIT"
-        rows["device"] = f"{memory / 1e9:.2f} GB: {fits}"
+        rows["device"] = f"{_mebibytes(memory)} MiB: {found.fit(memory)}"
     for name, value in rows.items():
         grid.add_row(name, value)
     return _rendered(grid)
+
+
+def _mebibytes(size: float) -> str:
+    return f"{size / 2**20:.0f}"
 
 
 def _duration(seconds: float) -> str:
