@@ -35,6 +35,17 @@ def test_run_trains_and_leaves_a_run_directory(tmp_path):
     assert done.stderr.strip().endswith(str(tmp_path / "one"))
 
 
+def test_without_the_packages_it_needs_it_says_what_to_activate():
+    done = subprocess.run(  # -S: no site-packages
+        [sys.executable, "-S", "-m", "hosl_flower", "keys"],
+        cwd=ROOT, env={}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {sys.executable} has no package 'typer'")
+    assert ". .venv/bin/activate" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
