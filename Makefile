@@ -34,6 +34,7 @@ $(VENV)/.dev: $(VENV)/.ready
 
 run: setup
 	$(BIN)/python -m hosl_flower simulate $(SIMULATION) $(ARGS)
+	@echo "next: . $(BIN)/activate, then python -m hosl_flower report <the directory of results>"
 
 deploy-demo: setup
 	$(BIN)/python deploy/demo.py
