@@ -12,7 +12,7 @@ from conftest import put_into_hub_cache
 from hosl_flower.config import RunConfig, help_table, parse_config
 from hosl_flower.errors import CheckpointError, ConfigError, ProtocolError
 from hosl_flower.server_app import load_strategy
-from hosl_flower.spec import ClientSpec, resolve
+from hosl_flower.spec import ClientSpec, banner, resolve
 from hosl_flower.task_table import TASKS
 
 KEYS = [field.alias for field in RunConfig.model_fields.values()]
@@ -147,7 +147,11 @@ def test_without_hub_and_cache_the_run_falls_back_and_says_so(hub_cache):
     assert (resolved.spec.task, resolved.spec.source) == (TASKS["sms-spam"], "bundled:sms_spam")
     for part in ("NOT A RESULT", "facebook/opt-125m", "RANDOM", "sst2 -> sms-spam"):
         assert part in resolved.notice
-    assert len({len(line) for line in resolved.notice.splitlines()}) == 1
+    assert "*" not in resolved.notice
+    framed = banner(resolved.notice)
+    assert len({len(line) for line in framed}) == 1
+    assert framed[1].startswith("* NOT A RESULT")
+    assert banner("") == []
 
 
 def test_without_fallback_what_is_missing_is_an_error(hub_cache):
