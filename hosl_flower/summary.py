@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hosl_flower.link.base import Traffic
+from hosl_flower.plot import clients_with
 from hosl_flower.session import Session
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def plan(method: Any, session: Session) -> Iterable[str]:
         )
     examples = [client.train_examples for client in session.clients.values()]
     yield (
-        f"{len(examples)} client(s) with {min(examples)} to {max(examples)} training examples; "
+        f"{clients_with(examples)} training examples; "
         f"{next(iter(session.clients.values())).held_out_examples} held out"
     )
     sequences = spec.batch_size * session.encoder.answers.sequences
