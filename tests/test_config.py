@@ -167,6 +167,12 @@ def test_models_without_a_stand_in_are_an_error(hub_cache, model):
         settle(model=model)
 
 
+def test_a_missing_directory_is_named_besides_the_hub(hub_cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"no directory \({tmp_path}/mymodle is not there"):
+        settle(model="mymodle")
+
+
 def test_cached_model_is_kept_when_only_the_data_is_missing(hub_cache, tiny_opt):
     put_into_hub_cache(hub_cache, "org/tiny", tiny_opt()[0])
     resolved = settle(model="org/tiny", cut_layer=1)
