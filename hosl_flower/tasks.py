@@ -151,8 +151,13 @@ class Encoder:
 
     def _choice(self, words: Sequence[str]) -> Answers:
         answers = Answers([self._word_tokens(word) for word in words])
-        if len(set(map(tuple, answers.tokens))) != len(words):
-            raise ConfigError(f"verbalizers {', '.join(words)} share their tokens")
+        for place, tokens in enumerate(answers.tokens):
+            if (first := answers.tokens.index(tokens)) < place:
+                names = self.task.label_names or range(len(words))
+                raise ConfigError(
+                    f"verbalizers: labels {names[first]} and {names[place]} have the same tokens, "
+                    f"{words[first]!r} and {words[place]!r}; give each an answer of its own"
+                )
         return answers
 
     def _completion(self, longest: int) -> Completion:

@@ -222,7 +222,7 @@ def test_a_tokenizer_without_padding_or_prefix_will_do(tokenizer):
 @pytest.mark.parametrize(
     ("words", "length", "message"),
     [
-        (("good", "good"), 32, "good, good share their tokens"),
+        (("good", "good"), 32, "labels 0 and 1 have the same tokens, 'good' and"),
         (("bad", "good"), 3, r"max-length = 3 .* own words .* take 3 tokens"),
         (("bad", "not bad"), 4, r"max-length = 4 .* own words .* take 4 tokens"),
     ],
