@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from hosl_flower.answers import Answers
 from hosl_flower.link.base import Traffic
 from hosl_flower.plot import clients_with
 from hosl_flower.session import Session
@@ -38,7 +39,12 @@ def plan(method: Any, session: Session) -> Iterable[str]:
         f"{clients_with(examples)} training examples; "
         f"{next(iter(session.clients.values())).held_out_examples} held out"
     )
-    sequences = spec.batch_size * session.encoder.answers.sequences
+    answers = session.encoder.answers
+    if isinstance(answers, Answers) and answers.sequences > 1:
+        words = zip(spec.task.verbalizers, answers.tokens, strict=True)
+        long = ", ".join(f"{word!r} has {len(t)} tokens" for word, t in words if len(t) > 1)
+        yield f"{long}: each example is {answers.sequences} sequences, one for each answer"
+    sequences = spec.batch_size * answers.sequences
     most = sequences * session.encoder.length * session.activation_bytes_per_token
     up, down = method.activations_per_step()
     yield (

@@ -18,6 +18,7 @@ def test_run_trains_and_leaves_a_run_directory(tmp_path):
     arguments = [
         "-c", f"output-dir={tmp_path}", "-c", "run-name=one", "-c", "steps=3",
         "-c", "eval-examples=40", "-c", 'prompt={SMS} It is "x" or',
+        "-c", "verbalizers=not spam,spam",
     ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "hosl_flower", "run", "simulations/quickstart", *arguments],
@@ -32,6 +33,7 @@ def test_run_trains_and_leaves_a_run_directory(tmp_path):
     assert results["steps"] == 3
     assert results["pretrained"] is False
     assert "cut after block 1 of 4" in done.stderr
+    assert "'not spam' has 2 tokens: each example is 2 sequences" in done.stderr
     assert done.stderr.strip().endswith(str(tmp_path / "one"))
 
 
