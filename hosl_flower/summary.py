@@ -26,8 +26,8 @@ def plan(method: Any, session: Session) -> Iterable[str]:
     yield f"{method.name}: {spec.model} ({origin}), task {spec.task.name}, seed {spec.seed}"
     yield (
         f"cut after block {spec.cut_layer} of {session.base.blocks}: client holds "
-        f"{held / 1e6:.1f} M parameters and probes {trained / 1e6:.1f} M; server trains "
-        f"{session.server.trained_count() / 1e6:.1f} M"
+        f"{_number(held)} parameters and trains {_number(trained)}; server trains "
+        f"{_number(session.server.trained_count())}"
     )
     if spec.dtype != "float32":
         yield (
@@ -67,7 +67,8 @@ def table(results: "Results", traffic: Traffic) -> str:
         **_measured(results),
         "loss": f"{results.loss:.4f} (before training {results.evaluations[0]['loss']:.4f})",
         "steps": f"{results.steps} in {results.wall_seconds:.1f} s",
-        "seconds per step": ", ".join(f"{part} {value:.3f}" for part, value in seconds.items()),
+        "seconds per step": ", ".join(f"{part} {value:.3f}" for part, value in seconds.items())
+        + " (client and server overlap)" * (sum(seconds.values()) > 2.1 * seconds["total"]),
         "bytes": f"{traffic.total(traffic.up) / 1e6:.1f} MB up, "
         f"{traffic.total(traffic.down) / 1e6:.3f} MB down",
         "client peak memory": f"{results.client_peak_memory['bytes'] / 2**20:.0f} MiB, tensors: "
@@ -107,9 +108,9 @@ def plan_table(found: "Plan", memory: float, uplink: float, downlink: float) -> 
     over = f"; {training / peaks['forward']:.2f} of inference" if "forward" in peaks else ""
     rows = {
         "model": f"{found.model} ({'pretrained' if found.pretrained else 'RANDOM WEIGHTS'})",
-        "client": f"{found.client_parameters / 1e6:.1f} M parameters, "
-        f"{_mebibytes(found.client_weight_bytes)} MiB; trains {found.client_trained / 1e6:.1f} M",
-        "server": f"trains {found.server_trained / 1e6:.1f} M parameters",
+        "client": f"{_number(found.client_parameters)} parameters, "
+        f"{_mebibytes(found.client_weight_bytes)} MiB; trains {_number(found.client_trained)}",
+        "server": f"trains {_number(found.server_trained)} parameters",
         "client memory": f"{_mebibytes(worst)} MiB of tensors, for the longest batch ("
         + ", ".join(f"{phase} {_mebibytes(peak)}" for phase, peak in peaks.items())
         + f"){over}; the process about {_mebibytes(found.client_bytes)} MiB on a SuperNode, "
@@ -127,6 +128,11 @@ def plan_table(found: "Plan", memory: float, uplink: float, downlink: float) -> 
     for name, value in rows.items():
         grid.add_row(name, value)
     return _rendered(grid)
+
+
+def _number(count: int) -> str:
+    """Millions where there are any."""
+    return f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
 
 
 def _mebibytes(size: float) -> str:

@@ -13,6 +13,7 @@ from hosl_flower.config import parse_config
 from hosl_flower.errors import ConfigError
 from hosl_flower.plan import PROCESS_BYTES, Plan, parse_bytes, parse_rate, plan
 from hosl_flower.server_app import load_strategy
+from hosl_flower.summary import plan_table
 
 
 @pytest.fixture
@@ -92,6 +93,13 @@ def test_a_device_that_is_just_large_enough_is_a_tight_fit():
     assert found.fit(needed) == "tight, less than 1.25 times what is needed"
     assert found.fit(1.24 * needed) == found.fit(needed)
     assert found.fit(1.25 * needed) == "fits"
+
+
+def test_few_parameters_are_not_no_millions():
+    found = numbers(client_parameters=2_500_000, client_trained=6_144)
+    text = plan_table(found, math.inf, math.inf, math.inf)
+    assert "2.5 M parameters" in text
+    assert "trains 6,144" in text
 
 
 def test_sizes_and_rates():
