@@ -403,6 +403,8 @@ def parse_config(values: Mapping[str, Any], origin: str = "the run config") -> R
 
 def _describe(details: Any) -> str:
     message = details["msg"].removeprefix("Value error, ")
+    if details["type"].startswith("bool"):
+        message = "expected true or false"
     if not details["loc"]:
         return message
     return f"{details['loc'][0]} = {details['input']!r}: {message[0].lower()}{message[1:]}"
