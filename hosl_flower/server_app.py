@@ -10,6 +10,7 @@ import importlib
 import inspect
 import logging
 import sys
+from importlib.util import find_spec
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -44,12 +45,14 @@ def load_strategy(config: RunConfig) -> SplitStrategy:
 def strategy_class(reference: str) -> type[SplitStrategy]:
     """What "module:class" refers to; ConfigError when it is not there or no strategy."""
     module_name, _, class_name = reference.partition(":")
+    of_ours = find_spec("strategies." + module_name) if module_name.isidentifier() else None
+    hint = f"; did you mean 'strategies.{reference}'?" if of_ours else ""
     try:
         cls = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError, TypeError) as error:
         raise ConfigError(
             f"strategy = {reference!r} cannot be loaded ({error}); it must be "
-            "'module:class' of a package installed where the ServerApp runs"
+            f"'module:class' of a package installed where the ServerApp runs{hint}"
         ) from error
     is_strategy = isinstance(cls, type) and issubclass(cls, SplitStrategy)
     if not is_strategy or inspect.isabstract(cls):
