@@ -75,6 +75,11 @@ def load_source(
     return train.select(order[cut:]), train.select(order[:cut])
 
 
+def training_part(path: Path, task: Task) -> Dataset:
+    """The training examples of a local path as they are in its files. Raises DataError."""
+    return _from_path(path, task)[0].data
+
+
 def _from_hub(name: str) -> list[Part]:
     repository, _, configuration = name.rpartition("/")
     if not repository or not configuration:

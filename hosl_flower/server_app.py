@@ -17,6 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from hosl_flower.config import RunConfig, parse_config
 from hosl_flower.errors import ConfigError, HoslError
+from hosl_flower.own_task import completed
 from hosl_flower.strategy import SplitStrategy
 
 app = ServerApp()
@@ -39,7 +40,7 @@ def main(grid: Grid, context: Context) -> None:
 
 def load_strategy(config: RunConfig) -> SplitStrategy:
     """The strategy a config names; ConfigError when it is not there or not one."""
-    return strategy_class(config.strategy)(config)
+    return strategy_class(config.strategy)(completed(config))
 
 
 def strategy_class(reference: str) -> type[SplitStrategy]:

@@ -272,3 +272,36 @@ def test_local_paths_reach_the_clients_as_absolute_paths(hub_cache, tiny_opt, mo
     spec = settle(model=directory.name, cut_layer=1, data_path="a:b.csv").spec
     assert spec.model == str(directory)
     assert spec.source == str(directory.parent / "a:b.csv")
+
+
+TEXTS = "text,label\nhe shoots,Sport\na soup,food\na goal,sport\n"
+
+
+def own_file(path, content, **keys):
+    path.write_text(content)
+    keys = {"task": "mine", "data-path": str(path), **keys}
+    return load_strategy(parse_config(keys)).config
+
+
+def test_a_file_of_texts_and_words_is_task_enough(tmp_path):
+    found = own_file(tmp_path / "mine.csv", TEXTS)
+    assert (found.prompt, found.verbalizers) == ("{text}", "food=food,sport=sport")
+    asked = own_file(tmp_path / "mine.csv", TEXTS, prompt="{text} This is about")
+    assert asked.prompt == "{text} This is about"
+
+
+@pytest.mark.parametrize(
+    ("content", "keys"),
+    [
+        (TEXTS.replace("Sport", "1").replace("sport", "1").replace("food", "0"), {}),
+        (TEXTS.replace("food", "food=soup"), {}),
+        (TEXTS.replace("food", "sport"), {}),  # a single label
+        (TEXTS.replace("label", "y"), {}),
+        (TEXTS, {"labels": "client"}),
+        (TEXTS, {"task": "sst2"}),
+        (TEXTS, {"target-column": "label"}),
+        (TEXTS, {"data-path": "/data/{partition}.csv"}),
+    ],
+)
+def test_what_a_file_does_not_say_is_left_open(tmp_path, content, keys):
+    assert own_file(tmp_path / "mine.csv", content, **keys).verbalizers == ""
