@@ -13,19 +13,28 @@ REPEAT ?= 1
 SIMULATION ?= simulations/opt125m_hosl
 BIN := $(VENV)/bin
 
-.PHONY: setup run deploy-demo docs test fast-test integration-test fault-test lint clean
+.PHONY: setup dev run deploy-demo docs test fast-test integration-test fault-test lint clean
 
 setup: $(VENV)/.ready
+dev: $(VENV)/.dev
 
+# what a run needs: no torchao, which says much wherever transformers finds and imports it
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "hosl-flower needs Python 3.11 or newer; set PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+	@echo "installing hosl-flower and what it needs into $(VENV): some minutes ..."
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[simulation,tensorboard]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.ready
+	@echo "installing what tests need, too ..."
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 run: setup
 	$(BIN)/python -m hosl_flower simulate $(SIMULATION) $(ARGS)
+	@echo "next: . $(BIN)/activate, then python -m hosl_flower report <the directory of results>"
 
 deploy-demo: setup
 	$(BIN)/python deploy/demo.py
@@ -40,17 +49,17 @@ $(VENV)/.docs: $(VENV)/.ready
 
 test: fast-test integration-test
 
-fast-test: setup
+fast-test: dev
 	$(BIN)/python -m pytest
 
-integration-test: setup
+integration-test: dev
 	$(BIN)/python -m pytest -m slow
 	$(BIN)/python -m pytest tests/integration --override-ini addopts='-q -n 2 --dist load'
 
-fault-test: setup
+fault-test: dev
 	REPEAT=$(REPEAT) $(BIN)/python -m pytest tests/faults --override-ini addopts='-q --durations=0'
 
-lint: setup
+lint: dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

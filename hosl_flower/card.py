@@ -122,7 +122,7 @@ def _origin(run: Finished) -> str:
     return (
         "## How it was made\n\n"
         "The run's keys without most defaults and what does not change the numbers, for the "
-        "`pyproject.toml` of a Flower app `APP`:\n\n"
+        f"`pyproject.toml` of a Flower app `APP`{_bare(run)}:\n\n"
         f"```toml\n[tool.flwr.app.config]\n{keys}\n```\n\n"
         "```sh\npython -m hosl_flower run APP\n```\n\n"
         f"Versions: {versions}, Python {run.record['python']}; {run.record['machine']}."
@@ -137,8 +137,23 @@ def _keys(run: Finished) -> dict[str, Scalar]:
         for key, value in run.config.as_keys().items()
         if key in _ALWAYS or (key not in FREE and value != defaults[key])
     }
-    path = {"model": _is_local(run), "data-path": ":" not in run.config.data_path}
-    return {key: _last(str(value)) if path.get(key) else value for key, value in keys.items()}
+    local = _local(run)
+    return {key: _last(str(value)) if key in local else value for key, value in keys.items()}
+
+
+def _local(run: Finished) -> list[str]:
+    """The keys that are local paths."""
+    data = run.config.data_path
+    local = {"model": _is_local(run), "data-path": bool(data) and ":" not in data}
+    return [key for key, is_path in local.items() if is_path]
+
+
+def _bare(run: Finished) -> str:
+    """What is to be put in place of names without their directory."""
+    local = _local(run)
+    if not local:
+        return ""
+    return f", with the paths you have them at in place of the bare names ({', '.join(local)})"
 
 
 def _toml(value: Scalar) -> str:

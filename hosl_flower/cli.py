@@ -112,9 +112,9 @@ def plan(
         typer.echo(json.dumps(both) if as_json else plan_table(found, memory, *rates))
         if found.client_bytes > memory:
             raise ConfigError(
-                f"a client needs about {found.client_bytes / 1e9:.2f} GB, --client-memory is "
-                f"{memory / 1e9:.2f} GB: lower cut-layer, client-micro-batch or max-length, or use "
-                "dtype = bfloat16"
+                f"a client needs about {found.client_bytes / 2**20:.0f} MiB, --client-memory is "
+                f"{memory / 2**20:.0f} MiB: lower cut-layer, client-micro-batch or max-length, "
+                "or use dtype = bfloat16"
             )
     except HoslError as error:
         _fail(error)

@@ -90,7 +90,8 @@ class RunConfig(BaseModel):
     task: str = Field(
         "sst2",
         description="sst2, rte, cb, wsc, wic, boolq, ag-news, trec, sms-spam, squad, drop, of "
-        "images cifar10, cifar100, mnist, fashion-mnist, digits, or the name of your own task",
+        "images cifar10, cifar100, mnist, fashion-mnist, digits, or the name of your own task: for "
+        "that a data-path with columns text and label, of words, is enough",
     )
     data_path: str = Field(
         "", description="local file or directory instead of the task's own data set"
@@ -403,6 +404,8 @@ def parse_config(values: Mapping[str, Any], origin: str = "the run config") -> R
 
 def _describe(details: Any) -> str:
     message = details["msg"].removeprefix("Value error, ")
+    if details["type"].startswith("bool"):
+        message = "expected true or false"
     if not details["loc"]:
         return message
     return f"{details['loc'][0]} = {details['input']!r}: {message[0].lower()}{message[1:]}"

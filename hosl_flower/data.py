@@ -20,7 +20,7 @@ from hosl_flower.formats import SUFFIXES, read_file
 from hosl_flower.image_files import image_columns, read_images
 from hosl_flower.perturb import derive_seed, permutation
 from hosl_flower.squad import right_answers
-from hosl_flower.task_table import Task
+from hosl_flower.task_table import TASKS, Task
 from hosl_flower.tasks import BUNDLED, parse_label
 
 log = logging.getLogger("hosl_flower")
@@ -73,6 +73,11 @@ def load_source(
         wanted = f"{held_out_examples} (held-out-examples)" if held_out_examples else "some"
         raise DataError(f"{source} has {len(train)} example(s): too few to hold {wanted} out")
     return train.select(order[cut:]), train.select(order[:cut])
+
+
+def training_part(path: Path, task: Task) -> Dataset:
+    """The training examples of a local path as they are in its files. Raises DataError."""
+    return _from_path(path, task)[0].data
 
 
 def _from_hub(name: str) -> list[Part]:
@@ -192,7 +197,7 @@ def _normalise(part: Part, task: Task, partition_column: str = "") -> Dataset:
             f"{where} has no column {', '.join(map(repr, missing))}; task {task.name} needs "
             f"{', '.join(found)}, the data has "
             f"{', '.join(data.column_names)} (set {'' if task.image else 'prompt and '}"
-            f"{'target' if task.target else 'label'}-column)"
+            f"{'target' if task.target else 'label'}-column){_way_out(data.column_names, task)}"
         )
     _check_kept_name(task, where, partition_column)
     if len(data) == 0:
@@ -205,6 +210,7 @@ def _normalise(part: Part, task: Task, partition_column: str = "") -> Dataset:
             row = columns[name][1].index(None) + 1
             raise DataError(f"{where}, row {row}: {name} is missing")
         texts[name] = [str(text) for text in columns[name][1]]
+    _say_what_is_empty(texts, where)
     ids = _ids(data, partition_column, where) if partition_column else {}
     if task.image:
         images = image_columns(data, task, where)
@@ -212,6 +218,33 @@ def _normalise(part: Part, task: Task, partition_column: str = "") -> Dataset:
             images = images.add_column(name, values)
         return images
     return Dataset.from_dict({**ids, **texts, **right})
+
+
+def _way_out(names: Sequence[str], task: Task) -> str:
+    """What else may be wrong where columns are missing."""
+    if len(names) == 1 and ";" in names[0]:
+        return "; is the separator a semicolon? Write the file with commas"
+    if task.name in TASKS:
+        return (
+            "; for data of your own, set task to a new name, with prompt, verbalizers and "
+            "label-column"
+        )
+    return ""
+
+
+def _say_what_is_empty(texts: dict[str, list[str]], where: str) -> None:
+    """A prompt without any text says nothing of its label: most likely a mistake."""
+    rows = zip(*texts.values(), strict=True)
+    empty = [row for row, own in enumerate(rows, start=1) if not any(map(str.strip, own))]
+    if empty:
+        log.warning(
+            "%s: %d of %d rows have no text (%s), the first is row %d; they are used as they are",
+            where,
+            len(empty),
+            len(next(iter(texts.values()))),
+            ", ".join(texts),
+            empty[0],
+        )
 
 
 def _right(column: str, values: Sequence[Any], task: Task, where: str) -> dict[str, list[Any]]:

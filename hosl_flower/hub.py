@@ -88,16 +88,23 @@ def fetch(repository: str, filename: str) -> Path | None:
         if _is_cached(repository):  # the snapshot is there, this file is not part of it
             return None
         raise CheckpointError(
-            f"{repository!r} is not in the local Hugging Face cache and "
-            f"{constants.ENDPOINT} cannot be reached; connect, or give a local model directory"
+            f"{repository!r} is no directory ({_here(repository)} is not there), it is not in the "
+            f"local Hugging Face cache, and {constants.ENDPOINT} cannot be reached; give the "
+            "absolute path of a local model directory, or connect"
         ) from error
     except EntryNotFoundError:
         return None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(
             f"the hub does not give {filename!r} of {repository!r}: {first_line(error)}; "
-            "check the name and, for a gated model, HF_TOKEN"
+            "check the name and, for a gated model, HF_TOKEN; there is no directory "
+            f"{_here(repository)} either"
         ) from error
+
+
+def _here(name: str) -> Path:
+    """The directory that a name would mean, were it one."""
+    return Path(name).expanduser().absolute()
 
 
 def cached(repository: str, filename: str) -> Path | None:

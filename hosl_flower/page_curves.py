@@ -16,7 +16,7 @@ _SMOOTH = 20  # steps in the moving average of the training loss
 _POINTS = 250  # of a line, at most: more than a figure of this width shows
 _WINDOWS = 60  # in which projected gradients are counted
 _SIZE = (5.4, 3.3)
-_MARGINS = {"left": 0.125, "right": 0.985, "bottom": 0.15, "top": 0.97}
+_MARGINS = {"left": 0.125, "right": 0.95, "bottom": 0.15, "top": 0.97}
 
 
 @dataclass(frozen=True)

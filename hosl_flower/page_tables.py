@@ -115,13 +115,15 @@ def side_by_side(runs: Sequence[Run]) -> Html:
     def rows(lines: Iterable[tuple[str, Callable[[Run], object]]]) -> list[list[object]]:
         return [[name, *(of(run) for run in runs)] for name, of in lines]
 
+    measures = {run.measure for run in runs}
+    outcome = [row for row in _OUTCOME if _MEASURED.get(row[0], "") in ("", *measures)]
     return section(
         "runs",
         "What was trained, and what came of it",
         tag(
             "div",
             table("What was trained", ["", *names(runs)], rows(_TRAINED)),
-            table("Outcome", ["", *names(runs)], rows(_OUTCOME), "figures"),
+            table("Outcome", ["", *names(runs)], rows(outcome), "figures"),
             class_="panel" if len(runs) == 1 else "",
         ),
         note(
@@ -194,6 +196,15 @@ _OUTCOME: tuple[tuple[str, Callable[[Run], object]], ...] = (
     ("transport", _seconds("transport")),
     ("seconds in all", lambda run: number(run.results.wall_seconds, 1)),
 )
+
+# rows that are only about runs of such a measure
+_MEASURED = {
+    "held-out accuracy": "accuracy",
+    "of the majority class": "accuracy",
+    "balanced accuracy": "accuracy",
+    "held-out F1": "F1",
+    "exact match": "F1",
+}
 
 
 def _before(run: Run) -> float | None:

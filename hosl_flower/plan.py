@@ -11,14 +11,17 @@ import math
 import time
 from dataclasses import asdict, dataclass
 
+import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from hosl_flower.client import Client
 from hosl_flower.config import RunConfig
 from hosl_flower.errors import ConfigError
 from hosl_flower.held_out import score_batches
+from hosl_flower.labels import STATES_BYTES
 from hosl_flower.link.inprocess import InProcessLink
 from hosl_flower.memory import PHASES, Meter
+from hosl_flower.requests import HeldOutStates
 from hosl_flower.server_app import load_strategy
 from hosl_flower.session import Session
 from hosl_flower.spec import torch_dtype
@@ -29,8 +32,13 @@ from hosl_flower.training import describe_all
 log = logging.getLogger("hosl_flower")
 
 # What a client's process has besides its tensors, on a CPU: interpreter, libraries and data. A
-# ClientApp with the bundled data has 0.6 GB (tests/benchmarks/memory.py --process).
+# ClientApp with the bundled data has 0.6 GB (tests/benchmarks/memory.py --process). One that a Ray
+# worker is has Ray too, and keeps freed memory longer: 0.63 to 0.81 GB by `client peak memory` of
+# runs of simulations/quickstart and simulations/opt125m_hosl.
 PROCESS_BYTES = 600_000_000
+WORKER_BYTES = 850_000_000
+
+MARGIN = 1.25  # a device with less than so many times what is needed is a tight fit
 
 _SECONDS = 5.0  # of real steps, at least two
 
@@ -60,8 +68,21 @@ class Plan:
 
     @property
     def client_bytes(self) -> int:
-        """What a client's process needs on a CPU."""
+        """What a client's process needs on a CPU: of a SuperNode's ClientApp."""
         return max(self.peak_bytes.values()) + PROCESS_BYTES
+
+    @property
+    def worker_bytes(self) -> int:
+        """The same of a simulated client, which is a Ray worker."""
+        return max(self.peak_bytes.values()) + WORKER_BYTES
+
+    def fit(self, memory: float) -> str:
+        """Whether a SuperNode with so many bytes can be a client, in a word or so."""
+        if self.client_bytes > memory:
+            return "DOES NOT FIT"
+        if MARGIN * self.client_bytes > memory:
+            return f"tight, less than {MARGIN:g} times what is needed"
+        return "fits"
 
     def step_seconds(self, uplink: float, downlink: float) -> float:
         """Of one step: computing and sending one after the other, clients at the same time.
@@ -79,7 +100,8 @@ class Plan:
 
     def as_json(self) -> dict[str, object]:
         """All of it."""
-        return {**asdict(self), "client_bytes": self.client_bytes}
+        own = {"client_bytes": self.client_bytes, "worker_bytes": self.worker_bytes}
+        return {**asdict(self), **own}
 
 
 def plan(config: RunConfig) -> Plan:
@@ -121,7 +143,8 @@ def _plan(config: RunConfig) -> Plan:
 
 def peaks_of(config: RunConfig, partitions: list[int]) -> dict[str, int]:
     """Peak bytes of a client's tensors by phase, weights included, in the first two steps: what an
-    optimizer keeps is there in the second.
+    optimizer keeps is there in the second. And in an evaluation, less the caches of answers that
+    are generated.
 
     partitions: the clients of these steps.
     """
@@ -150,8 +173,22 @@ def peaks_of(config: RunConfig, partitions: list[int]) -> dict[str, int]:
             for partition in partitions:
                 link.arrived(partition)
         method.steps(session, link, [2])
+        if config.evaluation == "split":
+            _evaluate(session, client)
         second = client.meter.peaks
         return {phase: most for phase in PHASES if (most := max(first[phase], second[phase]))}
+
+
+def _evaluate(session: Session, client: Client) -> None:
+    """The largest part of an evaluation there can be, on shapes."""
+    compute, held_out = client.compute, session.clients[0].held_out_examples
+    size = min(session.config.eval_batch_size, held_out)
+    compute.activations("evaluate", session.encoder.largest(size))
+    if compute.head is not None:  # labels = client: it scores hidden states too
+        wanted = compute.head.answers.states_per_example, compute.head.weight.shape[1]
+        examples = min(held_out, max(1, STATES_BYTES // (4 * math.prod(wanted))))
+        states = torch.zeros(examples, *wanted)
+        compute.judge_held_out(HeldOutStates(**session.at(2, 0), first=0, states=states))
 
 
 def _steps(method: SplitStrategy, session: Session, link: InProcessLink) -> dict[str, float]:

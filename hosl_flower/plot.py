@@ -69,8 +69,17 @@ def draw_partition(
         axes.bar(clients, heights, bottom=bottom, width=width, label=name, linewidth=0)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     axes.set(xlabel="client (partition)", ylabel="training examples")
-    axes.set_title(f"{len(totals)} client(s) with {min(totals)} to {max(totals)} examples")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_title(f"{clients_with(totals)} examples")
     axes.margins(x=0.01)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if len(totals) <= 10:
+        axes.set_xticks(clients)
     figure.legend(title="label", loc="outside right upper")  # a place without bars
     figure.savefig(path, dpi=120)
+
+
+def clients_with(counts: Sequence[int]) -> str:
+    """The clients that have so many of something: "1 client with 240", "3 clients with 2 to 4"."""
+    fewest, most = min(counts), max(counts)
+    spread = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+    return f"{len(counts)} client{'s' * (len(counts) > 1)} with {spread}"

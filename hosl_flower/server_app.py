@@ -10,12 +10,14 @@ import importlib
 import inspect
 import logging
 import sys
+from importlib.util import find_spec
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from hosl_flower.config import RunConfig, parse_config
 from hosl_flower.errors import ConfigError, HoslError
+from hosl_flower.own_task import completed
 from hosl_flower.strategy import SplitStrategy
 
 app = ServerApp()
@@ -38,18 +40,20 @@ def main(grid: Grid, context: Context) -> None:
 
 def load_strategy(config: RunConfig) -> SplitStrategy:
     """The strategy a config names; ConfigError when it is not there or not one."""
-    return strategy_class(config.strategy)(config)
+    return strategy_class(config.strategy)(completed(config))
 
 
 def strategy_class(reference: str) -> type[SplitStrategy]:
     """What "module:class" refers to; ConfigError when it is not there or no strategy."""
     module_name, _, class_name = reference.partition(":")
+    of_ours = find_spec("strategies." + module_name) if module_name.isidentifier() else None
+    hint = f"; did you mean 'strategies.{reference}'?" if of_ours else ""
     try:
         cls = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError, TypeError) as error:
         raise ConfigError(
             f"strategy = {reference!r} cannot be loaded ({error}); it must be "
-            "'module:class' of a package installed where the ServerApp runs"
+            f"'module:class' of a package installed where the ServerApp runs{hint}"
         ) from error
     is_strategy = isinstance(cls, type) and issubclass(cls, SplitStrategy)
     if not is_strategy or inspect.isabstract(cls):

@@ -24,6 +24,7 @@ from hosl_flower.server import Server
 from hosl_flower.spec import (
     ClientSpec,
     Resolved,
+    banner,
     pick_device,
     resolve,
     server_lora,
@@ -227,7 +228,7 @@ def open_session(
     use_threads(config.threads)
     resolved: Resolved = resolve(config, run, client_head)
     spec = resolved.spec
-    for line in resolved.notice.splitlines():  # the first lines of the log: not to be missed
+    for line in banner(resolved.notice):  # the first lines of the log: not to be missed
         log.warning(line)
     device = pick_device(config.device)
     base = open_base(spec.model, spec.seed)

@@ -128,7 +128,7 @@ _ADAPTER = TypeAdapter(ClientSpec)
 
 @dataclass(frozen=True)
 class Resolved:
-    """A run configuration with model and data settled. notice: the banner of a fallback."""
+    """A run configuration with model and data settled. notice: of a fallback, a sentence a line."""
 
     spec: ClientSpec
     notice: str
@@ -177,7 +177,7 @@ def resolve(config: RunConfig, run: str, client_head: bool = False) -> Resolved:
             if name not in ("run", "model", "task", "source", "client_head")
         },
     )
-    return Resolved(spec, _banner(notes))
+    return Resolved(spec, _notice(notes))
 
 
 def _is_no_path(source: str) -> bool:
@@ -213,13 +213,21 @@ def _has_data(source: str) -> bool:
     return hub.is_reachable() or os.path.isdir(cached)
 
 
-def _banner(notes: list[str]) -> str:
+def _notice(notes: list[str]) -> str:
     if not notes:
         return ""
-    lines = ["NOT A RESULT: the Hugging Face hub cannot be reached and nothing is cached.", *notes]
+    first = "NOT A RESULT: the Hugging Face hub cannot be reached and nothing is cached."
+    return "\n".join([first, *(f"{note}." for note in notes)])
+
+
+def banner(notice: str) -> list[str]:
+    """The lines of a notice in a frame; none where there is none."""
+    lines = notice.splitlines()
+    if not lines:
+        return []
     width = max(map(len, lines)) + 4
     body = [f"* {line.ljust(width - 4)} *" for line in lines]
-    return "\n".join(["*" * width, *body, "*" * width])
+    return ["*" * width, *body, "*" * width]
 
 
 def server_lora(config: RunConfig) -> Lora | None:

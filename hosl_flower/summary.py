@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from hosl_flower.answers import Answers
 from hosl_flower.link.base import Traffic
+from hosl_flower.plot import clients_with
 from hosl_flower.session import Session
 
 if TYPE_CHECKING:
@@ -24,8 +26,8 @@ def plan(method: Any, session: Session) -> Iterable[str]:
     yield f"{method.name}: {spec.model} ({origin}), task {spec.task.name}, seed {spec.seed}"
     yield (
         f"cut after block {spec.cut_layer} of {session.base.blocks}: client holds "
-        f"{held / 1e6:.1f} M parameters and probes {trained / 1e6:.1f} M; server trains "
-        f"{session.server.trained_count() / 1e6:.1f} M"
+        f"{_number(held)} parameters and trains {_number(trained)}; server trains "
+        f"{_number(session.server.trained_count())}"
     )
     if spec.dtype != "float32":
         yield (
@@ -34,10 +36,15 @@ def plan(method: Any, session: Session) -> Iterable[str]:
         )
     examples = [client.train_examples for client in session.clients.values()]
     yield (
-        f"{len(examples)} client(s) with {min(examples)} to {max(examples)} training examples; "
+        f"{clients_with(examples)} training examples; "
         f"{next(iter(session.clients.values())).held_out_examples} held out"
     )
-    sequences = spec.batch_size * session.encoder.answers.sequences
+    answers = session.encoder.answers
+    if isinstance(answers, Answers) and answers.sequences > 1:
+        words = zip(spec.task.verbalizers, answers.tokens, strict=True)
+        long = ", ".join(f"{word!r} has {len(t)} tokens" for word, t in words if len(t) > 1)
+        yield f"{long}: each example is {answers.sequences} sequences, one for each answer"
+    sequences = spec.batch_size * answers.sequences
     most = sequences * session.encoder.length * session.activation_bytes_per_token
     up, down = method.activations_per_step()
     yield (
@@ -60,7 +67,8 @@ def table(results: "Results", traffic: Traffic) -> str:
         **_measured(results),
         "loss": f"{results.loss:.4f} (before training {results.evaluations[0]['loss']:.4f})",
         "steps": f"{results.steps} in {results.wall_seconds:.1f} s",
-        "seconds per step": ", ".join(f"{part} {value:.3f}" for part, value in seconds.items()),
+        "seconds per step": ", ".join(f"{part} {value:.3f}" for part, value in seconds.items())
+        + " (client and server overlap)" * (sum(seconds.values()) > 2.1 * seconds["total"]),
         "bytes": f"{traffic.total(traffic.up) / 1e6:.1f} MB up, "
         f"{traffic.total(traffic.down) / 1e6:.3f} MB down",
         "client peak memory": f"{results.client_peak_memory['bytes'] / 2**20:.0f} MiB, tensors: "
@@ -96,16 +104,17 @@ def plan_table(found: "Plan", memory: float, uplink: float, downlink: float) -> 
     grid = Table(title=f"a run of {found.method}, before it is started", show_header=False)
     peaks = found.peak_bytes
     worst = max(peaks.values())
-    training = max(peak for phase, peak in peaks.items() if phase != "load")
+    training = max(peak for phase, peak in peaks.items() if phase not in ("load", "evaluate"))
     over = f"; {training / peaks['forward']:.2f} of inference" if "forward" in peaks else ""
     rows = {
         "model": f"{found.model} ({'pretrained' if found.pretrained else 'RANDOM WEIGHTS'})",
-        "client": f"{found.client_parameters / 1e6:.1f} M parameters, "
-        f"{found.client_weight_bytes / 1e6:.0f} MB; trains {found.client_trained / 1e6:.1f} M",
-        "server": f"trains {found.server_trained / 1e6:.1f} M parameters",
-        "client memory": f"{worst / 1e6:.0f} MB of tensors, for the longest batch ("
-        + ", ".join(f"{phase} {peak / 1e6:.0f}" for phase, peak in peaks.items())
-        + f"){over}; the process about {found.client_bytes / 1e9:.2f} GB",
+        "client": f"{_number(found.client_parameters)} parameters, "
+        f"{_mebibytes(found.client_weight_bytes)} MiB; trains {_number(found.client_trained)}",
+        "server": f"trains {_number(found.server_trained)} parameters",
+        "client memory": f"{_mebibytes(worst)} MiB of tensors, for the longest batch ("
+        + ", ".join(f"{phase} {_mebibytes(peak)}" for phase, peak in peaks.items())
+        + f"){over}; the process about {_mebibytes(found.client_bytes)} MiB on a SuperNode, "
+        f"{_mebibytes(found.worker_bytes)} MiB in a simulation, as a Ray worker",
         "per step": f"{found.clients:g} client(s): {found.up_bytes / 1e6:.2f} MB up, "
         f"{found.down_bytes / 1e6:.2f} MB down; on this machine client "
         f"{found.client_seconds / found.clients:.2f} s each, server {found.server_seconds:.2f} s",
@@ -115,11 +124,19 @@ def plan_table(found: "Plan", memory: float, uplink: float, downlink: float) -> 
         f"{_duration(found.run_seconds(uplink, downlink))}{_assumed(uplink, downlink)}",
     }
     if memory < math.inf:
-        fits = "fits" if found.client_bytes <= memory else "DOES NOT FIT"
-        rows["device"] = f"{memory / 1e9:.2f} GB: {fits}"
+        rows["device"] = f"{_mebibytes(memory)} MiB: {found.fit(memory)}"
     for name, value in rows.items():
         grid.add_row(name, value)
     return _rendered(grid)
+
+
+def _number(count: int) -> str:
+    """Millions where there are any."""
+    return f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
+
+
+def _mebibytes(size: float) -> str:
+    return f"{size / 2**20:.0f}"
 
 
 def _duration(seconds: float) -> str:

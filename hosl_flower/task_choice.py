@@ -19,7 +19,8 @@ def task_from_config(config: RunConfig) -> Task:
                 f"task = {config.task!r} is none of {', '.join((*TASKS, *IMAGE_TASKS))}; a task of "
                 "your own needs prompt, verbalizers and data-path (in the run config, or each "
                 "node's own), or target-column instead of verbalizers, and where it is about "
-                "images image-column and no prompt"
+                "images image-column and no prompt; a data-path that the server can read, with "
+                "columns text and label, of words, is enough"
             )
         base = Task(config.task, config.prompt, words)
     if base.target and (words or config.label_column):

@@ -151,8 +151,13 @@ class Encoder:
 
     def _choice(self, words: Sequence[str]) -> Answers:
         answers = Answers([self._word_tokens(word) for word in words])
-        if len(set(map(tuple, answers.tokens))) != len(words):
-            raise ConfigError(f"verbalizers {', '.join(words)} share their tokens")
+        for place, tokens in enumerate(answers.tokens):
+            if (first := answers.tokens.index(tokens)) < place:
+                names = self.task.label_names or range(len(words))
+                raise ConfigError(
+                    f"verbalizers: labels {names[first]} and {names[place]} have the same tokens, "
+                    f"{words[first]!r} and {words[place]!r}; give each an answer of its own"
+                )
         return answers
 
     def _completion(self, longest: int) -> Completion:
@@ -307,6 +312,12 @@ def parse_label(value: Any, task: Task, where: str, first: int = 0) -> int:
     if any(name.isdigit() for name in task.label_names):  # then a number is a name, or nothing
         counted = False
     number = int(text) - first if counted else -1
+    if isinstance(value, str) and not task.label_names and re.search(r"[^\W\d_]{2}", text):
+        last = first + len(task.verbalizers) - 1
+        raise DataError(
+            f"{where}: label {value!r} is a word: say in verbalizers which answer each label has, "
+            f"{text}=<answer>,... , or number the labels {first}..{last}"
+        )
     if not 0 <= number < len(task.verbalizers):
         names = f" or {', '.join(task.label_names)}" if task.label_names else ""
         raise DataError(

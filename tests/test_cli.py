@@ -18,6 +18,7 @@ def test_run_trains_and_leaves_a_run_directory(tmp_path):
     arguments = [
         "-c", f"output-dir={tmp_path}", "-c", "run-name=one", "-c", "steps=3",
         "-c", "eval-examples=40", "-c", 'prompt={SMS} It is "x" or',
+        "-c", "verbalizers=not spam,spam",
     ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "hosl_flower", "run", "simulations/quickstart", *arguments],
@@ -32,7 +33,19 @@ def test_run_trains_and_leaves_a_run_directory(tmp_path):
     assert results["steps"] == 3
     assert results["pretrained"] is False
     assert "cut after block 1 of 4" in done.stderr
+    assert "'not spam' has 2 tokens: each example is 2 sequences" in done.stderr
     assert done.stderr.strip().endswith(str(tmp_path / "one"))
+
+
+def test_without_the_packages_it_needs_it_says_what_to_activate():
+    done = subprocess.run(  # -S: no site-packages
+        [sys.executable, "-S", "-m", "hosl_flower", "keys"],
+        cwd=ROOT, env={}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {sys.executable} has no package 'typer'")
+    assert ". .venv/bin/activate" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -42,10 +55,12 @@ def test_run_trains_and_leaves_a_run_directory(tmp_path):
         (["-c", "steps"], "expected key=value"),
         (["-c", "cut-layer=9"], "cut-layer = 9 is outside 0..4"),
         (["-c", "strategy=strategies.nope:Nope"], "cannot be loaded"),
+        (["-c", "strategy=hosl:Hosl"], "did you mean 'strategies.hosl:Hosl'?"),
         (["-c", "strategy=json:JSONDecoder"], "is not a SplitStrategy"),
         (["-c", "strategy=.x:Hosl"], "cannot be loaded"),
         (["-c", "strategy=hosl_flower.strategy:SplitStrategy"], "not a SplitStrategy with a step"),
         (["-c", "steps=true"], "steps = True"),
+        (["-c", "save-model=yes"], "save-model = 'yes': expected true or false"),
         (["-c", "epsilon=1e-60"], "epsilon = 1e-60"),
         (["-c", "server-learning-rate=1e38"], "server-learning-rate = 1e+38"),
         (["-c", "data-path=hub:glue"], "expected hub:<repository>/<configuration>"),

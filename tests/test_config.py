@@ -12,7 +12,7 @@ from conftest import put_into_hub_cache
 from hosl_flower.config import RunConfig, help_table, parse_config
 from hosl_flower.errors import CheckpointError, ConfigError, ProtocolError
 from hosl_flower.server_app import load_strategy
-from hosl_flower.spec import ClientSpec, resolve
+from hosl_flower.spec import ClientSpec, banner, resolve
 from hosl_flower.task_table import TASKS
 
 KEYS = [field.alias for field in RunConfig.model_fields.values()]
@@ -147,7 +147,11 @@ def test_without_hub_and_cache_the_run_falls_back_and_says_so(hub_cache):
     assert (resolved.spec.task, resolved.spec.source) == (TASKS["sms-spam"], "bundled:sms_spam")
     for part in ("NOT A RESULT", "facebook/opt-125m", "RANDOM", "sst2 -> sms-spam"):
         assert part in resolved.notice
-    assert len({len(line) for line in resolved.notice.splitlines()}) == 1
+    assert "*" not in resolved.notice
+    framed = banner(resolved.notice)
+    assert len({len(line) for line in framed}) == 1
+    assert framed[1].startswith("* NOT A RESULT")
+    assert banner("") == []
 
 
 def test_without_fallback_what_is_missing_is_an_error(hub_cache):
@@ -161,6 +165,12 @@ def test_without_fallback_what_is_missing_is_an_error(hub_cache):
 def test_models_without_a_stand_in_are_an_error(hub_cache, model):
     with pytest.raises(CheckpointError, match=model):
         settle(model=model)
+
+
+def test_a_missing_directory_is_named_besides_the_hub(hub_cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"no directory \({tmp_path}/mymodle is not there"):
+        settle(model="mymodle")
 
 
 def test_cached_model_is_kept_when_only_the_data_is_missing(hub_cache, tiny_opt):
@@ -262,3 +272,36 @@ def test_local_paths_reach_the_clients_as_absolute_paths(hub_cache, tiny_opt, mo
     spec = settle(model=directory.name, cut_layer=1, data_path="a:b.csv").spec
     assert spec.model == str(directory)
     assert spec.source == str(directory.parent / "a:b.csv")
+
+
+TEXTS = "text,label\nhe shoots,Sport\na soup,food\na goal,sport\n"
+
+
+def own_file(path, content, **keys):
+    path.write_text(content)
+    keys = {"task": "mine", "data-path": str(path), **keys}
+    return load_strategy(parse_config(keys)).config
+
+
+def test_a_file_of_texts_and_words_is_task_enough(tmp_path):
+    found = own_file(tmp_path / "mine.csv", TEXTS)
+    assert (found.prompt, found.verbalizers) == ("{text}", "food=food,sport=sport")
+    asked = own_file(tmp_path / "mine.csv", TEXTS, prompt="{text} This is about")
+    assert asked.prompt == "{text} This is about"
+
+
+@pytest.mark.parametrize(
+    ("content", "keys"),
+    [
+        (TEXTS.replace("Sport", "1").replace("sport", "1").replace("food", "0"), {}),
+        (TEXTS.replace("food", "food=soup"), {}),
+        (TEXTS.replace("food", "sport"), {}),  # a single label
+        (TEXTS.replace("label", "y"), {}),
+        (TEXTS, {"labels": "client"}),
+        (TEXTS, {"task": "sst2"}),
+        (TEXTS, {"target-column": "label"}),
+        (TEXTS, {"data-path": "/data/{partition}.csv"}),
+    ],
+)
+def test_what_a_file_does_not_say_is_left_open(tmp_path, content, keys):
+    assert own_file(tmp_path / "mine.csv", content, **keys).verbalizers == ""

@@ -160,6 +160,29 @@ def test_missing_path_and_missing_train_file(tmp_path):
         read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("header", "task", "hint"),
+    [
+        ("text;label", TASK, "is the separator a semicolon"),
+        ("text,y", TASK, r"\(set prompt and label-column\)$"),
+        ("words,y", TASKS["sms-spam"], "set task to a new name, with prompt, verbalizers"),
+    ],
+)
+def test_missing_columns_come_with_a_way_out(tmp_path, header, task, hint):
+    path = tmp_path / "mine.csv"
+    path.write_text(f"{header}\n{header}\n")
+    with pytest.raises(DataError, match=hint):
+        read(path, task)
+
+
+def test_rows_without_text_are_named_once(tmp_path, caplog):
+    path = tmp_path / "mine.csv"
+    path.write_text("text,label\nfine,1\n,0\n  ,1\n")
+    assert len(read(path)) == 3
+    (said,) = caplog.messages
+    assert "2 of 3 rows have no text (text), the first is row 2" in said
+
+
 def test_hub_data_that_cannot_be_had_names_the_way_out(hub_cache):
     with pytest.raises(DataError, match=r"'nyu-mll/glue/sst2' .* set data-path"):
         load_source("hub:nyu-mll/glue/sst2", TASKS["sst2"], 0)

@@ -127,6 +127,7 @@ def test_the_card_says_what_how_and_how_well_and_no_paths(make, tmp_path):
         "24 held-out", "by label: `terrible`, `great`", "`reviews`, a local file",
         'prompt = "{text} It was"', "client-learning-rate = 0.001", "activations travelled as bf16",
         "python -m hosl_flower run APP", "transformers 5.",
+        "in place of the bare names (model, data-path)",
     ):  # fmt: skip
         assert said in card.text, said
     assert str(tmp_path) not in card.content

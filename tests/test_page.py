@@ -344,8 +344,12 @@ def test_generated_answers_are_shown_by_f1(tmp_path, undrawn):
     )
     seen = checked(written)
     assert "held-out F1 0.6875" in seen.text
+    assert "held-out accuracy" not in seen.text
     assert "exact match 0.5000" in seen.text
     assert "2.0000 / 0.6875" in seen.text
     assert "Held-out F1 against steps: one 0.0625 to 0.688" in seen.text
-    both = checked(written, write_run(tmp_path / "two"))
+    assert "exact match" not in checked(write_run(tmp_path / "two")).text
+    both = checked(written, tmp_path / "two")
+    assert "held-out accuracy" in both.text
+    assert "exact match" in both.text
     assert "Held-out accuracy or F1 against steps" in both.text

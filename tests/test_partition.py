@@ -9,7 +9,7 @@ from specs import client_spec
 
 from hosl_flower.errors import DataError, ProtocolError
 from hosl_flower.partition import ClientData, DataPool, make_partitioner, shared_between_partitions
-from hosl_flower.plot import draw_partition
+from hosl_flower.plot import clients_with, draw_partition
 from hosl_flower.task_table import Task
 from hosl_flower.tasks import Encoder, load_tokenizer
 
@@ -254,3 +254,8 @@ def test_the_partition_is_drawn(tmp_path, clients):
     path = tmp_path / "partition.png"
     draw_partition(path, [[3 + n % 5, 2] for n in range(clients)], ["ham", "spam"])
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_clients_are_counted_in_words():
+    assert clients_with([240]) == "1 client with 240"
+    assert clients_with([2, 4, 3]) == "3 clients with 2 to 4"

@@ -222,7 +222,7 @@ def test_a_tokenizer_without_padding_or_prefix_will_do(tokenizer):
 @pytest.mark.parametrize(
     ("words", "length", "message"),
     [
-        (("good", "good"), 32, "good, good share their tokens"),
+        (("good", "good"), 32, "labels 0 and 1 have the same tokens, 'good' and"),
         (("bad", "good"), 3, r"max-length = 3 .* own words .* take 3 tokens"),
         (("bad", "not bad"), 4, r"max-length = 4 .* own words .* take 4 tokens"),
     ],
@@ -254,6 +254,8 @@ def test_labels_that_are_words_are_named_next_to_the_answers():
     assert [parse_label(value, stars, "here") for value in (1, "2", 2.0)] == [0, 1, 1]
     with pytest.raises(DataError, match=r"here: label 0 is not one of .* 1, 2"):
         parse_label(0, stars, "here")
+    with pytest.raises(DataError, match=r"here: label 'Sport' is a word: .* sport=<answer>,"):
+        parse_label("Sport", own_task(), "here")
     swapped = task(task="sst2", verbalizers="positive=great,negative=terrible")
     assert parse_label("negative", swapped, "here") == 1
 
