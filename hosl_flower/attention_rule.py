@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-_SCORES = 2**18  # numbers in a matrix of scores in work: 1 MiB
+_SCORES = 2**16  # numbers in a matrix of scores in work: 256 KiB
 
 
 class Attended(NamedTuple):

@@ -29,7 +29,7 @@ from hosl_flower.families import Parts
 from hosl_flower.norm_rule import Norm
 from hosl_flower.split import ClientSubmodel
 
-_CHUNK_TOKENS = 256  # whose feedback is worked out at a time: small beside what a block makes
+_CHUNK_TOKENS = 128  # whose feedback is worked out at a time: small beside what a block makes
 
 
 def residual_parts(submodel: ClientSubmodel) -> Parts:

@@ -27,7 +27,7 @@ from hosl_flower.split import ClientSubmodel
 from hosl_flower.surrogate import Cotangent
 from hosl_flower.tasks import Batch
 
-_PIECE_TOKENS = 512  # of each its queries, keys, values and g' are held beside its MLP's inside
+_PIECE_TOKENS = 128  # of each its queries, keys, values and g' are held beside its MLP's inside
 
 
 def fed_back(submodel: ClientSubmodel, names: Collection[str]) -> list[str]:
