@@ -215,14 +215,15 @@ def test_recomputing_clients_learn_what_back_propagating_ones_do(make, local_ste
     assert losses(a) == pytest.approx(losses(b), rel=1e-4)
 
 
-def test_residual_feedback_trains_mlps_attention_outputs_and_embeddings_only(make):
+def test_residual_feedback_trains_all_of_the_clients_half(make):
     keys = {**FO, "client_trainable": "full", "client_gradient": "residual", "local_steps": 2}
     _, a, _ = make(SplitFo, **{**keys, "client_learning_rate": 0.0})
     moved, b, _ = make(SplitFo, **keys, client_optimizer="adafactor")
     before, after = weights_of(a), weights_of(b)
     changed = {name for name in before if ".layers.2." not in name and "decoder." in name}
     changed = {name for name in changed if not torch.equal(before[name], after[name])}
-    parts = ("fc1", "fc2", "final_layer_norm", "self_attn.out_proj")
+    parts = ("fc1", "fc2", "final_layer_norm", "self_attn_layer_norm")
+    parts += tuple(f"self_attn.{each}_proj" for each in ("q", "k", "v", "out"))
     written = [f"layers.{i}.{w}.{k}" for i in (0, 1) for w in parts for k in ("weight", "bias")]
     written += ["embed_tokens.weight", "embed_positions.weight"]
     assert {f"model.decoder.{name}" for name in written} | {
@@ -257,7 +258,10 @@ def test_parameters_stepped_as_their_gradients_come_learn_as_those_stepped_toget
     _, apart, _ = make(SplitFo, **keys, local_steps=3)
     assert losses(together) == pytest.approx(losses(apart), rel=1e-4)
     one, other = weights_of(together), weights_of(apart)
-    assert all(torch.allclose(one[name], other[name], atol=1e-4) for name in one)
+    # softmax makes the gradient of OPT's key biases zero but for rounding, which adafactor scales up
+    told = [name for name in one if not name.endswith("k_proj.bias")]
+    assert len(told) == len(one) - 3
+    assert all(torch.allclose(one[name], other[name], atol=1e-4) for name in told)
 
 
 def test_a_local_step_that_fails_half_way_is_nobodys_weights(make, monkeypatch):
