@@ -261,7 +261,8 @@ class RunConfig(BaseModel):
     client_micro_batch: Natural = Field(
         0,
         description="sequences the client runs at a time, with less memory; 0 is a whole batch, "
-        "for recompute and residual some 2,000 tokens. HO-SFL then takes one forward more per step",
+        "for recompute some 2,000 tokens, for residual 128. HO-SFL then takes one forward more per "
+        "step",
     )
     lora_rank: int = Field(8, ge=1, le=4096, description="r of the adapters, on either side")
     lora_alpha: float = Field(16.0, gt=0, le=1e6, description="adapters act as alpha / r * B A x")
