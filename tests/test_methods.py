@@ -258,7 +258,7 @@ def test_parameters_stepped_as_their_gradients_come_learn_as_those_stepped_toget
     _, apart, _ = make(SplitFo, **keys, local_steps=3)
     assert losses(together) == pytest.approx(losses(apart), rel=1e-4)
     one, other = weights_of(together), weights_of(apart)
-    # softmax makes the gradient of OPT's key biases zero but for rounding, which adafactor scales up
+    # softmax makes the gradient of key biases zero but for rounding, which adafactor scales up
     told = [name for name in one if not name.endswith("k_proj.bias")]
     assert len(told) == len(one) - 3
     assert all(torch.allclose(one[name], other[name], atol=1e-4) for name in told)
