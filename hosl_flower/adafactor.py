@@ -11,7 +11,8 @@ With momentum, the paper's section 2's, what is subtracted is an average of such
 
     m <- b1 m + (1 - b1) u / max(1, rms(u)),  theta <- theta - eta m / (1 - b1^t),  b1 = 0.9
 
-m is kept in bfloat16: a quarter of AdamW's state in float32, and half of the weights.
+m is kept in 8 bits with a scale per row, rounded at random: an eighth of AdamW's state in float32,
+a quarter of the weights.
 
 Of a gradient that is sparse rows (an embedding's) only those are visited: the others' update is
 zero, their R decays. That is the dense algorithm's result to rounding, at the cost of the rows.
@@ -29,7 +30,7 @@ from torch import Tensor
 from hosl_flower.gradient import Dense
 from hosl_flower.optimizer import Optimizer, Terms, matrix_of
 from hosl_flower.perturb import as_matrix_shape, row_chunks
-from hosl_flower.rounding import store
+from hosl_flower.rounding import quantize, store
 
 _DECAY, _TINY, _CLIP, _BETA1 = 0.8, 1e-30, 1.0, 0.9
 
@@ -84,7 +85,7 @@ class Adafactor(Optimizer):
         square = sum(float(u.square_().sum()) for _, u in seen.updates(rows, columns))
         scale = 1.0 / max(1.0, math.sqrt(square / matrix.numel()) / _CLIP)
         start = 0
-        for which, u in self._steps(seen, scale, rows, columns):
+        for which, u in self._steps(seen, scale, rows, columns, seed):
             u.mul_(learning_rate)
             if matrix.dtype == torch.float32:
                 matrix[which] -= u
@@ -95,7 +96,7 @@ class Adafactor(Optimizer):
             start += len(u)
 
     def _steps(
-        self, seen: _Seen, scale: float, rows: Tensor, columns: Tensor
+        self, seen: _Seen, scale: float, rows: Tensor, columns: Tensor, seed: int
     ) -> Iterator[tuple[slice | Tensor, Tensor]]:
         """Which rows of the parameter are to be changed, and by what in units of eta."""
         for which, u in seen.updates(rows, columns):
@@ -144,52 +145,68 @@ class Adafactor(Optimizer):
 
 
 class AdafactorMomentum(Adafactor):
-    """State per parameter: besides, m in its shape."""
+    """State per parameter: besides, m as int8 [out, in] and a scale per row [out]."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.averages: dict[str, Tensor] = {}  # m, bfloat16 [out, in]
+        self.averages: dict[str, tuple[Tensor, Tensor]] = {}
 
     def _steps(
-        self, seen: _Seen, scale: float, rows: Tensor, columns: Tensor
+        self, seen: _Seen, scale: float, rows: Tensor, columns: Tensor, seed: int
     ) -> Iterator[tuple[slice | Tensor, Tensor]]:
         if seen.name not in self.averages:
-            self.averages[seen.name] = torch.zeros_like(seen.matrix, dtype=torch.bfloat16)
-        average = self.averages[seen.name]
-        average.mul_(_BETA1)
-        for which, u in super()._steps(seen, scale * (1.0 - _BETA1), rows, columns):
-            average[which] = u.add_(average[which]).bfloat16()
-        for start, block in row_chunks(average):
-            corrected = block.float().div_(1.0 - _BETA1**self.steps)
-            yield slice(start, start + len(block)), corrected
+            codes = torch.zeros_like(seen.matrix, dtype=torch.int8)
+            self.averages[seen.name] = codes, seen.matrix.new_zeros(len(codes), dtype=torch.float32)
+        codes, scales = self.averages[seen.name]
+        scales.mul_(_BETA1)
+        start = 0
+        for which, u in super()._steps(seen, scale * (1.0 - _BETA1), rows, columns, seed):
+            u.addcmul_(codes[which], scales[which].unsqueeze(1))
+            codes[which], scales[which] = quantize(u, seed, seen.name, start)
+            start += len(u)
+        corrected = scales / (1.0 - _BETA1**self.steps)
+        for start, block in row_chunks(codes):
+            which = slice(start, start + len(block))
+            yield which, block * corrected[which].unsqueeze(1)
 
     def tensors(self) -> list[Tensor]:
-        return [*super().tensors(), *self.averages.values()]
+        return [*super().tensors(), *(t for pair in self.averages.values() for t in pair)]
 
     def save(self, parameters: Mapping[str, Tensor]) -> Tensor:
         factored = super().save(parameters)
         if not factored.numel():
             return factored
         own = [
-            self.averages[name].cpu().float().flatten()
+            torch.cat([t.cpu().float().flatten() for t in self.averages[name]])
             if name in self.averages
-            else torch.zeros(p.numel())
+            else torch.zeros(_average_size(p.shape))
             for name, p in parameters.items()
         ]
         return torch.cat([factored[0], *own]).unsqueeze(0)
 
     def load(self, moments: Tensor, steps: int, parameters: Mapping[str, Tensor]) -> None:
-        sizes = [p.numel() for p in parameters.values()] if moments.numel() else []
+        sizes = [_average_size(p.shape) for p in parameters.values()] if moments.numel() else []
         factored = moments[:, : moments.shape[1] - sum(sizes)]
         super().load(factored, steps, parameters)
         flat = moments[0, factored.shape[1] :].split(sizes) if sizes else ()
-        self.averages = {
-            name: average.view_as(matrix_of(p)).to(p.device, torch.bfloat16)
-            for (name, p), average in zip(parameters.items(), flat, strict=False)
-        }
+        self.averages = {}
+        for (name, p), average in zip(parameters.items(), flat, strict=False):
+            own = average.to(p.device, copy=True)
+            codes = own[: p.numel()].clamp(-127, 127).to(torch.int8)
+            self.averages[name] = codes.view_as(matrix_of(p)), own[p.numel() :].clone()
 
 
 def state_size(shape: torch.Size) -> int:
     """Numbers of state of a parameter."""
     rows, columns = as_matrix_shape(shape)
     return rows if len(shape) < 2 else rows + columns
+
+
+def _average_size(shape: torch.Size) -> int:
+    """Numbers of an average of steps: the codes and the scales of their rows."""
+    return shape.numel() + as_matrix_shape(shape)[0]
+
+
+def momentum_size(shape: torch.Size) -> int:
+    """As state_size, with momentum."""
+    return state_size(shape) + _average_size(shape)

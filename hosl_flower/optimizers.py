@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hosl_flower.adafactor import Adafactor, AdafactorMomentum, state_size
+from hosl_flower.adafactor import Adafactor, AdafactorMomentum, momentum_size, state_size
 from hosl_flower.optimizer import AdamW, Optimizer, Sgd
 
 _OPTIMIZERS: dict[str, type[Optimizer]] = {
@@ -25,8 +25,8 @@ def state_shape(name: str, shapes: Sequence[torch.Size]) -> tuple[int, int]:
     """[k, m] of the state over parameters of these shapes, as `save` gives it."""
     whole = sum(shape.numel() for shape in shapes)
     if name.startswith("adafactor"):
-        averages = whole if name == "adafactor-momentum" else 0
-        return 1, sum(map(state_size, shapes)) + averages
+        size = momentum_size if name == "adafactor-momentum" else state_size
+        return 1, sum(map(size, shapes))
     return {"sgd": 0, "adamw": 2}[name], whole
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from hosl_flower.streams import HALVES
 
 _SMALLEST_NORMAL = 2.0**-14  # of float16; below it numbers are 2^-24 apart
+_TINY = 1e-38
 
 
 def rounding_seed(seeds: Sequence[int]) -> int:
@@ -30,16 +31,30 @@ def rounding_seed(seeds: Sequence[int]) -> int:
 def store(block: Tensor, value: Tensor, seed: int, name: str, start: int) -> None:
     """block = value, rounded at random: block [rows, columns] of a 16-bit dtype, rows start.. of
     the parameter `name`; value float32 [rows, columns]."""
-    rows, columns = block.shape
-    u = HALVES.span(seed, f"{name}#round-out", start, start + rows, block.device)
-    v = HALVES.span(seed, f"{name}#round-in", 0, columns, block.device)
-    r = (u.to(torch.int32).unsqueeze(1) + v.to(torch.int32)).bitwise_and_(0xFFFF)
+    r = _uniform(value, seed, f"{name}#round", start)
     if block.dtype == torch.bfloat16:
         block.copy_(_drop_bits(value, r, 16))
         return
     normal = _drop_bits(value, r & 0x1FFF, 13)
     small = torch.floor(value * 2.0**24 + r * 2.0**-16) * 2.0**-24
     block.copy_(torch.where(value.abs() < _SMALLEST_NORMAL, small, normal))
+
+
+def quantize(value: Tensor, seed: int, name: str, start: int) -> tuple[Tensor, Tensor]:
+    """(int8 [rows, columns], its scale per row, float32 [rows]) of a float32 value, as store.
+    Codes times scale are the value on average; a row's largest is 127 times its scale."""
+    scales = value.abs().amax(1).div_(127.0)
+    r = _uniform(value, seed, f"{name}#int8", start)
+    steps = value / scales.clamp(min=_TINY).unsqueeze(1) + r * 2.0**-16
+    return steps.floor_().clamp_(-127.0, 127.0).to(torch.int8), scales
+
+
+def _uniform(value: Tensor, seed: int, stream: str, start: int) -> Tensor:
+    """int32 [rows, columns] in [0, 2^16), for rows start.. of a parameter."""
+    rows, columns = value.shape
+    u = HALVES.span(seed, f"{stream}-out", start, start + rows, value.device)
+    v = HALVES.span(seed, f"{stream}-in", 0, columns, value.device)
+    return (u.to(torch.int32).unsqueeze(1) + v.to(torch.int32)).bitwise_and_(0xFFFF)
 
 
 def _drop_bits(value: Tensor, r: Tensor, bits: int) -> Tensor:
