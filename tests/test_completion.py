@@ -5,12 +5,11 @@ import re
 
 import pytest
 import torch
-from runs import metrics, run_factory
+from runs import CITIES, metrics, run_factory, write_questions
 from specs import client_spec, history_for
 from test_families import halves
 from test_families import saved as saved  # a fixture
 from test_ho_sfl import link_that
-from test_squad import question, squad_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hosl_flower.checks import Limits, check_activations, check_continued, check_graded
@@ -156,23 +155,9 @@ def test_greedy_tokens_of_a_padded_batch_are_those_of_transformers(saved, name):
                 assert own[:stop] == wanted[:stop]
 
 
-CITIES = ["New York", "York City"]  # it learns to say the first; of the second that is half
-
-
-def questions(path, cities):
-    articles = (
-        (f"{city} is a city.", [question(f"Where {n}?", city, "x")])
-        for n, city in enumerate(cities)
-    )
-    squad_file(path, *articles)
-
-
 @pytest.fixture
 def make(tiny_opt, tmp_path):
-    data = tmp_path / "squad"
-    data.mkdir()
-    questions(data / "train-v1.1.json", CITIES[:1] * 12)
-    questions(data / "dev-v1.1.json", CITIES * 2)
+    data = write_questions(tmp_path / "squad")
     return run_factory(
         HoSfl, tiny_opt, tmp_path,
         **{"task": "squad", "data-path": str(data), "prompt": "", "verbalizers": "",

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from runs import question, squad_file
 
 from hosl_flower.completion import IGNORED
 from hosl_flower.config import parse_config
@@ -16,20 +17,6 @@ from hosl_flower.task_table import TASKS
 from hosl_flower.tasks import Encoder, load_tokenizer
 
 SQUAD = TASKS["squad"]
-
-
-def question(text, *answers, **more):
-    own = [{"text": answer, "answer_start": 0} for answer in answers]
-    return {"id": text, "question": text, "answers": own, **more}
-
-
-def squad_file(path, *paragraphs, version="1.1"):
-    """paragraphs: (context, questions)."""
-    articles = [
-        {"title": f"T{n}", "paragraphs": [{"context": context, "qas": questions}]}
-        for n, (context, questions) in enumerate(paragraphs)
-    ]
-    path.write_text(json.dumps({"data": articles, "version": version}))
 
 
 def test_texts_are_compared_without_case_punctuation_and_articles():

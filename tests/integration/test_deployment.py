@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from deployments import deployment, run_deployed
-from runs import metrics
+from runs import metrics, write_questions
 
 from hosl_flower.cli import read_app_config
 from hosl_flower.processes import free_port
@@ -32,14 +32,31 @@ def run_plain(keys):
     load_strategy(read_app_config(QUICK, plain)).run_in_process()
 
 
-@pytest.mark.parametrize("strategy", ["strategies.hosl:Hosl", "strategies.ho_sfl:HoSfl"])
-def test_a_deployment_over_streams_gives_the_same_bits(tmp_path, strategy):
-    keys = {**KEYS, "strategy": strategy, "output-dir": str(tmp_path)}
+# tokens go back and forth, each side with its own cache
+GENERATION = {
+    "task": "squad", "prompt": "", "verbalizers": "", "max-new-tokens": 4, "max-length": 64,
+    "steps": 26, "eval-every": 13, "eval-batch-size": 3, "batch-size": 2,
+    "server-learning-rate": 0.03,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("strategy", "own"),
+    [("strategies.hosl:Hosl", {}), ("strategies.ho_sfl:HoSfl", GENERATION)],
+    ids=["hosl", "ho-sfl-that-writes-answers"],
+)
+def test_a_deployment_over_streams_gives_the_same_bits(tmp_path, strategy, own):
+    keys = {**KEYS, **own, "strategy": strategy, "output-dir": str(tmp_path)}
+    if own:
+        keys["data-path"] = str(write_questions(tmp_path / "squad"))
     with deployment(nodes=2) as environment:
         over = {**keys, "run-name": "stream", "stream-endpoint": f"127.0.0.1:{free_port()}"}
         log = run_deployed(environment, QUICK, over, 200.0)
     run_plain(keys)
-    assert metrics(tmp_path / "stream") == metrics(tmp_path / "plain")
+    curve = metrics(tmp_path / "stream")
+    assert curve == metrics(tmp_path / "plain")
+    if own:  # one answer of two is right, the other is in part
+        assert curve[-1]["held_out"]["exact_match"] < curve[-1]["held_out"]["f1"] < 1
     results = json.loads((tmp_path / "stream" / "results.json").read_text())
     assert results["clients"]["fingerprint_checked"] == [0, 1, 2]
     assert "of 2 node(s) have come to 127.0.0.1" in log  # the second may join a moment later
