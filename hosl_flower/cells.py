@@ -18,6 +18,7 @@ from hosl_flower.config import parse_config
 from hosl_flower.errors import ConfigError, HoslError
 from hosl_flower.experiment import Cell, Experiment, Keys, grid, trials
 from hosl_flower.measures import headline
+from hosl_flower.processes import exiting_when_told
 
 DIVERGED = "diverged.txt"  # in the run directory of a run that did
 
@@ -28,7 +29,8 @@ class CellError(HoslError):
 
 def run_all(cells: Sequence[Cell], out: Path, processes: int, flower_app: str, what: str) -> None:
     """Run what is not finished, `processes` at a time. Raises CellError with the last lines of the
-    first run that failed; the others that had begun are finished."""
+    first run that failed; the others that had begun are finished. When this process is interrupted
+    or told to end they are ended."""
     todo = [cell for cell in cells if not is_finished(cell, out)]
     columns = (
         TextColumn("{task.description}"),
@@ -42,17 +44,23 @@ def run_all(cells: Sequence[Cell], out: Path, processes: int, flower_app: str, w
         ThreadPoolExecutor(processes) as pool,
     ):
         task = progress.add_task(what, total=len(cells), completed=len(cells) - len(todo))
+        running: list[subprocess.Popen[str]] = []
 
         def work(cell: Cell) -> None:
-            _run(cell, out, processes, flower_app)
+            _run(cell, out, processes, flower_app, running)
             progress.advance(task)
             progress.console.print(f"{cell.name}: {_summary(out / cell.name)}")
 
         futures = [pool.submit(work, cell) for cell in todo]
         try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        finally:  # also when interrupted: nothing more is begun
+            with exiting_when_told():
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in running:
+                process.terminate()
+            raise
+        pool.shutdown(wait=False, cancel_futures=True)  # nothing more is begun
         for future in done:
             future.result()
 
@@ -74,8 +82,11 @@ def is_finished(cell: Cell, out: Path) -> bool:
     return True
 
 
-def _run(cell: Cell, out: Path, processes: int, flower_app: str) -> None:
-    """One cell in a process of its own; an unfinished attempt is put out of the way."""
+def _run(
+    cell: Cell, out: Path, processes: int, flower_app: str, running: list[subprocess.Popen[str]]
+) -> None:
+    """One cell in a process of its own, which is among `running` while it runs; an unfinished
+    attempt is put out of the way."""
     directory = out / cell.name
     if directory.exists():
         stale = next(p for i in range(1000) if not (p := out / f"{cell.name}.failed{i}").exists())
@@ -87,14 +98,21 @@ def _run(cell: Cell, out: Path, processes: int, flower_app: str) -> None:
     # all keys, so that a Flower app's own values do not come in between
     keys = parse_config({**cell.keys, **own}).as_keys()
     request = json.dumps({"keys": keys, "flower_app": flower_app})
-    done = subprocess.run(
-        [sys.executable, "-m", "hosl_flower.cell"], input=request, text=True, capture_output=True
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hosl_flower.cell"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    (out / f"{cell.name}.log").write_text(done.stderr)
+    running.append(process)
+    _, said = process.communicate(request)
+    running.remove(process)
+    (out / f"{cell.name}.log").write_text(said)
     if is_diverged(directory):
         return
-    if done.returncode or not (directory / "results.json").is_file():
-        last = "\n  ".join(done.stderr.strip().splitlines()[-5:])
+    if process.returncode or not (directory / "results.json").is_file():
+        last = "\n  ".join(said.strip().splitlines()[-5:])
         raise CellError(f"{cell.name} failed; the end of {out / cell.name}.log:\n  {last}")
 
 

@@ -10,7 +10,6 @@ import json
 import os
 import secrets
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any
 from hosl_flower.processes import (
     MARK,
     RunFailedError,
+    exiting_when_told,
     free_port,
     script,
     stop,
@@ -87,25 +87,24 @@ def private_superlink() -> Iterator[dict[str, str]]:
     if len(str(home)) < 40:  # Ray puts sockets there, whose paths may have 107 characters
         environment["RAY_TMPDIR"] = str(home)
     process: subprocess.Popen[bytes] | None = None
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` runs
-    try:
-        with (home / "superlink.log").open("wb") as log:
-            process = subprocess.Popen(
-                [
-                    script("flower-superlink"),
-                    *("--insecure", "--simulation", "--isolation", "subprocess"),
-                    *("--host", "127.0.0.1", "--port", str(http)),
-                    *("--control-api-address", f"127.0.0.1:{control}"),
-                ],
-                env=environment,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        wait_until_healthy(http, process, home / "superlink.log")
-        yield environment
-    finally:
-        if process is not None:
-            stop(process, environment[MARK])
-        signal.signal(signal.SIGTERM, before)
-        shutil.rmtree(home, ignore_errors=True)
+    with exiting_when_told():
+        try:
+            with (home / "superlink.log").open("wb") as log:
+                process = subprocess.Popen(
+                    [
+                        script("flower-superlink"),
+                        *("--insecure", "--simulation", "--isolation", "subprocess"),
+                        *("--host", "127.0.0.1", "--port", str(http)),
+                        *("--control-api-address", f"127.0.0.1:{control}"),
+                    ],
+                    env=environment,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            wait_until_healthy(http, process, home / "superlink.log")
+            yield environment
+        finally:
+            if process is not None:
+                stop(process, environment[MARK])
+            shutil.rmtree(home, ignore_errors=True)

@@ -11,7 +11,8 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -107,6 +108,16 @@ def _alive(family: Mapping[int, str], mark: str) -> list[int]:
         if marked or family.get(pid) == started:
             found.append(pid)
     return found
+
+
+@contextmanager
+def exiting_when_told() -> Iterator[None]:
+    """Within it SIGTERM is SystemExit, so that `finally` runs. Of the main thread only."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def free_port() -> int:

@@ -3,6 +3,10 @@
 import csv
 import json
 import math
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -86,14 +90,19 @@ def in_this_process(monkeypatch):
     """Cells are run here, not in processes of their own: seconds per start are spared."""
     started = []
 
-    def run(command, input, **_):
-        started.append(json.loads(input)["keys"]["run-name"])
-        assert command[1:] == ["-m", "hosl_flower.cell"]
-        monkeypatch.setattr("sys.stdin", type("In", (), {"read": lambda self: input})())
-        cell_main()
-        return type("Done", (), {"returncode": 0, "stderr": ""})()
+    class Here:
+        returncode = 0
 
-    monkeypatch.setattr(cells_module.subprocess, "run", run)
+        def __init__(self, command, **_):
+            assert command[1:] == ["-m", "hosl_flower.cell"]
+
+        def communicate(self, request):
+            started.append(json.loads(request)["keys"]["run-name"])
+            monkeypatch.setattr("sys.stdin", type("In", (), {"read": lambda self: request})())
+            cell_main()
+            return "", ""
+
+    monkeypatch.setattr(cells_module.subprocess, "Popen", Here)
     monkeypatch.setattr("hosl_flower.report.draw_curve", lambda *_: None)
     monkeypatch.setattr("hosl_flower.report.draw_partition", lambda *_: None)
     return started
@@ -136,6 +145,28 @@ def test_one_command_tunes_runs_and_tabulates_and_runs_nothing_twice(
     assert again.exit_code == 0
     assert in_this_process == []
     assert (out / "results.md").read_text() in again.output
+
+
+def test_runs_end_with_the_process_that_runs_them(experiment, monkeypatch, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid-$$\nexec sleep 600\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(cells_module.sys, "executable", str(python))
+
+    def end():
+        while len(list(tmp_path.glob("pid-*"))) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=end).start()
+    with pytest.raises(SystemExit, match="143"):
+        run_all(cells(read_experiment(experiment()), {})[:3], tmp_path / "out", 2, "", "runs")
+    begun = [int(path.read_text()) for path in tmp_path.glob("pid-*")]
+    assert len(begun) == 2, "the third was not begun"
+    give_up = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in begun):
+        assert time.monotonic() < give_up, "a run was left"
+        time.sleep(0.05)
 
 
 def test_a_run_that_stopped_halfway_is_run_again(experiment, in_this_process, tmp_path):
