@@ -162,7 +162,7 @@ class AdafactorMomentum(Adafactor):
         start = 0
         for which, u in super()._steps(seen, scale * (1.0 - _BETA1), rows, columns, seed):
             u.addcmul_(codes[which], scales[which].unsqueeze(1))
-            codes[which], scales[which] = quantize(u, seed, seen.name, start)
+            codes[which], scales[which] = quantize(u, seed, start)
             start += len(u)
         corrected = scales / (1.0 - _BETA1**self.steps)
         for start, block in row_chunks(codes):

@@ -12,6 +12,7 @@ matrix is given out + in of them: element (i, j) takes r = (u_i + v_j) mod 2^16,
 and independent of any one other element's. docs/perturbations.md is the specification.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from hosl_flower.streams import HALVES
 
 _SMALLEST_NORMAL = 2.0**-14  # of float16; below it numbers are 2^-24 apart
-_TINY = 1e-38
+_TINY, _PERIOD = 1e-38, 4096  # r of 8 bits repeats after so many rows and columns
 
 
 def rounding_seed(seeds: Sequence[int]) -> int:
@@ -31,7 +32,10 @@ def rounding_seed(seeds: Sequence[int]) -> int:
 def store(block: Tensor, value: Tensor, seed: int, name: str, start: int) -> None:
     """block = value, rounded at random: block [rows, columns] of a 16-bit dtype, rows start.. of
     the parameter `name`; value float32 [rows, columns]."""
-    r = _uniform(value, seed, f"{name}#round", start)
+    rows, columns = block.shape
+    u = HALVES.span(seed, f"{name}#round-out", start, start + rows, block.device)
+    v = HALVES.span(seed, f"{name}#round-in", 0, columns, block.device)
+    r = (u.to(torch.int32).unsqueeze(1) + v.to(torch.int32)).bitwise_and_(0xFFFF)
     if block.dtype == torch.bfloat16:
         block.copy_(_drop_bits(value, r, 16))
         return
@@ -40,21 +44,24 @@ def store(block: Tensor, value: Tensor, seed: int, name: str, start: int) -> Non
     block.copy_(torch.where(value.abs() < _SMALLEST_NORMAL, small, normal))
 
 
-def quantize(value: Tensor, seed: int, name: str, start: int) -> tuple[Tensor, Tensor]:
-    """(int8 [rows, columns], its scale per row, float32 [rows]) of a float32 value, as store.
-    Codes times scale are the value on average; a row's largest is 127 times its scale."""
+def quantize(value: Tensor, seed: int, start: int) -> tuple[Tensor, Tensor]:
+    """(int8 [rows, columns], its scale per row, float32 [rows]) of a float32 value, rows start.. of
+    any parameter, rounded at random: codes times scale are the value on average. A row's largest is
+    127 times its scale."""
     scales = value.abs().amax(1).div_(127.0)
-    r = _uniform(value, seed, f"{name}#int8", start)
-    steps = value / scales.clamp(min=_TINY).unsqueeze(1) + r * 2.0**-16
+    u, v = _dither(seed, value.device)
+    rows = torch.arange(start, start + len(value), device=value.device) % _PERIOD
+    columns = torch.arange(value.shape[1], device=value.device) % _PERIOD
+    r = (u[rows].unsqueeze(1) + v[columns]).bitwise_and_(0xFFFF)
+    steps = (value / scales.clamp(min=_TINY).unsqueeze(1)).add_(r, alpha=2.0**-16)
     return steps.floor_().clamp_(-127.0, 127.0).to(torch.int8), scales
 
 
-def _uniform(value: Tensor, seed: int, stream: str, start: int) -> Tensor:
-    """int32 [rows, columns] in [0, 2^16), for rows start.. of a parameter."""
-    rows, columns = value.shape
-    u = HALVES.span(seed, f"{stream}-out", start, start + rows, value.device)
-    v = HALVES.span(seed, f"{stream}-in", 0, columns, value.device)
-    return (u.to(torch.int32).unsqueeze(1) + v.to(torch.int32)).bitwise_and_(0xFFFF)
+@functools.lru_cache(maxsize=1)
+def _dither(seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """u and v, int32 [_PERIOD], the same for all parameters of an update."""
+    u, v = (HALVES.span(seed, f"int8-{kind}", 0, _PERIOD, device) for kind in ("out", "in"))
+    return u.to(torch.int32), v.to(torch.int32)
 
 
 def _drop_bits(value: Tensor, r: Tensor, bits: int) -> Tensor:

@@ -174,7 +174,7 @@ def test_an_average_in_8_bits_is_right_on_average():
     value[3] = 0.0
     total = torch.zeros_like(value)
     for seed in range(400):
-        codes, scales = quantize(value, seed, "m", 0)
+        codes, scales = quantize(value, seed, 0)
         error = codes * scales.unsqueeze(1) - value
         assert (error.abs() <= scales.unsqueeze(1) * 1.001).all()
         total += error
