@@ -18,6 +18,7 @@ from hosl_flower.config import parse_config
 from hosl_flower.errors import ConfigError, HoslError
 from hosl_flower.experiment import Cell, Experiment, Keys, grid, trials
 from hosl_flower.measures import headline
+from hosl_flower.own_task import completed
 from hosl_flower.processes import exiting_when_told
 
 DIVERGED = "diverged.txt"  # in the run directory of a run that did
@@ -71,7 +72,7 @@ def is_finished(cell: Cell, out: Path) -> bool:
     if not (directory / "results.json").is_file() and not is_diverged(directory):
         return False
     found = json.loads((directory / "config.json").read_text())["config"]
-    wanted = parse_config(dict(cell.keys)).as_keys()
+    wanted = completed(parse_config(dict(cell.keys))).as_keys()
     free = ("run-name", "output-dir", "threads")
     differ = [k for k, v in wanted.items() if k not in free and found.get(k, v) != v]
     if differ:

@@ -90,8 +90,9 @@ class RunConfig(BaseModel):
     task: str = Field(
         "sst2",
         description="sst2, rte, cb, wsc, wic, boolq, ag-news, trec, sms-spam, squad, drop, of "
-        "images cifar10, cifar100, mnist, fashion-mnist, digits, or the name of your own task: for "
-        "that a data-path with columns text and label, of words, is enough",
+        "images cifar10, cifar100, mnist, fashion-mnist, digits, or a name of your own, for which "
+        "a data-path with columns text and label, of words, is enough; empty is what data-path "
+        "holds, or without one sms-spam, which is bundled",
     )
     data_path: str = Field(
         "", description="local file or directory instead of the task's own data set"

@@ -1,8 +1,9 @@
 """A task of one's own that a file of texts and labels says enough about.
 
-With a new name as task, and nothing said of it but data-path, the prompt is the column text and the
-labels are words that answer for themselves. What was read of the data becomes keys of the run
-config, so that it reaches clients, run directory and model card like any other.
+With a new name as task or none, and nothing said of it but data-path, the prompt is the column text
+and the labels are words that answer for themselves. Without task and data-path it is what comes
+with the package. What was read of the data becomes keys of the run config, so that it reaches
+clients, run directory and model card like any other.
 """
 
 from pathlib import Path
@@ -10,18 +11,22 @@ from typing import Any
 
 from hosl_flower.config import RunConfig, parse_config
 from hosl_flower.image_tasks import IMAGE_TASKS
-from hosl_flower.task_table import TASKS, Task
+from hosl_flower.task_table import BUNDLED, TASKS, Task
 
 _PROMPT = "{text}"
+_OWN = "own"  # the name of what data-path holds, where it is given none
 _MOST = 50  # labels: more are no labels
 
 
 def completed(config: RunConfig) -> RunConfig:
-    """The configuration with prompt and verbalizers, where it leaves them open and the training
-    data that the server can read have them; else as it is. Raises DataError for damaged data.
+    """The configuration with a name of the task, and with prompt and verbalizers where it leaves
+    them open and the training data that the server can read have them. Raises DataError for
+    damaged data.
 
     Labels that stay on the clients are not read, nor data that each node has of its own.
     """
+    if not config.task:
+        config = parse_config({**config.as_keys(), "task": _OWN if config.data_path else BUNDLED})
     known = config.task in TASKS or config.task in IMAGE_TASKS
     said = bool(config.verbalizers or config.target_column or config.image_column)
     if known or said or config.labels == "client" or not config.data_path:

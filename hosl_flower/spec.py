@@ -34,9 +34,9 @@ from hosl_flower.image_tasks import IMAGE_TASKS
 from hosl_flower.lora import Lora
 from hosl_flower.split import RANDOM, check_cut, open_base
 from hosl_flower.task_choice import task_from_config
-from hosl_flower.task_table import TASKS, Task
+from hosl_flower.task_table import BUNDLED, TASKS, Task
 
-FALLBACK_TASK, FALLBACK_IMAGE_TASK = "sms-spam", "digits"
+FALLBACK_IMAGE_TASK = "digits"
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def resolve(config: RunConfig, run: str, client_head: bool = False) -> Resolved:
                 )
             images = bool(config_task.image)
             what = "bundled images of digits" if images else "bundled SMS collection"
-            config_task = IMAGE_TASKS[FALLBACK_IMAGE_TASK] if images else TASKS[FALLBACK_TASK]
+            config_task = IMAGE_TASKS[FALLBACK_IMAGE_TASK] if images else TASKS[BUNDLED]
             notes.append(f"task {config.task} -> {config_task.name}, the {what}")
             source = config_task.source
     spec = ClientSpec(

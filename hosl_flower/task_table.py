@@ -55,6 +55,7 @@ class Task:
         return list(dict.fromkeys(FIELD.findall(self.prompt)))
 
 
+BUNDLED = "sms-spam"  # what comes with the package
 _BOOLEAN = ("false", "true")
 _PAIR: Columns = {"premise": ("sentence1",), "hypothesis": ("sentence2",)}  # GLUE's names
 
@@ -128,7 +129,7 @@ TASKS = {
             source="hub:CogComp/trec/default",
         ),
         Task(
-            name="sms-spam",
+            name=BUNDLED,
             prompt="{SMS}\nThis message is",
             verbalizers=("real", "spam"),
             label_names=("ham", "spam"),

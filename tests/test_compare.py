@@ -19,9 +19,11 @@ from hosl_flower.cells import CellError, choose, is_diverged, is_finished, run_a
 from hosl_flower.cli import cli
 from hosl_flower.comparison import Row, _gap, markdown
 from hosl_flower.comparison_plot import draw_frontier
+from hosl_flower.config import parse_config
 from hosl_flower.errors import ConfigError
 from hosl_flower.experiment import Cell, cells, read_experiment, trials
 from hosl_flower.outcome import Outcome, outcome
+from hosl_flower.server_app import load_strategy
 
 SHIPPED = Path(__file__).parents[1] / "simulations" / "comparisons"
 
@@ -145,6 +147,19 @@ def test_one_command_tunes_runs_and_tabulates_and_runs_nothing_twice(
     assert again.exit_code == 0
     assert in_this_process == []
     assert (out / "results.md").read_text() in again.output
+
+
+def test_a_run_whose_task_was_read_from_its_data_is_known_again(tmp_path):
+    data = tmp_path / "mine.csv"
+    data.write_text("text,label\na goal,sport\na soup,food\n")
+    cell = Cell("", "hosl", 0, {"data-path": str(data), "task": ""})
+    directory = tmp_path / cell.name
+    directory.mkdir()
+    config = load_strategy(parse_config(dict(cell.keys))).config
+    assert config.verbalizers == "food=food,sport=sport"
+    (directory / "config.json").write_text(json.dumps({"config": config.as_keys()}))
+    (directory / "results.json").write_text("{}")
+    assert is_finished(cell, tmp_path)
 
 
 def test_runs_end_with_the_process_that_runs_them(experiment, monkeypatch, tmp_path):

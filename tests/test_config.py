@@ -290,6 +290,14 @@ def test_a_file_of_texts_and_words_is_task_enough(tmp_path):
     assert asked.prompt == "{text} This is about"
 
 
+def test_without_a_task_it_is_what_the_file_holds_or_what_is_bundled(tmp_path):
+    found = own_file(tmp_path / "mine.csv", TEXTS, task="")
+    assert (found.task, found.verbalizers) == ("own", "food=food,sport=sport")
+    assert own_file(tmp_path / "mine.csv", TEXTS, task="", **{"data-path": ""}).task == "sms-spam"
+    with pytest.raises(ConfigError, match="a task of your own needs prompt, verbalizers"):
+        settle(task="", data_path=str(tmp_path / "nowhere.csv"))
+
+
 @pytest.mark.parametrize(
     ("content", "keys"),
     [
