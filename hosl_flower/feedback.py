@@ -16,7 +16,7 @@ n, m, z and u are computed again from h' and h, a few tokens at a time, rather t
 forward-mode differentiation of transformers' own activation, or read off a where that is relu.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from hosl_flower.attention_rule import Attended, listening, through_attention, unrotate
 from hosl_flower.errors import ConfigError
 from hosl_flower.families import Parts
+from hosl_flower.linear_rule import LinearMap, Sums, at_hand
 from hosl_flower.norm_rule import Norm
 from hosl_flower.split import ClientSubmodel
 
@@ -68,17 +69,18 @@ class Feedback:
         index: int,
         parameters: Mapping[str, nn.Parameter],
     ):
-        self.parameters, self.first = parameters, index == 0
-        self.parts, self.transposed = residual_parts(submodel), submodel.family.transposed
+        self.first, self.parts, self.sums = index == 0, residual_parts(submodel), Sums(parameters)
         prefix = f"decoder.{submodel.family.blocks}.{index}"
         parts = trained_parts(self.parts)
         self._name = {p: submodel.canonical(f"{prefix}.{p}") for p in parts}
         self._module: dict[str, Any] = {p: block.get_submodule(p) for p in parts}
+        self._map = {
+            p: LinearMap(self._module[p], self._name[p], submodel.family.transposed, self.sums)
+            for p in (*self.parts.projections, self.parts.attention, *self._mlp())
+        }
         self._activation: Any = block.get_submodule(self.parts.activation)
         owner, _, attribute = self.parts.scaling.rpartition(".")
         self._scaling = getattr(block.get_submodule(owner), attribute) if attribute else 1.0
-        self._sums: dict[str, Tensor] = {}
-        self._wide: dict[str, Tensor] = {}
 
     @contextmanager
     def of(self, feedback: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Iterator[None]:
@@ -93,7 +95,7 @@ class Feedback:
 
         def learn(_: nn.Module, args: tuple[Tensor, ...], __: Tensor) -> None:
             wanted = (g, args[0].flatten(0, -2), *seen[1:])
-            with self._widened(self._mlp()):
+            with at_hand(self._map[part] for part in self._mlp()):
                 before.extend(self._learn_mlp(*some) for some in _chunks(*wanted))
             del seen[1:]
 
@@ -106,46 +108,33 @@ class Feedback:
         finally:
             for hook in hooks:
                 hook.remove()
-        with self._widened((*self.parts.projections, self.parts.attention)):
+        with at_hand(self._map[p] for p in (*self.parts.projections, self.parts.attention)):
             self._learn_attention(torch.cat(before), seen.pop(), heard.pop(), rotary)
-
-    @contextmanager
-    def _widened(self, parts: Iterable[str]) -> Iterator[None]:
-        """Within it these matrices are at hand in float32."""
-        self._wide = {p: self._matrix(p) for p in parts}
-        try:
-            yield
-        finally:
-            self._wide = {}
 
     def _key_width(self) -> int:
         """Numbers in all keys of a token."""
         parts = self.parts.projections
-        rows = self._matrix(parts[len(parts) // 2]).shape[0]
+        rows = self._map[parts[len(parts) // 2]].outputs
         return rows if len(parts) > 1 else rows // 3
 
     def _mlp(self) -> list[str]:
         """Names of the MLP's matrices."""
         return [p for p in (self.parts.up, self.parts.gate, self.parts.down) if p]
 
-    def _matrix(self, part: str) -> Tensor:
-        """Float32 [out, in], however the family stores it."""
-        weight = self._module[part].weight.float()
-        return weight.T if self.transposed else weight
-
     def _learn_mlp(self, g: Tensor, a: Tensor, o: Tensor, h: Tensor) -> Tensor:
         """Add what some tokens [n, ...] say; their g'."""
-        self._add(self.parts.down, g, a)
+        down, attention = self._map[self.parts.down], self._map[self.parts.attention]
+        down.learn(g, a)
         norm = Norm(self._module[self.parts.norm], h.float())
-        of_normed = self._through_mlp(g @ self._wide[self.parts.down], a, norm.output)
+        of_normed = self._through_mlp(down.back(g), a, norm.output)
         before = g + self._through_norm(self.parts.norm, norm, of_normed)
-        self._add(self.parts.attention, before, o)
+        attention.learn(before, o)
         return before
 
     def _learn_attention(self, before: Tensor, h: Tensor, attended: Attended, rotary: Any) -> None:
         """Add what g' [n, H] says of queries, keys and values."""
         sequences, heads, length, size = attended.query.shape
-        d = (before @ self._wide[self.parts.attention]).view(sequences, length, heads, size)
+        d = self._map[self.parts.attention].back(before).view(sequences, length, heads, size)
         query, key, value = through_attention(attended, d.transpose(1, 2))
         if rotary is not None:
             query, key = unrotate(query, rotary), unrotate(key, rotary)
@@ -167,7 +156,7 @@ class Feedback:
         they are projected from [n, H]."""
         parts = self.parts.projections
         for index, part in enumerate(self.parts.head_norms):
-            made = self._linear(parts[index], normed).view(-1, found[index].shape[2])
+            made = self._map[parts[index]].forward(normed).view(-1, found[index].shape[2])
             norm, g = Norm(self._module[part], made), found[index].flatten(0, 1)
             found[index] = self._through_norm(part, norm, g).view_as(found[index])
         flat = [each.flatten(1) for each in found]
@@ -175,33 +164,27 @@ class Feedback:
             flat = [torch.cat(flat, 1)]
         behind = torch.zeros_like(normed)
         for part, g in zip(parts, flat, strict=True):
-            self._add(part, g, normed)
-            behind.addmm_(g, self._wide[part])
+            self._map[part].learn(g, normed)
+            self._map[part].back(g, onto=behind)
         return behind
 
     def _through_mlp(self, da: Tensor, a: Tensor, normed: Tensor) -> Tensor:
         """From the gradient at a [n, inner], W2's input, to that at the MLP's input [n, H]."""
-        up, gate = self.parts.up, self.parts.gate
+        up, gate = self._map[self.parts.up], self._map.get(self.parts.gate)
         if isinstance(self._activation, nn.ReLU) and not gate:
             dz = da.mul_(a > 0)
-            self._add(up, dz, normed)
-            return dz @ self._wide[up]
-        value, slope = self._slope(self._linear(gate or up, normed))
+            up.learn(dz, normed)
+            return up.back(dz)
+        value, slope = self._slope((gate or up).forward(normed))
         if not gate:
             dz = da.mul_(slope)
-            self._add(up, dz, normed)
-            return dz @ self._wide[up]
+            up.learn(dz, normed)
+            return up.back(dz)
         du = da * value
-        dz = da.mul_(slope).mul_(self._linear(up, normed))
-        self._add(up, du, normed)
-        self._add(gate, dz, normed)
-        return (du @ self._wide[up]).addmm_(dz, self._wide[gate])
-
-    def _linear(self, part: str, x: Tensor) -> Tensor:
-        """What a linear map makes of x, in float32."""
-        bias = getattr(self._module[part], "bias", None)
-        y = x @ self._wide[part].T
-        return y if bias is None else y.add_(bias.float())
+        dz = da.mul_(slope).mul_(up.forward(normed))
+        up.learn(du, normed)
+        gate.learn(dz, normed)
+        return gate.back(dz, onto=up.back(du))
 
     def _slope(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The activation s at z, element by element, and its derivative there."""
@@ -210,35 +193,12 @@ class Feedback:
 
     def _through_norm(self, part: str, norm: Norm, g: Tensor) -> Tensor:
         """From the gradient at a norm's output [n, H] to that at its input, in g's place."""
-        if (total := self._sum(f"{self._name[part]}.bias")) is not None:
+        if (total := self.sums.of(f"{self._name[part]}.bias")) is not None:
             total += g.sum(0)
-        if (total := self._sum(f"{self._name[part]}.weight")) is not None:
+        if (total := self.sums.of(f"{self._name[part]}.weight")) is not None:
             total += (g * norm.unit).sum(0)
         return norm.back(g)
-
-    def _add(self, part: str, g: Tensor, x: Tensor) -> None:
-        """y = W x + b with g [n, out] at y: W gets g x^T, b gets g."""
-        if (total := self._sum(f"{self._name[part]}.weight")) is not None:
-            if self.transposed:
-                total.addmm_(x.T.float(), g)
-            else:
-                total.addmm_(g.T, x.float())
-        if (total := self._sum(f"{self._name[part]}.bias")) is not None:
-            total += g.sum(0)
-
-    def _sum(self, name: str) -> Tensor | None:
-        """The sum so far of a parameter's gradient; None where it is not wanted."""
-        if name not in self.parameters:
-            return None
-        if name not in self._sums:
-            self._sums[name] = torch.zeros_like(self.parameters[name], dtype=torch.float32)
-        return self._sums[name]
 
     def clear(self) -> None:
         """Let go of what is not a gradient."""
         self.__dict__.pop("before", None)
-
-    def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """The sums, each let go as it is handed out."""
-        for name in list(self._sums):
-            yield name, self._sums.pop(name)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hosl_flower.errors import ConfigError
 
@@ -54,6 +55,12 @@ def to_int8(value: Tensor, dtype: torch.dtype, device: str) -> Tensor:
         piece = Int8Tensor.from_hp(value[rows].to(device, dtype), PerRow())
         codes[rows], scales[rows] = piece.qdata, piece.scale
     return Int8Tensor(codes, scales, [1, value.shape[1]], dtype)
+
+
+def dequantised(weight: Tensor) -> Tensor:
+    """A matrix as plain numbers: a new one where it is kept in 8 bits, else itself."""
+    packed: Any = weight
+    return packed.dequantize() if is_traceable_wrapper_subclass(weight) else weight
 
 
 def place(submodel: nn.Module, owner: str, weight: nn.Parameter) -> None:

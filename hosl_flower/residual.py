@@ -27,6 +27,7 @@ from hosl_flower.split import ClientSubmodel
 from hosl_flower.surrogate import Cotangent
 from hosl_flower.tasks import Batch
 
+_KINDS = ("weight", "bias", "lora_A.weight", "lora_B.weight")
 _PIECE_TOKENS = 128  # of each its queries, keys, values and g' are held beside its MLP's inside
 
 
@@ -39,13 +40,13 @@ def fed_back(submodel: ClientSubmodel, names: Collection[str]) -> list[str]:
     for index in range(len(Blocks(submodel))):
         for part in parts:
             block = f"decoder.{family.blocks}.{index}"
-            trained += [f"{block}.{part}.{kind}" for kind in ("weight", "bias")]
+            trained += [f"{block}.{part}.{kind}" for kind in _KINDS]
     known = set(map(submodel.canonical, trained))
     found = [name for name in names if name in known]
     if not found:
         raise ConfigError(
-            "client-gradient = residual trains embeddings and blocks as they are: it needs "
-            "client-trainable = full, or blocks with cut-layer > 0"
+            "client-gradient = residual trains embeddings, blocks and adapters in blocks: it needs "
+            "client-trainable = full, or blocks or lora with cut-layer > 0"
         )
     return found
 
@@ -86,7 +87,7 @@ def residual_gradients(
         feedback.clear()
         if not index:
             yield from embeddings.gradients()
-        yield from feedback.gradients()
+        yield from feedback.sums.gradients()
 
 
 class _Embeddings:

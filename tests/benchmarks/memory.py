@@ -302,9 +302,7 @@ def full(device: str, minutes: float, limit: float, traced: bool) -> None:
                 return
             if traced and column.endswith("micro") and not _is_traced_micro(shape):
                 continue
-            if column.startswith("residual") and shape[-1] == "lora":
-                cells[column] = {"skipped": "residual feedback trains no adapters"}
-            elif traced:
+            if traced:
                 cells[column] = trace(shape, column)
             elif estimate_bytes(shape, column) > limit * 2**30:
                 if known:
