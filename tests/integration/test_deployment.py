@@ -42,12 +42,12 @@ GENERATION = {
 
 @pytest.mark.parametrize(
     ("strategy", "own"),
-    [("strategies.hosl:Hosl", {}), ("strategies.ho_sfl:HoSfl", GENERATION)],
-    ids=["hosl", "ho-sfl-that-writes-answers"],
+    [("strategies.hosl:Hosl", {"labels": "client"}), ("strategies.ho_sfl:HoSfl", GENERATION)],
+    ids=["hosl-with-labels-on-clients", "ho-sfl-that-writes-answers"],
 )
 def test_a_deployment_over_streams_gives_the_same_bits(tmp_path, strategy, own):
     keys = {**KEYS, **own, "strategy": strategy, "output-dir": str(tmp_path)}
-    if own:
+    if own is GENERATION:
         keys["data-path"] = str(write_questions(tmp_path / "squad"))
     with deployment(nodes=2) as environment:
         over = {**keys, "run-name": "stream", "stream-endpoint": f"127.0.0.1:{free_port()}"}
@@ -55,7 +55,7 @@ def test_a_deployment_over_streams_gives_the_same_bits(tmp_path, strategy, own):
     run_plain(keys)
     curve = metrics(tmp_path / "stream")
     assert curve == metrics(tmp_path / "plain")
-    if own:  # one answer of two is right, the other is in part
+    if own is GENERATION:  # one answer of two is right, the other is in part
         assert curve[-1]["held_out"]["exact_match"] < curve[-1]["held_out"]["f1"] < 1
     results = json.loads((tmp_path / "stream" / "results.json").read_text())
     assert results["clients"]["fingerprint_checked"] == [0, 1, 2]
