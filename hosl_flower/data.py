@@ -57,12 +57,7 @@ def load_source(
     `seed`; or, without either, a fifth of them. A test part without labels is none. A partition
     column that is the label column too is the integer "label". Raises DataError.
     """
-    if source.startswith("hub:"):
-        parts = _from_hub(source.removeprefix("hub:"))
-    else:
-        bundled = source.startswith("bundled:")
-        path = BUNDLED / source.removeprefix("bundled:") if bundled else Path(source).expanduser()
-        parts = _from_path(path, task)
+    parts = _from_source(source, task)
     train = _normalise(parts[0], task, partition_column)
     for part in parts[1:]:
         if not held_out_examples and not _is_unlabelled_test(part, task):
@@ -75,9 +70,17 @@ def load_source(
     return train.select(order[cut:]), train.select(order[:cut])
 
 
-def training_part(path: Path, task: Task) -> Dataset:
-    """The training examples of a local path as they are in its files. Raises DataError."""
-    return _from_path(path, task)[0].data
+def training_part(source: str, task: Task) -> Dataset:
+    """The training examples of a source as they are there. Raises DataError."""
+    return _from_source(source, task)[0].data
+
+
+def _from_source(source: str, task: Task) -> list[Part]:
+    if source.startswith("hub:"):
+        return _from_hub(source.removeprefix("hub:"))
+    bundled = source.startswith("bundled:")
+    path = BUNDLED / source.removeprefix("bundled:") if bundled else Path(source).expanduser()
+    return _from_path(path, task)
 
 
 def _from_hub(name: str) -> list[Part]:
@@ -174,7 +177,7 @@ def _is_unlabelled_test(part: Part, task: Task) -> bool:
     """Whether it is a test part as benchmarks publish it: its labels kept back."""
     if part.name != "test":
         return False
-    label = find_column(part.data, task.answer_column, task)
+    label = find_column(part.data, task.answer_column, task, part.where)
     labels = [] if label is None else label[1]
     if not all(value in (None, []) or str(value).strip() in ("", "-1") for value in labels):
         return False
@@ -190,7 +193,8 @@ def _normalise(part: Part, task: Task, partition_column: str = "") -> Dataset:
             f"{where} has no column {partition_column!r} (partition-column); the data has "
             f"{', '.join(data.column_names)}"
         )
-    found = {name: find_column(data, name, task) for name in (*task.fields, task.answer_column)}
+    wanted = (*task.fields, task.answer_column)
+    found = {name: find_column(data, name, task, where) for name in wanted}
     missing = [name for name, column in found.items() if column is None]
     if missing:
         raise DataError(

@@ -17,10 +17,9 @@ def task_from_config(config: RunConfig) -> Task:
         if not (config.prompt and (words or config.target_column)):
             raise ConfigError(
                 f"task = {config.task!r} is none of {', '.join((*TASKS, *IMAGE_TASKS))}; a task of "
-                "your own needs prompt, verbalizers and data-path (in the run config, or each "
-                "node's own), or target-column instead of verbalizers, and where it is about "
-                "images image-column and no prompt; a data-path that the server can read, with "
-                "columns text and label, of words, is enough"
+                "your own needs data-path, in the run config: with columns text and label, of "
+                "words, that is enough; or each node's own, and prompt and verbalizers; or "
+                "target-column instead of verbalizers, or image-column instead of prompt"
             )
         base = Task(config.task, config.prompt, words)
     if base.target and (words or config.label_column):

@@ -320,8 +320,10 @@ def parse_label(value: Any, task: Task, where: str, first: int = 0) -> int:
         )
     if not 0 <= number < len(task.verbalizers):
         names = f" or {', '.join(task.label_names)}" if task.label_names else ""
+        empty = text in ("", "none", "-1")
         raise DataError(
             f"{where}: label {value!r} is not one of {first}..{first + len(task.verbalizers) - 1}"
-            f"{names}; rows without a label cannot be used"
+            f"{names}, "
+            f"{'and rows without a label cannot be used' if empty else 'which have verbalizers'}"
         )
     return number

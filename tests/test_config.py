@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 from conftest import put_into_hub_cache
+from datasets import ClassLabel, Dataset, Features, Value
 
 from hosl_flower.config import RunConfig, help_table, parse_config
-from hosl_flower.errors import CheckpointError, ConfigError, ProtocolError
+from hosl_flower.errors import CheckpointError, ConfigError, HoslError, ProtocolError
 from hosl_flower.server_app import load_strategy
 from hosl_flower.spec import ClientSpec, banner, resolve
 from hosl_flower.task_table import TASKS
@@ -294,22 +295,39 @@ def test_without_a_task_it_is_what_the_file_holds_or_what_is_bundled(tmp_path):
     found = own_file(tmp_path / "mine.csv", TEXTS, task="")
     assert (found.task, found.verbalizers) == ("own", "food=food,sport=sport")
     assert own_file(tmp_path / "mine.csv", TEXTS, task="", **{"data-path": ""}).task == "sms-spam"
-    with pytest.raises(ConfigError, match="a task of your own needs prompt, verbalizers"):
-        settle(task="", data_path=str(tmp_path / "nowhere.csv"))
 
 
 @pytest.mark.parametrize(
-    ("content", "keys"),
+    ("content", "keys", "message"),
     [
-        (TEXTS.replace("Sport", "1").replace("sport", "1").replace("food", "0"), {}),
-        (TEXTS.replace("food", "food=soup"), {}),
-        (TEXTS.replace("food", "sport"), {}),  # a single label
-        (TEXTS.replace("label", "y"), {}),
-        (TEXTS, {"labels": "client"}),
-        (TEXTS, {"task": "sst2"}),
-        (TEXTS, {"target-column": "label"}),
-        (TEXTS, {"data-path": "/data/{partition}.csv"}),
+        (TEXTS.replace("Sport", "1").replace("sport", "1").replace("food", "0"), {},
+         "column 'label' has numbers (0, 1): say in verbalizers"),
+        (TEXTS.replace("food", "food=soup"), {}, "with , or = cannot be answers"),
+        (TEXTS.replace("food", "sport"), {}, "has 1 different labels (sport), expected 2 to 50"),
+        (TEXTS + "".join(f"a,{n}x\n" for n in range(60)), {}, "has 62 different labels"),
+        (TEXTS.replace("food", ""), {}, "mine.csv, row 2: label is missing"),
+        (TEXTS.replace("label", "y"), {}, "no column 'label'; it has text, y: set label-column"),
+        (TEXTS, {"labels": "client"}, "labels = client: the server reads no labels"),
+        (TEXTS, {"data-path": "/data/{partition}.csv"}, "does not exist here, on the server"),
     ],
-)
-def test_what_a_file_does_not_say_is_left_open(tmp_path, content, keys):
-    assert own_file(tmp_path / "mine.csv", content, **keys).verbalizers == ""
+)  # fmt: skip
+@pytest.mark.parametrize("task", ["", "mine"])
+def test_what_a_file_does_not_say_is_asked_for(tmp_path, content, keys, message, task):
+    with pytest.raises(HoslError, match=re.escape(message)):
+        own_file(tmp_path / "mine.csv", content, task=task, **keys)
+
+
+def test_what_is_said_is_not_read_from_the_file(tmp_path):
+    path = tmp_path / "mine.csv"
+    assert own_file(path, TEXTS, task="sst2").verbalizers == ""
+    assert own_file(path, TEXTS, **{"target-column": "label"}).verbalizers == ""
+    found = own_file(path, TEXTS, verbalizers="food=a,sport=b")
+    assert (found.prompt, found.verbalizers) == ("{text}", "food=a,sport=b")
+
+
+def test_the_names_of_a_saved_data_sets_labels_are_words(tmp_path):
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["Sport", "food"])})
+    data = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}, features)
+    data.save_to_disk(str(tmp_path / "saved"))
+    config = load_strategy(parse_config({"task": "", "data-path": str(tmp_path / "saved")})).config
+    assert config.verbalizers == "food=food,sport=Sport"

@@ -279,7 +279,7 @@ def test_a_newline_at_the_end_of_a_prompt_is_kept():
     [
         (
             {"task": "own"},
-            r"task = 'own' is none of sst2, rte, .*; .* prompt, verbalizers and data-path",
+            r"task = 'own' is none of sst2, rte, .*; .* data-path, .* prompt and verbalizers",
         ),
         ({"task": "own", "prompt": "{a}", "data_path": "x"}, "verbalizers"),
         ({"prompt": "It was"}, "'It was' names no column"),
