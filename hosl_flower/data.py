@@ -16,8 +16,8 @@ from hosl_flower import hub
 from hosl_flower.columns import column as column_of
 from hosl_flower.columns import find_column, plain_name
 from hosl_flower.errors import DataError, first_line
-from hosl_flower.formats import SUFFIXES, read_file
-from hosl_flower.image_files import image_columns, read_images
+from hosl_flower.formats import SEMICOLONS, SUFFIXES, read_file
+from hosl_flower.image_files import holds_images, image_columns, read_images
 from hosl_flower.perturb import derive_seed, permutation
 from hosl_flower.squad import right_answers
 from hosl_flower.task_table import TASKS, Task
@@ -35,6 +35,9 @@ _SHARD = re.compile(r"-\d+-of-\d+$")  # the hub's train-00000-of-00001.parquet
 
 
 _OR_IMAGES = "; or idx files, npz arrays, or a folder of images for each class"
+_ARE_IMAGES = (
+    "; it holds images: set image-column = image, and the names of its folders as verbalizers"
+)
 
 
 class Part(NamedTuple):
@@ -139,6 +142,7 @@ def _from_path(path: Path, task: Task) -> list[Part]:
     raise DataError(
         f"{path} has no train file; expected train and, optionally, validation, val, dev or "
         f"test, each one of {', '.join(SUFFIXES)}{_OR_IMAGES if task.image else ''}"
+        f"{'' if task.image or not holds_images(path) else _ARE_IMAGES}"
     )
 
 
@@ -227,7 +231,7 @@ def _normalise(part: Part, task: Task, partition_column: str = "") -> Dataset:
 def _way_out(names: Sequence[str], task: Task) -> str:
     """What else may be wrong where columns are missing."""
     if len(names) == 1 and ";" in names[0]:
-        return "; is the separator a semicolon? Write the file with commas"
+        return SEMICOLONS
     if task.name in TASKS:
         return (
             "; for data of your own, set task to a new name, with prompt, verbalizers and "

@@ -22,6 +22,7 @@ from hosl_flower.task_table import Task
 from hosl_flower.tasks import parse_label
 
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet", ".arrow", ".txt", ".label")
+SEMICOLONS = "; is the separator a semicolon? Write the file with commas"
 _LABELLED_LINE = re.compile(r"(\w+):(\S+)\s+(\S.*)")  # DESC:manner How did serfdom develop ?
 
 
@@ -48,6 +49,9 @@ def read_file(path: Path, task: Task) -> Dataset:
         return readers[path.suffix]().flatten()
     except DataError:
         raise
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{error.object[error.start]:02x}"
+        raise DataError(f"{path} is not in UTF-8 ({byte}); save it as UTF-8") from error
     except Exception as error:  # csv and pyarrow raise many kinds for a damaged file
         kind, reason = path.suffix[1:] or "text", first_line(error)
         raise DataError(f"{path} cannot be read as {kind}: {reason}") from error
@@ -67,8 +71,10 @@ def _table(path: Path, delimiter: str, quoting: Literal[0, 3], task: Task) -> Da
             if not row:
                 continue
             if len(row) != len(header):
+                semicolons = len(header) == 1 and ";" in header[0]
                 raise ValueError(
                     f"line {reader.line_num} has {len(row)} fields, the header {len(header)}"
+                    f"{SEMICOLONS if semicolons else ''}"
                 )
             for column, value in zip(columns, row, strict=True):
                 column.append(value)

@@ -55,12 +55,12 @@ def read_images(path: Path) -> dict[str, Dataset] | None:
     arrays = {file.stem: file for file in sorted(path.glob("*.npz"))}
     if arrays:
         return {name: _npz(file)["train"] for name, file in arrays.items()}
-    if any(_holds_images(child) for child in path.iterdir() if child.is_dir()):
+    if any(holds_images(child) for child in path.iterdir() if child.is_dir()):
         return _folder(path)
     return None
 
 
-def _holds_images(directory: Path) -> bool:
+def holds_images(directory: Path) -> bool:
     """Whether there is an image in it or further down. A hidden directory is somebody's cache."""
     known = Image.registered_extensions()
     hidden = directory.name.startswith(".")

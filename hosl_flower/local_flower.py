@@ -29,6 +29,8 @@ from hosl_flower.processes import (
     wait_until_healthy,
 )
 
+_FAILED = "run failed: "  # what the ServerApp says before the reason
+
 
 def run_flower_app(
     app: Path, overrides: Mapping[str, Any], federation: str, output_directory: Path
@@ -54,13 +56,35 @@ def run_flower_app(
         command = [script("flwr"), "run", str(app), *options]
         if federation:
             command += ["--federation-config", federation]
-        code = subprocess.run(command, env=environment, check=False).returncode
+        code, reason = _echoed(command, environment)
     written = results.is_file() and results.stat().st_mtime_ns != before
     if code != 0 or not written:
-        raise RunFailedError(
-            f"the run did not finish (flwr exit code {code}, no {results}); the log above says why"
-        )
+        why = reason or f"flwr exit code {code}, no {results}; the log above says why"
+        raise RunFailedError(f"the run did not finish: {why}")
     return results
+
+
+def _echoed(command: list[str], environment: Mapping[str, str]) -> tuple[int, str]:
+    """Run it, its output on this process's as it comes; its exit code, and the reason among what
+    it says for which a run failed, which Flower follows with pages of its own."""
+    process = subprocess.Popen(
+        command,
+        env={**environment, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+    )
+    reason = ""
+    try:
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+            reason = line.partition(_FAILED)[2].strip() or reason
+        return process.wait(), reason
+    finally:
+        process.kill()
+        process.wait()
 
 
 @contextmanager

@@ -104,18 +104,28 @@ def read_runs(directories: Sequence[Path]) -> list[Run]:
 
 
 def _check(path: Path) -> None:
-    if any((path / name).is_file() for name in _MARKS):
+    if _is_run(path):
         return
     found, hint = "no such directory", "name the directory that a run names at its end"
     if path.is_dir():
         inside = sorted(entry.name for entry in path.iterdir())
-        runs = [name for name in inside if any((path / name / m).is_file() for m in _MARKS)]
+        runs = [name for name in inside if _is_run(path / name)]
         some = ", ".join(inside[:5]) + (", ..." if len(inside) > 5 else "")
         found = f"found {some or 'nothing'}"
-        hint = f"name the runs in it, e.g. {path / runs[0]}" if runs else hint
+        if runs:
+            hint = f"name the runs in it, e.g. {path / runs[0]}"
+        elif _is_run(path.parent):
+            hint = f"name the run it is in, {path.parent}"
     elif path.exists():
         found, hint = "found a file", "name the directory it is in"
     raise PageError(f"{path} is no run directory: expected {', '.join(_MARKS)}; {found}; {hint}")
+
+
+def _is_run(path: Path) -> bool:
+    marks = [name for name in _MARKS if (path / name).is_file()]
+    if marks == ["config.json"]:  # a model has one too
+        return b'"model_type"' not in (path / "config.json").read_bytes()
+    return bool(marks)
 
 
 def _read(path: Path, name: str) -> Run:

@@ -246,6 +246,8 @@ def parse_bytes(name: str, text: str) -> float:
     if not text:
         return math.inf
     try:
+        if text.strip()[-1:].isdigit():
+            raise ConfigError(f"{name} = {text!r}: say of what, as in {text.strip()}GB")
         return float(TypeAdapter(ByteSize).validate_python(text))
     except ValidationError as error:
         raise ConfigError(f"{name} = {text!r}: expected a size such as 512MB or 2GiB") from error

@@ -6,12 +6,15 @@ from dataclasses import replace
 import datasets
 import pandas
 import pytest
+from datasets import ClassLabel, Dataset, Features, Value
 from specs import client_spec
 
+from hosl_flower.config import parse_config
 from hosl_flower.data import load_source, take
 from hosl_flower.errors import DataError
 from hosl_flower.partition import DataPool
 from hosl_flower.perturb import derive_seed, permutation
+from hosl_flower.task_choice import task_from_config
 from hosl_flower.task_table import TASKS, Task
 from hosl_flower.tasks import Encoder, load_tokenizer
 
@@ -181,6 +184,52 @@ def test_rows_without_text_are_named_once(tmp_path, caplog):
     assert len(read(path)) == 3
     (said,) = caplog.messages
     assert "2 of 3 rows have no text (text), the first is row 2" in said
+
+
+def test_a_table_of_another_kind_says_how_to_save_it(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text("text;label\na, b;1\n")
+    with pytest.raises(DataError, match="line 2 has 2 fields, the header 1; is the separator a s"):
+        read(path)
+    path.write_bytes("text,label\ncaf\u00e9,1\n".encode("latin-1"))
+    with pytest.raises(
+        DataError, match=r"mine.csv is not in UTF-8 \(byte 0xe9\); save it as UTF-8"
+    ):
+        read(path)
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "1.png").write_bytes(b"")
+    with pytest.raises(DataError, match="it holds images: set image-column = image"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "verbalizers", "wanted"),
+    [
+        (["negative", "positive"], "negative=bad,positive=good", [0, 1, 0]),
+        (["negative", "positive"], "positive=good,negative=bad", [1, 0, 1]),
+        (["negative", "positive"], "bad,good", [0, 1, 0]),  # no names: as they are numbered
+        (
+            ["negative", "positive"],
+            "pos=good,neg=bad",
+            "negative, positive, and the task's pos, neg",
+        ),
+        (["negative", "positive"], "positive=good,neg=bad", "say what each means in verbalizers"),
+        (["1", "0"], "bad,good", [1, 0, 1]),  # folders are numbered as their names are sorted
+    ],
+)
+def test_named_labels_are_matched_by_name_or_not_at_all(tmp_path, names, verbalizers, wanted):
+    features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+    rows = {"text": ["a", "b", "c"], "label": [0, 1, 0]}
+    Dataset.from_dict(rows, features).save_to_disk(str(tmp_path / "saved"))
+    keys = {"task": "mine", "prompt": "{text}", "verbalizers": verbalizers}
+    task = task_from_config(parse_config(keys))
+    if isinstance(wanted, str):
+        with pytest.raises(DataError, match=wanted):
+            load_source(str(tmp_path / "saved"), task, 0)
+        return
+    parts = load_source(str(tmp_path / "saved"), task, 0)
+    found = examples(*parts)
+    assert [label for _, label in found] == wanted
 
 
 def test_hub_data_that_cannot_be_had_names_the_way_out(hub_cache):

@@ -258,7 +258,10 @@ def test_costs_an_old_run_does_not_tell_leave_out_their_axes(tmp_path, undrawn):
 def test_what_is_no_run_is_refused_with_what_to_do(tmp_path):
     write_run(tmp_path / "runs" / "one")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "runs" / "one" / "model").mkdir()
+    (tmp_path / "runs" / "one" / "model" / "config.json").write_text('{"model_type": "opt"}')
     for path, said in (
+        ("runs/one/model", f"name the run it is in, {tmp_path / 'runs' / 'one'}"),
         ("runs", f"found one; name the runs in it, e.g. {tmp_path / 'runs' / 'one'}"),
         ("empty", "found nothing; name the directory that a run names at its end"),
         ("runs/one/config.json", "found a file; name the directory it is in"),

@@ -118,6 +118,8 @@ def test_a_rate_that_is_none_is_refused(text):
 def test_a_size_that_is_none_is_refused():
     with pytest.raises(ConfigError, match=r"--client-memory = 'big': expected a size such as"):
         parse_bytes("--client-memory", "big")
+    with pytest.raises(ConfigError, match=r"--client-memory = '2': say of what, as in 2GB"):
+        parse_bytes("--client-memory", "2")
 
 
 def test_the_command_says_whether_a_device_is_large_enough(keys, tmp_path, monkeypatch):

@@ -364,4 +364,7 @@ class Link(ABC):
                 check_fingerprints(reply, request)
 
     def _where(self, partition: int, request: Request) -> str:
-        return f"{self.describe_client(partition)}, step {request.step}, {request.kind}"
+        who = self.describe_client(partition)
+        return (
+            who if isinstance(request, Describe) else f"{who}, step {request.step}, {request.kind}"
+        )
