@@ -138,7 +138,7 @@ def export(
         elif private:
             raise ConfigError("--private has no use without --push")
         made = export_run(run, directory, what)
-        typer.echo(f"exported: {made}")
+        typer.echo(f"exported: {made.resolve()}")
         if push:
             typer.echo(f"pushed: {hub.push(made, push, private)}")
     except HoslError as error:

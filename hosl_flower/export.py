@@ -71,8 +71,8 @@ def _check_adapters(run: Finished) -> None:
     if not config.client_trainable == config.server_trainable == "lora":
         raise ConfigError(
             f"{run.directory} has no adapters to export: they need client-trainable and "
-            f"server-trainable = lora, here they were {config.client_trainable} and "
-            f"{config.server_trainable}"
+            f"server-trainable = lora and save-format = adapters, here they were "
+            f"{config.client_trainable}, {config.server_trainable} and {config.save_format}"
         )
     if not run.has_adapters:
         raise ConfigError(
