@@ -144,7 +144,8 @@ class Checkpoint:
         if name not in self._files:
             raise CheckpointError(
                 f"{self.origin} has no tensor {name!r}; it holds {len(self._files)} others, "
-                f"such as {', '.join(sorted(self._files)[:3]) or 'none'}: another model, or half of one?"
+                f"such as {', '.join(sorted(self._files)[:3]) or 'none'}: another model, or half "
+                "of one?"
             )
         filename, key = self._files[name]
         path = self._locate(filename)

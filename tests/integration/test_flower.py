@@ -130,42 +130,47 @@ def test_ten_clients_a_hundred_steps_over_flower_in_process_and_in_the_reference
     assert over_flower["accuracy"] == accuracy
 
 
-@pytest.mark.parametrize(
-    "own",
-    [
-        # weights that live on the clients between two averagings
-        {
-            "strategy": "strategies.split_fo:SplitFo", "local_steps": 2, "num_clients": 10,
-            "client_gradient": "residual", "client_optimizer": "adafactor",
-        },
-        {
-            "model": "random:qwen3-tiny",
-            "strategy": "strategies.split_fo:SplitFo", "local_steps": 2, "num_clients": 1,
-            "clients_per_step": 1, "client_gradient": "recompute", "client_optimizer": "adafactor",
-        },
-        # heads on the clients, over an 8-bit base
-        {
-            "strategy": "strategies.heron:Heron", "local_steps": 2, "directions": 2,
-            "client_trainable": "lora", "client_quantization": "int8",
-        },
-        # images
-        {
-            "strategy": "strategies.ho_sfl:HoSfl", "model": "random:resnet-tiny", "task": "digits",
-            "image_size": 16, "max_length": 128, "cut_layer": 2, "partitioner": "dirichlet",
-        },
-    ],
-    ids=["residual-10-clients", "recompute-1-client", "heron-int8", "resnet"],
-)  # fmt: skip
-def test_what_lives_on_clients_gives_the_same_bits_over_flower(tmp_path, own):
+OTHERS = {
+    # weights that live on the clients between two averagings
+    "residual-10-clients": ("quickstart", {
+        "strategy": "strategies.split_fo:SplitFo", "local_steps": 2, "num_clients": 10,
+        "client_gradient": "residual", "client_optimizer": "adafactor",
+    }),
+    "recompute-1-client": ("quickstart", {
+        "model": "random:qwen3-tiny",
+        "strategy": "strategies.split_fo:SplitFo", "local_steps": 2, "num_clients": 1,
+        "clients_per_step": 1, "client_gradient": "recompute",
+        "client_optimizer": "adafactor-momentum",
+    }),
+    # heads on the clients, over an 8-bit base
+    "heron-int8": ("quickstart", {
+        "strategy": "strategies.heron:Heron", "local_steps": 2, "directions": 2,
+        "client_trainable": "lora", "client_quantization": "int8",
+    }),
+    # images
+    "resnet-app": ("resnet18_ho_sfl", {
+        "model": "random:resnet-tiny", "task": "digits",
+        "image_size": 16, "max_length": 128, "cut_layer": 2, "partitioner": "dirichlet",
+    }),
+    # bfloat16, and LoRA on both sides
+    "qwen-app": ("qwen3_ho_sfl", {
+        "model": "random:qwen3-tiny", "task": "sms-spam", "cut_layer": 2,
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("app", "own"), OTHERS.values(), ids=OTHERS)
+def test_other_clients_and_apps_give_the_same_bits_over_flower(tmp_path, app, own):
+    app = ROOT / "simulations" / app
     common = {
         "directions": 1, "num_clients": 3, "clients_per_step": 2, "client_learning_rate": 1e-2,
         **own, "steps": 4, "eval_every": 2, "eval_examples": 40, "batch_size": 8, "threads": 1,
         "output_dir": tmp_path,
     }  # fmt: skip
     federation = ["--federation", "num-supernodes=2 client-resources-num-cpus=1"]
-    code, output = simulate(QUICK, *keys(**common, run_name="flower"), *federation)
+    code, output = simulate(app, *keys(**common, run_name="flower"), *federation)
     assert code == 0, output
-    load_strategy(read_app_config(QUICK, keys(**common, run_name="plain")[1::2])).run_in_process()
+    load_strategy(read_app_config(app, keys(**common, run_name="plain")[1::2])).run_in_process()
     assert history(tmp_path / "flower") == history(tmp_path / "plain")
     over_flower, plain = (
         json.loads((tmp_path / name / "results.json").read_text()) for name in ("flower", "plain")
