@@ -1,7 +1,11 @@
 """Adafactor (Shazeer & Stern 2018, arXiv 1804.04235): second moments of a matrix, factored.
 
-    R <- b R + (1 - b) mean_j(g_ij^2),  C <- b C + (1 - b) mean_i(g_ij^2),  b = 1 - t^-0.8
+    R <- b R + (1 - b) mean_j(g_ij^2),  C <- b C + (1 - b) mean_i(g_ij^2)
     u = g / sqrt(R C^T / mean(R)),  theta <- theta - eta u / max(1, rms(u))
+
+b = b2 (1 - b2^(t-1)) / (1 - b2^t) with b2 = 0.999, which is Adam's second moment with its bias
+corrected (the paper's section 7), and not the paper's 1 - t^-0.8, which forgets within t^0.8
+steps: an embedding's rows are seen more seldom than that.
 
 An [out, in] matrix has out + in numbers of state instead of AdamW's 2 out in; a vector has its
 second moments whole. No first moments, no weight decay, no scaling by the parameter's size: eta
@@ -32,7 +36,7 @@ from hosl_flower.optimizer import Optimizer, Terms, matrix_of
 from hosl_flower.perturb import as_matrix_shape, row_chunks
 from hosl_flower.rounding import quantize, store
 
-_DECAY, _TINY, _CLIP, _BETA1 = 0.8, 1e-30, 1.0, 0.9
+_BETA1, _BETA2, _TINY, _CLIP = 0.9, 0.999, 1e-30, 1.0
 
 
 class _Seen:
@@ -114,7 +118,7 @@ class Adafactor(Optimizer):
             squares[:count][which] += g.mean(1)
             if len(shape) > 1:
                 squares[count:] += g.sum(0) / count
-        kept = 1.0 - self.steps**-_DECAY
+        kept = _BETA2 * (1.0 - _BETA2 ** (self.steps - 1)) / (1.0 - _BETA2**self.steps)
         moments.mul_(kept).add_(squares, alpha=1.0 - kept)
         rows, columns = moments[:count], moments[count:]
         if len(shape) < 2:

