@@ -11,7 +11,7 @@ from pathlib import Path
 from hosl_flower.config import RunConfig, parse_config
 from hosl_flower.errors import ConfigError, DataError
 from hosl_flower.image_tasks import IMAGE_TASKS
-from hosl_flower.task_table import BUNDLED, TASKS, Task
+from hosl_flower.task_table import BUNDLED_TASK, TASKS, Task
 
 _PROMPT = "{text}"
 _OWN = "own"  # the name of what data-path holds, where it is given none
@@ -26,7 +26,7 @@ def completed(config: RunConfig) -> RunConfig:
     ConfigError says what is to be given. Raises DataError for data that do not say enough.
     """
     if not config.task:
-        config = _with(config, task=_OWN if config.data_path else BUNDLED)
+        config = _with(config, task=_OWN if config.data_path else BUNDLED_TASK)
     known = config.task in TASKS or config.task in IMAGE_TASKS
     if known or config.image_column or not config.data_path:
         return config

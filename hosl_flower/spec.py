@@ -34,7 +34,7 @@ from hosl_flower.image_tasks import IMAGE_TASKS
 from hosl_flower.lora import Lora
 from hosl_flower.split import RANDOM, check_cut, open_base
 from hosl_flower.task_choice import task_from_config
-from hosl_flower.task_table import BUNDLED, TASKS, Task
+from hosl_flower.task_table import BUNDLED_TASK, TASKS, Task
 
 FALLBACK_IMAGE_TASK = "digits"
 
@@ -162,7 +162,7 @@ def resolve(config: RunConfig, run: str, client_head: bool = False) -> Resolved:
                 )
             images = bool(config_task.image)
             what = "bundled images of digits" if images else "bundled SMS collection"
-            config_task = IMAGE_TASKS[FALLBACK_IMAGE_TASK] if images else TASKS[BUNDLED]
+            config_task = IMAGE_TASKS[FALLBACK_IMAGE_TASK] if images else TASKS[BUNDLED_TASK]
             notes.append(f"task {config.task} -> {config_task.name}, the {what}")
             source = config_task.source
     spec = ClientSpec(

@@ -55,7 +55,7 @@ class Task:
         return list(dict.fromkeys(FIELD.findall(self.prompt)))
 
 
-BUNDLED = "sms-spam"  # what comes with the package
+BUNDLED_TASK = "sms-spam"  # what comes with the package
 _BOOLEAN = ("false", "true")
 _PAIR: Columns = {"premise": ("sentence1",), "hypothesis": ("sentence2",)}  # GLUE's names
 
@@ -129,7 +129,7 @@ TASKS = {
             source="hub:CogComp/trec/default",
         ),
         Task(
-            name=BUNDLED,
+            name=BUNDLED_TASK,
             prompt="{SMS}\nThis message is",
             verbalizers=("real", "spam"),
             label_names=("ham", "spam"),
