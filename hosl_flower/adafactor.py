@@ -11,12 +11,7 @@ An [out, in] matrix has out + in numbers of state instead of AdamW's 2 out in; a
 second moments whole. No first moments, no weight decay, no scaling by the parameter's size: eta
 is that of Adam. A chunk of rows at a time, in three passes over the gradient: no buffer.
 
-With momentum, the paper's section 2's, what is subtracted is an average of such updates:
-
-    m <- b1 m + (1 - b1) u / max(1, rms(u)),  theta <- theta - eta m / (1 - b1^t),  b1 = 0.9
-
-m is kept in 8 bits with a scale per row, rounded at random: an eighth of AdamW's state in float32,
-a quarter of the weights.
+With an average of steps: adafactor_momentum.py.
 
 Of a gradient that is sparse rows (an embedding's) only those are visited: the others' update is
 zero, their R decays. That is the dense algorithm's result to rounding, at the cost of the rows.
@@ -26,7 +21,8 @@ for gradients a client computes itself, and not for replaying a ledger (optimize
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,12 +30,15 @@ from torch import Tensor
 from hosl_flower.gradient import Dense
 from hosl_flower.optimizer import Optimizer, Terms, matrix_of
 from hosl_flower.perturb import as_matrix_shape, row_chunks
-from hosl_flower.rounding import quantize, store
+from hosl_flower.rounding import store
 
-_BETA1, _BETA2, _TINY, _CLIP = 0.9, 0.999, 1e-30, 1.0
+_BETA2, _TINY, _CLIP = 0.999, 1e-30, 1.0
+
+Rows = slice | Tensor
+Updates = Callable[[], Iterator[tuple[Rows, Tensor]]]  # some rows' u at a time, as often as called
 
 
-class _Seen:
+class Seen:
     """A parameter's gradient, some rows at a time, as often as wanted. rows: those that are not
     zero, ascending, or None for all."""
 
@@ -54,7 +53,7 @@ class _Seen:
             elif tensor is not None:
                 self._values = matrix_of(tensor).to(matrix.device)
 
-    def chunks(self) -> Iterator[tuple[slice | Tensor, Tensor]]:
+    def chunks(self) -> Iterator[tuple[Rows, Tensor]]:
         """(which rows, their gradient as a new float32 [rows, in])."""
         for start, block in row_chunks(self.matrix if self._values is None else self._values):
             stop = start + len(block)
@@ -67,7 +66,7 @@ class _Seen:
                 term.subtract_(g, self.name, start, -scalar)
             yield slice(start, stop), g
 
-    def updates(self, rows: Tensor, columns: Tensor) -> Iterator[tuple[slice | Tensor, Tensor]]:
+    def updates(self, rows: Tensor, columns: Tensor) -> Iterator[tuple[Rows, Tensor]]:
         """As chunks, g times rows [out] times columns [in]."""
         for which, g in self.chunks():
             yield which, g.mul_(rows[which].unsqueeze(1)).mul_(columns)
@@ -84,12 +83,11 @@ class Adafactor(Optimizer):
         self, name: str, parameter: Tensor, terms: Terms, learning_rate: float, seed: int
     ) -> None:
         matrix = matrix_of(parameter)
-        seen = _Seen(name, matrix, terms)
-        rows, columns = self._learn(seen, parameter.shape)
-        square = sum(float(u.square_().sum()) for _, u in seen.updates(rows, columns))
-        scale = 1.0 / max(1.0, math.sqrt(square / matrix.numel()) / _CLIP)
+        seen = Seen(name, matrix, terms)
+        updates = self.learn(seen, parameter.shape, seed)
+        scale = self.scale(updates, parameter.shape)
         start = 0
-        for which, u in self._steps(seen, scale, rows, columns, seed):
+        for which, u in self.changes(seen, updates, scale, seed):
             u.mul_(learning_rate)
             if matrix.dtype == torch.float32:
                 matrix[which] -= u
@@ -99,15 +97,26 @@ class Adafactor(Optimizer):
                 matrix[which] = block
             start += len(u)
 
-    def _steps(
-        self, seen: _Seen, scale: float, rows: Tensor, columns: Tensor, seed: int
-    ) -> Iterator[tuple[slice | Tensor, Tensor]]:
+    def changes(
+        self, seen: Seen, updates: Updates, scale: float, seed: int
+    ) -> Iterator[tuple[Rows, Tensor]]:
         """Which rows of the parameter are to be changed, and by what in units of eta."""
-        for which, u in seen.updates(rows, columns):
+        for which, u in updates():
             yield which, u.mul_(scale)
 
-    def _learn(self, seen: _Seen, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """Bring the moments up to date; what g is to be multiplied by: [out] and [in]."""
+    def scale(self, updates: Updates, shape: torch.Size) -> float:
+        """1 / max(1, rms(u)). The sum waits on the device, once per parameter."""
+        squares = [u.square_().sum() for _, u in updates()]
+        square = float(torch.stack(squares).sum()) if squares else 0.0
+        return 1.0 / max(1.0, math.sqrt(square / shape.numel()) / _CLIP)
+
+    def kept(self) -> float:
+        """b, the part of the second moments that this update keeps."""
+        return _BETA2 * (1.0 - _BETA2 ** (self.steps - 1)) / (1.0 - _BETA2**self.steps)
+
+    def learn(self, seen: Seen, shape: torch.Size, seed: int) -> Updates:
+        """Bring the second moments up to date; g over their square roots. seed: of what is rounded
+        at random."""
         count, width = seen.matrix.shape
         if seen.name not in self.moments:
             self.moments[seen.name] = torch.zeros(state_size(shape), device=seen.matrix.device)
@@ -118,13 +127,14 @@ class Adafactor(Optimizer):
             squares[:count][which] += g.mean(1)
             if len(shape) > 1:
                 squares[count:] += g.sum(0) / count
-        kept = _BETA2 * (1.0 - _BETA2 ** (self.steps - 1)) / (1.0 - _BETA2**self.steps)
+        kept = self.kept()
         moments.mul_(kept).add_(squares, alpha=1.0 - kept)
         rows, columns = moments[:count], moments[count:]
         if len(shape) < 2:
-            return rows.rsqrt(), rows.new_ones(width)
+            return partial(seen.updates, rows.rsqrt(), rows.new_ones(width))
         # a row without a gradient beside a huge one: no 0 / 0
-        return (rows / rows.mean()).clamp_(min=_TINY).rsqrt_(), columns.rsqrt()
+        rows = (rows / rows.mean()).clamp_(min=_TINY).rsqrt_()
+        return partial(seen.updates, rows, columns.rsqrt())
 
     def tensors(self) -> list[Tensor]:
         return list(self.moments.values())
@@ -148,69 +158,7 @@ class Adafactor(Optimizer):
             start = stop
 
 
-class AdafactorMomentum(Adafactor):
-    """State per parameter: besides, m as int8 [out, in] and a scale per row [out]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.averages: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def _steps(
-        self, seen: _Seen, scale: float, rows: Tensor, columns: Tensor, seed: int
-    ) -> Iterator[tuple[slice | Tensor, Tensor]]:
-        if seen.name not in self.averages:
-            codes = torch.zeros_like(seen.matrix, dtype=torch.int8)
-            self.averages[seen.name] = codes, seen.matrix.new_zeros(len(codes), dtype=torch.float32)
-        codes, scales = self.averages[seen.name]
-        scales.mul_(_BETA1)
-        start = 0
-        for which, u in super()._steps(seen, scale * (1.0 - _BETA1), rows, columns, seed):
-            u.addcmul_(codes[which], scales[which].unsqueeze(1))
-            codes[which], scales[which] = quantize(u, seed, start)
-            start += len(u)
-        corrected = scales / (1.0 - _BETA1**self.steps)
-        for start, block in row_chunks(codes):
-            which = slice(start, start + len(block))
-            yield which, block * corrected[which].unsqueeze(1)
-
-    def tensors(self) -> list[Tensor]:
-        return [*super().tensors(), *(t for pair in self.averages.values() for t in pair)]
-
-    def save(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        factored = super().save(parameters)
-        if not factored.numel():
-            return factored
-        own = [
-            torch.cat([t.cpu().float().flatten() for t in self.averages[name]])
-            if name in self.averages
-            else torch.zeros(_average_size(p.shape))
-            for name, p in parameters.items()
-        ]
-        return torch.cat([factored[0], *own]).unsqueeze(0)
-
-    def load(self, moments: Tensor, steps: int, parameters: Mapping[str, Tensor]) -> None:
-        sizes = [_average_size(p.shape) for p in parameters.values()] if moments.numel() else []
-        factored = moments[:, : moments.shape[1] - sum(sizes)]
-        super().load(factored, steps, parameters)
-        flat = moments[0, factored.shape[1] :].split(sizes) if sizes else ()
-        self.averages = {}
-        for (name, p), average in zip(parameters.items(), flat, strict=False):
-            own = average.to(p.device, copy=True)
-            codes = own[: p.numel()].clamp(-127, 127).to(torch.int8)
-            self.averages[name] = codes.view_as(matrix_of(p)), own[p.numel() :].clone()
-
-
 def state_size(shape: torch.Size) -> int:
     """Numbers of state of a parameter."""
     rows, columns = as_matrix_shape(shape)
     return rows if len(shape) < 2 else rows + columns
-
-
-def _average_size(shape: torch.Size) -> int:
-    """Numbers of an average of steps: the codes and the scales of their rows."""
-    return shape.numel() + as_matrix_shape(shape)[0]
-
-
-def momentum_size(shape: torch.Size) -> int:
-    """As state_size, with momentum."""
-    return state_size(shape) + _average_size(shape)

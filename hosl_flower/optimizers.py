@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hosl_flower.adafactor import Adafactor, AdafactorMomentum, momentum_size, state_size
+from hosl_flower.adafactor import Adafactor, state_size
+from hosl_flower.adafactor_momentum import AdafactorMomentum, momentum_size, second_moments_size
 from hosl_flower.optimizer import AdamW, Optimizer, Sgd
 
 _OPTIMIZERS: dict[str, type[Optimizer]] = {
@@ -33,5 +34,5 @@ def state_shape(name: str, shapes: Sequence[torch.Size]) -> tuple[int, int]:
 def second_moments(name: str, moments: Tensor, shapes: Sequence[torch.Size]) -> Tensor:
     """Of a state [k, m] that `save` gave: what is a mean of squares and so never below zero."""
     if name == "adafactor-momentum":
-        return moments[0, : sum(map(state_size, shapes))]
+        return moments[0, : sum(map(second_moments_size, shapes))]
     return moments[-1]

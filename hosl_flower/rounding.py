@@ -11,7 +11,7 @@ so a replay rounds as the training did, on every device. As with rank-1 directio
 matrix is given out + in of them: element (i, j) takes r = (u_i + v_j) mod 2^16, which is uniform,
 and independent of any one other element's. docs/perturbations.md is the specification.
 
-An average kept in 8 bits (adafactor.py) is rounded in the same way; no replay needs its bits.
+What is kept in 8 bits (adafactor_momentum.py) is rounded in the same way; no replay needs its bits.
 """
 
 import functools
@@ -24,6 +24,7 @@ from hosl_flower.streams import HALVES
 
 _SMALLEST_NORMAL = 2.0**-14  # of float16; below it numbers are 2^-24 apart
 _TINY, _PERIOD = 1e-38, 4096  # r of 8 bits repeats after so many rows and columns
+OTHER_ROWS = _PERIOD // 2  # where a second matrix of the same update starts
 
 
 def rounding_seed(seeds: Sequence[int]) -> int:
@@ -46,17 +47,18 @@ def store(block: Tensor, value: Tensor, seed: int, name: str, start: int) -> Non
     block.copy_(torch.where(value.abs() < _SMALLEST_NORMAL, small, normal))
 
 
-def quantize(value: Tensor, seed: int, start: int) -> tuple[Tensor, Tensor]:
-    """(int8 [rows, columns], its scale per row, float32 [rows]) of a float32 value, rows start.. of
-    any parameter, rounded at random: codes times scale are the value on average. A row's largest is
-    127 times its scale."""
-    scales = value.abs().amax(1).div_(127.0)
+def quantize(value: Tensor, seed: int, start: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(int8 or uint8 [rows, columns], its scale per row, float32 [rows]) of a float32 value, rows
+    start.. of any parameter, rounded at random: codes times scale are the value on average. A
+    row's largest is 127 or 255 times its scale. uint8 is for what is never below zero."""
+    most = float(torch.iinfo(dtype).max)
+    scales = value.abs().amax(1).div_(most)
     u, v = _dither(seed, value.device)
     rows = torch.arange(start, start + len(value), device=value.device) % _PERIOD
     columns = torch.arange(value.shape[1], device=value.device) % _PERIOD
     r = (u[rows].unsqueeze(1) + v[columns]).bitwise_and_(0xFFFF)
     steps = (value / scales.clamp(min=_TINY).unsqueeze(1)).add_(r, alpha=2.0**-16)
-    return steps.floor_().clamp_(-127.0, 127.0).to(torch.int8), scales
+    return steps.floor_().clamp_(-most if dtype.is_signed else 0.0, most).to(dtype), scales
 
 
 @functools.lru_cache(maxsize=1)

@@ -6,15 +6,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hosl_flower.processes import MARK, free_port, script, stop, wait_until_healthy
 
 
 @contextlib.contextmanager
-def deployment(nodes: int) -> Iterator[dict[str, str]]:
-    """Environment in which `flwr run APP dep` reaches a SuperLink with `nodes` SuperNodes."""
+def deployment(nodes: int, devices: Sequence[str] = ()) -> Iterator[dict[str, str]]:
+    """Environment in which `flwr run APP dep` reaches a SuperLink with `nodes` SuperNodes.
+
+    devices: of the SuperNodes, instead of the run config's.
+    """
     home = Path(tempfile.mkdtemp(prefix="hosl-dep-"))
     http, control = free_port(), free_port()
     environment = {
@@ -51,11 +54,12 @@ def deployment(nodes: int) -> Iterator[dict[str, str]]:
         )
         wait_until_healthy(http, superlink, home / "0-flower-superlink.log")
         for number in range(nodes):
+            own = f' device="{devices[number]}"' if devices else ""
             start(
                 "flower-supernode",
                 *("--superlink", f"127.0.0.1:{http}"),
                 *("--host", "127.0.0.1", "--port", str(free_port())),
-                *("--node-config", f"partition-id={number} num-partitions={nodes}"),
+                *("--node-config", f"partition-id={number} num-partitions={nodes}" + own),
             )
         yield environment
     finally:

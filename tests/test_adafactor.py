@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers.optimization import Adafactor as Published
 
-from hosl_flower.adafactor import Adafactor, AdafactorMomentum, state_size
+from hosl_flower.adafactor import Adafactor, state_size
+from hosl_flower.adafactor_momentum import AdafactorMomentum
 from hosl_flower.gradient import Dense, sparse_rows
 from hosl_flower.optimizers import make_optimizer, state_shape
 from hosl_flower.rounding import quantize
@@ -152,9 +153,39 @@ def test_momentum_moves_rows_whose_gradient_is_past():
     assert (sparse["e"] != before).any(1).tolist() == [True] * 6 + [False] * 2 + [True]
 
 
+def test_a_tall_matrix_has_second_moments_by_element():
+    generator = torch.Generator().manual_seed(0)
+    own, expected = {"e": torch.zeros(70, 4)}, torch.zeros(70, 4)
+    m, v = torch.zeros(70, 4), torch.zeros(70, 4)
+    optimizer = AdafactorMomentum()
+    for number in range(1, 31):
+        rows = torch.randperm(70, generator=generator)[:40].sort().values
+        values = torch.randn(40, 4, generator=generator) * torch.tensor([1.0, 0.5, 2.0, 1.0])
+        gradient = sparse_rows(rows, values, (70, 4))
+        optimizer.step(own, Dense({"e": gradient}), RATE)
+        g = gradient.to_dense()
+        v = 0.999 * v + 0.001 * g * g
+        m = 0.9 * m + 0.1 * g / (v / (1 - 0.999**number)).sqrt().clamp(min=1e-30)
+        expected -= RATE * m / (1 - 0.9**number)
+    assert (own["e"] - expected).norm() < 0.05 * expected.norm()  # of 8 bits, twice
+    held = sum(t.numel() * t.element_size() for t in optimizer.tensors())
+    assert held == 2 * (70 * 4 + 4 * 70)
+
+
+def test_a_tall_matrix_takes_no_huge_step_where_its_moments_round_to_zero():
+    gradient = torch.full((70, 4), 1.0)
+    gradient[:, 0] = 1e-9  # nothing in 8 bits beside 1
+    own = {"e": torch.zeros(70, 4)}
+    optimizer = AdafactorMomentum()
+    for _ in range(5):
+        optimizer.step(own, Dense({"e": gradient}), RATE)
+    assert torch.allclose(own["e"][:, 1:], torch.tensor(-0.5), atol=5e-3)
+    assert (own["e"][:, 0].abs() < 1e-6).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_momentum_goes_on_where_it_was(dtype):
-    shapes = {"b": torch.Size([6]), "m": torch.Size([5, 7])}
+    shapes = {"b": torch.Size([6]), "m": torch.Size([5, 7]), "e": torch.Size([40, 2])}
     parameters = {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}
     optimizer = AdafactorMomentum()
     assert optimizer.save(parameters).numel() == 0
@@ -162,9 +193,8 @@ def test_momentum_goes_on_where_it_was(dtype):
     for gradient in steps[:2]:
         optimizer.step(parameters, Dense(gradient), RATE)
     saved = optimizer.save(parameters)
-    assert (
-        saved.shape == state_shape("adafactor-momentum", list(shapes.values())) == (1, 18 + 41 + 11)
-    )
+    size = 6 + 12 + 120 + (41 + 11) + 120
+    assert saved.shape == state_shape("adafactor-momentum", list(shapes.values())) == (1, size)
     copy = {name: p.clone() for name, p in parameters.items()}
     other = AdafactorMomentum()
     other.load(saved, optimizer.steps, copy)
@@ -180,7 +210,7 @@ def test_an_average_in_8_bits_is_right_on_average():
     value[3] = 0.0
     total = torch.zeros_like(value)
     for seed in range(400):
-        codes, scales = quantize(value, seed, 0)
+        codes, scales = quantize(value, seed, 0, torch.int8)
         error = codes * scales.unsqueeze(1) - value
         assert (error.abs() <= scales.unsqueeze(1) * 1.001).all()
         total += error

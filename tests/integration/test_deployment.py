@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from deployments import deployment, run_deployed
 from runs import metrics, write_questions
 
@@ -60,6 +61,20 @@ def test_a_deployment_over_streams_gives_the_same_bits(tmp_path, strategy, own):
     results = json.loads((tmp_path / "stream" / "results.json").read_text())
     assert results["clients"]["fingerprint_checked"] == [0, 1, 2]
     assert "of 2 node(s) have come to 127.0.0.1" in log  # the second may join a moment later
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_clients_on_a_cpu_and_on_cuda_share_one_ledger(tmp_path):
+    keys = {
+        **KEYS, "strategy": "strategies.ho_sfl:HoSfl", "client-optimizer": "adamw",
+        "output-dir": str(tmp_path), "run-name": "mixed",
+        "stream-endpoint": f"127.0.0.1:{free_port()}",
+    }  # fmt: skip
+    with deployment(nodes=3, devices=["cpu", "cuda", "cpu"]) as environment:
+        run_deployed(environment, QUICK, keys, 200.0)
+    clients = json.loads((tmp_path / "mixed" / "results.json").read_text())["clients"]
+    # each client hashed its weights, and the server's replay has the same hash
+    assert clients["fingerprint_checked"] == [0, 1, 2]
 
 
 def processes(environment):
