@@ -1,5 +1,7 @@
 """state.py, optimizer.py and history.py: replay, snapshots, catching up, finding drift."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from hosl_flower.gradient import Seeded
 from hosl_flower.history import History
 from hosl_flower.ledger import Entry
 from hosl_flower.messages import CatchUp, Fingerprinted, Forward, Restore
-from hosl_flower.optimizer import AdamW
+from hosl_flower.optimizer import AdamW, square_root
 from hosl_flower.perturb import DISTRIBUTIONS, Layout
 from hosl_flower.state import ClientState
 from hosl_flower.wire import wire_bytes
@@ -156,6 +158,16 @@ def test_a_long_history_does_not_grow_without_bound():
 def test_a_client_with_an_unknown_history_starts_over():
     made = history()
     assert made.catch_up(3, "f" * 16, 4, CAUSE).entries == ENTRIES
+
+
+def test_square_roots_have_the_bits_of_ieee_754():
+    # and not those of the processor at hand, or a ledger would depend on it
+    values = torch.rand(200_000, generator=torch.Generator().manual_seed(0)) * 1e-3
+    exact = torch.tensor([math.sqrt(value) for value in values.tolist()], dtype=torch.float64)
+    assert torch.equal(square_root(values), exact.float())
+    assert torch.equal(
+        square_root(torch.tensor([[0.0, 1.0], [4.0, 2.25]])), torch.tensor([[0, 1], [2, 1.5]])
+    )
 
 
 def test_new_weights_are_a_position_nobody_can_replay_to():
