@@ -73,7 +73,7 @@ def is_finished(cell: Cell, out: Path) -> bool:
         return False
     found = json.loads((directory / "config.json").read_text())["config"]
     wanted = completed(parse_config(dict(cell.keys))).as_keys()
-    free = ("run-name", "output-dir", "threads")
+    free = ("run-name", "output-dir", "threads", "device")  # of the machine, not the experiment
     differ = [k for k, v in wanted.items() if k not in free and found.get(k, v) != v]
     if differ:
         raise ConfigError(

@@ -35,7 +35,9 @@ def open_link(
     """
     check_stream(config)
     superlink = SuperLink(grid, config.reply_deadline)
-    nodes = Nodes(superlink, config.num_clients, config.clients_per_node, config.reply_deadline)
+    # a node's first answer is when its process has loaded everything, which is no exchange
+    starting = max(config.reply_deadline, config.nodes_deadline)
+    nodes = Nodes(superlink, config.num_clients, config.clients_per_node, starting)
     nodes.wait(config.nodes_deadline, required_clients)
     stream = config.link == "stream" or (
         config.link == "auto" and (nodes.simulated or bool(config.stream_endpoint))

@@ -38,7 +38,7 @@ class Nodes:
 
     clients: N. per_node: clients one node serves at most; 0 spreads the clients over as many
     nodes as they say there are (num-partitions), or takes one node for each. deadline: seconds
-    a node may take to answer.
+    a node may take to answer, its start included.
     """
 
     def __init__(self, grid: AnyGrid, clients: int, per_node: int, deadline: float):

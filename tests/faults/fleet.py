@@ -47,6 +47,7 @@ class Run:
 
     def __init__(self, directory: Path):
         self.directory, self.number = directory, ""
+        self.alive: Callable[[], object] = lambda: True
         self._past = ""
         self._past = self.log
 
@@ -71,6 +72,8 @@ class Run:
         """The line that says how it ended; "" while it goes on."""
         if (self.directory / "results.json").is_file():
             return "finished"
+        if not self.log and not self.alive():
+            return "the ServerApp has ended before it had a run directory"
         lines = [line.split(" ", 2)[2] for line in self.log.splitlines() if line.count(" ") > 1]
         ends = [line for line in lines if line.startswith(("run failed: ", "run stopped: "))]
         return ends[-1] if ends else ""
@@ -80,7 +83,7 @@ class Run:
         wait_for(
             f"step {step} of {self.directory.name}", lambda: self.step >= step or self.ended, 600
         )
-        assert self.step >= step, self.log
+        assert self.step >= step, self.log or self.ended
 
     def end(self, seconds: float = 600.0) -> str:
         """Wait for its end; how it ended."""
@@ -194,6 +197,7 @@ class Fleet:
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         wait_for("a ServerApp", lambda: self.apps("serverapp"))
+        run.alive = lambda: self.apps("serverapp")
         run.number = str(json.loads(done.stdout[done.stdout.index("{") :])["run-id"])
         return run
 
