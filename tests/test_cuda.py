@@ -3,7 +3,7 @@
 import pytest
 import torch
 from runs import metrics, run_factory
-from test_state import ENTRIES, state
+from test_state import ENTRIES
 
 from hosl_flower.adafactor_momentum import AdafactorMomentum
 from hosl_flower.client import Client
@@ -23,11 +23,22 @@ def on_cuda(made):
     return ClientState(parameters, made.layout.distribution, made.optimizer_name, "base")
 
 
+def large(optimizer, distribution, dtype):
+    """Of so many elements that an operation with one wrong last bit in a thousand shows."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"w": (300, 200), "kernel": (64, 32, 3, 3), "b": (500,)}
+    parameters = {
+        name: torch.nn.Parameter(torch.randn(shape, generator=generator).mul_(0.05).to(dtype))
+        for name, shape in shapes.items()
+    }
+    return ClientState(parameters, distribution, optimizer, "base")
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_replay_gives_the_bits_of_the_cpu(optimizer, distribution, dtype):
-    cpu = state(optimizer, distribution, dtype)
+    cpu = large(optimizer, distribution, dtype)
     cuda = on_cuda(cpu)
     for made in (cpu, cuda):
         made.apply(ENTRIES)
