@@ -129,7 +129,7 @@ class HoSfl(SplitStrategy):
         )
 
     def seeds(self, session: Session, step: int, partition: int) -> list[list[int]]:
-        """Seeds [E][P] of a client's local steps."""
+        """Seeds of a client's local steps: `[E][P]`."""
         config = session.config
         own = () if config.client_seeds == "shared" else (partition,)
         return [
