@@ -239,7 +239,8 @@ class RunConfig(BaseModel):
     client_optimizer: ClientOptimizer = Field(
         "sgd",
         description="of the client's gradient; adamw without weight decay; for split FO adafactor, "
-        "with almost no state, and adafactor-momentum, with an eighth of adamw's",
+        "with almost no state, and adafactor-momentum, with an eighth of adamw's, a quarter where "
+        "embeddings are trained",
     )
     client_learning_rate: float = Field(1e-6, ge=0, le=1e3, description="of the client's optimizer")
     server_trainable: Trainable = Field(
