@@ -9,7 +9,7 @@ tokens, LoRA's B. One C for rows that are seen at quite different times says lit
 
 as Adam has it, and without rms(u). m, and sqrt(v) where there is one, are kept in 8 bits with a
 scale per row, rounded at random (rounding.py): an eighth of AdamW's state in float32, a quarter
-for such matrices.
+for such matrices, and eight bytes a row. What is small beside its row's largest is coarse.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,7 +23,7 @@ from hosl_flower.optimizer import matrix_of
 from hosl_flower.perturb import as_matrix_shape, row_chunks
 from hosl_flower.rounding import OTHER_ROWS, quantize
 
-_BETA1, _TALL, _TINY = 0.9, 16, 1e-30
+_BETA1, _TALL, _TINY = 0.9, 16, 1e-15  # the root of Adafactor's 1e-30
 
 
 class _Eight:

@@ -254,9 +254,8 @@ class Client:
 
     def _fetch(self, request: Fetch) -> Answer:
         with self.compute.phase("exchange", self.state.elements):
-            now = self.state.snapshot()
-        moments = now.moments if request.moments else torch.empty(0, 0)
-        return Weights, {"updates": now.updates, "weights": now.weights, "moments": moments}
+            now = self.state.snapshot(request.moments)
+        return Weights, {"updates": now.updates, "weights": now.weights, "moments": now.moments}
 
     def _adopt(self, request: Adopt) -> Answer:
         """The weights the client has come to by itself are everybody's."""

@@ -297,7 +297,10 @@ class RunConfig(BaseModel):
         "several with commas; auto is tensorboard if it is installed, empty is none",
     )
     nodes_deadline: float = Field(
-        60.0, gt=0, description="seconds to wait for enough SuperNodes at the start"
+        60.0,
+        gt=0,
+        description="seconds to wait for enough SuperNodes at the start, and for each of them to "
+        "load; for that reply-deadline if it is longer",
     )
     reply_deadline: float = Field(
         600.0, gt=0, description="seconds a client may take for one exchange"

@@ -32,7 +32,7 @@ def state_shape(name: str, shapes: Sequence[torch.Size]) -> tuple[int, int]:
 
 
 def second_moments(name: str, moments: Tensor, shapes: Sequence[torch.Size]) -> Tensor:
-    """Of a state [k, m] that `save` gave: what is a mean of squares and so never below zero."""
+    """Of a state [k, m] that `save` gave: what says a mean of squares, so never below zero."""
     if name == "adafactor-momentum":
         return moments[0, : sum(map(second_moments_size, shapes))]
     return moments[-1]

@@ -168,10 +168,10 @@ class ClientState:
         tensors = [*self.parameters.values(), *self.optimizer.tensors()]
         return all(bool(torch.isfinite(t.detach().float().sum())) for t in tensors)
 
-    def snapshot(self) -> Snapshot:
-        """A copy of this state."""
-        moments = self.optimizer.save(self.parameters)
-        return Snapshot(self.position, self.digest, self.updates, self.weights(), moments)
+    def snapshot(self, moments: bool = True) -> Snapshot:
+        """A copy of this state, or of all of it but the optimizer's moments."""
+        saved = self.optimizer.save(self.parameters) if moments else torch.empty(0, 0)
+        return Snapshot(self.position, self.digest, self.updates, self.weights(), saved)
 
     def restore(self, snapshot: Snapshot, step: int = 0) -> None:
         """Become what the snapshot holds; ValueError when it is of another submodel."""

@@ -24,7 +24,7 @@ How a client comes by g_m is client-gradient:
 
 With the last two and E > 1 a client updates each parameter as soon as its gradient is there, and
 client-optimizer = adafactor has almost no state: a step then takes about the memory of inference;
-adafactor-momentum has a quarter of float32 weights' size.
+adafactor-momentum has a quarter of float32 weights' size, half of embeddings'.
 An averaging takes a copy of the trained weights besides.
 """
 

@@ -180,6 +180,11 @@ def test_a_tall_matrix_takes_no_huge_step_where_its_moments_round_to_zero():
     for _ in range(5):
         optimizer.step(own, Dense({"e": gradient}), RATE)
     assert torch.allclose(own["e"][:, 1:], torch.tensor(-0.5), atol=5e-3)
+    still = {"e": torch.zeros(70, 4)}
+    AdafactorMomentum().step(
+        still, Dense({"e": torch.full((70, 4), 1e-24)}), RATE
+    )  # its square is 0
+    assert (still["e"].abs() < 1e-8).all()
     assert (own["e"][:, 0].abs() < 1e-6).all()
 
 

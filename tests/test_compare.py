@@ -219,6 +219,9 @@ def test_results_of_another_configuration_are_not_mixed_in(experiment, in_this_p
     (other, *_) = cells(read_experiment(experiment("batch-size = 5", "batch-size = 6")), {})
     with pytest.raises(ConfigError, match="holds a run with another batch-size"):
         is_finished(other, out)
+    elsewhere = cells(read_experiment(experiment(), {"device": "cuda"}), {})[0]
+    assert elsewhere.keys["device"] == "cuda"
+    assert is_finished(elsewhere, out), "the numbers are those of any device, to rounding"
 
 
 def test_a_run_that_fails_ends_the_comparison_with_its_last_words(experiment, tmp_path):

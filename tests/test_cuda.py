@@ -78,7 +78,7 @@ def test_the_ledger_of_a_run_on_cuda_is_replayed_on_the_cpu(tiny_opt, tmp_path):
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-def test_8_bits_are_the_cpus(sparse):
+def test_8_bits_are_near_the_cpus(sparse):
     own = {name: {"e": torch.zeros(70, 4, device=name)} for name in ("cpu", "cuda")}
     for device, parameters in own.items():
         optimizer, generator = AdafactorMomentum(), torch.Generator().manual_seed(0)

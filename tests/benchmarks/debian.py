@@ -30,10 +30,10 @@ def packages() -> Iterator[dict[str, str]]:
         name = ""
         for line in stanza.splitlines():
             if line.startswith(" "):
-                fields[name] += line
-            elif ": " in line:
-                name, value = line.split(": ", 1)
-                fields[name] = value
+                fields[name] += "" if name == "Description" else line  # its first line is enough
+            elif ":" in line:
+                name, value = line.split(":", 1)
+                fields[name] = value.strip()
         if "Description" in fields:
             yield fields
 
@@ -51,6 +51,8 @@ def main() -> None:
         if len(found := [INTERFACES[tag] for tag in INTERFACES if tag in tags]) == 1:
             rows["interface"].setdefault(text, found[0])
     for task, examples in rows.items():
+        if not examples:
+            raise SystemExit(f"{task}: apt knows of no such package; apt-get update, main archive")
         with (directory / f"{task}.csv").open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["text", "label"])
