@@ -9,6 +9,7 @@ from hosl_flower.checks import Limits
 from hosl_flower.config import parse_config
 from hosl_flower.errors import ConfigError
 from hosl_flower.link.choose import _bind, _certificates, check_stream, open_link
+from hosl_flower.link.nodes import Nodes
 
 
 @pytest.mark.parametrize(
@@ -78,3 +79,21 @@ def test_a_method_that_needs_a_stream_does_not_start_without(monkeypatch):
     limits = Limits(batch=8, length=32, hidden=64, dtype="float32", classes=2)
     with pytest.raises(ConfigError, match="local-steps keep weights on the clients"):
         open_link(grid, parse_config({}), spec, history_for(spec), limits, 1, needs_stream=True)
+
+
+@pytest.mark.parametrize(("reply", "nodes", "expected"), [(6.0, 50.0, 50.0), (80.0, 50.0, 80.0)])
+def test_a_node_that_starts_has_the_longer_deadline(monkeypatch, reply, nodes, expected):
+    seen = []
+
+    class Noted(Nodes):
+        def wait(self, seconds, required):
+            seen.append((self.deadline, seconds))
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("hosl_flower.link.choose.Nodes", Noted)
+    config = parse_config({"reply-deadline": reply, "nodes-deadline": nodes})
+    spec = client_spec(num_clients=1)
+    limits = Limits(batch=8, length=32, hidden=64, dtype="float32", classes=2)
+    with pytest.raises(KeyboardInterrupt):
+        open_link(LocalGrid({}), config, spec, history_for(spec), limits, 1)
+    assert seen == [(expected, nodes)]

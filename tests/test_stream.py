@@ -267,7 +267,7 @@ def test_nodes_that_never_dial_are_asked_about_the_endpoint(history):
     grid = ThreadGrid(dict(NODES))
     nodes = Nodes(grid, SPEC.num_clients, 0, 20.0)
     nodes.wait(0.1, 1)
-    grid.nodes = dict.fromkeys(NODES)  # as behind a firewall
+    grid.nodes, nodes.deadline = dict.fromkeys(NODES), 0.2  # as behind a firewall
     why = r"2 were called and none has dialled 127\.0\.0\.1:\d+ within 0\.2 s.*stream-endpoint"
     with pytest.raises(ClientError, match=f"no SuperNode came to its session; {why}"):
         StreamLink(grid, SPEC, history, LIMITS, 0.2, nodes, 600.0)

@@ -262,7 +262,7 @@ class StreamLink(Link):
 
     def _wait_for_any(self) -> None:
         """Until a session is up; the others have a moment more, and may join at any time."""
-        give_up = time.monotonic() + self.deadline
+        give_up = time.monotonic() + self.nodes.deadline
         while not any(line.session.connected for line in self._lines.values()):
             if time.monotonic() - self._heard_at > _LOOK_SECONDS:
                 self._call_nodes()
@@ -283,8 +283,8 @@ class StreamLink(Link):
             return "; ".join(errors[:3])
         return (
             f"{len(self._lines)} were called and none has dialled {self.endpoint} within "
-            f"{self.deadline:g} s: can they reach it (stream-endpoint, stream-bind, a firewall)? "
-            "Their own logs tell more"
+            f"{self.nodes.deadline:g} s: can they reach it (stream-endpoint, stream-bind, a "
+            "firewall)? Their own logs tell more"
         )
 
 

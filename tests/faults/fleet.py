@@ -48,6 +48,7 @@ class Run:
     def __init__(self, directory: Path):
         self.directory, self.number = directory, ""
         self.alive: Callable[[], object] = lambda: True
+        self.said: Callable[[], str] = str  # what Flower has kept of its output
         self._past = ""
         self._past = self.log
 
@@ -73,7 +74,7 @@ class Run:
         if (self.directory / "results.json").is_file():
             return "finished"
         if not self.log and not self.alive():
-            return "the ServerApp has ended before it had a run directory"
+            return f"the ServerApp has ended before it had a run directory\n{self.said()}"
         lines = [line.split(" ", 2)[2] for line in self.log.splitlines() if line.count(" ") > 1]
         ends = [line for line in lines if line.startswith(("run failed: ", "run stopped: "))]
         return ends[-1] if ends else ""
@@ -197,7 +198,7 @@ class Fleet:
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         wait_for("a ServerApp", lambda: self.apps("serverapp"))
-        run.alive = lambda: self.apps("serverapp")
+        run.alive, run.said = lambda: self.apps("serverapp"), lambda: self.end(run)
         run.number = str(json.loads(done.stdout[done.stdout.index("{") :])["run-id"])
         return run
 
