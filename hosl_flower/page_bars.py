@@ -69,7 +69,8 @@ def memory_phases(runs: Sequence[Run]) -> list[str]:
 
 
 def draw_memory(runs: Sequence[Run], phases: Sequence[str]) -> Html:
-    """Peak of a client's tensors by phase; each bar says how many times inference it is."""
+    """Peak of a client's tensors by phase; each bar says how many times that of
+    the same run's forward pass it is."""
 
     def bar(run: Run, phase: str) -> Bar | None:
         peaks = run.results.client_peak_memory.tensor_bytes
@@ -79,13 +80,14 @@ def draw_memory(runs: Sequence[Run], phases: Sequence[str]) -> Html:
         times = f" = {size / forward:.2f} x" if forward > 0 else ""
         return Bar(size / 2**20, 0.0, f"{size / 2**20:.1f}{times}")
 
-    groups = ["forward\n(inference)" if phase == "forward" else phase for phase in phases]
     bars = [[bar(run, phase) for phase in phases] for run in runs]
     said = [
-        f"{run.name} {run.over_inference:.2f} times inference" for run in runs if run.over_inference
+        f"{run.name} {run.over_forward:.2f} times its forward pass"
+        for run in runs
+        if run.over_forward
     ]
     description = f"Client peak memory in a training step: {'; '.join(said) or 'not recorded'}"
-    return draw_bars("memory", "MiB, and times inference", groups, bars, description)
+    return draw_bars("memory", "MiB, and times its forward pass", phases, bars, description)
 
 
 def message_kinds(runs: Sequence[Run]) -> list[str]:

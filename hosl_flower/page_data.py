@@ -86,7 +86,7 @@ class Run:
         return sum(sent.bytes for sent in way.values()) if way else None
 
     @property
-    def over_inference(self) -> float | None:
+    def over_forward(self) -> float | None:
         """Peak tensor bytes of a training step over those of a forward pass."""
         forward = self.results.client_peak_memory.tensor_bytes.get("forward", 0)
         return self.costs.peak_bytes / forward if self.costs and forward > 0 else None

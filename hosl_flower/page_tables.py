@@ -80,13 +80,13 @@ def _card(place: int, run: Run) -> Html:
     score = results.accuracy if results.f1 is None else results.f1
     score = score if score is not None or not last else last[0].score
     loss = results.loss if results.loss is not None or not last else last[0].loss
-    over = run.over_inference
+    over = run.over_forward
     figures = (
         (f"held-out {run.measure}", number(score, 4)),
         ("held-out loss", number(loss, 4)),
         ("sent up", megabytes(run.total(results.bytes_up))),
         ("sent down", megabytes(run.total(results.bytes_down))),
-        ("client peak", f"{over:.2f} x inference" if over else _over(run)),
+        ("client peak", f"{over:.2f} x its forward" if over else _over(run)),
         ("seconds per step", number(results.seconds_per_step.get("total"), 3)),
     )
     pairs = (tag("div", tag("dt", name), tag("dd", value)) for name, value in figures)
@@ -104,9 +104,9 @@ def _card(place: int, run: Run) -> Html:
 
 
 def _over(run: Run) -> Html:
-    if run.costs and run.over_inference is None:  # such as a client that holds the whole model
+    if run.costs and run.over_forward is None:  # such as a client that holds the whole model
         return html("no pass without training")
-    return number(run.over_inference, 2)
+    return number(run.over_forward, 2)
 
 
 def side_by_side(runs: Sequence[Run]) -> Html:
@@ -128,7 +128,7 @@ def side_by_side(runs: Sequence[Run]) -> Html:
         ),
         note(
             "Bytes of a run are with evaluations, those of a step without. A backward pass counts "
-            "as two forwards. Peak over inference is that of the client's tensors in a training "
+            "as two forwards. Peak over forward is that of the client's tensors in a training "
             "step over that in a forward pass of the same run, with weights and, where the client "
             "holds any, optimizer state in both."
         ),
@@ -188,7 +188,7 @@ _OUTCOME: tuple[tuple[str, Callable[[Run], object]], ...] = (
     ("down per step", _cost("bytes_down", megabytes)),
     ("client forwards per step", _cost("forwards", lambda value: number(value, 2))),
     ("client peak, tensors in a step", _cost("peak_bytes", mebibytes)),
-    ("over inference", _over),
+    ("over its forward pass", _over),
     ("client peak, process", lambda run: mebibytes(run.results.client_peak_memory.bytes)),
     ("seconds per step", _seconds("total")),
     ("of them client", _seconds("client")),

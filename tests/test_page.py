@@ -114,7 +114,7 @@ def checked(*directories):
 def test_the_numbers_are_those_of_the_files(tmp_path, undrawn):
     seen = checked(write_run(tmp_path / "one"))
     for figure in (
-        "0.8125", "0.4321", "0.7001", "0.7500", "1.20 x inference", "32.0 MB", "1.2 kB",
+        "0.8125", "0.4321", "0.7001", "0.7500", "1.20 x its forward", "32.0 MB", "1.2 kB",
         "500.0 MiB", "12.0 MiB", "0.3111", "2.5", "2,000,000 held, 1,000,000 trained", "9.8.7",
         "f" * 16, "d" * 16, "one client, which took part in 4 of 4 steps",
     ):  # fmt: skip
