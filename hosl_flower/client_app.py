@@ -1,7 +1,8 @@
-"""The Flower ClientApp: unpack, let the client answer, pack. Runs on the edge device.
+"""The Flower ClientApp: runs on the edge device.
 
-Node config: partition-id (required), num-partitions, data-path, model-path and device (this
-node's own). `{partition}` in data-path stands for the client's number.
+Flower starts a process for each message to a SuperNode. The first asks what the node is, and
+torch, which takes a board ten seconds to load, is not loaded for that: what needs it is in
+client_calls.py.
 """
 
 import os
@@ -15,20 +16,9 @@ import sys
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from hosl_flower.client import Client
-from hosl_flower.errors import HoslError
-from hosl_flower.link.dial import serve
-from hosl_flower.link.records import pack, unpack_invitation, unpack_requests
-from hosl_flower.messages import Failure
-from hosl_flower.partition import shared_between_partitions
-from hosl_flower.spec import ClientSpec, use_threads
+from hosl_flower.node_config import shared_between_partitions
 
 app = ClientApp()
-
-# The client of the run this process served last. A Ray worker answers many messages, for many
-# partitions; loading the submodel for each would dwarf the work. Keyed by everything that
-# makes a client, the run id included, so that two runs never mix; one, so memory is bounded.
-_cached: dict[str, Client] = {}
 
 
 @app.query("node")
@@ -45,37 +35,15 @@ def node(message: Message, context: Context) -> Message:
 
 @app.train("exchange")
 def exchange(message: Message, context: Context) -> Message:
-    """Answer the requests of one exchange, to each of the clients it is about in turn."""
-    try:
-        spec, groups = unpack_requests(message.content)
-        client = _client(spec, context)
-        content = pack(client.answer(requests) for requests in groups)
-    except HoslError as error:
-        text = f"{type(error).__name__}: {error}"
-        content = pack([[Failure(step=0, seconds=0.0, peak_bytes=0, error=text[:4000])]])
-    return Message(content, reply_to=message)
+    """Answer the requests of one exchange."""
+    from hosl_flower import client_calls
+
+    return client_calls.exchange(message, context)
 
 
 @app.train("session")
 def session(message: Message, context: Context) -> Message:
     """Answer over a stream until the server closes it; see link/stream.py."""
-    error = ""
-    try:
-        spec, invitation = unpack_invitation(message.content)
-        serve(invitation, _client(spec, context).answer)
-    except HoslError as problem:
-        error = f"{type(problem).__name__}: {problem}"[:4000]
-    return Message(RecordDict({"config": ConfigRecord({"error": error})}), reply_to=message)
+    from hosl_flower import client_calls
 
-
-def _client(spec: ClientSpec, context: Context) -> Client:
-    own = {
-        key: str(context.node_config.get(name, ""))
-        for key, name in (("data_path", "data-path"), ("model", "model-path"), ("device", "device"))
-    }
-    key = f"{spec.to_json()}|{sorted(own.items())}"
-    if key not in _cached:
-        _cached.clear()
-        use_threads(spec.threads)
-        _cached[key] = Client(spec, **own)
-    return _cached[key]
+    return client_calls.session(message, context)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hosl_flower.errors import DataError, ProtocolError
+from hosl_flower.node_config import PLACEHOLDER, shared_between_partitions
 from hosl_flower.perturb import derive_seed, permutation
 from hosl_flower.spec import ClientSpec
 from hosl_flower.tasks import Batch, Inputs
@@ -24,14 +25,8 @@ if TYPE_CHECKING:  # heavy; flwr_datasets brings matplotlib, which a node with i
 else:
     Dataset = Partitioner = Any
 
-PLACEHOLDER = "{partition}"  # in a node's data-path: the number of the client it is for
 _KEPT = 64  # partitions a process remembers
 _DRAWS = 20  # times the Dirichlet partitioner may try, eleven draws each
-
-
-def shared_between_partitions(own: str) -> bool:
-    """Whether a node's data-path is the same data for every client the node serves."""
-    return bool(own) and PLACEHOLDER not in own
 
 
 def make_partitioner(train: Dataset, spec: ClientSpec) -> Partitioner:

@@ -6,7 +6,7 @@ import sys
 
 SCRIPT = """
 import json, sys
-import hosl_flower.client_app
+import hosl_flower.client_calls
 print(json.dumps(sorted(sys.modules)))
 """
 NOT_A_CLIENTS = (
@@ -19,23 +19,30 @@ NOT_A_CLIENTS = (
 )  # fmt: skip
 
 
-def test_the_client_app_imports_what_a_client_uses():
+def loaded_with(module):
+    script = SCRIPT.replace("hosl_flower.client_calls", module)
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
-    loaded = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_client_imports_what_it_uses():
+    loaded = loaded_with("hosl_flower.client_calls")
     assert "hosl_flower.client" in loaded
     assert not {name for name in NOT_A_CLIENTS if name in loaded}
+
+
+def test_a_supernode_says_what_it_is_without_torch():
+    """Flower starts a process for every message, and a board loads torch in ten seconds."""
+    loaded = loaded_with("hosl_flower.client_app")
+    assert not {name for name in (*NOT_A_CLIENTS, "torch", "transformers") if name in loaded}
 
 
 def test_the_command_line_starts_without_torch():
     """It says what is wrong at once; and server_app settles how torch's threads wait, which must
     be before torch is loaded."""
-    script = SCRIPT.replace("hosl_flower.client_app", "hosl_flower.cli")
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
-    loaded = json.loads(done.stdout.splitlines()[-1])
+    loaded = loaded_with("hosl_flower.cli")
     assert "hosl_flower.config" in loaded
     slow = ("torch", "transformers", "flwr", "matplotlib", "datasets")
     assert not {name for name in slow if name in loaded}

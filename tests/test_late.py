@@ -16,7 +16,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from grids import LocalGrid, ThreadGrid
 from specs import client_spec, history_for
 
-from hosl_flower import client_app
+from hosl_flower import client_calls
 from hosl_flower.answers import Answers
 from hosl_flower.checks import Limits
 from hosl_flower.client import Client
@@ -61,7 +61,7 @@ def _a_client_for_each_node(monkeypatch, clients):
     for client in clients:
         client.reset()
     monkeypatch.setattr(
-        client_app, "_client", lambda spec, context: clients[context.node_config["partition-id"]]
+        client_calls, "_client", lambda spec, context: clients[context.node_config["partition-id"]]
     )
 
 
@@ -218,7 +218,7 @@ def test_gradients_of_labels_that_are_kept_are_waited_for_as_long(
     def keeper(spec, context):
         return keepers[context.node_config["partition-id"]]
 
-    monkeypatch.setattr(client_app, "_client", keeper)
+    monkeypatch.setattr(client_calls, "_client", keeper)
     spec = keepers[0].spec
     history = history_for(spec)
     keys = {"labels": "client", "num-clients": 3, "min-clients": least, "step-deadline": 0.2}

@@ -10,7 +10,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from grids import LocalGrid
 from specs import client_spec, history_for
 
-from hosl_flower import client_app
+from hosl_flower import client_calls
 from hosl_flower.checks import Limits
 from hosl_flower.client import Client
 from hosl_flower.errors import (
@@ -337,12 +337,12 @@ def test_spare_nodes_are_left_alone(history):
 def test_the_client_app_caches_one_client_and_never_mixes_runs(history):
     link = grid_link({7: {"partition-id": 0}, 8: {"partition-id": 1}}, history)
     ask(link, Describe(**at(history)))
-    (first,) = client_app._cached.values()
+    (first,) = client_calls._cached.values()
     ask(link, Describe(**at(history, partition=1)))
-    assert list(client_app._cached.values()) == [first]
+    assert list(client_calls._cached.values()) == [first]
     link.spec = client_spec(run="another")
     ask(link, Describe(**at(history)))
-    (second,) = client_app._cached.values()
+    (second,) = client_calls._cached.values()
     assert second is not first
 
 
@@ -386,7 +386,7 @@ def test_replies_that_are_not_ours_are_refused(history, monkeypatch):
     def foreign(message, context):
         return Message(RecordDict({"config": ConfigRecord({})}), reply_to=message)
 
-    monkeypatch.setattr(client_app, "exchange", foreign)
+    monkeypatch.setattr(client_calls, "exchange", foreign)
     with pytest.raises(ProtocolError, match=r"client 0 \(node 7\): expected records"):
         ask(link, Describe(**at(history)))
 
@@ -487,7 +487,7 @@ def test_a_client_whose_process_died_is_asked_again(history):
     def dies_twice(message, config):
         if len(died) < 2:
             died.append(message)
-            client_app._cached.clear()
+            client_calls._cached.clear()
             return Message(Error(code=2, reason="killed"), reply_to=message)
         return original(message, config)
 

@@ -8,7 +8,8 @@ import pytest
 from specs import client_spec
 
 from hosl_flower.errors import DataError, ProtocolError
-from hosl_flower.partition import ClientData, DataPool, make_partitioner, shared_between_partitions
+from hosl_flower.node_config import shared_between_partitions
+from hosl_flower.partition import ClientData, DataPool, make_partitioner
 from hosl_flower.plot import clients_with, draw_partition
 from hosl_flower.task_table import Task
 from hosl_flower.tasks import Encoder, load_tokenizer

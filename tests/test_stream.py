@@ -14,7 +14,7 @@ from grids import ThreadGrid
 from runs import metrics, run_factory
 from specs import client_spec, history_for
 
-from hosl_flower import client_app
+from hosl_flower import client_calls
 from hosl_flower.checks import Limits, check_activations
 from hosl_flower.client import Client
 from hosl_flower.codec import encode as codec_encode
@@ -65,7 +65,7 @@ def _a_client_for_each_thread(monkeypatch):
             local.client = Client(spec)
         return local.client
 
-    monkeypatch.setattr(client_app, "_client", client)
+    monkeypatch.setattr(client_calls, "_client", client)
 
 
 @pytest.fixture
@@ -188,7 +188,7 @@ class DyingGrid(ThreadGrid):
             super().run(message, config)
             return
         self.died = True
-        spec, invitation = client_app.unpack_invitation(message.content)
+        spec, invitation = client_calls.unpack_invitation(message.content)
         client, count = Client(spec), 0
 
         def answer(requests):
@@ -199,7 +199,7 @@ class DyingGrid(ThreadGrid):
             return client.answer(requests)
 
         try:
-            client_app.serve(invitation, answer)
+            client_calls.serve(invitation, answer)
         except SystemExit:
             self.answers[message.metadata.message_id] = Message(
                 Error(code=2, reason="killed"), reply_to=message
@@ -258,7 +258,7 @@ def test_a_client_that_cannot_start_says_why(make, monkeypatch):
     def refuses(spec, context):
         raise ClientError("no such model here")
 
-    monkeypatch.setattr(client_app, "_client", refuses)
+    monkeypatch.setattr(client_calls, "_client", refuses)
     with pytest.raises(ClientError, match=r"no SuperNode came.*no such model here"):
         make()
 
@@ -372,7 +372,7 @@ def test_silent_strangers_do_not_keep_clients_out(history, make, monkeypatch):
 def test_a_token_is_good_once_and_never_after_the_end(history, make):
     link = make({7: {"partition-id": 0, "num-partitions": 1}})
     (message,) = [m for m in link.grid.sent if m.metadata.message_type == SESSION]
-    _, invitation = client_app.unpack_invitation(message.content)
+    _, invitation = client_calls.unpack_invitation(message.content)
     with pytest.raises(grpc.RpcError) as refused:
         dial(link, encode_word("hello", token=invitation.token))
     assert refused.value.code() == grpc.StatusCode.PERMISSION_DENIED
