@@ -113,6 +113,8 @@ def _differences(config: RunConfig) -> Iterator[str]:
         yield f"the client computed in {config.dtype}"
     if config.codec != "exact":
         yield f"activations travelled as {config.codec}"
+    if config.update_codec != "exact":
+        yield f"clients' updates travelled as {config.update_codec}"
 
 
 def _origin(run: Finished) -> str:

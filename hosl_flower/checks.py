@@ -12,7 +12,6 @@ from hosl_flower.completion import IGNORED
 from hosl_flower.errors import OutOfRangeError, ProtocolError
 from hosl_flower.messages import (
     Activations,
-    Change,
     Continue,
     Continued,
     Described,
@@ -20,17 +19,18 @@ from hosl_flower.messages import (
     Fingerprinted,
     Grade,
     Graded,
-    Gradient,
     HeldOutStates,
     HiddenGradient,
     HiddenStates,
     LocalProbe,
     Scalars,
     Scored,
+    Update,
     Weights,
 )
 from hosl_flower.state import ClientState
 from hosl_flower.tensors import DTYPES, dtype_name, raw_bytes
+from hosl_flower.update_codec import Rows, expected
 
 LARGEST_SCALAR = 1e12  # its square, in Adam's second moment, is far from float32's end
 _MOST_EXAMPLES = 10**9
@@ -44,7 +44,8 @@ class Limits:
     tokens, of width `hidden` and `dtype`, written by `codec`, with labels of `classes` classes;
     `each` sequences per example, of `shortest` tokens or more, so that an answer has its place;
     at most `held_out` held-out examples. vocabulary: of answers that are generated, whose labels
-    are up to `longest` tokens; else 0. private_labels: none are sent."""
+    are up to `longest` tokens; else 0. private_labels: none are sent. update_codec: of
+    gradients and changes of weights."""
 
     batch: int
     length: int
@@ -58,6 +59,7 @@ class Limits:
     longest: int = 1
     vocabulary: int = 0
     private_labels: bool = False
+    update_codec: str = "exact"
 
 
 def check_described(reply: Described, limits: Limits) -> None:
@@ -232,16 +234,22 @@ def check_scalars(reply: Scalars, request: LocalProbe) -> None:
         )
 
 
-def check_change(reply: Change, elements: int) -> None:
-    """ProtocolError unless there is one finite float32 per trainable element."""
-    _check_vector("change", reply.change, torch.float32, elements)
-
-
-def check_gradient(reply: Gradient, elements: int) -> None:
-    """ProtocolError unless there is one finite float32 per trainable element."""
-    _check_vector("gradient", reply.gradient, torch.float32, elements)
-    if not (reply.gradient.abs() <= LARGEST_SCALAR).all():
-        raise OutOfRangeError(f"gradient: expected values of at most +-{LARGEST_SCALAR:g}")
+def check_update(reply: Update, rows: Rows, codec: str) -> None:
+    """ProtocolError unless a gradient or change is of these rows, in this codec, and finite."""
+    present, what = reply.present, reply.kind
+    if present.dtype != torch.bool or list(present.shape) != [rows.count]:
+        raise ProtocolError(
+            f"{what}: expected bool[{rows.count}] of the rows that are present, got "
+            f"{dtype_name(present)}{list(present.shape)}"
+        )
+    elements, dtype, scales = expected(rows, present, codec)
+    _check_vector(what, reply.values, dtype, elements)
+    _check_vector(f"scales of the {what}", reply.scales, torch.float32, scales)
+    if not (reply.scales >= 0).all():
+        raise OutOfRangeError(f"scales of the {what}: expected 0 or more")
+    largest = reply.scales * 127.0 if scales else reply.values.abs()
+    if not (largest <= LARGEST_SCALAR).all():
+        raise OutOfRangeError(f"{what}: expected values of at most +-{LARGEST_SCALAR:g}")
 
 
 def check_weights(reply: Weights, state: ClientState) -> None:

@@ -232,15 +232,14 @@ class Client:
         return Scalars, {"scalars": torch.tensor(scalars, dtype=torch.float32)}
 
     def _local_train(self, request: LocalTrain) -> Answer:
-        _, change = self.compute.probe_linear(request)
-        return Change, {"change": change}
+        return Change, vars(self.compute.change(request))
 
     def _head_probe(self, request: HeadProbe) -> Answer:
         scalars, loss = self.compute.probe_head(request)
         return Scalars, {"scalars": torch.tensor(scalars, dtype=torch.float32), "loss": loss}
 
     def _backward(self, request: Backward) -> Answer:
-        return Gradient, {"gradient": self.compute.gradient(request)}
+        return Gradient, vars(self.compute.gradient(request))
 
     def _local_step(self, request: LocalStep) -> Answer:
         self.branches.keep_trunk()

@@ -2,7 +2,7 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
@@ -14,10 +14,8 @@ from hosl_flower.codec import encode, has_scales
 from hosl_flower.decoding import Prompts, checked
 from hosl_flower.errors import ProtocolError
 from hosl_flower.forward import HERE, Forwards, put_together
-from hosl_flower.gradient import Dense
 from hosl_flower.local import local_steps
 from hosl_flower.memory import Meter
-from hosl_flower.optimizer import matrix_of
 from hosl_flower.output_head import Judged, OutputHead
 from hosl_flower.partition import DataPool
 from hosl_flower.perturb import derive_seed
@@ -33,6 +31,8 @@ from hosl_flower.requests import (
     HeldOutStates,
     HiddenStates,
     LocalStep,
+    LocalTrain,
+    Request,
 )
 from hosl_flower.residual import residual_gradients
 from hosl_flower.spec import ClientSpec
@@ -42,6 +42,8 @@ from hosl_flower.state import ClientState
 from hosl_flower.surrogate import Cotangent, Pieces, head_loss, linear
 from hosl_flower.tasks import Batch, Encoder
 from hosl_flower.tensors import dtype_name
+from hosl_flower.update_codec import Coded
+from hosl_flower.update_codec import encode as encode_update
 from hosl_flower.zo import Point, directional, estimate
 
 # phase that is measured, and how the gradient comes about, by client-gradient
@@ -293,15 +295,21 @@ class Compute:
             scalars, _ = local_steps(self.state, estimator, request)
         return scalars, clean[0]
 
-    def gradient(self, request: Backward) -> Tensor:
-        """The client's gradient: float32 [n] on the CPU, in name order."""
-        parameters = self.state.parameters
-        whole = torch.zeros(self.state.elements)
-        parts = unflat(whole, parameters)
+    def gradient(self, request: Backward) -> Coded:
+        """The client's gradient, for the wire; each parameter's as soon as it is there."""
         with self._training(request) as computed:
-            for name, gradient in computed:
-                Dense({name: gradient}).subtract_(matrix_of(parts[name]), name, 0, -1.0)
-        return whole
+            return self._coded(request, computed)
+
+    def change(self, request: LocalTrain) -> Coded:
+        """Of the weights, by local training on probes, for the wire."""
+        _, change = self.probe_linear(request)
+        assert change is not None  # it is asked for
+        return self._coded(request, unflat(change, self.state.parameters).items())
+
+    def _coded(self, request: Request, parts: Iterable[tuple[str, Tensor]]) -> Coded:
+        """As the run's update-codec writes it, rounded as in no other update of the run."""
+        seed = derive_seed(self.spec.seed, "update", request.step, request.partition)
+        return encode_update(self.state.rows, parts, self.spec.update_codec, seed)
 
     def local_step(self, request: LocalStep) -> None:
         """One step of the client's own optimizer, in place; each parameter's as soon as its

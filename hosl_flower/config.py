@@ -35,6 +35,7 @@ ClientGradient = Literal["backprop", "recompute", "residual"]
 Labels = Literal["server", "client"]
 Quantization = Literal["none", "int8"]
 Codec = Literal["exact", "bf16", "fp16", "int8"]  # see codec.py, which needs torch
+UpdateCodec = Literal["exact", "int8"]  # see update_codec.py
 Partitioner = Literal["iid", "dirichlet", "natural-id"]
 Aggregation = Literal["weighted-mean", "mean", "median", "trimmed-mean"]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")]
@@ -322,6 +323,12 @@ class RunConfig(BaseModel):
         "exact",
         description="of activations and cut gradients on the wire: exact, bf16, fp16, or int8 with "
         "a scale per token",
+    )
+    update_codec: UpdateCodec = Field(
+        "exact",
+        description="of the gradients or changes of weights that clients send (split FO with "
+        "local-steps = 1, FedAvg-ZO): int8 with a scale per row, rounded at random. Rows of zeros "
+        "never travel",
     )
     stream_endpoint: str = Field(
         "", description="host:port of the ServerApp that SuperNodes dial; not for simulation"

@@ -45,6 +45,7 @@ from hosl_flower.replies import (
     Scalars,
     Scored,
     Stepped,
+    Update,
     Weights,
 )
 from hosl_flower.requests import (
@@ -157,5 +158,6 @@ __all__ = [
     "Scalars",
     "Scored",
     "Stepped",
+    "Update",
     "Weights",
 ]

@@ -114,19 +114,27 @@ class Scalars(Reply):
 
 
 @dataclass(frozen=True, config=STRICT)
-class Change(Reply):
-    """Trainable weights after local training minus those before: float32 [n], in name order."""
+class Update(Reply):
+    """Something of the shape of the trainable parameters, as the run's update-codec writes it
+    (update_codec.py)."""
 
-    kind: ClassVar[str] = "change"
-    change: Tensor
+    present: Tensor
+    values: Tensor
+    scales: Tensor
 
 
 @dataclass(frozen=True, config=STRICT)
-class Gradient(Reply):
-    """Loss gradient of the trainable parameters: float32 [n], in name order."""
+class Change(Update):
+    """Trainable weights after local training minus those before."""
+
+    kind: ClassVar[str] = "change"
+
+
+@dataclass(frozen=True, config=STRICT)
+class Gradient(Update):
+    """Loss gradient of the trainable parameters."""
 
     kind: ClassVar[str] = "gradient"
-    gradient: Tensor
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -116,6 +116,7 @@ class Session:
             shortest=self.encoder.shortest,
             longest=answers.longest,
             private_labels=spec.labels == "client",
+            update_codec=spec.update_codec,
             **({"held_out": min(held_out)} if held_out else {}),
         )
 

@@ -27,6 +27,7 @@ from hosl_flower.config import (
     RunConfig,
     Threads,
     Trainable,
+    UpdateCodec,
     split_words,
 )
 from hosl_flower.errors import CheckpointError, ConfigError, ProtocolError
@@ -53,6 +54,7 @@ class ClientSpec:
     cut_layer: Natural
     dtype: Dtype
     codec: Codec
+    update_codec: UpdateCodec
     device: Device
     threads: Threads
     client_trainable: Trainable

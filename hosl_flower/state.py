@@ -18,6 +18,7 @@ from hosl_flower.ledger import Entry, chain, fingerprint, first_digest
 from hosl_flower.optimizers import make_optimizer, second_moments, state_shape
 from hosl_flower.perturb import Layout, as_matrix_shape, row_chunks
 from hosl_flower.rounding import store
+from hosl_flower.update_codec import Rows
 
 _TRAIL_ELEMENTS = 1 << 20  # up to so many, every update is fingerprinted (milliseconds)
 _TRAIL_LENGTH = 4096
@@ -60,6 +61,7 @@ class ClientState:
     ):
         self.parameters = dict(sorted(parameters.items()))
         self.layout = Layout({n: p.shape for n, p in self.parameters.items()}, distribution)
+        self.rows = Rows(self.layout.shapes)
         self.optimizer_name = optimizer
         self.optimizer = make_optimizer(optimizer)
         self.position, self.digest = 0, first_digest(genesis)

@@ -27,7 +27,14 @@ from hosl_flower.session import Session, open_session
 from hosl_flower.training import train
 
 # keys a method must say it uses
-_RARE = ("server-steps", "upload-every", "client-gradient", "derivative", "scalar-clip")
+_RARE = (
+    "server-steps",
+    "upload-every",
+    "client-gradient",
+    "derivative",
+    "scalar-clip",
+    "update-codec",
+)
 
 
 class SplitStrategy(Strategy):

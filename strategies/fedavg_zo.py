@@ -22,16 +22,19 @@ from hosl_flower.cohort import Cohort
 from hosl_flower.config import RunConfig
 from hosl_flower.messages import LocalTrain
 from hosl_flower.session import Session
+from hosl_flower.update_codec import decode
 from strategies.ho_sfl import HoSfl
 
 
 class FedAvgZo(HoSfl):
     """Per step and client: activations up, their gradient down, trainable weights up and down.
 
-    Run-config keys: as HO-SFL's, but aggregation is weighted-mean or mean.
+    Run-config keys: as HO-SFL's, but aggregation is weighted-mean or mean, and
+    update-codec is of the changes that travel up.
     """
 
     name = "fedavg-zo"
+    uses = ("derivative", "update-codec")
     unused = ("turn-steps", "trim-fraction", "scalar-clip")
     request = LocalTrain
 
@@ -41,9 +44,10 @@ class FedAvgZo(HoSfl):
 
     def merge(self, session: Session, cohort: Cohort, replies: dict[int, Any]) -> torch.Tensor:
         """The weighted mean of the clients' changes: float64 [n]."""
+        rows = session.history.state.rows
         moved = torch.zeros(session.history.state.elements, dtype=torch.float64)
         for m, share in zip(cohort.partitions, cohort.weights, strict=True):
-            moved.add_(replies.pop(m).change, alpha=share)
+            moved.add_(decode(rows, replies.pop(m)), alpha=share)
         return moved
 
     def commit(self, session: Session, cohort: Cohort, update: torch.Tensor) -> None:

@@ -5,8 +5,8 @@ client-trainable = server-trainable = lora SplitLoRA (Lin et al. 2024, arXiv 240
 and 2 are those of strategies/ho_sfl.py: activations up, lambda_m down. Then, by local-steps:
 
     E = 1   synchronised every step, the fair rival of HO-SFL. Client m uploads the gradient
-            g_m = (d z_m / d theta_c)^T lambda_m, and one optimizer, the run's, takes a step along
-            sum_m w_m g_m. New weights go down.
+            g_m = (d z_m / d theta_c)^T lambda_m, as update-codec writes it, and one optimizer, the
+            run's, takes a step along sum_m w_m g_m. New weights go down.
     E > 1   the published algorithm: client m takes E steps of its own, each on a mini-batch and
             lambda_m of its own, with an optimizer that starts afresh; then weights are averaged,
             theta_c <- sum_m w_m theta_c,m. The clients of those E steps stay the same.
@@ -45,6 +45,7 @@ from hosl_flower.messages import Adopt, Backward, Fetch, LocalStep, Request, Wei
 from hosl_flower.perturb import derive_seed
 from hosl_flower.schedule import client_rate
 from hosl_flower.session import Session
+from hosl_flower.update_codec import decode
 from strategies.ho_sfl import HoSfl
 
 
@@ -53,12 +54,12 @@ class SplitFo(HoSfl):
     every local-steps.
 
     Run-config keys: num-clients, clients-per-step, min-clients, local-steps (E), client-gradient,
-    client-optimizer, aggregation (weighted-mean or mean) and the server's. eval-every and steps
-    must be multiples of E.
+    client-optimizer, update-codec, aggregation (weighted-mean or mean) and the server's. eval-every
+    and steps must be multiples of E.
     """
 
     name = "split-fo"
-    uses = ("client-gradient",)
+    uses = ("client-gradient", "update-codec")
     anchors = False  # the forward pass is run again
     client_optimizers = ("sgd", "adamw", "adafactor", "adafactor-momentum")
     unused = (
@@ -80,6 +81,12 @@ class SplitFo(HoSfl):
                 f"local-steps = {config.local_steps} keeps weights on the clients between two "
                 "averagings: it needs a stream that stays open, so no link = grid and no "
                 "max-session-seconds"
+            )
+        if config.local_steps > 1 and config.update_codec != "exact":
+            raise ConfigError(
+                f"update-codec = {config.update_codec} is of gradients: with local-steps = "
+                f"{config.local_steps} weights travel, which it would round by more than a few "
+                "steps change them; set local-steps = 1 or update-codec = exact"
             )
         for key, value in (("eval-every", config.eval_every), ("steps", config.steps)):
             if value % config.local_steps:
@@ -138,9 +145,10 @@ class SplitFo(HoSfl):
 
     def merge(self, session: Session, cohort: Cohort, replies: dict[int, Any]) -> Dense:
         """E = 1: the weighted mean of the clients' gradients."""
+        rows = session.history.state.rows
         total = torch.zeros(session.history.state.elements, dtype=torch.float64)
         for m, share in zip(cohort.partitions, cohort.weights, strict=True):
-            total.add_(replies.pop(m).gradient, alpha=share)
+            total.add_(decode(rows, replies.pop(m)), alpha=share)
         seed = derive_seed(session.config.seed, "descend", cohort.step)
         return Dense(unflat(total.float(), session.history.state.parameters), seed)
 

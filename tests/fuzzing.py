@@ -23,15 +23,14 @@ from specs import client_spec
 from hosl_flower.checks import (
     Limits,
     check_activations,
-    check_change,
     check_continued,
     check_described,
     check_fingerprints,
     check_graded,
-    check_gradient,
     check_hidden_gradient,
     check_scalars,
     check_scored,
+    check_update,
     check_weights,
 )
 from hosl_flower.errors import ProtocolError
@@ -178,8 +177,8 @@ class Fuzz:
             "continued": lambda r: check_continued(r, CONTINUE, self.limits),
             "graded": lambda r: check_graded(r, GRADE),
             "described": lambda r: check_described(r, self.limits),
-            "change": lambda r: check_change(r, 5),
-            "gradient": lambda r: check_gradient(r, 5),
+            "change": lambda r: check_update(r, _state().rows, "int8"),
+            "gradient": lambda r: check_update(r, _state().rows, "int8"),
             "scalars": lambda r: check_scalars(r, _ASKED),
             "weights": lambda r: check_weights(r, _state()),
             "fingerprinted": lambda r: check_fingerprints(r, _SINCE),

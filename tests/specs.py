@@ -12,8 +12,8 @@ from hosl_flower.task_table import TASKS
 
 _DEFAULTS: dict[str, Any] = {
     "run": "r", "model": "random:opt-tiny", "cut_layer": 1, "dtype": "float32", "device": "cpu",
-    "codec": "exact", "labels": "server", "threads": 1, "client_trainable": "blocks",
-    "client_gradient": "backprop", "client_optimizer": "sgd",
+    "codec": "exact", "update_codec": "exact", "labels": "server", "threads": 1,
+    "client_trainable": "blocks", "client_gradient": "backprop", "client_optimizer": "sgd",
     "client_quantization": "none", "client_head": False, "lora_rank": 4,
     "lora_alpha": 16.0, "lora_targets": "q_proj,v_proj", "perturbation": "rank1",
     "task": TASKS["sms-spam"], "source": "bundled:sms_spam", "num_clients": 2,

@@ -11,13 +11,13 @@ from hosl_flower.checks import (
     BatchKey,
     Limits,
     check_activations,
-    check_change,
     check_described,
     check_fingerprints,
     check_hidden_gradient,
     check_same_batch,
     check_scalars,
     check_scored,
+    check_update,
 )
 from hosl_flower.errors import ProtocolError
 from hosl_flower.ledger import Entry, Ledger
@@ -61,11 +61,16 @@ from hosl_flower.messages import (
     Weights,
 )
 from hosl_flower.tensors import DTYPES, raw_bytes, tensor_from_bytes
+from hosl_flower.update_codec import Rows
 from hosl_flower.wire import from_wire, to_wire, wire_bytes
 
 D = "0123456789abcdef"
 AT = {"step": 3, "partition": 1, "position": 2, "digest": D}
 DONE = {"step": 3, "seconds": 0.25, "peak_bytes": 7}
+UPDATE = {
+    "present": torch.tensor([True]), "values": torch.arange(-2, 3, dtype=torch.int8),
+    "scales": torch.rand(1),
+}  # fmt: skip
 
 
 def ledger():
@@ -135,10 +140,11 @@ ALL = [
     Applied(**DONE, position=2, digest=D),
     Scalars(**DONE, scalars=torch.randn(2, 3)),
     Scalars(**DONE, scalars=torch.randn(2, 3), loss=0.5),
-    Gradient(**DONE, gradient=torch.randn(5)),
+    Gradient(**DONE, **UPDATE),
+    Gradient(**DONE, **{**UPDATE, "values": torch.randn(3), "scales": torch.empty(0)}),
     Stepped(**DONE, local=3),
     Weights(**DONE, updates=2, weights=torch.randn(5).bfloat16(), moments=torch.randn(2, 5)),
-    Change(**DONE, change=torch.randn(5)),
+    Change(**DONE, **UPDATE),
     Fingerprinted(**DONE, positions=(1, 2), fingerprints=(D, D)),
     Behind(**DONE, position=0, digest=D),
     Failure(**DONE, error="DataError: no"),
@@ -351,13 +357,47 @@ def test_totals_that_cannot_be_are_refused(changes):
         check_scored(Scored(**DONE, **{**good, **changes}), request)
 
 
+ROWS = Rows({"a": torch.Size([2, 3]), "b": torch.Size([4])})
+CODED = {
+    "exact": {"values": torch.ones(7), "scales": torch.empty(0)},
+    "int8": {"values": torch.ones(7, dtype=torch.int8), "scales": torch.ones(2)},
+}  # of two rows, present
+
+
+@pytest.mark.parametrize("codec", CODED)
 @pytest.mark.parametrize(
-    "change", [torch.zeros(4), torch.zeros(5).half(), torch.full((5,), float("inf"))]
+    "damage",
+    [
+        {"present": torch.tensor([True, False])},
+        {"present": torch.tensor([1, 0, 1])},
+        {"present": torch.tensor([True, True, True])},
+        {"values": torch.ones(8)},
+        {"values": torch.ones(7).half()},
+        {"values": torch.full((7,), float("inf"))},
+        {"values": torch.full((7,), 1e13)},
+        {"scales": torch.ones(3)},
+        {"scales": torch.tensor([1.0, float("nan")])},
+        {"scales": torch.tensor([1.0, -1.0])},
+        {"scales": torch.tensor([1.0, 1e11])},
+    ],
 )
-def test_a_change_that_does_not_fit_the_model_is_refused(change):
-    check_change(Change(**DONE, change=torch.zeros(5)), 5)
-    with pytest.raises(ProtocolError, match="change: "):
-        check_change(Change(**DONE, change=change), 5)
+def test_an_update_that_does_not_fit_the_model_is_refused(codec, damage):
+    own = {"present": torch.tensor([True, False, True]), **CODED[codec]}
+    check_update(Change(**DONE, **own), ROWS, codec)
+    with pytest.raises(ProtocolError, match=r"^(scales of the )?change: expected|are not finite"):
+        check_update(Change(**DONE, **{**own, **damage}), ROWS, codec)
+
+
+@pytest.mark.parametrize("codec", CODED)
+def test_only_the_runs_update_codec_is_taken(codec):
+    present = torch.tensor([True, False, True])
+    for own, fields in CODED.items():
+        reply = Gradient(**DONE, present=present, **fields)
+        if own == codec:
+            check_update(reply, ROWS, codec)
+            continue
+        with pytest.raises(ProtocolError, match="gradient: expected"):
+            check_update(reply, ROWS, codec)
 
 
 @pytest.mark.parametrize("positions", [(), (1,), (2, 1, 2), (2, 3)])

@@ -250,6 +250,29 @@ def test_residual_feedback_serves_many_clients_on_either_path(make, trainable):
         assert losses(directory)[0] == losses(other)[0]
 
 
+@pytest.mark.parametrize("method", [SplitFo, FedAvgZo])
+def test_updates_in_8_bits_take_a_quarter_of_the_bytes_and_change_little(make, method):
+    kind = "backward" if method is SplitFo else "local-train"
+    keys = {**MANY, **FO, "steps": 6, "eval_every": 6}
+    exact, a, _ = make(method, **keys)
+    coded, b, _ = make(method, **keys, update_codec="int8")
+    before, after = (results.bytes_up[kind]["bytes"] for results in (exact, coded))
+    assert 0.25 < after / before < 0.36  # rows of 16: (16 + 4) / 64; headers
+    assert losses(a) == pytest.approx(losses(b), rel=0.02)
+    assert losses(a) != losses(b)
+    assert coded.clients["fingerprint_checked"] == [0, 1, 2, 3]
+
+
+def test_only_the_batchs_rows_of_an_embedding_travel(make):
+    keys = {"client_trainable": "full", **FO, "client_gradient": "residual", "num_clients": 2}
+    results, _, config = make(SplitFo, **keys)
+    vocabulary, width = 50272, 16
+    messages, size = (results.bytes_up["backward"][key] for key in ("messages", "bytes"))
+    others = results.client_parameters["trained"] - vocabulary * width
+    rows = config.batch_size * config.max_length  # were all of its tokens different
+    assert size / messages < 4 * others + 4 * rows * width + vocabulary + 2000
+
+
 def test_parameters_stepped_as_their_gradients_come_learn_as_those_stepped_together(make):
     keys = {
         **FO, "client_trainable": "full", "client_gradient": "residual", "steps": 6,
@@ -505,6 +528,11 @@ def test_weights_that_stay_on_clients_need_a_stream_that_stays_open(make, change
         make(SplitFo, **ONE, **FO, local_steps=2, **changes)
 
 
+def test_weights_that_stay_on_clients_travel_exactly(make):
+    with pytest.raises(ConfigError, match="weights travel, which it would round by more"):
+        make(SplitFo, **ONE, **FO, local_steps=2, update_codec="int8")
+
+
 def test_full_zo_needs_the_whole_model_on_the_client(make):
     with pytest.raises(ConfigError, match="cut-layer = 3, the number of blocks"):
         make(FullZo, **MANY, **SERVERLESS, cut_layer=2)
@@ -551,6 +579,7 @@ def test_per_client_seeds_in_full_zo_are_fedavg_of_weights(make):
         (FedAvgZo, "aggregation", "median", "fedavg-zo averages weights: aggregation = median is"),
         (FedAvgZo, "scalar_clip", 1.0, "fedavg-zo does not use scalar-clip"),
         (FrozenClient, "scalar_clip", 1.0, "frozen-client does not use scalar-clip"),
+        (HoSfl, "update_codec", "int8", "ho-sfl does not use update-codec"),
         (SplitFo, "scalar_clip", 1.0, "split-fo does not use scalar-clip"),
         (SignVote, "scalar_clip", 1.0, "sign-vote does not use scalar-clip"),
     ],

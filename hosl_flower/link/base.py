@@ -18,15 +18,14 @@ import torch
 from hosl_flower.checks import (
     Limits,
     check_activations,
-    check_change,
     check_continued,
     check_described,
     check_fingerprints,
     check_graded,
-    check_gradient,
     check_hidden_gradient,
     check_scalars,
     check_scored,
+    check_update,
     check_weights,
 )
 from hosl_flower.codec import decode
@@ -71,6 +70,7 @@ from hosl_flower.messages import (
     Scalars,
     Scored,
     Stepped,
+    Update,
     Weights,
 )
 from hosl_flower.tensors import DTYPES
@@ -346,10 +346,8 @@ class Link(ABC):
                 check_graded(reply, request)
             case LocalProbe(), Scalars():
                 check_scalars(reply, request)
-            case _, Change():
-                check_change(reply, self.history.state.elements)
-            case _, Gradient():
-                check_gradient(reply, self.history.state.elements)
+            case _, Update():
+                check_update(reply, self.history.state.rows, self.limits.update_codec)
             case HiddenStates(), HiddenGradient():
                 check_hidden_gradient(reply, request)
             case HeldOutStates(), Scored():

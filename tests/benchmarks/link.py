@@ -115,6 +115,9 @@ def bytes_over_closed_form(keys: dict, results: dict) -> dict[str, float]:
     }
 
 
+NOTHING = torch.empty(0)
+
+
 def echo(invitation: str, elements: int) -> None:
     """A client process that only answers: Describe with a receipt, LocalTrain with its tensor."""
 
@@ -122,7 +125,7 @@ def echo(invitation: str, elements: int) -> None:
         for request in requests:
             done = {"step": request.step, "seconds": 0.0, "peak_bytes": 0}
             if isinstance(request, LocalTrain):
-                yield Change(**done, change=request.gradient)
+                yield Change(**done, present=NOTHING, values=request.gradient, scales=NOTHING)
             else:
                 yield Applied(**done, position=0, digest="0" * 16)
 
