@@ -301,7 +301,7 @@ class RunConfig(BaseModel):
         60.0,
         gt=0,
         description="seconds to wait for enough SuperNodes at the start, and for each of them to "
-        "load; for that reply-deadline if it is longer",
+        "load, its data too; for that reply-deadline if it is longer",
     )
     reply_deadline: float = Field(
         600.0, gt=0, description="seconds a client may take for one exchange"

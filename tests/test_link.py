@@ -376,8 +376,20 @@ def test_a_silent_node_ends_at_the_deadline(history):
     link.grid.nodes[7], link.deadline = None, 0.2
     started = time.monotonic()
     with pytest.raises(ClientError, match=r"client 0 \(node 7\) did not answer within 0.2 s"):
-        ask(link, Describe(**at(history)))
+        ask(link, Fingerprint(**at(history), since=0))
     assert time.monotonic() - started < 5
+
+
+def test_a_description_has_the_time_a_node_has_to_start(history):
+    """It loads its data for that, which a reply-deadline of seconds does not allow for."""
+    link = grid_link({7: {"partition-id": 0}, 8: {"partition-id": 1}}, history)
+    link.deadline, link.nodes.deadline = 0.1, 0.4
+    link.grid.nodes[7] = None
+    started = time.monotonic()
+    with pytest.raises(ClientError, match=r"client 0 \(node 7\) did not answer within 0.4 s"):
+        ask(link, Describe(**at(history)))
+    assert time.monotonic() - started >= 0.4
+    assert {message.metadata.ttl for message in link.grid.sent[-1:]} == {0.4}
 
 
 def test_replies_that_are_not_ours_are_refused(history, monkeypatch):
@@ -511,7 +523,7 @@ def test_a_second_try_that_nobody_answers_is_told_from_an_error(history, gone):
 
     link.grid.answer, link.deadline = dies, 0.2
     with pytest.raises(ClientError) as failed:
-        ask(link, Describe(**at(history)))
+        ask(link, Fingerprint(**at(history), since=0))
     assert isinstance(failed.value, AbsentError) is not gone
     assert ("failed: killed" if gone else "did not answer within 0.2 s") in str(failed.value)
 

@@ -225,7 +225,7 @@ def test_a_client_that_stalls_is_absent_after_the_deadline(history, make, monkey
 
     monkeypatch.setattr(Client, "_handle", stalls)
     list(link.exchange(work(history, (0,)))[0])  # it has loaded its data
-    link.deadline = 1.0
+    link.deadline = link.nodes.deadline = 1.0
     streams = link.exchange(work(history, (0, 1)))
     assert len(list(streams[0])) == 3
     started = time.monotonic()
@@ -236,6 +236,22 @@ def test_a_client_that_stalls_is_absent_after_the_deadline(history, make, monkey
     monkeypatch.setattr(Client, "_handle", original)
     link.deadline = 30.0
     check_same(history, link)  # what it still had to say about the old exchange is not mixed up
+
+
+def test_a_description_may_take_longer_than_a_reply(history, make, monkeypatch):
+    """The client loads its data for it."""
+    link = make(deadline=30.0)
+    original = Client._handle
+
+    def loads(self, request):
+        if isinstance(request, Describe):
+            time.sleep(1.5)
+        return original(self, request)
+
+    monkeypatch.setattr(Client, "_handle", loads)
+    link.deadline = 1.0
+    (described,) = link.exchange({0: [Describe(**at(history, 1, 0))]})[0]
+    assert described.kind == "described"
 
 
 def test_a_client_that_sends_garbage_is_told_apart_at_once(history, make, monkeypatch):

@@ -5,6 +5,7 @@ serves, answered by one with all replies. It works wherever Flower works, and co
 Flower's mailbox costs: 0.1 s per exchange in simulation, seconds in deployment.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -81,14 +82,18 @@ class GridLink(Link):
                 by_node.setdefault(node, {})[partition] = list(own)
         exchanges = {node: self._cut(own) for node, own in by_node.items()}
         first = {node: parts[0] for node, parts in exchanges.items()}
-        for node, letter in self.mailbox.send(first, self.deadline).items():
+        for node, letter in self.mailbox.send(first, self.seconds).items():
             exchange = _NodeExchange(self, node, exchanges[node], letter)
             streams |= {partition: exchange.read(partition) for partition in by_node[node]}
         return {partition: streams[partition] for partition in requests}
 
     def post_to(self, node: Node, part: Part) -> Letter:
         """A message to one node."""
-        return self.mailbox.send({node: part}, self.deadline)[node]
+        return self.mailbox.send({node: part}, self.seconds)[node]
+
+    def seconds(self, part: Part) -> float:
+        """What a node may take to answer it."""
+        return self.nodes.seconds(self.deadline, itertools.chain(*part.values()))
 
     def _absent(self, partition: int) -> Iterator[Reply]:
         raise AbsentError(f"client {partition}: its SuperNode is not connected")
@@ -124,12 +129,12 @@ class GridLink(Link):
             size = max(size, 4 * (state.elements + moments))
         return size
 
-    def _write(self, node: Node, part: Part) -> Message:
+    def _write(self, node: Node, part: Part, seconds: float) -> Message:
         return Message(
             content=pack(part.values(), self.spec),
             dst_node_id=node.id,
             message_type=EXCHANGE,
-            ttl=self.deadline,
+            ttl=seconds,
             group_id=str(next(iter(part.values()))[0].step),
         )
 
@@ -197,7 +202,7 @@ class _NodeExchange:
         who = self.link.describe_client(next(iter(part)))
         if answer is None:
             return AbsentError(
-                f"{who} did not answer within {self.link.deadline:g} s, or is gone; is its "
+                f"{who} did not answer within {self.link.seconds(part):g} s, or is gone; is its "
                 "SuperNode alive? (reply-deadline allows more)"
             )
         if answer.has_error():

@@ -19,11 +19,12 @@ Part = dict[int, list[Request]]  # by partition: what one message asks
 
 @dataclass(eq=False)
 class Letter:
-    """A message to one node. answer: None while there is none; over: nothing more will come;
-    dropped: nobody reads its answer any more."""
+    """A message to one node, which has `seconds` to answer. answer: None while there is none; over:
+    nothing more will come; dropped: nobody reads its answer any more."""
 
     node: Node
     part: Part
+    seconds: float
     give_up: float  # on time.monotonic()
     tries: int = 0
     answer: Message | None = None
@@ -32,16 +33,20 @@ class Letter:
 
 
 class Mailbox:
-    """write: makes the Flower message of a part."""
+    """write: makes the Flower message of a part, which is of use for so many seconds."""
 
-    def __init__(self, grid: AnyGrid, write: Callable[[Node, Part], Message]):
+    def __init__(self, grid: AnyGrid, write: Callable[[Node, Part, float], Message]):
         self.grid, self.write = grid, write
         self._out: dict[str, Letter] = {}  # by message id
 
-    def send(self, parts: Mapping[Node, Part], seconds: float) -> dict[Node, Letter]:
-        """One message to each node, which has so many seconds to answer."""
-        give_up = time.monotonic() + seconds
-        letters = {node: Letter(node, part, give_up) for node, part in parts.items()}
+    def send(
+        self, parts: Mapping[Node, Part], seconds: Callable[[Part], float]
+    ) -> dict[Node, Letter]:
+        """One message to each node. seconds: that a node has to answer a part."""
+        letters = {}
+        for node, part in parts.items():
+            own = seconds(part)
+            letters[node] = Letter(node, part, own, time.monotonic() + own)
         self._push(list(letters.values()))
         return letters
 
@@ -94,7 +99,7 @@ class Mailbox:
     def _push(self, letters: list[Letter]) -> None:
         if not letters:
             return
-        ids = self.grid.push_messages([self.write(x.node, x.part) for x in letters])
+        ids = self.grid.push_messages([self.write(x.node, x.part, x.seconds) for x in letters])
         for i, letter in zip(ids, letters, strict=True):
             letter.tries += 1
             if i:

@@ -5,13 +5,14 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from hosl_flower.errors import ClientError, ConfigError
 from hosl_flower.link.superlink import AnyGrid
+from hosl_flower.messages import Describe, Request
 
 log = logging.getLogger("hosl_flower")
 
@@ -51,6 +52,11 @@ class Nodes:
         self._doubted: set[int] = set()  # ids of nodes that have failed and may be gone
         self._refused: set[int] = set()  # ids of nodes whose number is another's, as has been said
         self._fixed = 0  # M, once the run has started
+
+    def seconds(self, deadline: float, requests: Iterable[Request]) -> float:
+        """What a node may take to answer these: a description needs the node's data to be loaded,
+        which is part of its start."""
+        return self.deadline if any(isinstance(r, Describe) for r in requests) else deadline
 
     @property
     def count(self) -> int:

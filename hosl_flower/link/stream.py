@@ -157,8 +157,9 @@ class StreamLink(Link):
         """Replies in order, as they come; ends after Behind or Failure."""
         try:
             for key in list(asked):
-                give_up = time.monotonic() + self.deadline
-                while (reply := self._await(line, partition, key, give_up)) is None:
+                seconds = self.nodes.seconds(self.deadline, [asked[key]])
+                give_up = time.monotonic() + seconds
+                while (reply := self._await(line, partition, key, give_up, seconds)) is None:
                     if time.monotonic() >= self.until:
                         yield NOT_YET
                     other = self._line_of(partition)
@@ -174,9 +175,11 @@ class StreamLink(Link):
             for exchange in {key.exchange for key in asked}:
                 line.session.withdraw(exchange, partition)
 
-    def _await(self, line: Line, partition: int, key: Key, give_up: float) -> Reply | None:
+    def _await(
+        self, line: Line, partition: int, key: Key, give_up: float, seconds: float
+    ) -> Reply | None:
         """The reply to one request; None when it has not come by `until`, or its node is gone
-        and cannot be done without."""
+        and cannot be done without. give_up: `seconds` after it was first waited for."""
         while True:
             left = self.until - time.monotonic()
             reply = line.session.reply(key, max(0.0, min(_POLL_SECONDS, left)))
@@ -191,7 +194,7 @@ class StreamLink(Link):
                 line.overdue = not line.session.connected
                 raise AbsentError(
                     f"client {partition} (node {line.node.id}) did not answer within "
-                    f"{self.deadline:g} s; is its SuperNode alive? (reply-deadline allows more)"
+                    f"{seconds:g} s; is its SuperNode alive? (reply-deadline allows more)"
                 )
             if not line.session.connected and not self._is_there(line):
                 if self.indispensable:
