@@ -13,7 +13,7 @@ that stands still, is measured for --probes exact derivatives a step along direc
     SubZero                  U Z V^T, U and V orthonormal, of rank 8
     momentum                 the estimates of the last steps, with weights of 0.9^age: what a client
                              can make again from the ledger
-    per client               as many times more directions as clients, all of the mean gradient
+    per client               of one gradient, four times as many, as K clients' own seeds give
     by element               signs times the root mean square of each gradient element over other
                              mini-batches: known, which scalars do not tell, or learned from 200
                              gaussian probes, as HiSo (2506.02370) learns it. (HiSo then divides by
@@ -26,7 +26,8 @@ that stands still, is measured for --probes exact derivatives a step along direc
     residual                 residual feedback, which takes no probe; and with a probe for each
                              tensor, which gives its length
 
-Prints a Markdown table. Run-config keys as in a run.
+Prints a Markdown table, with the share of the mean gradient of other mini-batches besides: how much
+of the gradient of one is noise. Run-config keys as in a run.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from direction_kinds import Drawn, Parts, learned, only, probed, rms, share
 from torch import Tensor, nn
 
 from hosl_flower.backprop import gradients
@@ -43,100 +45,13 @@ from hosl_flower.cli import key_value
 from hosl_flower.client import Client
 from hosl_flower.config import parse_config
 from hosl_flower.messages import Activations, Forward
-from hosl_flower.perturb import DISTRIBUTIONS, Layout, as_matrix_shape
+from hosl_flower.perturb import DISTRIBUTIONS
 from hosl_flower.residual import residual_gradients
 from hosl_flower.session import open_session
 from hosl_flower.split import trainable_parameters
 from hosl_flower.surrogate import Cotangent
 
-Parts = dict[str, Tensor]
-HELD, RANK_LOZO, RANK_SUBZERO, BETA, LEARNING = 50, 2, 8, 0.9, 200
-
-
-def dot(a: Parts, b: Parts) -> float:
-    return float(sum(torch.dot(a[n].flatten().double(), b[n].flatten().double()) for n in b))
-
-
-def share(estimate: Parts, gradient: Parts) -> float:
-    """The squared cosine."""
-    return dot(gradient, estimate) ** 2 / (dot(gradient, gradient) * dot(estimate, estimate))
-
-
-def probed(gradient: Parts, directions: list[Parts]) -> Parts:
-    """sum_q (g . s_q) s_q"""
-    total = {name: torch.zeros_like(part) for name, part in gradient.items()}
-    for s in directions:
-        slope = dot(gradient, s)
-        for name, part in s.items():
-            total[name].add_(part, alpha=slope)
-    return total
-
-
-class Drawn:
-    """Directions by name of the scheme. shapes: of the client's parameters."""
-
-    def __init__(self, shapes: dict[str, torch.Size]):
-        self.shapes = shapes
-        self.layouts = {kind: Layout(shapes, kind) for kind in DISTRIBUTIONS}
-        self.source = torch.Generator().manual_seed(0)
-        self.seed, self.asked = 0, 0
-        self.held: Parts = {}
-
-    def randn(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.source)
-
-    def of(self, kind: str) -> Parts:
-        """One of perturb.py's."""
-        self.seed += 1
-        direction = self.layouts[kind].draw(self.seed)
-        return {name: direction.dense(name) for name in self.shapes}
-
-    def matrices(self, make: Callable[[str, int, int], Tensor]) -> Parts:
-        """make(name, out, in) for matrices, normals for vectors."""
-        drawn = {}
-        for name, shape in self.shapes.items():
-            out, inner = as_matrix_shape(shape)
-            drawn[name] = self.randn(*shape) if inner == 1 else make(name, out, inner).view(shape)
-        return drawn
-
-    def lozo(self) -> Parts:
-        if self.asked % HELD == 0:
-            self.held = {
-                name: self.randn(as_matrix_shape(shape)[0], RANK_LOZO)
-                for name, shape in self.shapes.items()
-            }
-        self.asked += 1
-        one = 1 / math.sqrt(RANK_LOZO)  # the size of an element
-        return self.matrices(
-            lambda name, _, inner: self.held[name] @ self.randn(RANK_LOZO, inner) * one
-        )
-
-    def subzero(self) -> Parts:
-        def make(_: str, out: int, inner: int) -> Tensor:
-            r = min(RANK_SUBZERO, out, inner)
-            u, v = (torch.linalg.qr(self.randn(size, r)).Q for size in (out, inner))
-            return u @ self.randn(r, r) @ v.T * math.sqrt(out * inner) / r  # of size 1, too
-
-        return self.matrices(make)
-
-    def scaled(self, roots: Parts) -> Parts:
-        """Signs times these."""
-        return {name: part * roots[name] for name, part in self.of("signs").items()}
-
-    def guessed(self, inputs: Parts, tokens: Tensor, sizes: Parts | None = None) -> Parts:
-        """inputs: of linear maps, [tokens, in]; tokens: of the batch. sizes: else 1."""
-
-        def make(name: str, out: int, inner: int) -> Tensor:
-            if name in inputs:
-                own = inputs[name]
-                return self.randn(len(own), out).T @ own * math.sqrt(inner) / own.norm()
-            rows = torch.zeros(out, inner)
-            there = tokens.unique() if "embed_tokens" in name else torch.arange(out)
-            rows[there] = self.randn(len(there), inner)
-            return rows
-
-        found = self.matrices(make)
-        return {n: p * sizes[n] for n, p in found.items()} if sizes else found
+BETA = 0.9  # of momentum
 
 
 class Setting:
@@ -195,28 +110,70 @@ class Setting:
         return found
 
 
-def learned(drawn: Drawn, gradients: list[Parts]) -> Parts:
-    """Roots of a running mean of squares of single gaussian estimates."""
-    squares = {name: torch.zeros(shape) for name, shape in drawn.shapes.items()}
-    for number in range(LEARNING):
-        g, s = gradients[number % len(gradients)], drawn.of("gaussian")
-        slope = dot(g, s)
-        for name, part in s.items():
-            squares[name].mul_(0.99).add_((slope * part) ** 2, alpha=0.01)
-    return {name: part.sqrt() for name, part in squares.items()}
+class Table:
+    """Shares by name: of a mini-batch's gradient, and of `mean`, other mini-batches'."""
+
+    def __init__(self, mean: Parts):
+        self.mean = mean
+        self.found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        self.cost: dict[str, str] = {}
+
+    def note(self, name: str, probes: object, estimate: Parts, gradient: Parts) -> None:
+        self.found[name].append((share(estimate, gradient), share(estimate, self.mean)))
+        self.cost[name] = str(probes)
+
+    def show(self) -> None:
+        print("| directions | probes per step | share of the gradient | of other mini-batches' |")
+        print("|---|---|---|---|")
+        for name, pairs in self.found.items():
+            cells = []
+            for values in zip(*pairs, strict=True):
+                own = torch.tensor(values)
+                error = float(own.std() / math.sqrt(len(own)))
+                cells.append(f"{float(own.mean()):.2g} +- {error:.1g}")
+            print(f"| {name} | {self.cost[name]} | {' | '.join(cells)} |")
 
 
-def rms(gradients: list[Parts], whole: bool) -> Parts:
-    """Of each element over mini-batches, or of each tensor."""
-    found = {}
-    for name in gradients[0]:
-        squares = torch.stack([g[name] for g in gradients]).square().mean(0)
-        found[name] = (squares.mean().expand_as(squares) if whole else squares).sqrt()
-    return found
+def random_directions(table: Table, drawn: Drawn, known: list[Parts], probes: int) -> Any:
+    """note(gradient, inputs, tokens) of one mini-batch. known: other mini-batches' gradients."""
+    sizes = rms(known, whole=True)
+    scales = {
+        "by element, known": rms(known, whole=False),
+        "by element, learned": learned(drawn, known),
+        "by tensor, known": sizes,
+    }
+    last = max(int(n.split("layers.")[1].split(".")[0]) for n in known[0] if "layers." in n)
+    parts: dict[str, Callable[[str, Tensor], bool]] = {
+        "norms and biases alone": lambda _, p: p.dim() < 2,
+        "the last block alone": lambda n, _: f"layers.{last}." in n,
+    }
+    past: dict[str, Parts] = {}
 
+    def note(gradient: Parts, inputs: Parts, tokens: Tensor) -> None:
+        schemes: dict[str, Callable[[], Parts]] = {
+            **{kind: lambda kind=kind: drawn.of(kind) for kind in DISTRIBUTIONS},
+            "LOZO": drawn.lozo,
+            "SubZero": drawn.subzero,
+            **{name: lambda own=own: drawn.scaled(own) for name, own in scales.items()},
+            "activations": lambda: drawn.guessed(inputs, tokens),
+            "activations, by tensor": lambda: drawn.guessed(inputs, tokens, sizes),
+            **{
+                name: lambda keep=keep: only(drawn.of("signs"), keep)
+                for name, keep in parts.items()
+            },
+        }
+        for name, draw in schemes.items():
+            estimate = probed(gradient, [draw() for _ in range(probes)])
+            table.note(name, probes, estimate, gradient)
+            if name in ("rank1", "LOZO"):
+                for key, part in past.get(name, {}).items():
+                    estimate[key].add_(part, alpha=BETA)
+                past[name] = estimate
+                table.note(f"{name}, momentum", probes, estimate, gradient)
+        many = [drawn.of("rank1") for _ in range(4 * probes)]
+        table.note("rank1, per client", f"4 x {probes}", probed(gradient, many), gradient)
 
-def only(gradient: Parts, keep: Callable[[str, Tensor], bool]) -> Parts:
-    return {name: part for name, part in gradient.items() if keep(name, part)}
+    return note
 
 
 def main() -> None:
@@ -227,70 +184,21 @@ def main() -> None:
     parser.add_argument("--probes", type=int, default=2)
     arguments = parser.parse_args()
     setting = Setting(dict(map(key_value, arguments.keys)))
-    torch.manual_seed(0)
     setting.train_server(arguments.steps)
-    half = arguments.batches
-    known = [exact for exact, *_ in setting.batches(arguments.steps, half)]
+    known = [exact for exact, *_ in setting.batches(arguments.steps, arguments.batches)]
+    table = Table({name: torch.stack([g[name] for g in known]).mean(0) for name in known[0]})
     drawn = Drawn({name: part.shape for name, part in known[0].items()})
-    roots = {
-        "by element, known": rms(known, whole=False),
-        "by element, learned": learned(drawn, known),
-        "by tensor, known": rms(known, whole=True),
-    }
-    last = max(int(n.split("layers.")[1].split(".")[0]) for n in known[0] if "layers." in n)
-    parts: dict[str, Callable[[str, Tensor], bool]] = {
-        "norms and biases alone": lambda _, p: p.dim() < 2,
-        "the last block alone": lambda n, _: f"layers.{last}." in n,
-    }
-    found: dict[str, list[float]] = defaultdict(list)
-    cost: dict[str, Any] = {}
-    past: dict[str, Parts] = {}
-    for exact, residual, inputs, tokens in setting.batches(arguments.steps + half, half):
-        schemes: dict[str, Callable[[], Parts]] = {
-            **{kind: lambda kind=kind: drawn.of(kind) for kind in DISTRIBUTIONS},
-            "LOZO": drawn.lozo,
-            "SubZero": drawn.subzero,
-            **{name: lambda own=own: drawn.scaled(own) for name, own in roots.items()},
-            "activations": lambda at=(inputs, tokens): drawn.guessed(*at),
-            "activations, by tensor": lambda at=(inputs, tokens): drawn.guessed(
-                *at, roots["by tensor, known"]
-            ),
-        }
-        for name, draw in schemes.items():
-            estimate = probed(exact, [draw() for _ in range(arguments.probes)])
-            found[name].append(share(estimate, exact))
-            cost[name] = arguments.probes
-            if name in ("rank1", "LOZO"):
-                before = past.get(name)
-                if before is not None:
-                    for key, part in before.items():
-                        estimate[key].add_(part, alpha=BETA)
-                past[name] = estimate
-                found[f"{name}, momentum"].append(share(estimate, exact))
-                cost[f"{name}, momentum"] = arguments.probes
-        many = [drawn.of("rank1") for _ in range(4 * arguments.probes)]
-        found["rank1, per client (four)"].append(share(probed(exact, many), exact))
-        cost["rank1, per client (four)"] = f"4 x {arguments.probes}"
-        for name, keep in parts.items():
-            own = only(exact, keep)
-            within = probed(own, [only(drawn.of("signs"), keep) for _ in range(arguments.probes)])
-            found[name].append(share(within, own) * dot(own, own) / dot(exact, exact))
-            cost[name] = arguments.probes
-        found["residual feedback"].append(share(residual, exact))
+    note = random_directions(table, drawn, known, arguments.probes)
+    first = arguments.steps + arguments.batches
+    for exact, residual, inputs, tokens in setting.batches(first, arguments.batches):
+        note(exact, inputs, tokens)
+        table.note("residual feedback", 0, residual, exact)
         fitted = probed(exact, [{name: part / part.norm()} for name, part in residual.items()])
-        found["residual feedback, a probe per tensor"].append(share(fitted, exact))
-        cost |= {
-            "residual feedback": 0,
-            "residual feedback, a probe per tensor": len(residual),
-        }
+        table.note("residual feedback, a probe for each tensor", len(residual), fitted, exact)
+        table.note("the gradient", 0, exact, exact)
     dimensions = sum(part.numel() for part in known[0].values())
     print(f"{dimensions:,} parameters; P / d = {arguments.probes / dimensions:.2g}\n")
-    print("| directions | probes per step | share of a gradient step | standard error |")
-    print("|---|---|---|---|")
-    for name, values in found.items():
-        own = torch.tensor(values)
-        error = float(own.std() / math.sqrt(len(own)))
-        print(f"| {name} | {cost[name]} | {float(own.mean()):.2g} | {error:.1g} |")
+    table.show()
 
 
 if __name__ == "__main__":
