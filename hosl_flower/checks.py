@@ -25,14 +25,11 @@ from hosl_flower.messages import (
     LocalProbe,
     Scalars,
     Scored,
-    Update,
     Weights,
 )
 from hosl_flower.state import ClientState
-from hosl_flower.tensors import DTYPES, dtype_name, raw_bytes
-from hosl_flower.update_codec import Rows, expected
+from hosl_flower.tensors import DTYPES, LARGEST_SCALAR, check_vector, dtype_name, raw_bytes
 
-LARGEST_SCALAR = 1e12  # its square, in Adam's second moment, is far from float32's end
 _MOST_EXAMPLES = 10**9
 _MOST_HELD_OUT = 10**6  # each of their batches is a request of the server's, at every evaluation
 _MOST_UPDATES = 10**12
@@ -234,27 +231,9 @@ def check_scalars(reply: Scalars, request: LocalProbe) -> None:
         )
 
 
-def check_update(reply: Update, rows: Rows, codec: str) -> None:
-    """ProtocolError unless a gradient or change is of these rows, in this codec, and finite."""
-    present, what = reply.present, reply.kind
-    if present.dtype != torch.bool or list(present.shape) != [rows.count]:
-        raise ProtocolError(
-            f"{what}: expected bool[{rows.count}] of the rows that are present, got "
-            f"{dtype_name(present)}{list(present.shape)}"
-        )
-    elements, dtype, scales = expected(rows, present, codec)
-    _check_vector(what, reply.values, dtype, elements)
-    _check_vector(f"scales of the {what}", reply.scales, torch.float32, scales)
-    if not (reply.scales >= 0).all():
-        raise OutOfRangeError(f"scales of the {what}: expected 0 or more")
-    largest = reply.scales * 127.0 if scales else reply.values.abs()
-    if not (largest <= LARGEST_SCALAR).all():
-        raise OutOfRangeError(f"{what}: expected values of at most +-{LARGEST_SCALAR:g}")
-
-
 def check_weights(reply: Weights, state: ClientState) -> None:
     """ProtocolError unless they are all of this client state's, finite."""
-    _check_vector("weights", reply.weights, state.weights_like().dtype, state.elements)
+    check_vector("weights", reply.weights, state.weights_like().dtype, state.elements)
     if reply.updates > _MOST_UPDATES:
         raise ProtocolError(f"updates: expected at most {_MOST_UPDATES}, got {reply.updates}")
     if reply.moments.numel():
@@ -262,20 +241,9 @@ def check_weights(reply: Weights, state: ClientState) -> None:
         if rows.shape != shape:
             raise ProtocolError(f"moments: expected {list(shape)}, got {list(rows.shape)}")
         for row in rows:
-            _check_vector("moments", row, torch.float32, shape[1])
+            check_vector("moments", row, torch.float32, shape[1])
         if not (state.second_moments(rows) >= 0).all():
             raise OutOfRangeError("moments: expected second moments of 0 or more")
-
-
-def _check_vector(what: str, found: Tensor, dtype: torch.dtype, elements: int) -> None:
-    if found.dtype != dtype or list(found.shape) != [elements]:
-        expected = str(dtype).removeprefix("torch.")
-        raise ProtocolError(
-            f"{what}: expected {expected}[{elements}], got {dtype_name(found)}{list(found.shape)}"
-        )
-    if not torch.isfinite(found).all():
-        bad = int((~torch.isfinite(found)).sum())
-        raise OutOfRangeError(f"{what}: {bad} of {found.numel()} values are not finite")
 
 
 def check_fingerprints(reply: Fingerprinted, request: Fingerprint) -> None:

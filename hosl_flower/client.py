@@ -49,6 +49,7 @@ from hosl_flower.messages import (
     LocalStep,
     LocalTrain,
     Losses,
+    Move,
     Probe,
     Reply,
     Request,
@@ -60,6 +61,7 @@ from hosl_flower.messages import (
 )
 from hosl_flower.output_head import OutputHead, load_output_head
 from hosl_flower.partition import DataPool
+from hosl_flower.perturb import derive_seed
 from hosl_flower.residual import fed_back
 from hosl_flower.spec import ClientSpec, pick_device, torch_dtype
 from hosl_flower.split import (
@@ -178,7 +180,7 @@ class Client:
                 return self._catch_up(request)
             case Restore():
                 return self._restore(request)
-            case Losses() | Adopt() if self._already_applied(request):
+            case Losses() | Adopt() | Move() if self._already_applied(request):
                 return self._applied()
         here = (self.state.position, self.state.digest)
         if (request.position, request.digest) != here:
@@ -282,12 +284,13 @@ class Client:
         self.apply([entry])
         return self._applied()
 
-    def _already_applied(self, request: Losses | Adopt) -> bool:
+    def _already_applied(self, request: Losses | Adopt | Move) -> bool:
         """Whether this update has been made: by another partition of this process, or the receipt
         was lost."""
-        if self.state.position == request.position + 1:
+        after = request.position + (len(request.steps) if isinstance(request, Move) else 1)
+        if self.state.position == after:
             return self.state.digest == request.digest_after
-        return self.state.position > request.position
+        return self.state.position > after
 
     def _catch_up(self, request: CatchUp) -> Answer:
         """Apply what is missing of the entries; what was applied already must be the same."""
@@ -303,6 +306,19 @@ class Client:
             if self.state.digest != request.digest:
                 raise ProtocolError("catch-up: the entries are of another run")
         self.apply(entries[done:])
+        return self._applied()
+
+    def _move(self, request: Move) -> Answer:
+        """The server has the digests; that the weights are its own, fingerprints tell."""
+        changes = request.changes(self.state.rows)  # validated before anything is lost
+        self.compute.moved()
+        self.branches.clear()
+        with self.compute.phase("exchange", self.state.elements, request.values):
+            for step, change in changes:
+                self.state.move(change, derive_seed(step, "shift"))
+            self.state.forget_optimizer()
+        last = request.position + len(changes)
+        self.state.land(last, request.digest_after, request.steps[-1])
         return self._applied()
 
     def _restore(self, request: Restore) -> Answer:
@@ -344,6 +360,7 @@ class Client:
         LocalStep: _local_step,
         Fetch: _fetch,
         Adopt: _adopt,
+        Move: _move,
         Fingerprint: _fingerprints,
     }
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from hosl_flower.errors import DivergedError, DriftError
 from hosl_flower.gradient import Dense
 from hosl_flower.ledger import Entry, Ledger, fingerprint
-from hosl_flower.messages import CatchUp, Fingerprinted, Request, Restore
+from hosl_flower.messages import CatchUp, Fingerprinted, Move, Request, Restore
 from hosl_flower.perturb import derive_seed
+from hosl_flower.shifts import Shift, Shifts
 from hosl_flower.state import ClientState, Snapshot
 from hosl_flower.wire import wire_bytes
 
@@ -32,6 +33,7 @@ class History:
         self.state = state
         self.ledger = Ledger(genesis)
         self.private_optimizer = False
+        self.shifts = Shifts(state.rows)
         self._snapshot: Snapshot | None = None
 
     @property
@@ -64,11 +66,34 @@ class History:
         self.state.updates = updates
         self._arrive(step)
 
-    def descend(self, step: int, gradient: Dense, learning_rate: float) -> None:
-        """Make an update along a gradient part of the run; clients get the new weights only."""
-        self.private_optimizer = True
-        self.state.update(gradient, learning_rate)
+    def shift(self, step: int, change: Tensor) -> None:
+        """Make a change of the weights, float32 [n], part of the run as far as 8 bits say it, so
+        that clients can be told of it in as many; the rest is made up for later (shifts.py)."""
+        seed, state = derive_seed(step, "shift"), self.state
+        coded = self.shifts.encode(change, seed)
+        position, digest = state.position, state.digest
+        state.move(coded, seed)
+        if not self.private_optimizer:
+            state.forget_optimizer()
         self._arrive(step)
+        shift = Shift(step, position, digest, state.digest, coded)
+        self.shifts.keep(shift, self.snapshot_bytes)
+
+    def descend(
+        self, step: int, gradient: Dense, learning_rate: float, codec: str = "exact"
+    ) -> None:
+        """Make an update along a gradient part of the run; clients get the new weights only, or
+        with codec = int8 their change."""
+        self.private_optimizer = True
+        if codec == "exact":
+            self.state.update(gradient, learning_rate)
+            self._arrive(step)
+            return
+        before = self.state.weights()
+        self.state.update(gradient, learning_rate)
+        change = self.state.weights().float() - before.float()
+        self.state.set_weights(before)
+        self.shift(step, change)
 
     def _arrive(self, step: int) -> None:
         self.ledger.jump(step, fingerprint(self.state.parameters))
@@ -87,6 +112,8 @@ class History:
         """What brings a client that is at `position` to `stop` (or, as a snapshot, to the end),
         so that it can answer `cause`: the entries it lacks or a snapshot, whichever is fewer
         bytes. A client with another history starts over from its base checkpoint."""
+        if shifts := self.shifts.since(position, digest):
+            return Move.of(shifts, cause)
         if not self.ledger.knows(position, digest):
             position = 0
         if self.ledger.start <= position:

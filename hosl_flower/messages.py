@@ -22,13 +22,15 @@ they are made from what arrived; wire.py turns them into bytes and back.
     Fetch        your weights, after steps of your own              -> Weights
     Adopt        your weights are everybody's now                   -> Applied
     CatchUp      ledger entries you have missed                     -> Applied
+    Move         changes of weights, of the steps you have missed   -> Applied
     Restore      the same as weights, where those are fewer bytes   -> Applied
     Fingerprint  hashes of your submodel                            -> Fingerprinted
 
 Any request may be answered by Behind (the client's ledger is shorter or another one: send
-CatchUp or Restore) or Failure.
+CatchUp, Move or Restore) or Failure.
 """
 
+from hosl_flower.catching_up import CatchUp, Move, Restore
 from hosl_flower.replies import (
     Activations,
     Applied,
@@ -51,7 +53,6 @@ from hosl_flower.replies import (
 from hosl_flower.requests import (
     Adopt,
     Backward,
-    CatchUp,
     Continue,
     CutGradient,
     Describe,
@@ -69,7 +70,6 @@ from hosl_flower.requests import (
     Losses,
     Probe,
     Request,
-    Restore,
 )
 
 Message = Request | Reply
@@ -93,6 +93,7 @@ REQUESTS: dict[str, type[Request]] = {
         Fetch,
         Adopt,
         CatchUp,
+        Move,
         Restore,
         Fingerprint,
     )
@@ -151,6 +152,7 @@ __all__ = [
     "LocalTrain",
     "Losses",
     "Message",
+    "Move",
     "Probe",
     "Reply",
     "Request",

@@ -3,15 +3,11 @@
 from dataclasses import field
 from typing import Annotated, ClassVar
 
-import torch
 from pydantic import ConfigDict, FailFast, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from hosl_flower.errors import ProtocolError
-from hosl_flower.ledger import Entry, Ledger, entries_from_columns
-from hosl_flower.state import Snapshot
-from hosl_flower.tensors import dtype_name
 from hosl_flower.zo import Point
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -221,78 +217,6 @@ class Adopt(Request):
     kind: ClassVar[str] = "adopt"
     weights: Digest
     digest_after: Digest
-
-
-@dataclass(frozen=True, config=STRICT)
-class CatchUp(Request):
-    """Entries from `position` on, as columns: seeds int64 [n], scalars float32 [n] ..."""
-
-    kind: ClassVar[str] = "catch-up"
-    steps: Counts
-    counts: Counts
-    learning_rates: Finites
-    seeds: Tensor
-    scalars: Tensor
-
-    @classmethod
-    def of(cls, ledger: Ledger, start: int, stop: int, cause: Request) -> "CatchUp":
-        """The request that carries entries start..stop, so that `cause` can be answered."""
-        entries = ledger.since(start, stop)
-        return cls(
-            step=cause.step,
-            partition=cause.partition,
-            position=start,
-            digest=ledger.digest(start),
-            steps=tuple(entry.step for entry in entries),
-            counts=tuple(len(entry.seeds) for entry in entries),
-            learning_rates=tuple(entry.learning_rate for entry in entries),
-            seeds=torch.tensor([s for e in entries for s in e.seeds], dtype=torch.int64),
-            scalars=torch.tensor([s for e in entries for s in e.scalars], dtype=torch.float32),
-        )
-
-    @property
-    def entries(self) -> list[Entry]:
-        """The ledger entries carried; ProtocolError when the columns do not fit together."""
-        _check_column("seeds", self.seeds, "int64")
-        _check_column("scalars", self.scalars, "float32")
-        if (self.seeds < 0).any():
-            raise ProtocolError(f"catch-up: seeds: expected 0 or more, got {int(self.seeds.min())}")
-        try:
-            return entries_from_columns(
-                self.steps,
-                self.counts,
-                self.seeds.tolist(),
-                self.scalars.tolist(),
-                self.learning_rates,
-            )
-        except ValueError as error:
-            raise ProtocolError(f"catch-up: {error}") from error
-
-
-def _check_column(what: str, column: Tensor, dtype: str) -> None:
-    if column.dim() != 1 or dtype_name(column) != dtype:
-        got = f"{dtype_name(column)}{list(column.shape)}"
-        raise ProtocolError(f"catch-up: {what}: expected {dtype}[n], got {got}")
-
-
-@dataclass(frozen=True, config=STRICT)
-class Restore(Request):
-    """The client state at `position` as weights [n] and optimizer moments [k, m] (state.py)."""
-
-    kind: ClassVar[str] = "restore"
-    updates: Count
-    weights: Tensor
-    moments: Tensor
-
-    @classmethod
-    def of(cls, snapshot: Snapshot, cause: Request) -> "Restore":
-        """The request that carries a snapshot, so that `cause` can be answered."""
-        return cls(step=cause.step, partition=cause.partition, **vars(snapshot))
-
-    @property
-    def snapshot(self) -> Snapshot:
-        """The state carried."""
-        return Snapshot(self.position, self.digest, self.updates, self.weights, self.moments)
 
 
 @dataclass(frozen=True, config=STRICT)

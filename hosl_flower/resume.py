@@ -126,6 +126,8 @@ def collect(
         **{f"server.{name}": tensor for name, tensor in _server_tensors(session.server).items()},
         **{f"method.{name}": tensor for name, tensor in method.save_state().items()},
     }
+    if history.shifts.lost is not None:
+        tensors["client.lost"] = history.shifts.lost
     return Checkpoint(step, values, tensors)
 
 
@@ -183,6 +185,7 @@ def _restore_history(history: History, place: Mapping[str, Any], checkpoint: Che
     history.state.restore(snapshot, checkpoint.step)
     history.ledger.skip(snapshot.position, snapshot.digest)
     history.private_optimizer = place["private_optimizer"]
+    history.shifts.lost = checkpoint.tensors.get("client.lost")
 
 
 def _server_tensors(server: Server) -> dict[str, Tensor]:

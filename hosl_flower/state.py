@@ -18,7 +18,7 @@ from hosl_flower.ledger import Entry, chain, fingerprint, first_digest
 from hosl_flower.optimizers import make_optimizer, second_moments, state_shape
 from hosl_flower.perturb import Layout, as_matrix_shape, row_chunks
 from hosl_flower.rounding import store
-from hosl_flower.update_codec import Rows
+from hosl_flower.update_codec import Coded, Rows, decoded_rows
 
 _TRAIL_ELEMENTS = 1 << 20  # up to so many, every update is fingerprinted (milliseconds)
 _TRAIL_LENGTH = 4096
@@ -159,6 +159,28 @@ class ClientState:
                     store(block, value, seed, name, row)
             start = stop
 
+    @torch.no_grad()
+    def move(self, change: Coded, seed: int) -> None:
+        """Change the weights by what has been written for the wire, the same everywhere: a product
+        and a sum. The optimizer starts afresh. seed: of the rounding of 16-bit weights."""
+        for name, where, own in decoded_rows(self.rows, change):
+            parameter = self.parameters[name].detach()
+            matrix = parameter.view(-1, own.shape[1])
+            where, own = where.to(matrix.device), own.to(matrix.device)
+            if matrix.dtype == torch.float32:
+                matrix[where] += own
+                continue
+            for row, block in row_chunks(matrix):
+                value = block.float()
+                here = (where >= row) & (where < row + len(block))
+                value[where[here] - row] += own[here]
+                store(block, value, seed, name, row)
+
+    def forget_optimizer(self) -> None:
+        """As before the first update."""
+        self.optimizer.load(torch.empty(0, 0), 0, self.parameters)
+        self.updates = 0
+
     def weights_like(self) -> Tensor:
         """Shape and dtype of `weights`, without memory."""
         dtypes = [parameter.dtype for parameter in self.parameters.values()]
@@ -183,14 +205,18 @@ class ClientState:
                 f"expected optimizer state {list(expected)}, got {list(snapshot.moments.shape)}"
             )
         self.roll_back(snapshot)
-        self.position, self.digest, self._step = snapshot.position, snapshot.digest, step
-        self.trail = {}
+        self.land(snapshot.position, snapshot.digest, step)
 
     def roll_back(self, snapshot: Snapshot) -> None:
         """Undo updates that are in no ledger, made since a snapshot of this very position."""
         self.set_weights(snapshot.weights)
         self.optimizer.load(snapshot.moments, snapshot.updates, self.parameters)
         self.updates = snapshot.updates
+
+    def land(self, position: int, digest: str, step: int) -> None:
+        """As arrive, after updates that are not known one by one."""
+        self.position, self.digest, self._step = position, digest, step
+        self.trail = {}
 
     def arrive(self, position: int, digest: str, step: int) -> None:
         """The weights as they are now belong to this ledger position."""

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from hosl_flower.errors import ProtocolError
+from hosl_flower.errors import OutOfRangeError, ProtocolError
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -19,6 +19,7 @@ DTYPES = {
     )
 }
 MAX_DIMENSIONS = 4
+LARGEST_SCALAR = 1e12  # its square, in Adam's second moment, is far from float32's end
 
 
 def dtype_name(tensor: Tensor) -> str:
@@ -47,3 +48,15 @@ def tensor_from_bytes(data: bytes | memoryview, dtype: str, shape: tuple[int, ..
     tensor = torch.empty(shape, dtype=DTYPES[dtype])
     raw_bytes(tensor)[:] = data
     return tensor
+
+
+def check_vector(what: str, found: Tensor, dtype: torch.dtype, elements: int) -> None:
+    """ProtocolError unless a tensor that has arrived is [elements] of a dtype, and finite."""
+    if found.dtype != dtype or list(found.shape) != [elements]:
+        expected = str(dtype).removeprefix("torch.")
+        raise ProtocolError(
+            f"{what}: expected {expected}[{elements}], got {dtype_name(found)}{list(found.shape)}"
+        )
+    if not torch.isfinite(found).all():
+        bad = int((~torch.isfinite(found)).sum())
+        raise OutOfRangeError(f"{what}: {bad} of {found.numel()} values are not finite")

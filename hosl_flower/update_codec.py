@@ -19,13 +19,29 @@ that residual feedback keeps.
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from hosl_flower.errors import OutOfRangeError, ProtocolError
 from hosl_flower.rounding import quantize
+from hosl_flower.tensors import LARGEST_SCALAR, check_vector, dtype_name
 
 _DTYPES = {"exact": torch.float32, "int8": torch.int8}
+
+
+class Fields(Protocol):
+    """What a message and `Coded` have in common."""
+
+    @property
+    def present(self) -> Tensor: ...
+
+    @property
+    def values(self) -> Tensor: ...
+
+    @property
+    def scales(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -36,6 +52,11 @@ class Coded:
     present: Tensor
     values: Tensor
     scales: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Of its tensors."""
+        return self.present.nbytes + self.values.nbytes + self.scales.nbytes
 
 
 class Rows:
@@ -51,6 +72,13 @@ class Rows:
         counts = torch.tensor([rows for rows, _ in shapes], dtype=torch.int64)
         columns = torch.tensor([width for _, width in shapes], dtype=torch.int64)
         return columns.repeat_interleave(counts)
+
+    def parts(self, vector: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """A vector [n] of all parameters -> (name, its part as [rows, width])."""
+        start = 0
+        for name, (rows, width) in self.shapes.items():
+            yield name, vector[start : start + rows * width].view(rows, width)
+            start += rows * width
 
     def spans(self) -> Iterator[tuple[str, slice, int]]:
         """(name, its rows among all, their width) of every parameter."""
@@ -103,26 +131,41 @@ def _rows_of(part: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return where.cpu(), own.float()
 
 
-def decode(rows: Rows, coded: Coded) -> Tensor:
+def decode(rows: Rows, coded: Fields) -> Tensor:
     """float32 [n]: all parameters one after the other, in name order. coded: of these rows."""
     whole = torch.zeros(sum(count * width for count, width in rows.shapes.values()))
-    start = value = scale = 0
-    for _, span, width in rows.spans():
-        count = span.stop - span.start
+    parts = dict(rows.parts(whole))
+    for name, where, own in decoded_rows(rows, coded):
+        parts[name][where] = own
+    return whole
+
+
+def decoded_rows(rows: Rows, coded: Fields) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, which of its rows int64 [r], those rows float32 [r, width]) of each parameter."""
+    value = scale = 0
+    for name, span, width in rows.spans():
         where = coded.present[span].nonzero().flatten()
         own = coded.values[value : value + len(where) * width].view(-1, width).float()
         if coded.scales.numel():
             own = own * coded.scales[scale : scale + len(where)].unsqueeze(1)
-        whole[start : start + count * width].view(count, width)[where] = own
-        start, value, scale = start + count * width, value + own.numel(), scale + len(where)
-    return whole
+        yield name, where, own
+        value, scale = value + own.numel(), scale + len(where)
 
 
-def expected(rows: Rows, present: Tensor, codec: str) -> tuple[int, torch.dtype, int]:
-    """(values, their dtype, scales) that must come with these rows present."""
-    there = int(present.sum())
-    return (
-        int(rows.widths()[present].sum()),
-        _DTYPES[codec],
-        there if codec == "int8" else 0,
-    )
+def check(widths: Tensor, coded: Fields, codec: str, what: str) -> None:
+    """ProtocolError unless what has arrived is of rows of these widths, in this codec, and of
+    finite numbers."""
+    present = coded.present
+    if present.dtype != torch.bool or list(present.shape) != [len(widths)]:
+        raise ProtocolError(
+            f"{what}: expected bool[{len(widths)}] of the rows that are present, got "
+            f"{dtype_name(present)}{list(present.shape)}"
+        )
+    check_vector(what, coded.values, _DTYPES[codec], int(widths[present].sum()))
+    scales = int(present.sum()) if codec == "int8" else 0
+    check_vector(f"scales of the {what}", coded.scales, torch.float32, scales)
+    if not (coded.scales >= 0).all():
+        raise OutOfRangeError(f"scales of the {what}: expected 0 or more")
+    largest = coded.scales * 127.0 if scales else coded.values.abs()
+    if not (largest <= LARGEST_SCALAR).all():
+        raise OutOfRangeError(f"{what}: expected values of at most +-{LARGEST_SCALAR:g}")

@@ -52,5 +52,8 @@ class FedAvgZo(HoSfl):
 
     def commit(self, session: Session, cohort: Cohort, update: torch.Tensor) -> None:
         """New weights for everybody."""
-        weights = session.history.state.weights()
-        session.history.jump(cohort.step, weights.double().add_(update))
+        history = session.history
+        if self.config.update_codec == "exact":
+            history.jump(cohort.step, history.state.weights().double().add_(update))
+        else:
+            history.shift(cohort.step, update.float())

@@ -154,7 +154,8 @@ class SplitFo(HoSfl):
 
     def commit(self, session: Session, cohort: Cohort, update: Dense) -> None:
         """E = 1: new weights for everybody."""
-        session.history.descend(cohort.step, update, client_rate(self.config, cohort.step))
+        rate, codec = client_rate(self.config, cohort.step), self.config.update_codec
+        session.history.descend(cohort.step, update, rate, codec)
 
     def average(self, session: Session, link: Link, cohort: Cohort) -> None:
         """E > 1: the clients' weights become the run's."""

@@ -20,6 +20,7 @@ from damage import Damage, parts
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from specs import client_spec
 
+from hosl_flower import update_codec
 from hosl_flower.checks import (
     Limits,
     check_activations,
@@ -30,7 +31,6 @@ from hosl_flower.checks import (
     check_hidden_gradient,
     check_scalars,
     check_scored,
-    check_update,
     check_weights,
 )
 from hosl_flower.errors import ProtocolError
@@ -51,6 +51,7 @@ from hosl_flower.messages import (
     HiddenStates,
     LocalProbe,
     Message,
+    Move,
     Reply,
     Restore,
 )
@@ -167,6 +168,8 @@ class Fuzz:
             chain_entries(message.digest, message.entries)
         elif isinstance(message, LocalProbe):
             assert sum(map(len, message.local_seeds)) == len(message.seeds)
+        elif isinstance(message, Move):
+            message.changes(_state().rows)
         elif isinstance(message, Restore):
             try:
                 _state().restore(message.snapshot, message.step)
@@ -177,8 +180,8 @@ class Fuzz:
             "continued": lambda r: check_continued(r, CONTINUE, self.limits),
             "graded": lambda r: check_graded(r, GRADE),
             "described": lambda r: check_described(r, self.limits),
-            "change": lambda r: check_update(r, _state().rows, "int8"),
-            "gradient": lambda r: check_update(r, _state().rows, "int8"),
+            "change": lambda r: update_codec.check(_state().rows.widths(), r, "int8", r.kind),
+            "gradient": lambda r: update_codec.check(_state().rows.widths(), r, "int8", r.kind),
             "scalars": lambda r: check_scalars(r, _ASKED),
             "weights": lambda r: check_weights(r, _state()),
             "fingerprinted": lambda r: check_fingerprints(r, _SINCE),

@@ -17,7 +17,6 @@ from hosl_flower.checks import (
     check_same_batch,
     check_scalars,
     check_scored,
-    check_update,
 )
 from hosl_flower.errors import ProtocolError
 from hosl_flower.ledger import Entry, Ledger
@@ -53,6 +52,7 @@ from hosl_flower.messages import (
     LocalStep,
     LocalTrain,
     Losses,
+    Move,
     Probe,
     Restore,
     Scalars,
@@ -61,7 +61,7 @@ from hosl_flower.messages import (
     Weights,
 )
 from hosl_flower.tensors import DTYPES, raw_bytes, tensor_from_bytes
-from hosl_flower.update_codec import Rows
+from hosl_flower.update_codec import Rows, check
 from hosl_flower.wire import from_wire, to_wire, wire_bytes
 
 D = "0123456789abcdef"
@@ -124,6 +124,10 @@ ALL = [
     LocalStep(**{key: CUT[key] for key in (*BACKWARD, "learning_rate")}, local=2),
     Fetch(**AT, local=3, moments=True),
     Adopt(**AT, local=3, weights=D, digest_after=D),
+    Move(
+        **AT, steps=(1, 2), present=torch.tensor([[True], [True]]),
+        values=torch.arange(10, dtype=torch.int8), scales=torch.rand(2), digest_after=D,
+    ),
     Restore(**AT, updates=2, weights=torch.randn(5).bfloat16(), moments=torch.randn(2, 5)),
     Fingerprint(**AT, since=1),
     HiddenStates(**AT, batch=4, first=1, states=torch.randn(2, 3, 4)),
@@ -383,9 +387,9 @@ CODED = {
 )
 def test_an_update_that_does_not_fit_the_model_is_refused(codec, damage):
     own = {"present": torch.tensor([True, False, True]), **CODED[codec]}
-    check_update(Change(**DONE, **own), ROWS, codec)
+    check(ROWS.widths(), Change(**DONE, **own), codec, "change")
     with pytest.raises(ProtocolError, match=r"^(scales of the )?change: expected|are not finite"):
-        check_update(Change(**DONE, **{**own, **damage}), ROWS, codec)
+        check(ROWS.widths(), Change(**DONE, **{**own, **damage}), codec, "change")
 
 
 @pytest.mark.parametrize("codec", CODED)
@@ -394,10 +398,10 @@ def test_only_the_runs_update_codec_is_taken(codec):
     for own, fields in CODED.items():
         reply = Gradient(**DONE, present=present, **fields)
         if own == codec:
-            check_update(reply, ROWS, codec)
+            check(ROWS.widths(), reply, codec, "gradient")
             continue
         with pytest.raises(ProtocolError, match="gradient: expected"):
-            check_update(reply, ROWS, codec)
+            check(ROWS.widths(), reply, codec, "gradient")
 
 
 @pytest.mark.parametrize("positions", [(), (1,), (2, 1, 2), (2, 3)])

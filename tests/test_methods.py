@@ -261,6 +261,12 @@ def test_updates_in_8_bits_take_a_quarter_of_the_bytes_and_change_little(make, m
     assert losses(a) == pytest.approx(losses(b), rel=0.02)
     assert losses(a) != losses(b)
     assert coded.clients["fingerprint_checked"] == [0, 1, 2, 3]
+    down = [
+        sum(r.bytes_down[k]["bytes"] for k in ("move", "restore") if k in r.bytes_down)
+        for r in (exact, coded)
+    ]
+    assert "move" not in exact.bytes_down
+    assert down[1] < down[0]
 
 
 def test_only_the_batchs_rows_of_an_embedding_travel(make):

@@ -55,6 +55,10 @@ RUNS = {
     "heron": (Heron, {**MANY, "client_optimizer": "adamw", "upload_every": 2}),
     "split-zo": (SplitZo, {"server_optimizer": "adamw", "server_learning_rate": 1e-4}),
     "split-fo": (SplitFo, {**MANY, "client_optimizer": "adamw", "directions": 1}),
+    "split-fo-int8": (
+        SplitFo,
+        {**MANY, "client_optimizer": "adamw", "directions": 1, "update_codec": "int8"},
+    ),
     "residual": (
         SplitFo,
         {

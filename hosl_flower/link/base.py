@@ -25,7 +25,6 @@ from hosl_flower.checks import (
     check_hidden_gradient,
     check_scalars,
     check_scored,
-    check_update,
     check_weights,
 )
 from hosl_flower.codec import decode
@@ -63,6 +62,7 @@ from hosl_flower.messages import (
     LocalTrain,
     Losses,
     Message,
+    Move,
     Probe,
     Reply,
     Request,
@@ -74,6 +74,7 @@ from hosl_flower.messages import (
     Weights,
 )
 from hosl_flower.tensors import DTYPES
+from hosl_flower.update_codec import check
 from hosl_flower.wire import wire_bytes
 
 _ANSWERS: dict[type[Request], type[Reply]] = {
@@ -94,6 +95,7 @@ _ANSWERS: dict[type[Request], type[Reply]] = {
     Fetch: Weights,
     Adopt: Applied,
     CatchUp: Applied,
+    Move: Applied,
     Restore: Applied,
     Fingerprint: Fingerprinted,
 }
@@ -250,7 +252,7 @@ class Link(ABC):
                     return
             if isinstance(reply, Behind) and attempts < _CATCH_UPS:
                 # another will replace it
-                index += isinstance(sent[index], CatchUp | Restore | Adopt)
+                index += isinstance(sent[index], CatchUp | Move | Restore | Adopt)
                 rest, lead = sent[index:], max(0, lead - index) + 1
                 sent, stream = self._resend(partition, rest, reply, attempts)
                 index, attempts = 0, attempts + 1
@@ -347,7 +349,8 @@ class Link(ABC):
             case LocalProbe(), Scalars():
                 check_scalars(reply, request)
             case _, Update():
-                check_update(reply, self.history.state.rows, self.limits.update_codec)
+                rows = self.history.state.rows
+                check(rows.widths(), reply, self.limits.update_codec, reply.kind)
             case HiddenStates(), HiddenGradient():
                 check_hidden_gradient(reply, request)
             case HeldOutStates(), Scored():
