@@ -327,8 +327,8 @@ class RunConfig(BaseModel):
     update_codec: UpdateCodec = Field(
         "exact",
         description="of the gradients or changes of weights that clients send (split FO with "
-        "local-steps = 1, FedAvg-ZO): int8 with a scale per row, rounded at random. Rows of zeros "
-        "never travel",
+        "local-steps = 1, FedAvg-ZO): int8 with a scale per row, rounded at random, and "
+        "changes of weights down in the same. Rows of zeros never travel",
     )
     stream_endpoint: str = Field(
         "", description="host:port of the ServerApp that SuperNodes dial; not for simulation"
