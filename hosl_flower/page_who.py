@@ -65,7 +65,9 @@ def _in_words(run: Run, found: Participation) -> list[Html]:
     said: list[Html] = []
     if found.number > 1 and found.drawn is None:
         said.append(note(run.name, ": which client took part in which step cannot be told."))
-    kinds = {"catch-up": "ledger entries", "restore": "whole weights"}
+    kinds = {
+        "catch-up": "ledger entries", "move": "changes of weights", "restore": "whole weights"
+    }  # fmt: skip
     sent = {k: s for k, s in run.results.bytes_down.items() if k in kinds and s.messages}
     if sent:
         times = (f"{s.messages} times by {kinds[k]} ({s.bytes:,} bytes)" for k, s in sent.items())
