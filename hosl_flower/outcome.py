@@ -27,7 +27,7 @@ _FORWARDS: dict[str, Callable[[Mapping[str, Any]], float]] = {
 }
 _NOT_TRAINING = ("load", "evaluate", "exchange")
 _SCORES = ("accuracy", "balanced_accuracy", "exact_match", "f1")
-_UPDATES = ("losses", "catch-up", "restore", "fetch", "adopt", "hidden-states")
+_UPDATES = ("losses", "catch-up", "move", "restore", "fetch", "adopt", "hidden-states")
 
 
 def _linear(keys: Mapping[str, Any]) -> int:

@@ -38,7 +38,7 @@ from hosl_flower.processes import free_port
 from hosl_flower.server_app import load_strategy, log_to_stderr
 from hosl_flower.spec import resolve
 
-TRAINING = ("forward", "probe", "losses", "cut-gradient", "catch-up", "restore")
+TRAINING = ("forward", "probe", "losses", "cut-gradient", "catch-up", "move", "restore")
 APP = Path(__file__).parents[2] / "simulations" / "opt125m_hosl"
 COMMON = {
     "task": "sms-spam", "batch-size": 8, "max-length": 64, "eval-examples": 8,

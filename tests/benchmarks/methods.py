@@ -55,7 +55,9 @@ def cell(app: Path, method: str, keys: list[str], seed: int, out: Path) -> dict:
 
 def _bytes_per_step(result: dict) -> str:
     """kB up / down per step, evaluations and set-up left out."""
-    training = ("forward", "probe", "losses", "cut-gradient", "local-train", "catch-up", "restore")
+    training = (
+        "forward", "probe", "losses", "cut-gradient", "local-train", "catch-up", "move", "restore"
+    )  # fmt: skip
     ways = []
     for way in ("bytes_up", "bytes_down"):
         kinds = result[way]
