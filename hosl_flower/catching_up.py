@@ -1,6 +1,5 @@
 """What brings a client that is behind to where the run is: see messages.py for the protocol."""
 
-from collections.abc import Sequence
 from typing import Annotated, ClassVar
 
 import torch
@@ -10,8 +9,8 @@ from torch import Tensor
 
 from hosl_flower.errors import ProtocolError
 from hosl_flower.ledger import Entry, Ledger, entries_from_columns
-from hosl_flower.requests import STRICT, Count, Counts, Digest, Finites, Request
-from hosl_flower.shifts import Shift
+from hosl_flower.requests import STRICT, Count, Counts, Digests, Finites, Request
+from hosl_flower.shifts import Passage
 from hosl_flower.state import Snapshot
 from hosl_flower.tensors import dtype_name
 from hosl_flower.update_codec import Coded, Rows, check
@@ -72,34 +71,28 @@ def _check_column(what: str, column: Tensor, dtype: str) -> None:
 @dataclass(frozen=True, config=STRICT)
 class Move(Request):
     """What the weights have changed by from `position` on, of each step in turn, in 8 bits:
-    present [steps, R], values and scales one after the other (update_codec.py). digest_after: of
-    the ledger then."""
+    present [steps, R], values and scales one after the other (update_codec.py). digests: of the
+    ledger after each."""
 
     kind: ClassVar[str] = "move"
     steps: Annotated[Counts, Field(min_length=1)]
     present: Tensor
     values: Tensor
     scales: Tensor
-    digest_after: Digest
+    digests: Digests
 
     @classmethod
-    def of(cls, shifts: Sequence[Shift], cause: Request) -> "Move":
-        """The request that carries shifts, so that `cause` can be answered."""
-        first = shifts[0]
-        return cls(
-            step=cause.step,
-            partition=cause.partition,
-            position=first.position,
-            digest=first.digest,
-            steps=tuple(shift.step for shift in shifts),
-            present=torch.stack([shift.coded.present for shift in shifts]),
-            values=torch.cat([shift.coded.values for shift in shifts]),
-            scales=torch.cat([shift.coded.scales for shift in shifts]),
-            digest_after=shifts[-1].digest_after,
-        )
+    def of(cls, passage: Passage, cause: Request) -> "Move":
+        """The request that carries a passage, so that `cause` can be answered."""
+        return cls(step=cause.step, partition=cause.partition, **vars(passage))
 
-    def changes(self, rows: Rows) -> list[tuple[int, Coded]]:
-        """(step, change) of each; ProtocolError when they are not of these rows."""
+    def changes(self, rows: Rows) -> list[tuple[int, str, Coded]]:
+        """(step, digest after it, change) of each; ProtocolError when they are of other rows."""
+        if len(self.digests) != len(self.steps):
+            raise ProtocolError(
+                f"move: expected a digest for each of {len(self.steps)} steps, got "
+                f"{len(self.digests)}"
+            )
         shape = [len(self.steps), rows.count]
         if list(self.present.shape) != shape:
             raise ProtocolError(
@@ -110,10 +103,11 @@ class Move(Request):
         whole = Coded(self.present.flatten(), self.values, self.scales)
         check(widths.repeat(len(self.steps)), whole, "int8", self.kind)
         found, value, scale = [], 0, 0
-        for step, present in zip(self.steps, self.present, strict=True):
+        for step, digest, present in zip(self.steps, self.digests, self.present, strict=True):
             values, scales = int(widths[present].sum()), int(present.sum())
             own = slice(value, value + values), slice(scale, scale + scales)
-            found.append((step, Coded(present, self.values[own[0]], self.scales[own[1]])))
+            change = Coded(present, self.values[own[0]], self.scales[own[1]])
+            found.append((step, digest, change))
             value, scale = value + values, scale + scales
         return found
 

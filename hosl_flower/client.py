@@ -180,7 +180,9 @@ class Client:
                 return self._catch_up(request)
             case Restore():
                 return self._restore(request)
-            case Losses() | Adopt() | Move() if self._already_applied(request):
+            case Move():
+                return self._move(request)
+            case Losses() | Adopt() if self._already_applied(request):
                 return self._applied()
         here = (self.state.position, self.state.digest)
         if (request.position, request.digest) != here:
@@ -284,13 +286,12 @@ class Client:
         self.apply([entry])
         return self._applied()
 
-    def _already_applied(self, request: Losses | Adopt | Move) -> bool:
+    def _already_applied(self, request: Losses | Adopt) -> bool:
         """Whether this update has been made: by another partition of this process, or the receipt
         was lost."""
-        after = request.position + (len(request.steps) if isinstance(request, Move) else 1)
-        if self.state.position == after:
+        if self.state.position == request.position + 1:
             return self.state.digest == request.digest_after
-        return self.state.position > after
+        return self.state.position > request.position
 
     def _catch_up(self, request: CatchUp) -> Answer:
         """Apply what is missing of the entries; what was applied already must be the same."""
@@ -309,16 +310,25 @@ class Client:
         return self._applied()
 
     def _move(self, request: Move) -> Answer:
-        """The server has the digests; that the weights are its own, fingerprints tell."""
-        changes = request.changes(self.state.rows)  # validated before anything is lost
+        """Make what is missing of the changes; that the weights are the server's then, fingerprints
+        tell."""
+        state, changes = self.state, request.changes(self.state.rows)  # before anything is lost
+        digests = (request.digest, *request.digests)
+        done = state.position - request.position
+        known = 0 <= done < len(digests) and digests[done] == state.digest
+        if not (known and self.branches.on_trunk):
+            return Behind, {"position": state.position, "digest": state.digest}
         self.compute.moved()
         self.branches.clear()
-        with self.compute.phase("exchange", self.state.elements, request.values):
-            for step, change in changes:
-                self.state.move(change, derive_seed(step, "shift"))
-            self.state.forget_optimizer()
-        last = request.position + len(changes)
-        self.state.land(last, request.digest_after, request.steps[-1])
+        try:
+            with self.compute.phase("exchange", state.elements, request.values):
+                for step, digest, change in changes[done:]:
+                    state.move(change, derive_seed(step, "shift"))
+                    state.land(state.position + 1, digest, step)
+                state.forget_optimizer()
+        except BaseException:
+            state.land(0, _UNKNOWN, request.step)  # half moved: nobody's weights
+            raise
         return self._applied()
 
     def _restore(self, request: Restore) -> Answer:

@@ -24,7 +24,9 @@ class History:
     """state: the server's own copy of what clients train, at the end of the ledger.
 
     The ledger is compacted as it grows: entries that together are longer than a snapshot
-    help nobody, so a long run holds no more than twice the client's trainable weights.
+    help nobody, so a long run holds no more than twice the client's trainable weights; changes
+    of weights in 8 bits (shifts.py) that would be longer neither, and there what they have lost is
+    held besides.
 
     private_optimizer: its state is of the server's own updates (`descend`) and no client's.
     """
@@ -77,7 +79,8 @@ class History:
             state.forget_optimizer()
         self._arrive(step)
         shift = Shift(step, position, digest, state.digest, coded)
-        self.shifts.keep(shift, self.snapshot_bytes)
+        like = state.weights_like()
+        self.shifts.keep(shift, like.numel() * like.dtype.itemsize)
 
     def descend(
         self, step: int, gradient: Dense, learning_rate: float, codec: str = "exact"
@@ -109,11 +112,12 @@ class History:
             )
 
     def catch_up(self, position: int, digest: str, stop: int, cause: Request) -> Request:
-        """What brings a client that is at `position` to `stop` (or, as a snapshot, to the end),
-        so that it can answer `cause`: the entries it lacks or a snapshot, whichever is fewer
-        bytes. A client with another history starts over from its base checkpoint."""
-        if shifts := self.shifts.since(position, digest):
-            return Move.of(shifts, cause)
+        """What brings a client that is at `position` to `stop` (or, by changes or a snapshot, to
+        the end), so that it can answer `cause`: the entries or changes it lacks or a snapshot,
+        whichever is fewer bytes. A client with another history starts over from its base
+        checkpoint."""
+        if passage := self.shifts.since(position, digest):
+            return Move.of(passage, cause)  # kept as long as it is fewer bytes
         if not self.ledger.knows(position, digest):
             position = 0
         if self.ledger.start <= position:

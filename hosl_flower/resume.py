@@ -64,10 +64,13 @@ def find(config: RunConfig) -> Checkpoint:
     wanted = config.as_keys()
     # a rate that falls to zero at the end depends on where that is
     free = FREE if config.learning_rate_schedule == "constant" else FREE - {"steps"}
+    # a key that is newer than the run was what it is by default
+    defaults = {field.alias: field.default for field in RunConfig.model_fields.values()}
+    before = {key: record.get(key, defaults[key]) for key in wanted}
     differ = [
-        f"{key} = {record[key]!r}, here {value!r}"
+        f"{key} = {before[key]!r}, here {value!r}"
         for key, value in wanted.items()
-        if key not in free and record.get(key, value) != value
+        if key not in free and before[key] != value
     ]
     if differ:
         raise ConfigError(

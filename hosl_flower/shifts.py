@@ -15,13 +15,42 @@ from hosl_flower.update_codec import Coded, Rows, decode, encode
 
 @dataclass(frozen=True)
 class Shift:
-    """One change, from the ledger position and digest before it to those after."""
+    """One change, from the ledger position and digest before it to the digest after it."""
 
     step: int
     position: int
     digest: str
     digest_after: str
     coded: Coded
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Changes that follow on each other. present bool [steps, R]; values and scales one after the
+    other; digests: after each."""
+
+    steps: tuple[int, ...]
+    position: int
+    digest: str
+    digests: tuple[str, ...]
+    present: Tensor
+    values: Tensor
+    scales: Tensor
+
+    @classmethod
+    def of(cls, shifts: list[Shift]) -> "Passage":
+        """Of one or more; the tensors of one are not copied."""
+        first, coded = shifts[0], [shift.coded for shift in shifts]
+        alone = len(shifts) == 1
+        return cls(
+            steps=tuple(shift.step for shift in shifts),
+            position=first.position,
+            digest=first.digest,
+            digests=tuple(shift.digest_after for shift in shifts),
+            present=torch.stack([own.present for own in coded]),
+            values=coded[0].values if alone else torch.cat([own.values for own in coded]),
+            scales=coded[0].scales if alone else torch.cat([own.scales for own in coded]),
+        )
 
 
 class Shifts:
@@ -31,13 +60,15 @@ class Shifts:
         self.rows = rows
         self.lost: Tensor | None = None
         self._kept: deque[Shift] = deque()
+        self._passages: dict[int, Passage] = {}  # to the latest, by position, for all clients
 
     def encode(self, change: Tensor, seed: int) -> Coded:
         """A change of the weights, float32 [n], and what earlier ones have lost of its rows."""
         lost = torch.zeros_like(change) if self.lost is None else self.lost
-        wanted = torch.where(self._moving(change), change + lost, 0.0)
+        moving = self._moving(change)
+        wanted = torch.where(moving, change + lost, 0.0)
         coded = encode(self.rows, self.rows.parts(wanted), "int8", seed)
-        self.lost = torch.where(wanted != 0, wanted - decode(self.rows, coded), lost)
+        self.lost = torch.where(moving, wanted - decode(self.rows, coded), lost)
         return coded
 
     def _moving(self, change: Tensor) -> Tensor:
@@ -49,12 +80,16 @@ class Shifts:
 
     def keep(self, shift: Shift, limit: int) -> None:
         """For clients that follow step by step; as many of the latest as are `limit` bytes."""
+        self._passages.clear()
         self._kept.append(shift)
         while sum(kept.coded.nbytes for kept in self._kept) > limit:
             self._kept.popleft()
 
-    def since(self, position: int, digest: str) -> list[Shift]:
-        """Those that lead from there to the latest; none where one of them is not kept."""
+    def since(self, position: int, digest: str) -> Passage | None:
+        """From there to the latest; None where one of the changes between is not kept."""
         found = [shift for shift in self._kept if shift.position >= position]
-        there = found and (found[0].position, found[0].digest) == (position, digest)
-        return found if there else []
+        if not found or (found[0].position, found[0].digest) != (position, digest):
+            return None
+        if position not in self._passages:
+            self._passages[position] = Passage.of(found)
+        return self._passages[position]

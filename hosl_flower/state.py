@@ -18,7 +18,7 @@ from hosl_flower.ledger import Entry, chain, fingerprint, first_digest
 from hosl_flower.optimizers import make_optimizer, second_moments, state_shape
 from hosl_flower.perturb import Layout, as_matrix_shape, row_chunks
 from hosl_flower.rounding import store
-from hosl_flower.update_codec import Coded, Rows, decoded_rows
+from hosl_flower.update_codec import Coded, Rows, pieces_of
 
 _TRAIL_ELEMENTS = 1 << 20  # up to so many, every update is fingerprinted (milliseconds)
 _TRAIL_LENGTH = 4096
@@ -163,18 +163,17 @@ class ClientState:
     def move(self, change: Coded, seed: int) -> None:
         """Change the weights by what has been written for the wire, the same everywhere: a product
         and a sum. The optimizer starts afresh. seed: of the rounding of 16-bit weights."""
-        for name, where, own in decoded_rows(self.rows, change):
-            parameter = self.parameters[name].detach()
-            matrix = parameter.view(-1, own.shape[1])
-            where, own = where.to(matrix.device), own.to(matrix.device)
-            if matrix.dtype == torch.float32:
-                matrix[where] += own
-                continue
+        for name, piece in pieces_of(self.rows, change):
+            matrix = self.parameters[name].detach().view(-1, piece.values.shape[1])
             for row, block in row_chunks(matrix):
-                value = block.float()
-                here = (where >= row) & (where < row + len(block))
-                value[where[here] - row] += own[here]
-                store(block, value, seed, name, row)
+                where, own = piece.between(row, row + len(block))
+                if not len(where):
+                    continue
+                where, own = (where - row).to(block.device), own.to(block.device)
+                value = block if block.dtype == torch.float32 else block.float()
+                value[where] += own
+                if value is not block:
+                    store(block, value, seed, name, row)
 
     def forget_optimizer(self) -> None:
         """As before the first update."""

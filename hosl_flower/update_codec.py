@@ -28,6 +28,7 @@ from hosl_flower.errors import OutOfRangeError, ProtocolError
 from hosl_flower.rounding import quantize
 from hosl_flower.tensors import LARGEST_SCALAR, check_vector, dtype_name
 
+_ROWS_AT_A_TIME = 4096  # widened while a vector is put together
 _DTYPES = {"exact": torch.float32, "int8": torch.int8}
 
 
@@ -65,6 +66,7 @@ class Rows:
     def __init__(self, shapes: Mapping[str, torch.Size]):
         self.shapes = {name: _as_rows(shape) for name, shape in shapes.items()}
         self.count = sum(rows for rows, _ in self.shapes.values())
+        self.elements = sum(rows * width for rows, width in self.shapes.values())
 
     def widths(self) -> Tensor:
         """Of each row: int64 [R]."""
@@ -99,23 +101,27 @@ def encode(rows: Rows, parts: Iterable[tuple[str, Tensor]], codec: str, seed: in
     time; a name that does not come is zero. seed: of the rounding, of this update alone."""
     spans = {name: (span, width) for name, span, width in rows.spans()}
     present = torch.zeros(rows.count, dtype=torch.bool)
-    values: dict[str, Tensor] = {}
+    whole = torch.empty(rows.elements, dtype=_DTYPES[codec])
+    slots = dict(rows.parts(whole))
+    used: dict[str, int] = {}  # numbers in each slot, from its beginning
     scales: dict[str, Tensor] = {}
     for name, part in parts:
         span, width = spans[name]
         where, own = _rows_of(part, width)
         present[span][where] = True
         if codec == "int8":
-            codes, scale = quantize(own, seed, span.start, torch.int8)
-            values[name], scales[name] = codes.flatten().cpu(), scale.cpu()
-        else:
-            values[name] = own.flatten().cpu()
-    order = [name for name in rows.shapes if name in values]
-    return Coded(
-        present,
-        torch.cat([torch.empty(0, dtype=_DTYPES[codec]), *(values[name] for name in order)]),
-        torch.cat([torch.empty(0), *(scales[name] for name in order if name in scales)]),
-    )
+            own, scale = quantize(own, seed, span.start, torch.int8)
+            scales[name] = scale.cpu()
+        used[name] = own.numel()
+        slots[name][: len(own)].copy_(own)
+    order = [name for name in rows.shapes if name in used]
+    end = 0
+    for name in order:  # close the gaps; numpy, which may copy to where it reads from
+        piece = slots[name].flatten()[: used[name]].numpy()
+        whole.numpy()[end : end + used[name]] = piece
+        end += used[name]
+    own_scales = [scales[name] for name in order if name in scales]
+    return Coded(present, whole[:end], torch.cat([torch.empty(0), *own_scales]))
 
 
 def _rows_of(part: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -133,23 +139,45 @@ def _rows_of(part: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 def decode(rows: Rows, coded: Fields) -> Tensor:
     """float32 [n]: all parameters one after the other, in name order. coded: of these rows."""
-    whole = torch.zeros(sum(count * width for count, width in rows.shapes.values()))
+    whole = torch.zeros(rows.elements)
     parts = dict(rows.parts(whole))
-    for name, where, own in decoded_rows(rows, coded):
-        parts[name][where] = own
+    for name, piece in pieces_of(rows, coded):
+        for start in range(0, len(piece.where), _ROWS_AT_A_TIME):
+            where, own = piece.rows(slice(start, start + _ROWS_AT_A_TIME))
+            parts[name][where] = own
     return whole
 
 
-def decoded_rows(rows: Rows, coded: Fields) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, which of its rows int64 [r], those rows float32 [r, width]) of each parameter."""
+@dataclass(frozen=True)
+class Piece:
+    """The rows of one parameter that are there. where: ascending int64 [r]; values [r, width] as
+    they came; scales [r] or [0]."""
+
+    where: Tensor
+    values: Tensor
+    scales: Tensor
+
+    def between(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """(which of its rows start..stop, those rows float32 [r, width])."""
+        first, last = torch.searchsorted(self.where, torch.tensor([start, stop])).tolist()
+        return self.rows(slice(first, last))
+
+    def rows(self, own: slice) -> tuple[Tensor, Tensor]:
+        """(which, those rows float32 [r, width]) of a part of those that are there."""
+        values = self.values[own].float()
+        if self.scales.numel():
+            values.mul_(self.scales[own].unsqueeze(1))
+        return self.where[own], values
+
+
+def pieces_of(rows: Rows, coded: Fields) -> Iterator[tuple[str, Piece]]:
+    """What came of each parameter; no copies."""
     value = scale = 0
     for name, span, width in rows.spans():
         where = coded.present[span].nonzero().flatten()
-        own = coded.values[value : value + len(where) * width].view(-1, width).float()
-        if coded.scales.numel():
-            own = own * coded.scales[scale : scale + len(where)].unsqueeze(1)
-        yield name, where, own
-        value, scale = value + own.numel(), scale + len(where)
+        values = coded.values[value : value + len(where) * width].view(-1, width)
+        yield name, Piece(where, values, coded.scales[scale : scale + len(where)])
+        value, scale = value + values.numel(), scale + len(where)
 
 
 def check(widths: Tensor, coded: Fields, codec: str, what: str) -> None:

@@ -181,7 +181,7 @@ class Fuzz:
             "graded": lambda r: check_graded(r, GRADE),
             "described": lambda r: check_described(r, self.limits),
             "change": lambda r: update_codec.check(_state().rows.widths(), r, "int8", r.kind),
-            "gradient": lambda r: update_codec.check(_state().rows.widths(), r, "int8", r.kind),
+            "gradient": lambda r: update_codec.check(_state().rows.widths(), r, "exact", r.kind),
             "scalars": lambda r: check_scalars(r, _ASKED),
             "weights": lambda r: check_weights(r, _state()),
             "fingerprinted": lambda r: check_fingerprints(r, _SINCE),

@@ -126,7 +126,7 @@ ALL = [
     Adopt(**AT, local=3, weights=D, digest_after=D),
     Move(
         **AT, steps=(1, 2), present=torch.tensor([[True], [True]]),
-        values=torch.arange(10, dtype=torch.int8), scales=torch.rand(2), digest_after=D,
+        values=torch.arange(10, dtype=torch.int8), scales=torch.rand(2), digests=(D, D),
     ),
     Restore(**AT, updates=2, weights=torch.randn(5).bfloat16(), moments=torch.randn(2, 5)),
     Fingerprint(**AT, since=1),

@@ -52,6 +52,7 @@ RUNS = {
     ),
     "ho-sfl-labels": (HoSfl, {**MANY, "labels": "client", "server_optimizer": "adamw"}),
     "fedavg-zo": (FedAvgZo, {**MANY, "local_steps": 2}),
+    "fedavg-zo-int8": (FedAvgZo, {**MANY, "client_optimizer": "adamw", "update_codec": "int8"}),
     "heron": (Heron, {**MANY, "client_optimizer": "adamw", "upload_every": 2}),
     "split-zo": (SplitZo, {"server_optimizer": "adamw", "server_learning_rate": 1e-4}),
     "split-fo": (SplitFo, {**MANY, "client_optimizer": "adamw", "directions": 1}),
@@ -154,6 +155,16 @@ def test_another_configuration_is_refused(make, stopped):
     with pytest.raises(ConfigError, match=r"seed = 3, here 4; only what does not change"):
         make(resume=str(stopped), seed=4)
     assert read(stopped).step == 4
+
+
+def test_a_key_newer_than_the_run_was_what_it_is_by_default(make, stopped):
+    path = stopped / "config.json"
+    record = json.loads(path.read_text())
+    del record["config"]["evaluation"]
+    path.write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match=r"a run with evaluation = 'split', here 'central'"):
+        make(resume=str(stopped), evaluation="central")
+    make(resume=str(stopped))
 
 
 def test_nothing_left_to_do_is_said(make, stopped):

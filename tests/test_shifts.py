@@ -8,9 +8,11 @@ from specs import client_spec, history_for
 
 from hosl_flower.client import Client
 from hosl_flower.errors import ProtocolError
+from hosl_flower.history import History
 from hosl_flower.ledger import fingerprint
 from hosl_flower.messages import Applied, Behind, Failure, Fingerprint, Move, Restore
 from hosl_flower.shifts import Shifts
+from hosl_flower.state import ClientState
 from hosl_flower.update_codec import Rows, decode
 
 ROWS = Rows({"w": torch.Size([2, 2])})
@@ -79,7 +81,8 @@ def test_clients_follow_to_the_same_bits_however_far_behind(history):
         assert fingerprint(client.state.parameters) == fingerprint(history.state.parameters)
 
 
-def test_a_client_in_the_middle_of_a_move_is_behind(history):
+def test_a_client_in_the_middle_of_a_move_takes_what_it_lacks(history):
+    """As when one process serves several partitions."""
     client = Client(SPEC)
     start = history.ledger.digest()
     moved(history, [1])
@@ -87,8 +90,60 @@ def test_a_client_in_the_middle_of_a_move_is_behind(history):
     moved(history, [2])
     both = history.catch_up(0, start, 2, end_of(history))
     (reply,) = client.answer([both])
+    assert (reply.position, reply.digest) == (2, history.ledger.digest())
+    assert fingerprint(client.state.parameters) == fingerprint(history.state.parameters)
+
+
+def test_a_client_of_another_history_is_behind(history):
+    client, other = Client(SPEC), history_for(SPEC)
+    start = history.ledger.digest()
+    moved(other, [7])
+    assert next(client.answer([other.catch_up(0, start, 1, end_of(other))])).position == 1
+    moved(history, [1, 2])
+    (reply,) = client.answer([history.catch_up(0, start, 2, end_of(history))])
     assert isinstance(reply, Behind)
-    assert reply.position == 1
+    assert (reply.position, reply.digest) == (1, other.ledger.digest())
+    whole = history.catch_up(reply.position, reply.digest, 2, end_of(history))
+    assert isinstance(whole, Restore)
+
+
+def test_a_move_that_fails_half_way_leaves_nobodys_weights(history, monkeypatch):
+    client = Client(SPEC)
+    start = history.ledger.digest()
+    moved(history, [1, 2])
+    both = history.catch_up(0, start, 2, end_of(history))
+    move, calls = ClientState.move, []
+
+    def fails(self, change, seed):
+        calls.append(seed)
+        move(self, change, seed)
+        if len(calls) == 2:
+            raise MemoryError
+
+    monkeypatch.setattr(ClientState, "move", fails)
+    assert isinstance(next(client.answer([both])), Failure)
+    monkeypatch.undo()
+    (reply,) = client.answer([both])
+    assert isinstance(reply, Behind)
+    whole = history.catch_up(reply.position, reply.digest, 2, end_of(history))
+    assert isinstance(next(client.answer([whole])), Applied)
+    assert fingerprint(client.state.parameters) == fingerprint(history.state.parameters)
+
+
+def test_clients_share_the_tensors_of_a_move(history):
+    start = history.ledger.digest()
+    moved(history, [1, 2])
+    a, b = (history.catch_up(0, start, 2, end_of(history)) for _ in range(2))
+    assert a.values.data_ptr() == b.values.data_ptr()
+
+
+def test_what_a_change_undoes_is_not_told_again():
+    shifts = Shifts(ROWS)
+    first = torch.tensor([0.3, 127.0, 0.0, 0.0])
+    told = decode(ROWS, shifts.encode(first, 1))
+    back = torch.cat([-shifts.lost[:1], torch.tensor([1.0, 0.0, 0.0])])
+    told += decode(ROWS, shifts.encode(back, 2))
+    assert torch.allclose(told + shifts.lost, first + back, atol=1e-5)
 
 
 def test_what_would_be_more_than_the_weights_is_sent_as_weights(history):
@@ -112,6 +167,7 @@ def test_one_that_lost_more_than_is_kept_starts_from_the_weights(history):
     "damage",
     [
         {"steps": (1, 2)},
+        {"digests": ("0" * 16,) * 2},
         {"present": torch.zeros(1, 3, dtype=torch.bool)},
         {"values": torch.zeros(5, dtype=torch.int8)},
         {"scales": torch.full((1,), float("nan"))},
@@ -131,16 +187,16 @@ def test_a_move_that_does_not_fit_changes_nothing(history, damage):
     assert client.state.position == 0
 
 
-def test_16_bit_weights_are_moved_alike(history):
-    """Smaller than their spacing, on average."""
+def test_16_bit_weights_move_on_average_by_less_than_their_spacing():
     spec = client_spec(client_trainable="blocks", dtype="bfloat16", update_codec="int8")
-    a, b = Client(spec).state, Client(spec).state
-    before = a.weights().float()
-    shifts = Shifts(a.rows)
-    for step in range(20):
-        coded = shifts.encode(torch.full((a.elements,), 1e-5), step)
-        a.move(coded, step)
-        b.move(coded, step)
-    assert fingerprint(a.parameters) == fingerprint(b.parameters)
-    drift = (a.weights().float() - before).mean()
-    assert drift == pytest.approx(2e-4, rel=0.2)
+    client, state = Client(spec), Client(spec).state
+    history = History(state, spec.genesis)
+    start, before = history.ledger.digest(), state.weights().float()
+    for step in range(1, 21):
+        history.shift(step, torch.full((state.elements,), 1e-5))
+        move = history.catch_up(client.state.position, client.state.digest, step, end_of(history))
+        assert isinstance(move, Move)
+        assert isinstance(next(client.answer([move])), Applied)
+    assert fingerprint(client.state.parameters) == fingerprint(state.parameters)
+    assert history.ledger.digest() != start
+    assert (state.weights().float() - before).mean() == pytest.approx(2e-4, rel=0.2)

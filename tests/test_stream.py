@@ -19,6 +19,7 @@ from hosl_flower.checks import Limits, check_activations
 from hosl_flower.client import Client
 from hosl_flower.codec import encode as codec_encode
 from hosl_flower.errors import AbsentError, ClientError, ProtocolError
+from hosl_flower.history import History
 from hosl_flower.ledger import Entry
 from hosl_flower.link import dial as dialling
 from hosl_flower.link.frames import Key, decode, encode, encode_word, read_word
@@ -35,11 +36,14 @@ from hosl_flower.messages import (
     Fetch,
     Fingerprint,
     Forward,
+    Gradient,
     LocalStep,
     Probe,
 )
 from hosl_flower.processes import free_port
+from hosl_flower.state import ClientState
 from hosl_flower.tensors import DTYPES
+from hosl_flower.update_codec import encode as encode_update
 from strategies.ho_sfl import HoSfl
 
 SPEC = client_spec(num_clients=5)
@@ -425,6 +429,17 @@ def test_the_longest_activations_fit_a_frame(history, dtype, codec):
     )
     check_activations(reply, limits)
     assert len(encode(Key(1, 0, 0), reply)) <= longest_frame(limits, history)
+
+
+@pytest.mark.parametrize("codec", ["exact", "int8"])
+def test_the_longest_gradient_fits_a_frame(codec):
+    """Of two million rows, that is, two million words on which are there."""
+    weights = torch.nn.Parameter(torch.ones(2_000_000, 1))
+    state = ClientState({"w": weights}, "rank1", "sgd", "g")
+    coded = encode_update(state.rows, [("w", weights.detach())], codec, seed=1)
+    reply = Gradient(step=1, seconds=0.0, peak_bytes=0, **vars(coded))
+    limits = Limits(1, 8, 8, "float32", 1)
+    assert len(encode(Key(1, 0, 0), reply)) <= longest_frame(limits, History(state, "g"))
 
 
 def broken_frames():

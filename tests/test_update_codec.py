@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hosl_flower.gradient import sparse_rows
+from hosl_flower.memory import Meter
 from hosl_flower.update_codec import Rows, decode, encode
 
 SHAPES = {"a": torch.Size([3, 4]), "b": torch.Size([5]), "c": torch.Size([2, 2, 2])}
@@ -80,6 +81,28 @@ def test_int8_takes_a_byte_per_number_and_a_scale_per_row():
     coded = encode(ROWS, drawn().items(), "int8", seed=1)
     assert (coded.values.dtype, coded.values.numel()) == (torch.int8, 25)
     assert (coded.scales.dtype, coded.scales.numel()) == (torch.float32, 6)
+
+
+@pytest.mark.parametrize(("codec", "itemsize"), [("exact", 4), ("int8", 1)])
+def test_an_update_is_held_once_while_it_is_put_together(codec, itemsize):
+    """Beside it one part at a time, and what an encoding of that part takes."""
+    rows = Rows({f"w{n}": torch.Size([256, 256]) for n in range(16)})
+    part = 4 * 256 * 256
+
+    def parts():
+        for name in rows.shapes:
+            made = torch.ones(256, 256)
+            made[100:] = 0 if name == "w3" else 1  # a gap to close
+            yield name, made
+
+    meter = Meter("cpu")
+    with meter.phase("exchange", 0):
+        coded = encode(rows, parts(), codec, seed=1)
+    assert coded.present.sum() == 16 * 256 - 156
+    assert meter.peaks["exchange"] <= 16 * 256 * 256 * itemsize + 6 * part
+    expected = torch.ones(16, 256, 256)
+    expected[3, 100:] = 0
+    assert torch.equal(decode(rows, coded), expected.flatten())
 
 
 def test_nothing_at_all():

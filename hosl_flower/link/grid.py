@@ -16,7 +16,7 @@ from hosl_flower.errors import AbsentError, ClientError, HoslError, ProtocolErro
 from hosl_flower.history import History
 from hosl_flower.link.base import NOT_YET, Link
 from hosl_flower.link.mailbox import Letter, Mailbox, Part
-from hosl_flower.link.nodes import Node, Nodes
+from hosl_flower.link.nodes import Limit, Node, Nodes
 from hosl_flower.link.records import pack, unpack_replies
 from hosl_flower.link.superlink import AnyGrid
 from hosl_flower.messages import (
@@ -82,18 +82,21 @@ class GridLink(Link):
                 by_node.setdefault(node, {})[partition] = list(own)
         exchanges = {node: self._cut(own) for node, own in by_node.items()}
         first = {node: parts[0] for node, parts in exchanges.items()}
-        for node, letter in self.mailbox.send(first, self.seconds).items():
+        for node, letter in self.mailbox.send(first, self._seconds).items():
             exchange = _NodeExchange(self, node, exchanges[node], letter)
             streams |= {partition: exchange.read(partition) for partition in by_node[node]}
         return {partition: streams[partition] for partition in requests}
 
     def post_to(self, node: Node, part: Part) -> Letter:
         """A message to one node."""
-        return self.mailbox.send({node: part}, self.seconds)[node]
+        return self.mailbox.send({node: part}, self._seconds)[node]
 
-    def seconds(self, part: Part) -> float:
+    def limit(self, part: Part) -> Limit:
         """What a node may take to answer it."""
-        return self.nodes.seconds(self.deadline, itertools.chain(*part.values()))
+        return self.nodes.limit(self.deadline, itertools.chain(*part.values()))
+
+    def _seconds(self, part: Part) -> float:
+        return self.limit(part).seconds
 
     def _absent(self, partition: int) -> Iterator[Reply]:
         raise AbsentError(f"client {partition}: its SuperNode is not connected")
@@ -201,9 +204,10 @@ class _NodeExchange:
     def _unpack(self, part: Part, answer: Message | None) -> dict[int, list[Reply]] | HoslError:
         who = self.link.describe_client(next(iter(part)))
         if answer is None:
+            limit = self.link.limit(part)
             return AbsentError(
-                f"{who} did not answer within {self.link.seconds(part):g} s, or is gone; is its "
-                "SuperNode alive? (reply-deadline allows more)"
+                f"{who} did not answer within {limit.seconds:g} s, or is gone; is its "
+                f"SuperNode alive? ({limit.key} allows more)"
             )
         if answer.has_error():
             return ClientError(f"{who} failed: {answer.error.reason or answer.error.code}")

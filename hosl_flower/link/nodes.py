@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
@@ -34,6 +35,13 @@ class Node:
     simulated: bool
 
 
+class Limit(NamedTuple):
+    """Of a wait. key: the run-config key that allows more."""
+
+    seconds: float
+    key: str
+
+
 class Nodes:
     """The SuperNodes of a run: node `number` of M serves clients number, number + M, ...
 
@@ -53,10 +61,12 @@ class Nodes:
         self._refused: set[int] = set()  # ids of nodes whose number is another's, as has been said
         self._fixed = 0  # M, once the run has started
 
-    def seconds(self, deadline: float, requests: Iterable[Request]) -> float:
+    def limit(self, deadline: float, requests: Iterable[Request]) -> Limit:
         """What a node may take to answer these: a description needs the node's data to be loaded,
         which is part of its start."""
-        return self.deadline if any(isinstance(r, Describe) for r in requests) else deadline
+        if any(isinstance(request, Describe) for request in requests):
+            return Limit(self.deadline, "nodes-deadline")
+        return Limit(deadline, "reply-deadline")
 
     @property
     def count(self) -> int:

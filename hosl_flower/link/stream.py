@@ -19,7 +19,7 @@ from hosl_flower.link.base import NOT_YET, Link
 from hosl_flower.link.dial import Invitation
 from hosl_flower.link.frames import Key
 from hosl_flower.link.lines import Caller, Line
-from hosl_flower.link.nodes import Nodes
+from hosl_flower.link.nodes import Limit, Nodes
 from hosl_flower.link.sessions import StreamServer
 from hosl_flower.link.superlink import AnyGrid
 from hosl_flower.messages import Behind, Failure, Reply, Request
@@ -157,9 +157,9 @@ class StreamLink(Link):
         """Replies in order, as they come; ends after Behind or Failure."""
         try:
             for key in list(asked):
-                seconds = self.nodes.seconds(self.deadline, [asked[key]])
-                give_up = time.monotonic() + seconds
-                while (reply := self._await(line, partition, key, give_up, seconds)) is None:
+                limit = self.nodes.limit(self.deadline, [asked[key]])
+                give_up = time.monotonic() + limit.seconds
+                while (reply := self._await(line, partition, key, give_up, limit)) is None:
                     if time.monotonic() >= self.until:
                         yield NOT_YET
                     other = self._line_of(partition)
@@ -176,10 +176,10 @@ class StreamLink(Link):
                 line.session.withdraw(exchange, partition)
 
     def _await(
-        self, line: Line, partition: int, key: Key, give_up: float, seconds: float
+        self, line: Line, partition: int, key: Key, give_up: float, limit: Limit
     ) -> Reply | None:
         """The reply to one request; None when it has not come by `until`, or its node is gone
-        and cannot be done without. give_up: `seconds` after it was first waited for."""
+        and cannot be done without. give_up: when `limit` is over."""
         while True:
             left = self.until - time.monotonic()
             reply = line.session.reply(key, max(0.0, min(_POLL_SECONDS, left)))
@@ -194,7 +194,7 @@ class StreamLink(Link):
                 line.overdue = not line.session.connected
                 raise AbsentError(
                     f"client {partition} (node {line.node.id}) did not answer within "
-                    f"{seconds:g} s; is its SuperNode alive? (reply-deadline allows more)"
+                    f"{limit.seconds:g} s; is its SuperNode alive? ({limit.key} allows more)"
                 )
             if not line.session.connected and not self._is_there(line):
                 if self.indispensable:
@@ -297,7 +297,9 @@ def longest_frame(limits: Limits, history: History) -> int:
     item = DTYPES[limits.dtype].itemsize
     token = limits.hidden * item + 1 + (4 if has_scales(limits.codec) else 0)  # with its mask
     activations = limits.batch * (limits.length * token + 8 * limits.longest)  # and labels
-    weights = max(history.snapshot_bytes, 4 * history.state.elements)
+    elements, rows = history.state.elements, history.state.rows.count
+    update = max(4 * elements + rows, elements + 5 * rows)  # exact, or in 8 bits with scales
+    weights = max(history.snapshot_bytes, update)
     # of a mini-batch, or of so many held-out examples and what is left of one more
     state = 4 * limits.longest * limits.hidden
     own = max(limits.batch * state, STATES_BYTES + limits.each * state)
