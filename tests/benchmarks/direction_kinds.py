@@ -9,7 +9,7 @@ from torch import Tensor
 from hosl_flower.perturb import DISTRIBUTIONS, Layout, as_matrix_shape
 
 Parts = dict[str, Tensor]
-HELD, RANK_LOZO, RANK_SUBZERO, LEARNING = 50, 2, 8, 200
+RANK_LOZO, RANK_SUBZERO, LEARNING = 2, 8, 200
 
 
 def dot(a: Parts, b: Parts) -> float:
@@ -18,9 +18,9 @@ def dot(a: Parts, b: Parts) -> float:
     return float(sum(torch.dot(a[n].flatten().double(), b[n].flatten().double()) for n in names))
 
 
-def share(estimate: Parts, gradient: Parts) -> float:
-    """The squared cosine."""
-    return dot(gradient, estimate) ** 2 / (dot(gradient, gradient) * dot(estimate, estimate))
+def cosine(estimate: Parts, gradient: Parts) -> float:
+    lengths = dot(gradient, gradient) * dot(estimate, estimate)
+    return dot(gradient, estimate) / math.sqrt(lengths)
 
 
 def probed(gradient: Parts, directions: list[Parts]) -> Parts:
@@ -60,8 +60,9 @@ class Drawn:
             drawn[name] = self.randn(*shape) if inner == 1 else make(name, out, inner).view(shape)
         return drawn
 
-    def lozo(self) -> Parts:
-        if self.asked % HELD == 0:
+    def lozo(self, held: int) -> Parts:
+        """With the same U for so many draws."""
+        if self.asked % held == 0:
             self.held = {
                 name: self.randn(as_matrix_shape(shape)[0], RANK_LOZO)
                 for name, shape in self.shapes.items()

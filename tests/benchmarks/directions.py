@@ -9,15 +9,15 @@ that stands still, is measured for --probes exact derivatives a step along direc
 
     rank1, signs, gaussian   perturb.py; FZOO divides a step along signs by the losses' standard
                              deviation, which changes its length and not where it goes
-    LOZO                     U V^T of rank 2, U the same for 50 steps
+    LOZO                     U V^T of rank 2, U the same for 10 steps
     SubZero                  U Z V^T, U and V orthonormal, of rank 8
     momentum                 the estimates of the last steps, with weights of 0.9^age: what a client
                              can make again from the ledger
     per client               of one gradient, four times as many, as K clients' own seeds give
     by element               signs times the root mean square of each gradient element over other
                              mini-batches: known, which scalars do not tell, or learned from 200
-                             gaussian probes, as HiSo (2506.02370) learns it. (HiSo then divides by
-                             its square root: its steps are P / d of one of RMSProp's)
+                             gaussian probes as HiSo (2506.02370) learns it, which divides by it:
+                             that finds P / d of a step as RMSProp's
     by tensor                signs times each tensor's own root mean square, known
     activations              sum over tokens of random vectors times the input of a linear map, and
                              the batch's rows of embeddings (How to Guess a Gradient, 2312.04709);
@@ -26,8 +26,9 @@ that stands still, is measured for --probes exact derivatives a step along direc
     residual                 residual feedback, which takes no probe; and with a probe for each
                              tensor, which gives its length
 
-Prints a Markdown table, with the share of the mean gradient of other mini-batches besides: how much
-of the gradient of one is noise. Run-config keys as in a run.
+Prints a Markdown table, with the cosine with the mean gradient of other mini-batches besides, which
+a step of several has to go by: the gradients of two mini-batches may point against each other.
+Run-config keys as in a run.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from direction_kinds import Drawn, Parts, learned, only, probed, rms, share
+from direction_kinds import Drawn, Parts, cosine, learned, only, probed, rms
 from torch import Tensor, nn
 
 from hosl_flower.backprop import gradients
@@ -111,7 +112,7 @@ class Setting:
 
 
 class Table:
-    """Shares by name: of a mini-batch's gradient, and of `mean`, other mini-batches'."""
+    """By name: shares of a mini-batch's gradient, cosines with `mean`, other mini-batches'."""
 
     def __init__(self, mean: Parts):
         self.mean = mean
@@ -119,11 +120,11 @@ class Table:
         self.cost: dict[str, str] = {}
 
     def note(self, name: str, probes: object, estimate: Parts, gradient: Parts) -> None:
-        self.found[name].append((share(estimate, gradient), share(estimate, self.mean)))
+        self.found[name].append((cosine(estimate, gradient) ** 2, cosine(estimate, self.mean)))
         self.cost[name] = str(probes)
 
     def show(self) -> None:
-        print("| directions | probes per step | share of the gradient | of other mini-batches' |")
+        print("| directions | probes per step | share of the gradient | cosine with others' |")
         print("|---|---|---|---|")
         for name, pairs in self.found.items():
             cells = []
@@ -152,7 +153,7 @@ def random_directions(table: Table, drawn: Drawn, known: list[Parts], probes: in
     def note(gradient: Parts, inputs: Parts, tokens: Tensor) -> None:
         schemes: dict[str, Callable[[], Parts]] = {
             **{kind: lambda kind=kind: drawn.of(kind) for kind in DISTRIBUTIONS},
-            "LOZO": drawn.lozo,
+            "LOZO": lambda: drawn.lozo(10 * probes),
             "SubZero": drawn.subzero,
             **{name: lambda own=own: drawn.scaled(own) for name, own in scales.items()},
             "activations": lambda: drawn.guessed(inputs, tokens),
