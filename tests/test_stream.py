@@ -431,6 +431,25 @@ def test_the_longest_activations_fit_a_frame(history, dtype, codec):
     assert len(encode(Key(1, 0, 0), reply)) <= longest_frame(limits, history)
 
 
+def test_processes_that_serve_several_clients_follow_by_changes_of_weights(history, make):
+    """Partitions 0, 2 and 4 are one process's, 1 and 3 the other's; none is asked in every step."""
+    link = make()
+
+    def ask(step, partitions):
+        requests = {p: [Fingerprint(**at(history, step, p), since=0)] for p in partitions}
+        for partition, replies in link.exchange(requests).items():
+            (reply,) = replies
+            history.check(reply, f"client {partition}")
+
+    source = torch.Generator().manual_seed(3)
+    for step, partitions in ((1, (0, 1)), (2, (2, 1)), (3, (0, 3)), (4, (4, 1, 2))):
+        change = torch.randn(history.state.elements, generator=source) * 1e-3
+        history.shift(step, change)
+        ask(step, partitions)
+    kinds = {kind: messages for kind, (messages, _) in link.traffic.down.items()}
+    assert kinds == {"move": 8, "restore": 1, "fingerprint": 9}  # 4, first asked, lacks too many
+
+
 @pytest.mark.parametrize("codec", ["exact", "int8"])
 def test_the_longest_gradient_fits_a_frame(codec):
     """Of two million rows, that is, two million words on which are there."""

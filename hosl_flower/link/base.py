@@ -30,6 +30,7 @@ from hosl_flower.checks import (
 from hosl_flower.codec import decode
 from hosl_flower.errors import ClientError, DriftError, ProtocolError
 from hosl_flower.history import History
+from hosl_flower.ledger import first_digest
 from hosl_flower.memory import PHASES
 from hosl_flower.messages import (
     Activations,
@@ -219,7 +220,8 @@ class Link(ABC):
     def _lead(self, partition: int, work: Sequence[Request]) -> list[Request]:
         """What a client lacks, as far as is known, to answer its work."""
         first = next((request for request in work if not isinstance(request, _ANYWHERE)), None)
-        position, digest = self._positions.get(partition, (0, self.history.ledger.digest(0)))
+        start = (0, first_digest(self.history.ledger.genesis))
+        position, digest = self._positions.get(partition, start)
         if first is None or position >= first.position:
             return []
         return [self.history.catch_up(position, digest, first.position, first)]
