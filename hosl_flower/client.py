@@ -8,22 +8,21 @@ worker, an edge gateway), since in these methods all clients share one submodel.
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from hosl_flower.answers import Answers
 from hosl_flower.branches import Branches
 from hosl_flower.compute import Compute
-from hosl_flower.errors import DataError, DriftError, HoslError, ProtocolError
+from hosl_flower.errors import DataError, HoslError, ProtocolError
+from hosl_flower.follower import UNKNOWN, Answer, Follower
 from hosl_flower.head import attach_head
 from hosl_flower.inputs import make_inputs
-from hosl_flower.ledger import Entry, chain, chain_entries, fingerprint
 from hosl_flower.memory import Meter, peak_rss_bytes
 from hosl_flower.messages import (
     Activations,
     Adopt,
-    Applied,
     Backward,
     Behind,
     CatchUp,
@@ -61,7 +60,6 @@ from hosl_flower.messages import (
 )
 from hosl_flower.output_head import OutputHead, load_output_head
 from hosl_flower.partition import DataPool
-from hosl_flower.perturb import derive_seed
 from hosl_flower.residual import fed_back
 from hosl_flower.spec import ClientSpec, pick_device, torch_dtype
 from hosl_flower.split import (
@@ -72,24 +70,17 @@ from hosl_flower.split import (
     trainable_parameters,
 )
 from hosl_flower.state import ClientState
-from hosl_flower.zo import clip, projected_gradients
 
 log = logging.getLogger("hosl_flower")
 
-_UNKNOWN = "0" * 16
-Answer = tuple[type[Reply], dict[str, Any]]  # kind of reply and its own fields
 
-
-class Client:
+class Client(Follower):
     """The client submodel with its state, and the data of the partitions served.
 
     data_path, model: this node's own, instead of the run's (node config).
     """
 
     submodel: ClientSubmodel
-    state: ClientState
-    compute: Compute
-    branches: Branches
 
     def __init__(self, spec: ClientSpec, data_path: str = "", model: str = "", device: str = ""):
         self.spec = spec
@@ -177,13 +168,13 @@ class Client:
                 loss_sum = judged.loss * len(request.states)
                 return Scored, {"correct": judged.correct, "loss_sum": loss_sum}
             case CatchUp():
-                return self._catch_up(request)
+                return self.catch_up(request)
             case Restore():
-                return self._restore(request)
+                return self.restore(request)
             case Move():
-                return self._move(request)
-            case Losses() | Adopt() if self._already_applied(request):
-                return self._applied()
+                return self.move(request)
+            case Losses() | Adopt() if self.already_applied(request):
+                return self.applied()
         here = (self.state.position, self.state.digest)
         if (request.position, request.digest) != here:
             return Behind, {"position": here[0], "digest": here[1]}
@@ -192,7 +183,7 @@ class Client:
         on_trunk = self.branches.on_trunk
         if not self.branches.enter(request):
             # nobody's ledger has this digest: whatever is needed will be sent
-            return Behind, {"position": 0, "digest": _UNKNOWN}
+            return Behind, {"position": 0, "digest": UNKNOWN}
         if not (on_trunk and self.branches.on_trunk):
             self.compute.moved()
         handler = self._HANDLERS.get(type(request))
@@ -260,117 +251,20 @@ class Client:
             now = self.state.snapshot(request.moments)
         return Weights, {"updates": now.updates, "weights": now.weights, "moments": now.moments}
 
-    def _adopt(self, request: Adopt) -> Answer:
-        """The weights the client has come to by itself are everybody's."""
-        own = fingerprint(self.state.parameters)
-        if own != request.weights:
-            raise DriftError(
-                f"step {request.step}: this client's weights have fingerprint {own}, those it sent "
-                f"{request.weights}"
-            )
-        self.state.arrive(request.position + 1, request.digest_after, request.step)
-        self.branches.clear()
-        return self._applied()
-
-    def _update(self, request: Losses) -> Answer:
-        """Phase 3 of HOSL: regenerate each direction from its seed, step along it."""
-        scalars = torch.tensor(projected_gradients(request.losses, request.epsilon))
-        bounded = tuple(clip(scalars, request.clip).tolist())
-        entry = Entry(request.step, request.seeds, bounded, request.learning_rate)
-        digest = chain(self.state.digest, entry.pack())
-        if digest != request.digest_after:
-            raise DriftError(
-                f"step {request.step}: this client's update gives ledger {digest}, "
-                f"the server's {request.digest_after}"
-            )
-        self.apply([entry])
-        return self._applied()
-
-    def _already_applied(self, request: Losses | Adopt) -> bool:
-        """Whether this update has been made: by another partition of this process, or the receipt
-        was lost."""
-        if self.state.position == request.position + 1:
-            return self.state.digest == request.digest_after
-        return self.state.position > request.position
-
-    def _catch_up(self, request: CatchUp) -> Answer:
-        """Apply what is missing of the entries; what was applied already must be the same."""
-        entries, state = request.entries, self.state  # validated before anything is lost
-        digests = chain_entries(request.digest, entries)
-        done = state.position - request.position
-        known = 0 <= done < len(digests) and digests[done] == state.digest
-        if not (known and self.branches.on_trunk):
-            if request.position:
-                return Behind, {"position": state.position, "digest": state.digest}
-            self.reset()  # another history: start over from the base checkpoint
-            done = 0
-            if self.state.digest != request.digest:
-                raise ProtocolError("catch-up: the entries are of another run")
-        self.apply(entries[done:])
-        return self._applied()
-
-    def _move(self, request: Move) -> Answer:
-        """Make what is missing of the changes; that the weights are the server's then, fingerprints
-        tell."""
-        state, changes = self.state, request.changes(self.state.rows)  # before anything is lost
-        digests = (request.digest, *request.digests)
-        done = state.position - request.position
-        known = 0 <= done < len(digests) and digests[done] == state.digest
-        if not (known and self.branches.on_trunk):
-            return Behind, {"position": state.position, "digest": state.digest}
-        self.compute.moved()
-        self.branches.clear()
-        try:
-            with self.compute.phase("exchange", state.elements, request.values):
-                for step, digest, change in changes[done:]:
-                    state.move(change, derive_seed(step, "shift"))
-                    state.land(state.position + 1, digest, step)
-                state.forget_optimizer()
-        except BaseException:
-            state.land(0, _UNKNOWN, request.step)  # half moved: nobody's weights
-            raise
-        return self._applied()
-
-    def _restore(self, request: Restore) -> Answer:
-        here = (self.state.position, self.state.digest) == (request.position, request.digest)
-        if not (here and self.branches.on_trunk):
-            self.compute.moved()
-            tensors = (request.weights, request.moments)
-            try:
-                with self.compute.phase("exchange", self.state.elements, *tensors):
-                    self.state.restore(request.snapshot, request.step)
-            except ValueError as error:
-                raise ProtocolError(f"restore: {error}") from error
-            self.branches.clear()
-        return self._applied()
-
-    def apply(self, entries: list[Entry]) -> None:
-        """Make the updates of ledger entries that follow on the position."""
-        if entries:
-            self.compute.moved()
-            self.branches.clear()
-            directions = max(len(entry.seeds) for entry in entries)
-            with self.compute.phase("update", directions):
-                self.state.apply(entries)
-
-    def _applied(self) -> Answer:
-        return Applied, {"position": self.state.position, "digest": self.state.digest}
-
     _HANDLERS: ClassVar[dict[type[Request], Callable[..., Answer]]] = {
         Probe: _probe,
         Forward: _forward,
         Evaluate: _evaluate,
         Continue: _continue,
         Grade: _grade,
-        Losses: _update,
+        Losses: Follower.update,
         CutGradient: _cut_gradient,
         LocalTrain: _local_train,
         HeadProbe: _head_probe,
         Backward: _backward,
         LocalStep: _local_step,
         Fetch: _fetch,
-        Adopt: _adopt,
-        Move: _move,
+        Adopt: Follower.adopt,
         Fingerprint: _fingerprints,
     }
 

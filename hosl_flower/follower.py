@@ -1,0 +1,138 @@
+"""How a client follows the run: its own copy of what is trained, brought along the ledger."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+
+from hosl_flower.branches import Branches
+from hosl_flower.compute import Compute
+from hosl_flower.errors import DriftError, ProtocolError
+from hosl_flower.ledger import Entry, chain, chain_entries, fingerprint
+from hosl_flower.messages import (
+    Adopt,
+    Applied,
+    Behind,
+    CatchUp,
+    Losses,
+    Move,
+    Reply,
+    Restore,
+)
+from hosl_flower.perturb import derive_seed
+from hosl_flower.state import ClientState
+from hosl_flower.zo import clip, projected_gradients
+
+UNKNOWN = "0" * 16  # a digest that no ledger has
+Answer = tuple[type[Reply], dict[str, Any]]  # kind of reply and its own fields
+
+
+class Follower(ABC):
+    """The part of a client that has a position in the ledger. Every method answers a request that
+    moves it there, which changes all of it or nothing that is relied on."""
+
+    state: ClientState
+    compute: Compute
+    branches: Branches
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Back to the base checkpoint, before the first update."""
+
+    def adopt(self, request: Adopt) -> Answer:
+        """The weights the client has come to by itself are everybody's."""
+        own = fingerprint(self.state.parameters)
+        if own != request.weights:
+            raise DriftError(
+                f"step {request.step}: this client's weights have fingerprint {own}, those it sent "
+                f"{request.weights}"
+            )
+        self.state.arrive(request.position + 1, request.digest_after, request.step)
+        self.branches.clear()
+        return self.applied()
+
+    def update(self, request: Losses) -> Answer:
+        """Phase 3 of HOSL: regenerate each direction from its seed, step along it."""
+        scalars = torch.tensor(projected_gradients(request.losses, request.epsilon))
+        bounded = tuple(clip(scalars, request.clip).tolist())
+        entry = Entry(request.step, request.seeds, bounded, request.learning_rate)
+        digest = chain(self.state.digest, entry.pack())
+        if digest != request.digest_after:
+            raise DriftError(
+                f"step {request.step}: this client's update gives ledger {digest}, "
+                f"the server's {request.digest_after}"
+            )
+        self.apply([entry])
+        return self.applied()
+
+    def already_applied(self, request: Losses | Adopt) -> bool:
+        """Whether this update has been made: by another partition of this process, or the receipt
+        was lost."""
+        if self.state.position == request.position + 1:
+            return self.state.digest == request.digest_after
+        return self.state.position > request.position
+
+    def catch_up(self, request: CatchUp) -> Answer:
+        """Apply what is missing of the entries; what was applied already must be the same."""
+        entries, state = request.entries, self.state  # validated before anything is lost
+        digests = chain_entries(request.digest, entries)
+        done = state.position - request.position
+        known = 0 <= done < len(digests) and digests[done] == state.digest
+        if not (known and self.branches.on_trunk):
+            if request.position:
+                return Behind, {"position": state.position, "digest": state.digest}
+            self.reset()  # another history: start over from the base checkpoint
+            done = 0
+            if self.state.digest != request.digest:
+                raise ProtocolError("catch-up: the entries are of another run")
+        self.apply(entries[done:])
+        return self.applied()
+
+    def move(self, request: Move) -> Answer:
+        """Make what is missing of the changes; that the weights are the server's then, fingerprints
+        tell."""
+        state, changes = self.state, request.changes(self.state.rows)  # before anything is lost
+        digests = (request.digest, *request.digests)
+        done = state.position - request.position
+        known = 0 <= done < len(digests) and digests[done] == state.digest
+        if not (known and self.branches.on_trunk):
+            return Behind, {"position": state.position, "digest": state.digest}
+        self.compute.moved()
+        self.branches.clear()
+        try:
+            with self.compute.phase("exchange", state.elements, request.values):
+                for step, digest, change in changes[done:]:
+                    state.move(change, derive_seed(step, "shift"))
+                    state.land(state.position + 1, digest, step)
+                state.forget_optimizer()
+        except BaseException:
+            state.land(0, UNKNOWN, request.step)  # half moved: nobody's weights
+            raise
+        return self.applied()
+
+    def restore(self, request: Restore) -> Answer:
+        """Become what the server's copy is, whatever there was before."""
+        here = (self.state.position, self.state.digest) == (request.position, request.digest)
+        if not (here and self.branches.on_trunk):
+            self.compute.moved()
+            tensors = (request.weights, request.moments)
+            try:
+                with self.compute.phase("exchange", self.state.elements, *tensors):
+                    self.state.restore(request.snapshot, request.step)
+            except ValueError as error:
+                raise ProtocolError(f"restore: {error}") from error
+            self.branches.clear()
+        return self.applied()
+
+    def apply(self, entries: list[Entry]) -> None:
+        """Make the updates of ledger entries that follow on the position."""
+        if entries:
+            self.compute.moved()
+            self.branches.clear()
+            directions = max(len(entry.seeds) for entry in entries)
+            with self.compute.phase("update", directions):
+                self.state.apply(entries)
+
+    def applied(self) -> Answer:
+        """The receipt: where the client is now."""
+        return Applied, {"position": self.state.position, "digest": self.state.digest}
