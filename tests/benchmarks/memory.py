@@ -348,12 +348,13 @@ def _is_traced_micro(shape: tuple) -> bool:
 def table(micro: bool) -> str:
     """Markdown of the columns with micro-batches, or of those without: peak MiB (times inference),
     seconds; ~ traced, - not there, ... skipped."""
-    columns = [name for name in COLUMNS if name.endswith("_micro") == micro]
+    results = json.loads(RESULTS.read_text())
+    there = {column for cells in results.values() for column in cells}
+    columns = [name for name in COLUMNS if name.endswith("_micro") == micro and name in there]
     lines = [
         "| shape | " + " | ".join(columns) + " | fo / hosl |",
         "|---" * (len(columns) + 2) + "|",
     ]
-    results = json.loads(RESULTS.read_text())
     for shape in SHAPES:
         for device in ("cuda", "cpu"):
             cells = results.get(f"{device} " + " ".join(map(str, shape)), {})
