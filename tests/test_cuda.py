@@ -10,6 +10,7 @@ from hosl_flower.client import Client
 from hosl_flower.gradient import Dense, sparse_rows
 from hosl_flower.ledger import Ledger
 from hosl_flower.perturb import DISTRIBUTIONS
+from hosl_flower.shifts import Shifts
 from hosl_flower.state import ClientState, fingerprint
 from strategies.fedavg_zo import FedAvgZo
 from strategies.ho_sfl import HoSfl
@@ -46,15 +47,28 @@ def test_a_replay_gives_the_bits_of_the_cpu(optimizer, distribution, dtype):
     assert cpu.mark().fingerprint == cuda.mark().fingerprint
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_changes_of_weights_give_the_bits_of_the_cpu(dtype):
+    cpu = large("sgd", "rank1", dtype)
+    cuda, shifts = on_cuda(cpu), Shifts(cpu.rows)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(5):
+        coded = shifts.encode(torch.randn(cpu.elements, generator=generator) * 1e-3, step)
+        for made in (cpu, cuda):
+            made.move(coded, step)
+    assert torch.equal(cpu.weights(), cuda.weights().cpu())
+
+
 @pytest.mark.parametrize(
     ("strategy", "own"),
     [
         (HoSfl, {"num_clients": 3, "clients_per_step": 2, "client_optimizer": "adamw"}),
         (FedAvgZo, {"num_clients": 3, "local_steps": 2}),
+        (FedAvgZo, {"num_clients": 3, "update_codec": "int8"}),
         (SplitFo, {"client_gradient": "residual", "client_optimizer": "adafactor"}),
         (SplitFo, {"client_gradient": "recompute", "client_optimizer": "adafactor-momentum"}),
     ],
-    ids=["ho-sfl", "fedavg-zo", "residual", "recompute"],
+    ids=["ho-sfl", "fedavg-zo", "int8", "residual", "recompute"],
 )
 def test_a_run_repeats_itself_and_is_near_the_cpus(tiny_opt, tmp_path, strategy, own):
     make = run_factory(strategy, tiny_opt, tmp_path)
