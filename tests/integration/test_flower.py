@@ -142,6 +142,11 @@ OTHERS = {
         "clients_per_step": 1, "client_gradient": "recompute",
         "client_optimizer": "adafactor-momentum",
     }),
+    # gradients up and changes of weights down, both in 8 bits
+    "recompute-10-clients-int8": ("quickstart", {
+        "strategy": "strategies.split_fo:SplitFo", "num_clients": 10, "update_codec": "int8",
+        "client_gradient": "recompute", "client_optimizer": "adafactor",
+    }),
     # heads on the clients, over an 8-bit base
     "heron-int8": ("quickstart", {
         "strategy": "strategies.heron:Heron", "local_steps": 2, "directions": 2,
