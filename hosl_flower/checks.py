@@ -41,7 +41,8 @@ class Limits:
     tokens, of width `hidden` and `dtype`, written by `codec`, with labels of `classes` classes;
     `each` sequences per example, of `shortest` tokens or more, so that an answer has its place;
     at most `held_out` held-out examples. vocabulary: of answers that are generated, whose labels
-    are up to `longest` tokens; else 0. private_labels: none are sent. update_codec: of
+    are up to `longest` tokens; else 0. private_labels: none are sent; label_counts: numbers of
+    examples per label are. update_codec: of
     gradients and changes of weights."""
 
     batch: int
@@ -56,13 +57,14 @@ class Limits:
     longest: int = 1
     vocabulary: int = 0
     private_labels: bool = False
+    label_counts: bool = True
     update_codec: str = "exact"
 
 
 def check_described(reply: Described, limits: Limits) -> None:
     """ProtocolError unless a client's numbers of examples fit each other and the run."""
     train, held_out, counts = reply.train_examples, reply.held_out_examples, reply.label_counts
-    if limits.private_labels:
+    if not limits.label_counts:
         if counts or not 0 < train <= _MOST_EXAMPLES:
             raise ProtocolError(
                 f"described: expected 1 or more training examples and no label counts, which stay "

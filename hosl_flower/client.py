@@ -60,7 +60,9 @@ from hosl_flower.messages import (
 )
 from hosl_flower.output_head import OutputHead, load_output_head
 from hosl_flower.partition import DataPool
+from hosl_flower.privacy import mechanism_of
 from hosl_flower.residual import fed_back
+from hosl_flower.secret import simulated_secret
 from hosl_flower.spec import ClientSpec, pick_device, torch_dtype
 from hosl_flower.split import (
     ClientSubmodel,
@@ -70,20 +72,35 @@ from hosl_flower.split import (
     trainable_parameters,
 )
 from hosl_flower.state import ClientState
+from hosl_flower.veil import veil_of
 
 log = logging.getLogger("hosl_flower")
+
+
+# asks for what follows from a client's examples
+_TELLING = (Forward, Evaluate, HiddenStates, HeldOutStates)
 
 
 class Client(Follower):
     """The client submodel with its state, and the data of the partitions served.
 
-    data_path, model: this node's own, instead of the run's (node config).
+    data_path, model: this node's own, instead of the run's (node config). secret: of this device's
+    noise (secret.py); None where clients are simulated.
     """
 
     submodel: ClientSubmodel
 
-    def __init__(self, spec: ClientSpec, data_path: str = "", model: str = "", device: str = ""):
+    def __init__(
+        self,
+        spec: ClientSpec,
+        data_path: str = "",
+        model: str = "",
+        device: str = "",
+        secret: bytes | None = None,
+    ):
         self.spec = spec
+        secret = secret or simulated_secret(spec.seed)
+        self.mechanism, self.veil = mechanism_of(spec, secret), veil_of(spec, secret)
         self.device = pick_device(device or spec.device)
         self.model = model or spec.model
         self.encoder = make_inputs(spec, self.model, model_config(self.model))
@@ -115,8 +132,9 @@ class Client(Follower):
         self.state = new_state(self.submodel, spec)
         self.branches = Branches(self.state)
         self.compute = Compute(
-            spec, self.submodel, self.state, self.pool, self.meter, self.device, head
-        )
+            spec, self.submodel, self.state, self.pool, self.meter, self.device, head,
+            self.mechanism, self.veil,
+        )  # fmt: skip
 
     def answer(self, requests: Iterable[Request]) -> Iterator[Reply]:
         """Replies, one per request, computed when asked for; ends early after Behind or Failure.
@@ -148,15 +166,20 @@ class Client(Follower):
         )
 
     def _reason(self, error: Exception) -> str:
-        """What the server is told of an error: where labels stay here, nothing about data."""
+        """What the server is told of an error: where labels or more stay here, nothing of data."""
         kind = type(error).__name__
         told = isinstance(error, HoslError) and not isinstance(error, DataError)
-        if self.spec.labels == "server" or told:
+        if self.spec.tells_labels or told:
             return f"{kind}: {error}"[:4000]
         log.error("%s: %s", kind, error)
         return f"{kind}: the reason is in the log of this client, which keeps its data to itself"
 
     def _handle(self, request: Request) -> Answer:
+        tells = isinstance(request, _TELLING) and not isinstance(request, HeadProbe)
+        if tells and self.mechanism is not None:
+            raise ProtocolError(
+                f"{request.kind}: with dp-noise nothing but noisy scalars leaves this client"
+            )
         match request:
             case Describe():
                 return self._describe(request)
@@ -197,7 +220,7 @@ class Client(Follower):
         return Described, {
             "train_examples": len(data.train),
             "held_out_examples": len(data.held_out),
-            "label_counts": () if self.spec.labels == "client" else tuple(data.label_counts()),
+            "label_counts": tuple(data.label_counts()) if self.spec.tells_labels else (),
             "memory_meter": self.meter.name,
         }
 

@@ -11,12 +11,10 @@ import os
 # machine, and threads that wait must not spin on the other's cores (tests/benchmarks/link.py).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import sys
-
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from hosl_flower.node_config import shared_between_partitions
+from hosl_flower.node_config import is_simulated, shared_between_partitions
 
 app = ClientApp()
 
@@ -27,9 +25,7 @@ def node(message: Message, context: Context) -> Message:
     config = context.node_config
     own = {key: config.get(key, -1) for key in ("partition-id", "num-partitions")}
     one_data = shared_between_partitions(str(config.get("data-path", "")))
-    ray = sys.modules.get("ray")  # the simulation engine's workers, and nobody else, have it up
-    simulated = ray is not None and ray.is_initialized()
-    record = ConfigRecord({**own, "one-data": one_data, "simulated": simulated})
+    record = ConfigRecord({**own, "one-data": one_data, "simulated": is_simulated()})
     return Message(RecordDict({"config": record}), reply_to=message)
 
 

@@ -7,6 +7,8 @@ from hosl_flower.errors import HoslError
 from hosl_flower.link.dial import serve
 from hosl_flower.link.records import pack, unpack_invitation, unpack_requests
 from hosl_flower.messages import Failure
+from hosl_flower.node_config import is_simulated
+from hosl_flower.secret import device_secret
 from hosl_flower.spec import ClientSpec, use_threads
 
 # The client of the run this process served last. A Ray worker answers many messages, for many
@@ -43,9 +45,12 @@ def _client(spec: ClientSpec, context: Context) -> Client:
         key: str(context.node_config.get(name, ""))
         for key, name in (("data_path", "data-path"), ("model", "model-path"), ("device", "device"))
     }
+    secret = None
+    if (spec.dp_noise or spec.activation_noise) and not is_simulated():
+        secret = device_secret(str(context.node_config.get("noise-secret", "")))
     key = f"{spec.to_json()}|{sorted(own.items())}"
     if key not in _cached:
         _cached.clear()
         use_threads(spec.threads)
-        _cached[key] = Client(spec, **own)
+        _cached[key] = Client(spec, **own, secret=secret)
     return _cached[key]

@@ -14,11 +14,13 @@ from hosl_flower.codec import encode, has_scales
 from hosl_flower.decoding import Prompts, checked
 from hosl_flower.errors import ProtocolError
 from hosl_flower.forward import HERE, Forwards, put_together
+from hosl_flower.head_probe import Batches, plain, private
 from hosl_flower.local import local_steps
 from hosl_flower.memory import Meter
 from hosl_flower.output_head import Judged, OutputHead
 from hosl_flower.partition import DataPool
 from hosl_flower.perturb import derive_seed
+from hosl_flower.privacy import Mechanism
 from hosl_flower.recompute import recomputed_gradients
 from hosl_flower.requests import (
     Backward,
@@ -39,11 +41,12 @@ from hosl_flower.spec import ClientSpec
 from hosl_flower.split import ClientSubmodel
 from hosl_flower.squad import graded
 from hosl_flower.state import ClientState
-from hosl_flower.surrogate import Cotangent, Pieces, head_loss, linear
+from hosl_flower.surrogate import Cotangent, Pieces, linear
 from hosl_flower.tasks import Batch, Encoder
 from hosl_flower.tensors import dtype_name
 from hosl_flower.update_codec import Coded
 from hosl_flower.update_codec import encode as encode_update
+from hosl_flower.veil import Veil
 from hosl_flower.zo import Point, directional, estimate
 
 # phase that is measured, and how the gradient comes about, by client-gradient
@@ -65,7 +68,8 @@ class _Anchor(NamedTuple):
 
 class Compute:
     """The work of one client process at the weights in `state`. head: of the whole model, where
-    the labels stay here."""
+    the labels stay here. mechanism: of scalars that are differentially private; veil: over
+    activations."""
 
     def __init__(
         self,
@@ -76,7 +80,10 @@ class Compute:
         meter: Meter,
         device: str,
         head: OutputHead | None = None,
+        mechanism: Mechanism | None = None,
+        veil: Veil | None = None,
     ):
+        self.mechanism, self.veil = mechanism, veil
         self.spec, self.submodel, self.state, self.head = spec, submodel, state, head
         self.pool, self.meter, self.device = pool, meter, device
         self.forwards = Forwards(submodel, state, device, spec.client_micro_batch)
@@ -173,6 +180,8 @@ class Compute:
             return self._reply(batch, self.forwards.pieces(batch, point))
 
     def _reply(self, batch: Batch, pieces: Pieces) -> dict[str, Any]:
+        if self.veil is not None:
+            pieces = self._veiled(batch, pieces)
         coded = ((first, encode(piece, self.spec.codec)) for first, piece in pieces)
         activations, scales = put_together(coded, len(batch.inputs))
         return {
@@ -181,6 +190,12 @@ class Compute:
             "attention_mask": batch.attention_mask.bool(),
             "labels": batch.labels if self.head is None else batch.labels[:0],
         }
+
+    def _veiled(self, batch: Batch, pieces: Pieces) -> Pieces:
+        assert self.veil is not None
+        for first, piece in pieces:
+            rows = slice(first, first + len(piece))
+            yield first, self.veil.over(piece, batch.inputs[rows], batch.attention_mask[rows])
 
     def train_labels(self, request: HiddenStates) -> Tensor:
         """Of the mini-batch of a request."""
@@ -282,18 +297,22 @@ class Compute:
 
     def probe_head(self, request: HeadProbe) -> tuple[list[list[float]], float]:
         """Probe the auxiliary head's loss, each local step on the next mini-batch (HERON-SFL);
-        the scalars, and the loss before the steps."""
-        first = self.train_batch(request)
-        clean: list[float] = []
+        the scalars, and the loss before the steps, which differential privacy keeps at 0."""
+        size, clean = self.spec.batch_size, list[float]()
+        data, first = self.pool.client(request.partition), self.train_batch(request)
 
-        def estimator(step: int, seeds: Sequence[int]) -> list[float]:
-            batch = self.train_batch(request, step) if step else first
-            surrogate = head_loss(lambda p: self.forwards.losses(batch, p), clean.append)
-            return estimate(surrogate, seeds, request.epsilon, two_sided=False)
+        def batch(step: int) -> Batch:
+            own = self.train_batch(request, step) if step else first
+            return own if self.mechanism is None else self._encoder.filled(own)
 
+        batches = Batches(batch, lambda step: data.repeated(request.batch + step, size))
+        if self.mechanism is None:
+            estimator = plain(self.forwards, request, batches, clean.append)
+        else:
+            estimator = private(self.forwards, request, batches, self.mechanism)
         with self.phase("probe", first.tokens):
             scalars, _ = local_steps(self.state, estimator, request)
-        return scalars, clean[0]
+        return scalars, clean[0] if clean else 0.0
 
     def gradient(self, request: Backward) -> Coded:
         """The client's gradient, for the wire; each parameter's as soon as it is there."""

@@ -43,6 +43,7 @@ Natural = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Threads = Annotated[int, Field(ge=0, le=1024)]
 Alpha = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 Length = Annotated[int, Field(ge=8, lt=2**31)]
 
 DEFAULT_LENGTH = 128  # of texts, in tokens
@@ -221,6 +222,25 @@ class RunConfig(BaseModel):
         le=1e12,
         description="C: each of a client's scalars is bounded to +-C before it counts, so that one "
         "client moves the model at most so far; 0 is off",
+    )
+    activation_noise: NotNegative = Field(
+        0.0,
+        description="each client adds Gaussian noise to the activations it sends, of so many times "
+        "a token's root mean square; what that hides is measured, not promised. 0 is off",
+    )
+    dp_noise: NotNegative = Field(
+        0.0,
+        description="z, for full ZO: each client adds Gaussian noise of z * dp-clip to the sum "
+        "over its mini-batch before a scalar leaves it; the run says what epsilon that is. 0 is "
+        "off",
+    )
+    dp_clip: NotNegative = Field(
+        0.0,
+        description="C: one example's projected gradients along a step's directions are bounded to "
+        "an L2 norm of C",
+    )
+    dp_delta: float = Field(
+        1e-5, gt=0, lt=0.1, description="delta that epsilon is for; below 1 / examples of a client"
     )
     client_trainable: Trainable = Field(
         "full",

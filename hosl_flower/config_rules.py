@@ -21,6 +21,7 @@ def contradictions(config: RunConfig) -> Iterator[str]:
     yield from _clients(config)
     yield from _derivative(config)
     yield from _adapters(config)
+    yield from _privacy(config)
 
 
 def _data(config: RunConfig) -> Iterator[str]:
@@ -50,6 +51,8 @@ def _idle(config: RunConfig) -> Iterator[str]:
         "dirichlet_alpha": ("partitioner = dirichlet", config.partitioner == "dirichlet"),
         "min_partition_size": ("partitioner = dirichlet", config.partitioner == "dirichlet"),
         "partition_column": ("partitioner = natural-id", config.partitioner == "natural-id"),
+        "dp_clip": ("dp-noise", bool(config.dp_noise)),
+        "dp_delta": ("dp-noise", bool(config.dp_noise)),
         **{
             f"lora_{name}": ("client-trainable or server-trainable = lora", lora)
             for name in ("rank", "alpha", "targets")
@@ -107,4 +110,16 @@ def _adapters(config: RunConfig) -> Iterator[str]:
         yield (
             "save-format = adapters needs client-trainable = server-trainable = lora: "
             "adapters cannot hold other changes"
+        )
+
+
+def _privacy(config: RunConfig) -> Iterator[str]:
+    if not config.dp_noise:
+        return
+    if not config.dp_clip:
+        yield "dp-noise needs dp-clip: noise hides what is bounded"
+    if config.evaluation == "split":
+        yield (
+            "dp-noise needs evaluation = central: through the split, clients send activations of "
+            "their held-out examples"
         )

@@ -68,6 +68,11 @@ def _check_fit(spec: ClientSpec, model: str, config: PretrainedConfig) -> None:
             f"the answers of task {task.name} are generated, {model} is a classifier "
             f"({config.model_type}): choose another model or task"
         )
+    if spec.activation_noise and task.target:
+        raise ConfigError(
+            f"activation-noise is for choices among answer words and classes, the answers of task "
+            f"{task.name} are generated"
+        )
     if spec.labels == "client" and (family.classes or task.target):
         what = (
             f"task {task.name} is about {'images' if task.image else 'answers that are generated'}"

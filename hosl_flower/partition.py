@@ -136,6 +136,12 @@ class ClientData:
         rows = [self.train[self._row(i)] for i in range(number * size, (number + 1) * size)]
         return self.encoder.collate(rows)
 
+    def repeated(self, number: int, size: int) -> list[int]:
+        """Places in mini-batch `number` of examples that are in it before: an epoch ends in it."""
+        size = min(size, len(self.train))
+        rows = [self._row(i) for i in range(number * size, (number + 1) * size)]
+        return [place for place, row in enumerate(rows) if row in rows[:place]]
+
     def _row(self, position: int) -> int:
         epoch, offset = divmod(position, len(self.train))
         if self._order[0] != epoch:

@@ -19,6 +19,7 @@ from hosl_flower.config import RunConfig
 from hosl_flower.errors import ConfigError
 from hosl_flower.held_out import score_batches
 from hosl_flower.labels import STATES_BYTES
+from hosl_flower.link.base import Link
 from hosl_flower.link.inprocess import InProcessLink
 from hosl_flower.memory import PHASES, Meter
 from hosl_flower.requests import HeldOutStates
@@ -27,7 +28,7 @@ from hosl_flower.session import Session
 from hosl_flower.spec import torch_dtype
 from hosl_flower.strategy import SplitStrategy
 from hosl_flower.traced import shapes_only
-from hosl_flower.training import describe_all
+from hosl_flower.training import describe_all, judge_of
 
 log = logging.getLogger("hosl_flower")
 
@@ -122,7 +123,7 @@ def _plan(config: RunConfig) -> Plan:
     link = InProcessLink(client, session.history, session.limits)
     describe_all(session, link)
     method.settle(session)
-    evaluation = _one_evaluation(session, link)
+    evaluation = _one_evaluation(session, judge_of(session, link))
     step = _steps(method, session, link)
     held, trained = session.client_counts()
     return Plan(
@@ -153,6 +154,7 @@ def peaks_of(config: RunConfig, partitions: list[int]) -> dict[str, int]:
         "steps": 2, "eval_every": 2,
         "local_steps": min(2, config.local_steps),  # what happens every so many steps is in these
         "upload_every": min(2, config.upload_every),
+        "activation_noise": 0.0,  # follows from the examples' bytes, and shapes have none
     }  # fmt: skip
     config = config.model_copy(update=few)
     with shapes_only():
@@ -227,7 +229,7 @@ def _sent(way: dict[str, list[int]], apart: tuple[str, ...]) -> int:
     return sum(size for kind, (_, size) in way.items() if kind not in apart)
 
 
-def _one_evaluation(session: Session, link: InProcessLink) -> dict[str, float]:
+def _one_evaluation(session: Session, link: Link) -> dict[str, float]:
     """From one batch of the first client's held-out part."""
     size, each = session.clients[0].held_out_examples, session.spec.eval_batch_size
     batches = math.ceil(size / each)

@@ -13,6 +13,7 @@ model/          the merged model, for transformers, or the LoRA adapters, for pe
 
 import json
 import logging
+import math
 import os
 import platform
 import shutil
@@ -97,7 +98,7 @@ class Report:
         counts = [client.label_counts for client in clients]
         task = session.spec.task
         names = task.label_names or task.verbalizers or ("examples",)
-        if session.limits.private_labels:
+        if not session.limits.label_counts:
             names, counts = ("any",), [(client.train_examples,) for client in clients]
         self.trackers = Trackers(self.config.tracker_names, self.directory, self.config.as_keys())
         draw_partition(self.directory / "partition.png", counts, names)
@@ -150,7 +151,8 @@ class Report:
         waited: float,
         client: float,
     ) -> None:
-        """Record one training step. seconds: transport is what neither side computed."""
+        """Record one training step. loss: not a number where nobody tells it. seconds: transport is
+        what neither side computed."""
         seconds = {
             "client": client,
             "server": max(0.0, wall - waited),
@@ -160,14 +162,16 @@ class Report:
         for part, value in seconds.items():
             self._seconds[part] += value
         self._last_loss = loss
-        row: dict[str, Any] = {"step": step, "train_loss": loss}
+        told = {} if math.isnan(loss) else {"train_loss": loss}
+        row: dict[str, Any] = {"step": step, **told}
         dropped = {d.partition: d.reason for d in session.dropped if d.step == step}
         if dropped:
             row["dropped"] = dropped
         if clipped := session.clipped_at.pop(step, None):
             row["clipped"] = dict(clipped)
         self._append({**row, "seconds": seconds})
-        self._track(step, {"train/loss": loss}, "seconds", seconds)
+        tracked = {name.replace("_", "/"): value for name, value in told.items()}
+        self._track(step, tracked, "seconds", seconds)
         if time.perf_counter() - self._last_line > _PROGRESS_SECONDS:
             self._progress(step)
 
@@ -217,10 +221,10 @@ class Report:
         rate = step / self._seconds["total"]
         last = self.evaluations[-1]
         log.info(
-            "step %d/%d: train loss %.4f, held-out %s %.3f (step %d), %.2f steps/s, %s left",
+            "step %d/%d: %sheld-out %s %.3f (step %d), %.2f steps/s, %s left",
             step,
             self.config.steps,
-            self._last_loss,
+            "" if math.isnan(self._last_loss) else f"train loss {self._last_loss:.4f}, ",
             *headline(last),
             last["step"],
             rate,

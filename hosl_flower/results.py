@@ -37,6 +37,7 @@ class Results:
     client_peak_memory: dict[str, Any]
     client_parameters: dict[str, int]
     clients: dict[str, Any]
+    privacy: dict[str, Any] | None
     fingerprint: str
     ledger_digest: str
 
@@ -91,6 +92,7 @@ def results_of(
             "scalars_clipped": {str(p): n for p, n in sorted(session.clipped.items())},
             "fingerprint_checked": checked,
         },
+        privacy=session.privacy(),
         fingerprint=session.history.state.mark().fingerprint,
         ledger_digest=session.history.ledger.digest(),
     )

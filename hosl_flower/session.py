@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hosl_flower.accountant import epsilon, most_uses
 from hosl_flower.checkpoint import Checkpoint
 from hosl_flower.checks import Limits
 from hosl_flower.client import new_state
@@ -116,6 +117,7 @@ class Session:
             shortest=self.encoder.shortest,
             longest=answers.longest,
             private_labels=spec.labels == "client",
+            label_counts=spec.tells_labels,
             update_codec=spec.update_codec,
             **({"held_out": min(held_out)} if held_out else {}),
         )
@@ -185,6 +187,26 @@ class Session:
             self.clipped[partition] += beyond
             self.clipped_at.setdefault(step, Counter())[partition] += beyond
         return bounded
+
+    def privacy(self, batches: int = 0) -> dict[str, Any] | None:
+        """What differential privacy has cost each client: epsilon at dp-delta, and how often one of
+        its examples was used, at most; None without. batches: mini-batches of each, instead of
+        those served so far."""
+        config = self.config
+        if not config.dp_noise:
+            return None
+        uses = {
+            str(p): most_uses(batches or self.batches[p], config.batch_size, own.train_examples)
+            for p, own in sorted(self.clients.items())
+        }
+        costs = {n: epsilon(config.dp_noise, n, config.dp_delta) for n in set(uses.values())}
+        return {
+            "noise": config.dp_noise,
+            "clip": config.dp_clip,
+            "delta": config.dp_delta,
+            "epsilon": {p: costs[n] for p, n in uses.items()},
+            "uses": uses,
+        }
 
     def turn(self, step: int) -> int:
         """The partition that works at this step: clients take turns of turn-steps (relay)."""

@@ -20,6 +20,7 @@ from hosl_flower.config import (
     Labels,
     Length,
     Natural,
+    NotNegative,
     Partitioner,
     Perturbation,
     Positive,
@@ -84,6 +85,9 @@ class ClientSpec:
     max_length: Length
     max_new_tokens: Positive
     seed: Natural
+    activation_noise: NotNegative
+    dp_noise: NotNegative
+    dp_clip: NotNegative
 
     def to_json(self) -> str:
         """For the wire."""
@@ -116,6 +120,12 @@ class ClientSpec:
         if self.client_gradient != "backprop":
             parts.append(self.client_gradient)
         return "|".join(map(str, parts))
+
+    @property
+    def tells_labels(self) -> bool:
+        """Whether a client says how many examples of each label it has, and what is wrong with
+        one."""
+        return self.labels == "server" and not self.dp_noise
 
     @property
     def lora(self) -> Lora | None:

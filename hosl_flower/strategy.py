@@ -34,6 +34,9 @@ _RARE = (
     "derivative",
     "scalar-clip",
     "update-codec",
+    "dp-noise",
+    "dp-clip",
+    "dp-delta",
 )
 
 

@@ -56,6 +56,13 @@ def plan(method: Any, session: Session) -> Iterable[str]:
             "labels stay on the clients: hidden states go down, their loss gradients up; the "
             "answer words' rows of the head are not trained"
         )
+    if cost := session.privacy(config.steps * config.local_steps):
+        yield (
+            f"differential privacy of each training example: epsilon at most "
+            f"{max(cost['epsilon'].values()):.3g} at delta {cost['delta']:g}, if its client takes "
+            f"part in every step (used {max(cost['uses'].values())} times); training losses are "
+            "not told"
+        )
 
 
 def table(results: "Results", traffic: Traffic) -> str:
@@ -78,6 +85,9 @@ def table(results: "Results", traffic: Traffic) -> str:
         rows["dropped"] = f"{len(results.clients['dropped'])} times a step went on without a client"
     if clipped := results.clients["scalars_clipped"]:
         rows["clipped"] = f"{sum(clipped.values())} scalars of {len(clipped)} client(s)"
+    if results.privacy:
+        most = max(results.privacy["epsilon"].values())
+        rows["privacy"] = f"epsilon {most:.3g} at delta {results.privacy['delta']:g}, per example"
     for name, value in rows.items():
         grid.add_row(name, value)
     return _rendered(grid)

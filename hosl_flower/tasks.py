@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -207,6 +208,13 @@ class Encoder:
         """Encode and left-pad examples that carry an integer "label", or texts "answers"."""
         rows = [row for e in examples for row in self.answers.inputs(self.encode(e), e)]
         return self._padded(rows, self.answers.labels(examples))
+
+    def filled(self, batch: Batch) -> Batch:
+        """The same, padded to max_length: its shape tells nothing of the examples, and no example's
+        rounding depends on another's length."""
+        missing = self.max_length - batch.inputs.shape[1]
+        ids = F.pad(batch.inputs, (missing, 0), value=self.pad_id)
+        return Batch(ids, F.pad(batch.attention_mask, (missing, 0)), batch.labels)
 
     def prompts(self, examples: Sequence[dict[str, Any]]) -> Batch:
         """Encode and left-pad the prompts of examples alone."""

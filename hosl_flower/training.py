@@ -78,10 +78,7 @@ def train(method: Method, session: Session, link: Link, report: Report) -> Resul
         link.traffic = earlier_traffic(session.resumed)
     describe_all(session, link)
     check_clients(session, link, session.clients, session.done)
-    judge = link
-    if config.evaluation == "central":  # data of the server's own, labels and all
-        spec, limits = session.spec, replace(session.limits, private_labels=False)
-        judge = InProcessLink(Client(replace(spec, labels="server")), session.history, limits)
+    judge = judge_of(session, link)
     report.open(method, session)
     if not session.resumed:
         method.settle(session)
@@ -117,6 +114,16 @@ def train(method: Method, session: Session, link: Link, report: Report) -> Resul
             report.checkpoint(step, session, method, link.traffic)
             saved = step
     return finish(method, session, link, report)
+
+
+def judge_of(session: Session, link: Link) -> Link:
+    """Where evaluations are asked for: of the clients, or, centrally, of data of the server's own,
+    labels and all."""
+    if session.config.evaluation == "split":
+        return link
+    limits = replace(session.limits, private_labels=False, label_counts=True)
+    spec = replace(session.spec, labels="server", activation_noise=0.0, dp_noise=0.0)
+    return InProcessLink(Client(spec), session.history, limits)
 
 
 @contextlib.contextmanager

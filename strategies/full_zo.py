@@ -15,6 +15,7 @@ and answer words that the ledger says. Of the LM head the answer words' rows are
 from the embedding they may be tied to.
 """
 
+from hosl_flower.accountant import epsilon
 from hosl_flower.errors import ConfigError
 from hosl_flower.session import Session
 from strategies.heron import Heron
@@ -23,26 +24,30 @@ from strategies.heron import Heron
 class FullZo(Heron):
     """Per step and client: E * P scalars up and down, nothing else.
 
-    Run-config keys: those of HO-SFL that are about clients. cut-layer must be the number of blocks.
+    Run-config keys: those of HO-SFL that are about clients, and dp-noise, dp-clip and dp-delta
+    (privacy.py). cut-layer must be the number of blocks.
     """
 
     name = "full-zo"
-    uses = ("scalar-clip",)
+    uses = ("scalar-clip", "dp-noise", "dp-clip", "dp-delta")
     unused = (
         "turn-steps",
         "server-trainable",
         "server-optimizer",
         "server-learning-rate",
         "server-micro-batch",
+        "activation-noise",
     )
 
     def check(self, session: Session) -> None:
-        """ConfigError unless clients hold all blocks."""
+        """ConfigError unless clients hold all blocks, and where epsilon cannot be computed."""
         if session.spec.cut_layer != session.base.blocks:
             raise ConfigError(
                 f"{self.name} trains whole models on the clients: it needs cut-layer = "
                 f"{session.base.blocks}, the number of blocks of {session.spec.model}"
             )
+        if self.config.dp_noise:
+            epsilon(self.config.dp_noise, 1, self.config.dp_delta)  # whether it can be told
 
     def settle(self, session: Session) -> None:
         """The head that evaluates is the clients'."""

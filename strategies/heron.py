@@ -19,6 +19,7 @@ before the local steps.
 """
 
 from collections.abc import Sequence
+from math import nan
 
 from hosl_flower.cohort import Cohort, Question, absent
 from hosl_flower.link.base import Link
@@ -40,7 +41,7 @@ class Heron(HoSfl):
     keeps_labels = False
 
     def steps(self, session: Session, link: Link, steps: Sequence[int]) -> list[float]:
-        """These steps; the weighted losses of the clients' heads before each."""
+        """These steps; the weighted losses of the clients' heads before each, if they tell them."""
         away = absent(session, link)
         cohorts = [Cohort(session, step, session.sample(step, away)) for step in steps]
         probed, forward = Question(session, link), Question(session, link)
@@ -61,7 +62,8 @@ class Heron(HoSfl):
         for cohort in cohorts:
             replies = probed.answers(cohort)
             shares = zip(cohort.partitions, cohort.weights, strict=True)
-            losses.append(sum(share * replies[m].loss for m, share in shares))
+            told = not self.config.dp_noise
+            losses.append(sum(share * replies[m].loss for m, share in shares) if told else nan)
             updates.append(self.merge(session, cohort, replies))
         for cohort, update in zip(cohorts, updates, strict=True):
             self.commit(session, cohort, update)

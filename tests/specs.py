@@ -21,6 +21,7 @@ _DEFAULTS: dict[str, Any] = {
     "train_examples": 50, "held_out_examples": 0, "eval_examples": 20, "batch_size": 3,
     "eval_batch_size": 8, "client_micro_batch": 0,
     "image_size": 0, "max_length": 32, "max_new_tokens": 8, "seed": 0,
+    "activation_noise": 0.0, "dp_noise": 0.0, "dp_clip": 0.0,
 }  # fmt: skip
 
 

@@ -1,0 +1,142 @@
+"""Noise on activations: its size, that there is one for each example, and what it leaves alone."""
+
+import pytest
+import torch
+from runs import run_factory, write_questions
+from specs import client_spec
+
+from hosl_flower.client import Client
+from hosl_flower.errors import ConfigError
+from hosl_flower.messages import CutGradient, Forward, Probe
+from hosl_flower.veil import Veil
+from strategies.frozen_client import FrozenClient
+from strategies.full_zo import FullZo
+from strategies.ho_sfl import HoSfl
+
+SPEC = client_spec(activation_noise=0.5)
+OPEN = client_spec()
+
+
+@pytest.fixture
+def make(tiny_opt, tmp_path):
+    still = {"directions": 1, "client-learning-rate": 1e-6}
+    return run_factory(FrozenClient, tiny_opt, tmp_path, **still)
+
+
+def sequences(count=3, length=5, hidden=400):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, 50, (count, length), generator=generator)
+    return torch.randn(count, length, hidden, generator=generator) * 3, ids, torch.ones_like(ids)
+
+
+def test_noise_has_its_share_of_each_tokens_size():
+    h, ids, mask = sequences()
+    h[:, 2] *= 100
+    noise = Veil(0.25, b"s").over(h, ids, mask) - h
+    share = noise.square().mean(-1).sqrt() / h.square().mean(-1).sqrt()
+    assert share.sub(0.25).abs().max() < 4 * 0.25 / (2 * 400) ** 0.5
+    assert abs(float((noise / h.square().mean(-1, keepdim=True).sqrt()).mean())) < 0.02
+
+
+def test_an_example_has_one_noise_wherever_it_is():
+    veil = Veil(1.0, b"s")
+    h, ids, mask = sequences()
+    noise = veil.over(h, ids, mask) - h
+    turned = veil.over(h.flip(0), ids.flip(0), mask) - h.flip(0)
+    assert turned.flip(0).allclose(noise, atol=1e-5)
+    longer = torch.zeros(3, 7, 400), torch.ones(3, 7, dtype=ids.dtype), torch.zeros(3, 7)
+    for wide, own in zip(longer, (h, ids, mask), strict=True):
+        wide[:, 2:] = own
+    padded = veil.over(*longer)
+    assert padded[:, :2].abs().max() == 0
+    assert (padded[:, 2:] - h).allclose(noise, atol=1e-5)
+    other = Veil(1.0, b"t").over(h, ids, mask) - h
+    assert (other - noise).abs().mean() > 1
+    ids[0, 0] += 1
+    changed = veil.over(h, ids, mask) - h
+    assert (changed[0] - noise[0]).abs().mean() > 1
+    assert changed[1:].allclose(noise[1:], atol=1e-5)
+
+
+def test_pixels_are_an_example_too():
+    veil, pixels = Veil(1.0, b"s"), torch.rand(2, 3, 4, 4)
+    h, mask = torch.ones(2, 9, 6), torch.ones(2, 9, dtype=torch.int64)
+    first, second = veil.over(h, pixels, mask) - h
+    assert (first - second).abs().mean() > 0.5
+    assert (veil.over(h[:1], pixels[1:], mask[:1])[0] - 1).allclose(second, atol=1e-6)
+
+
+def test_sixteen_bits_stay_sixteen():
+    h, ids, mask = sequences()
+    assert Veil(0.5, b"s").over(h.bfloat16(), ids, mask).dtype == torch.bfloat16
+
+
+def asked(spec, *requests, secret=None):
+    client = Client(spec, secret=secret)
+    at = {"step": 1, "partition": 0, "position": 0, "digest": client.state.digest}
+    return list(client.answer([kind(**at, **own) for kind, own in requests]))
+
+
+FORWARD = (Forward, {"batch": 0})
+
+
+def test_what_is_asked_again_is_the_same():
+    (first,), (again, twice) = asked(SPEC, FORWARD), asked(SPEC, FORWARD, FORWARD)
+    (plain,) = asked(OPEN, FORWARD)
+    assert first.activations.equal(again.activations)
+    assert first.activations.equal(twice.activations)
+    assert not first.activations.allclose(plain.activations, rtol=0.1)
+    (other,) = asked(SPEC, FORWARD, secret=b"x" * 32)
+    assert not other.activations.allclose(first.activations, rtol=0.1)
+
+
+def test_probes_of_an_example_share_its_noise():
+    probes = [(Probe, {"batch": 0, "seed": 3, "coefficient": sign * 1e-4}) for sign in (1, -1)]
+    noisy, plain = ([r.activations for r in asked(spec, *probes)] for spec in (SPEC, OPEN))
+    mask = asked(OPEN, FORWARD)[0].attention_mask
+    difference = (plain[0] - plain[1])[mask]
+    found = (noisy[0] - noisy[1])[mask]
+    # the noise of a probe has the probe's own size: nearly the same, not quite
+    assert float((found - difference).norm() / difference.norm()) < 0.5
+    apart = (noisy[0] - plain[0])[mask]
+    assert float(apart.norm()) > 10 * float(difference.norm())
+
+
+def test_a_clients_own_numbers_are_of_its_activations_as_they_are():
+    (reply,) = asked(OPEN, FORWARD)
+    gradient = torch.randn(reply.activations.shape, generator=torch.Generator().manual_seed(1))
+    request = (
+        CutGradient,
+        {
+            "batch": 0, "gradient": gradient, "scales": torch.empty(0), "scale": 1.0,
+            "directions": 2, "seeds": (1, 2), "epsilon": 1e-3, "learning_rate": 1e-3,
+        },
+    )  # fmt: skip
+    (noisy,), (plain,) = asked(SPEC, request), asked(OPEN, request)
+    assert noisy.scalars.equal(plain.scalars)
+
+
+def test_central_evaluations_are_without_noise(make):
+    still = {"server_learning_rate": 0.0, "steps": 1, "eval_every": 1, "save_model": False}
+    plain, _, _ = make(**still)
+    split, _, _ = make(**still, activation_noise=1.0)
+    central, _, _ = make(**still, activation_noise=1.0, evaluation="central")
+    assert central.loss == pytest.approx(plain.loss, rel=1e-6)
+    assert abs(split.loss - plain.loss) > 1e-3
+
+
+def test_the_same_run_with_noise_is_the_same_and_trains_on_it(make):
+    keys = {"activation_noise": 1.0, "client_learning_rate": 1e-3, "save_model": False}
+    first, _, _ = make(HoSfl, **keys)
+    again, _, _ = make(HoSfl, **keys)
+    assert again.evaluations == first.evaluations
+    plain, _, _ = make(HoSfl, client_learning_rate=1e-3, save_model=False)
+    assert plain.evaluations[-1] != first.evaluations[-1]
+
+
+def test_where_there_are_no_activations_or_text_is_written_noise_is_refused(make, tmp_path):
+    with pytest.raises(ConfigError, match="full-zo does not use activation-noise"):
+        make(FullZo, cut_layer=3, activation_noise=1.0, server_learning_rate=1e-3)
+    own = {"task": "squad", "data-path": str(write_questions(tmp_path / "q")), "prompt": ""}
+    with pytest.raises(ConfigError, match="activation-noise is for choices"):
+        make(**own, verbalizers="", activation_noise=1.0)
