@@ -77,15 +77,17 @@ from hosl_flower.veil import veil_of
 log = logging.getLogger("hosl_flower")
 
 
-# asks for what follows from a client's examples
-_TELLING = (Forward, Evaluate, HiddenStates, HeldOutStates)
+# with dp-noise all that is answered: what else there is may tell of examples
+_PRIVATE = (
+    Describe, HeadProbe, Losses, CatchUp, Restore, Move, Fetch, Adopt, Fingerprint,
+)  # fmt: skip
 
 
 class Client(Follower):
     """The client submodel with its state, and the data of the partitions served.
 
     data_path, model: this node's own, instead of the run's (node config). secret: of this device's
-    noise (secret.py); None where clients are simulated.
+    noise (secret.py), for runs that have any: ValueError without.
     """
 
     submodel: ClientSubmodel
@@ -99,7 +101,7 @@ class Client(Follower):
         secret: bytes | None = None,
     ):
         self.spec = spec
-        secret = secret or simulated_secret(spec.seed)
+        self.secret = secret
         self.mechanism, self.veil = mechanism_of(spec, secret), veil_of(spec, secret)
         self.device = pick_device(device or spec.device)
         self.model = model or spec.model
@@ -175,8 +177,7 @@ class Client(Follower):
         return f"{kind}: the reason is in the log of this client, which keeps its data to itself"
 
     def _handle(self, request: Request) -> Answer:
-        tells = isinstance(request, _TELLING) and not isinstance(request, HeadProbe)
-        if tells and self.mechanism is not None:
+        if self.mechanism is not None and not isinstance(request, _PRIVATE):
             raise ProtocolError(
                 f"{request.kind}: with dp-noise nothing but noisy scalars leaves this client"
             )
@@ -217,11 +218,14 @@ class Client(Follower):
     def _describe(self, request: Describe) -> Answer:
         self.encoder.check(self.config)
         data = self.pool.client(request.partition)
+        if self.mechanism is not None:  # a step is not to fail for what is in one example
+            data.check()
         return Described, {
             "train_examples": len(data.train),
             "held_out_examples": len(data.held_out),
             "label_counts": tuple(data.label_counts()) if self.spec.tells_labels else (),
             "memory_meter": self.meter.name,
+            "simulated_noise": self.secret == simulated_secret(self.spec.seed),
         }
 
     def _fingerprints(self, request: Fingerprint) -> Answer:
@@ -230,8 +234,7 @@ class Client(Follower):
         return Fingerprinted, {"positions": tuple(trail), "fingerprints": tuple(trail.values())}
 
     def _probe(self, request: Probe) -> Answer:
-        batch = self.compute.train_batch(request)
-        return Activations, self.compute.activations("probe", batch, request.point)
+        return Activations, self.compute.probed(request)
 
     def _forward(self, request: Forward) -> Answer:
         return Activations, self.compute.clean(request)
@@ -290,6 +293,11 @@ class Client(Follower):
         Adopt: Follower.adopt,
         Fingerprint: _fingerprints,
     }
+
+
+def simulated_client(spec: ClientSpec) -> Client:
+    """One whose noise, if the run has any, follows from the run's seed: it hides nothing."""
+    return Client(spec, secret=simulated_secret(spec.seed))
 
 
 def new_state(submodel: ClientSubmodel, spec: ClientSpec) -> ClientState:

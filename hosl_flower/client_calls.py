@@ -8,7 +8,7 @@ from hosl_flower.link.dial import serve
 from hosl_flower.link.records import pack, unpack_invitation, unpack_requests
 from hosl_flower.messages import Failure
 from hosl_flower.node_config import is_simulated
-from hosl_flower.secret import device_secret
+from hosl_flower.secret import device_secret, simulated_secret
 from hosl_flower.spec import ClientSpec, use_threads
 
 # The client of the run this process served last. A Ray worker answers many messages, for many
@@ -46,8 +46,9 @@ def _client(spec: ClientSpec, context: Context) -> Client:
         for key, name in (("data_path", "data-path"), ("model", "model-path"), ("device", "device"))
     }
     secret = None
-    if (spec.dp_noise or spec.activation_noise) and not is_simulated():
-        secret = device_secret(str(context.node_config.get("noise-secret", "")))
+    if spec.dp_noise or spec.activation_noise:
+        path = str(context.node_config.get("noise-secret", ""))
+        secret = simulated_secret(spec.seed) if is_simulated() else device_secret(path)
     key = f"{spec.to_json()}|{sorted(own.items())}"
     if key not in _cached:
         _cached.clear()

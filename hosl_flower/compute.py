@@ -34,6 +34,7 @@ from hosl_flower.requests import (
     HiddenStates,
     LocalStep,
     LocalTrain,
+    Probe,
     Request,
 )
 from hosl_flower.residual import residual_gradients
@@ -106,7 +107,7 @@ class Compute:
         """Activations of a held-out batch."""
         data = self.pool.client(request.partition)
         batch = data.held_out_batch(request.batch, self.spec.eval_batch_size)
-        return self.activations("evaluate", batch)
+        return self.activations("evaluate", batch, self._weights(request))
 
     def continued(self, request: Continue) -> dict[str, Any]:
         """Activations of held-out prompts, or of the tokens after them. A process that does not
@@ -174,14 +175,27 @@ class Compute:
         yield from self._prompts[1].tensors() if self._prompts else ()
         yield from more
 
-    def activations(self, phase: str, batch: Batch, point: Point = HERE) -> dict[str, Any]:
-        """Of a mini-batch at a point around the weights."""
+    def activations(
+        self, phase: str, batch: Batch, weights: str, point: Point = HERE
+    ) -> dict[str, Any]:
+        """Of a mini-batch at a point around the weights. weights: what these are known by."""
         with self.phase(phase, batch.tokens):
-            return self._reply(batch, self.forwards.pieces(batch, point))
+            return self._reply(batch, self.forwards.pieces(batch, point), weights)
 
-    def _reply(self, batch: Batch, pieces: Pieces) -> dict[str, Any]:
+    def probed(self, request: Probe) -> dict[str, Any]:
+        """Activations of a mini-batch at a probe."""
         if self.veil is not None:
-            pieces = self._veiled(batch, pieces)
+            raise ProtocolError("probe: with activation-noise no probe leaves this client")
+        batch = self.train_batch(request)
+        return self.activations("probe", batch, self._weights(request), request.point)
+
+    def _weights(self, request: Request) -> str:
+        """What the weights a request is about are known by."""
+        return f"{request.digest}+{request.local}"
+
+    def _reply(self, batch: Batch, pieces: Pieces, weights: str) -> dict[str, Any]:
+        if self.veil is not None:
+            pieces = self._veiled(batch, pieces, weights)
         coded = ((first, encode(piece, self.spec.codec)) for first, piece in pieces)
         activations, scales = put_together(coded, len(batch.inputs))
         return {
@@ -191,11 +205,12 @@ class Compute:
             "labels": batch.labels if self.head is None else batch.labels[:0],
         }
 
-    def _veiled(self, batch: Batch, pieces: Pieces) -> Pieces:
+    def _veiled(self, batch: Batch, pieces: Pieces, weights: str) -> Pieces:
         assert self.veil is not None
         for first, piece in pieces:
             rows = slice(first, first + len(piece))
-            yield first, self.veil.over(piece, batch.inputs[rows], batch.attention_mask[rows])
+            mask = batch.attention_mask[rows]
+            yield first, self.veil.over(piece, batch.inputs[rows], mask, weights)
 
     def train_labels(self, request: HiddenStates) -> Tensor:
         """Of the mini-batch of a request."""
@@ -240,10 +255,10 @@ class Compute:
         micro-batches memory matters more than time: then they are computed again."""
         batch = self.train_batch(request)
         if self.spec.client_micro_batch or not request.anchor:
-            return self.activations("forward", batch)
+            return self.activations("forward", batch, self._weights(request))
         with self.phase("forward", batch.tokens):
             ((_, activations),) = self.forwards.pieces(batch)
-            reply = self._reply(batch, [(0, activations)])
+            reply = self._reply(batch, [(0, activations)], self._weights(request))
         self._anchors[request.partition, request.batch] = _Anchor(batch, activations)
         while sum(a.activations.nbytes for a in self._anchors.values()) > _ANCHOR_BYTES:
             self._anchors.popitem(last=False)
@@ -299,13 +314,17 @@ class Compute:
         """Probe the auxiliary head's loss, each local step on the next mini-batch (HERON-SFL);
         the scalars, and the loss before the steps, which differential privacy keeps at 0."""
         size, clean = self.spec.batch_size, list[float]()
-        data, first = self.pool.client(request.partition), self.train_batch(request)
+        data = self.pool.client(request.partition)
 
         def batch(step: int) -> Batch:
-            own = self.train_batch(request, step) if step else first
+            own = self.train_batch(request, step)
             return own if self.mechanism is None else self._encoder.filled(own)
 
-        batches = Batches(batch, lambda step: data.repeated(request.batch + step, size))
+        first = batch(0)
+        batches = Batches(
+            lambda step: batch(step) if step else first,
+            lambda step: data.repeated(request.batch + step, size),
+        )
         if self.mechanism is None:
             estimator = plain(self.forwards, request, batches, clean.append)
         else:

@@ -117,7 +117,10 @@ def _privacy(config: RunConfig) -> Iterator[str]:
     if not config.dp_noise:
         return
     if not config.dp_clip:
-        yield "dp-noise needs dp-clip: noise hides what is bounded"
+        yield (
+            "dp-noise needs dp-clip, since noise hides what is bounded: set it to the median norm "
+            "of one example's projected gradients, of public data"
+        )
     if config.evaluation == "split":
         yield (
             "dp-noise needs evaluation = central: through the split, clients send activations of "

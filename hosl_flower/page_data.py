@@ -78,8 +78,8 @@ class Run:
 
     @property
     def steps_done(self) -> int:
-        """The last step there is a training loss of."""
-        return self.losses[-1][0] if self.losses else 0
+        """The last step there is a line of."""
+        return max((row.step for row in self.metrics if row.held_out is None), default=0)
 
     def total(self, way: dict[str, Sent]) -> int | None:
         """Bytes of all kinds; None where none are recorded."""

@@ -58,6 +58,14 @@ class Clients(Read):
     dropped: list[Dropped] = []
 
 
+class Privacy(Read):
+    """What differential privacy has cost, by client."""
+
+    epsilon: dict[str, float] = {}
+    delta: float | None = None
+    simulated: bool = False
+
+
 class ResultsFile(Read):
     """results.json, as far as a page needs it."""
 
@@ -83,6 +91,7 @@ class ResultsFile(Read):
     client_peak_memory: Memory = Memory()
     client_parameters: dict[str, int] = {}
     clients: Clients = Clients()
+    privacy: Privacy | None = None
     fingerprint: str = ""
     ledger_digest: str = ""
 

@@ -117,6 +117,8 @@ def side_by_side(runs: Sequence[Run]) -> Html:
 
     measures = {run.measure for run in runs}
     outcome = [row for row in _OUTCOME if _MEASURED.get(row[0], "") in ("", *measures)]
+    if any(run.results.privacy for run in runs):
+        outcome.append(("epsilon, per example", _epsilon))
     return section(
         "runs",
         "What was trained, and what came of it",
@@ -133,6 +135,14 @@ def side_by_side(runs: Sequence[Run]) -> Html:
             "holds any, optimizer state in both."
         ),
     )
+
+
+def _epsilon(run: Run) -> object:
+    cost = run.results.privacy
+    if cost is None or not cost.epsilon:
+        return None
+    said = f"{number(max(cost.epsilon.values()), 2)} at delta {cost.delta:g}"
+    return f"{said}, simulated" if cost.simulated else said
 
 
 def _key(name: str) -> Callable[[Run], object]:

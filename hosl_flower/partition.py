@@ -155,6 +155,11 @@ class ClientData:
         rows = [self._row(i) for i in range(number * size, (number + 1) * size)]
         return torch.tensor(self.train[rows]["label"])
 
+    def check(self) -> None:
+        """DataError where a training example cannot be encoded."""
+        for row in range(len(self.train)):
+            self.encoder.collate([self.train[row]])
+
     def held_out_labels(self, first: int, count: int) -> Tensor:
         """Labels int64 of held-out examples first.., at most so many."""
         return torch.tensor(self.held_out["label"][:][first : first + count])

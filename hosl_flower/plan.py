@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from hosl_flower.client import Client
+from hosl_flower.client import Client, simulated_client
 from hosl_flower.config import RunConfig
 from hosl_flower.errors import ConfigError
 from hosl_flower.held_out import score_batches
@@ -119,7 +119,7 @@ def _plan(config: RunConfig) -> Plan:
     config = config.model_copy(update={"resume": ""})  # from the first step, whatever is there
     method = load_strategy(config)
     session = method._open("plan")
-    client = Client(session.spec)
+    client = simulated_client(session.spec)
     link = InProcessLink(client, session.history, session.limits)
     describe_all(session, link)
     method.settle(session)
@@ -161,7 +161,7 @@ def peaks_of(config: RunConfig, partitions: list[int]) -> dict[str, int]:
         method = load_strategy(config)
         session = method._open("plan")
         session.sample = lambda step, absent=(): partitions  # type: ignore[method-assign]
-        client = Client(session.spec)
+        client = simulated_client(session.spec)
         batch = session.encoder.largest(config.batch_size)
         client.compute.train_batch = lambda *_: batch  # type: ignore[method-assign]
         client.compute.train_labels = lambda *_: batch.labels  # type: ignore[method-assign]
@@ -185,7 +185,7 @@ def _evaluate(session: Session, client: Client) -> None:
     """The largest part of an evaluation there can be, on shapes."""
     compute, held_out = client.compute, session.clients[0].held_out_examples
     size = min(session.config.eval_batch_size, held_out)
-    compute.activations("evaluate", session.encoder.largest(size))
+    compute.activations("evaluate", session.encoder.largest(size), "")
     if compute.head is not None:  # labels = client: it scores hidden states too
         wanted = compute.head.answers.states_per_example, compute.head.weight.shape[1]
         examples = min(held_out, max(1, STATES_BYTES // (4 * math.prod(wanted))))

@@ -19,10 +19,11 @@ import hmac
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hosl_flower.discrete_gaussian import Bits, discrete_gaussian
+from hosl_flower.secret import given
 from hosl_flower.spec import ClientSpec
 from hosl_flower.zo import Point, probe_points, to_float32
 
@@ -36,12 +37,13 @@ class Mechanism:
 
     clip: float
     noise: float
-    secret: bytes
+    secret: bytes = field(repr=False)
 
     def release(self, gradients: Sequence[Sequence[float]], about: dict[str, Any]) -> list[float]:
         """The noisy mean of clipped gradients [B][P], exact float32.
 
-        about: all that the gradients depend on but the data: as JSON.
+        about: all that the gradients depend on but the data: as JSON. DivergedError for what
+        float32 cannot hold.
         """
         columns = zip(*(in_units(own, self.clip) for own in gradients), strict=True)
         totals = [sum(column) for column in columns]
@@ -52,9 +54,11 @@ class Mechanism:
         return [to_float32(value * self.clip / UNITS / len(gradients)) for value in noisy]
 
 
-def mechanism_of(spec: ClientSpec, secret: bytes) -> Mechanism | None:
-    """Of a run; None without dp-noise."""
-    return Mechanism(spec.dp_clip, spec.dp_noise, secret) if spec.dp_noise else None
+def mechanism_of(spec: ClientSpec, secret: bytes | None) -> Mechanism | None:
+    """Of a run; None without dp-noise. ValueError for noise without a secret."""
+    if not spec.dp_noise:
+        return None
+    return Mechanism(spec.dp_clip, spec.dp_noise, given(secret))
 
 
 def in_units(gradient: Sequence[float], clip: float) -> list[int]:

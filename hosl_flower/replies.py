@@ -30,13 +30,15 @@ class Reply:
 @dataclass(frozen=True, config=STRICT)
 class Described(Reply):
     """label_counts: training examples per label, none where labels are the client's;
-    memory_meter: what tensor_peaks measures."""
+    memory_meter: what tensor_peaks measures; simulated_noise: the noise of what it sends follows
+    from the run's seed."""
 
     kind: ClassVar[str] = "described"
     train_examples: Count
     held_out_examples: Count
     label_counts: Counts
     memory_meter: Literal["live_storages", "cuda_allocated"]
+    simulated_noise: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -112,6 +112,9 @@ class Report:
         (self.directory / "results.json").unlink(missing_ok=True)
         for left in ("model", ".model.part"):
             shutil.rmtree(self.directory / left, ignore_errors=True)
+        session.retaken += self._steps_after(state["sizes"]["metrics.jsonl"]) * (
+            session.config.local_steps
+        )
         for name, size in state["sizes"].items():
             os.truncate(self.directory / name, size)
         session.history.ledger.go_on(self.directory / "ledger.jsonl")
@@ -119,6 +122,14 @@ class Report:
         self._seconds.update(state["seconds"])
         self._earlier = state["wall_seconds"]
         log.info("resumed after step %d", session.done)
+
+    def _steps_after(self, size: int) -> int:
+        """Steps that a run has begun after a checkpoint, at most: those that metrics.jsonl has
+        beyond this size, and those that were asked for at once when it ended."""
+        with (self.directory / "metrics.jsonl").open("rb") as file:
+            file.seek(size)
+            done = sum(b'"seconds"' in line for line in file)
+        return done + self.config.steps_per_message
 
     def checkpoint(self, step: int, session: Session, method: Resumable, traffic: Traffic) -> None:
         """Write a checkpoint. One that cannot be written ends no run: the last is still there."""

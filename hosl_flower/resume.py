@@ -119,6 +119,8 @@ def collect(
             "checked_at": session.checked_at,
             "dropped": session.dropped,
             "clipped": sorted(session.clipped.items()),
+            "train_examples": sorted(session.train_examples.items()),
+            "retaken": session.retaken,
         },
         "traffic": asdict(traffic),
         "report": report,
@@ -154,6 +156,8 @@ def restore(checkpoint: Checkpoint, session: Session, method: Resumable) -> None
         session.unchecked = set(own["unchecked"])
         session.dropped = [Drop(*drop) for drop in own["dropped"]]
         session.clipped = Counter(dict(own.get("clipped", ())))
+        session.train_examples = dict(own.get("train_examples", ()))
+        session.retaken = own.get("retaken", 0)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(
             f"the checkpoint of step {checkpoint.step} does not fit this run ({error})"

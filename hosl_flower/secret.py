@@ -1,12 +1,22 @@
 """The secret that a device's noise follows from (privacy.py, veil.py)."""
 
+import contextlib
 import hashlib
 import os
+import stat
+import tempfile
 from pathlib import Path
 
 from hosl_flower.errors import ConfigError
 
 _BYTES = 32
+
+
+def given(secret: bytes | None) -> bytes:
+    """ValueError where there is none: noise that anybody can compute hides nothing."""
+    if secret is None or len(secret) != _BYTES:
+        raise ValueError(f"noise needs a secret of {_BYTES} bytes")
+    return secret
 
 
 def simulated_secret(seed: int) -> bytes:
@@ -25,23 +35,17 @@ def device_secret(path: str) -> bytes:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         if not file.exists():
-            part = file.with_name(f".{file.name}.{os.getpid()}")
-            handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(handle, "w") as out:
-                out.write(os.urandom(_BYTES).hex() + "\n")
-                out.flush()
-                os.fsync(out.fileno())
-            try:
-                os.link(part, file)  # unlike a rename: whoever was first, wins
-            except FileExistsError:
-                pass
-            finally:
-                part.unlink()
+            _make(file)
+        if stat.S_IMODE(file.stat().st_mode) & 0o077:
+            raise ConfigError(
+                f"{file}, the secret of this device's noise, can be read by others: chmod 600 it, "
+                "or remove it, if they may have, and a new one is made"
+            )
         secret = bytes.fromhex(file.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"the secret of this device's noise, {file}, cannot be read or made ({error}): set "
-            "noise-secret in the node config to a file that can"
+            "noise-secret in the node config to a file that can, on a file system with hard links"
         ) from error
     if len(secret) != _BYTES:
         raise ConfigError(
@@ -49,3 +53,17 @@ def device_secret(path: str) -> bytes:
             "one is made"
         )
     return secret
+
+
+def _make(file: Path) -> None:
+    """Whole or not at all; whoever is first, wins."""
+    handle, part = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")  # for its owner alone
+    try:
+        with os.fdopen(handle, "w") as out:
+            out.write(os.urandom(_BYTES).hex() + "\n")
+            out.flush()
+            os.fsync(out.fileno())
+        with contextlib.suppress(FileExistsError):
+            os.link(part, file)  # unlike a rename, it does not replace
+    finally:
+        os.unlink(part)

@@ -87,6 +87,8 @@ class Session:
     clients: dict[int, Described] = field(default_factory=dict)
     batches: Counter[int] = field(default_factory=Counter)
     took_part: Counter[int] = field(default_factory=Counter)  # steps completed, by partition
+    train_examples: dict[int, int] = field(default_factory=dict)  # of all clients ever described
+    retaken: int = 0  # mini-batches of steps that a resumed run has taken again, at most
     evaluator: int | None = None  # the client whose held-out part the curve is about
     unchecked: set[int] = field(default_factory=set)  # took part since the last fingerprints
     checked_at: int = 0  # ledger position of the last fingerprints
@@ -191,19 +193,21 @@ class Session:
     def privacy(self, batches: int = 0) -> dict[str, Any] | None:
         """What differential privacy has cost each client: epsilon at dp-delta, and how often one of
         its examples was used, at most; None without. batches: mini-batches of each, instead of
-        those served so far."""
+        those served so far. ConfigError without an accountant."""
         config = self.config
         if not config.dp_noise:
             return None
         uses = {
-            str(p): most_uses(batches or self.batches[p], config.batch_size, own.train_examples)
-            for p, own in sorted(self.clients.items())
+            str(p): most_uses(batches or self.batches[p], config.batch_size, examples)
+            + most_uses(self.retaken, config.batch_size, examples)
+            for p, examples in sorted(self.train_examples.items())
         }
         costs = {n: epsilon(config.dp_noise, n, config.dp_delta) for n in set(uses.values())}
         return {
             "noise": config.dp_noise,
             "clip": config.dp_clip,
             "delta": config.dp_delta,
+            "simulated": any(client.simulated_noise for client in self.clients.values()),
             "epsilon": {p: costs[n] for p, n in uses.items()},
             "uses": uses,
         }

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
-from hosl_flower.client import Client
+from hosl_flower.client import simulated_client
 from hosl_flower.config import RunConfig, parse_config
 from hosl_flower.errors import ConfigError, HoslError
 from hosl_flower.link.base import Link
@@ -155,7 +155,7 @@ class SplitStrategy(Strategy):
         with RunLog() as kept:
             report = Report(self.config, kept)
             session = self._open("in-process")
-            link = InProcessLink(Client(session.spec), session.history, session.limits)
+            link = InProcessLink(simulated_client(session.spec), session.history, session.limits)
             return train(self, session, link, report)
 
     def _open(self, run: str) -> Session:

@@ -59,10 +59,12 @@ def plan(method: Any, session: Session) -> Iterable[str]:
     if cost := session.privacy(config.steps * config.local_steps):
         yield (
             f"differential privacy of each training example: epsilon at most "
-            f"{max(cost['epsilon'].values()):.3g} at delta {cost['delta']:g}, if its client takes "
-            f"part in every step (used {max(cost['uses'].values())} times); training losses are "
-            "not told"
+            f"{max(cost['epsilon'].values()):.3g} at delta {cost['delta']:g} for the clients that "
+            f"are there, if they take part in every step, {max(cost['uses'].values())} uses each; "
+            "training losses are not told"
         )
+        if cost["simulated"]:
+            yield "the noise is SIMULATED: it follows from the run's seed, and protects nobody"
 
 
 def table(results: "Results", traffic: Traffic) -> str:
@@ -87,7 +89,10 @@ def table(results: "Results", traffic: Traffic) -> str:
         rows["clipped"] = f"{sum(clipped.values())} scalars of {len(clipped)} client(s)"
     if results.privacy:
         most = max(results.privacy["epsilon"].values())
-        rows["privacy"] = f"epsilon {most:.3g} at delta {results.privacy['delta']:g}, per example"
+        rows["privacy"] = (
+            f"epsilon {most:.3g} at delta {results.privacy['delta']:g}, per example"
+            + ", SIMULATED" * results.privacy["simulated"]
+        )
     for name, value in rows.items():
         grid.add_row(name, value)
     return _rendered(grid)

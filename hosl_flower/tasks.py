@@ -210,9 +210,10 @@ class Encoder:
         return self._padded(rows, self.answers.labels(examples))
 
     def filled(self, batch: Batch) -> Batch:
-        """The same, padded to max_length: its shape tells nothing of the examples, and no example's
-        rounding depends on another's length."""
-        missing = self.max_length - batch.inputs.shape[1]
+        """The same, padded to one more than max_length: its shape tells nothing of the examples,
+        and no example's rounding depends on another's length. One more, since attention is computed
+        in another way where nothing is padding."""
+        missing = self.max_length + 1 - batch.inputs.shape[1]
         ids = F.pad(batch.inputs, (missing, 0), value=self.pad_id)
         return Batch(ids, F.pad(batch.attention_mask, (missing, 0)), batch.labels)
 

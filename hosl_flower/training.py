@@ -172,6 +172,15 @@ def describe_all(session: Session, link: Link) -> None:
             continue
         assert isinstance(reply, Described)  # Link has checked it
         session.clients[partition] = reply
+        known = session.train_examples.setdefault(partition, reply.train_examples)
+        if known != reply.train_examples:
+            log.warning(
+                "client %d had %d training examples before the run was resumed, and has %d now",
+                partition,
+                known,
+                reply.train_examples,
+            )
+            session.train_examples[partition] = min(known, reply.train_examples)
     if len(session.clients) < session.required_clients:
         raise ClientError(f"{len(session.clients)} client(s) are there; {'; '.join(absent[:3])}")
 

@@ -63,6 +63,7 @@ class Hosl(SplitStrategy):
         "aggregation",
         "trim-fraction",
         "server-micro-batch",
+        "activation-noise",
     )
 
     def steps(self, session: Session, link: Link, steps: Sequence[int]) -> list[float]:

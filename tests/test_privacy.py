@@ -8,25 +8,27 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from runs import metrics, run_factory
 from specs import client_spec
 from test_ho_sfl import link_that
+from test_messages import ALL
 
 from hosl_flower import client_calls, privacy
 from hosl_flower.accountant import epsilon, most_uses
-from hosl_flower.client import Client
+from hosl_flower.client import Client, simulated_client
 from hosl_flower.discrete_gaussian import Bits, discrete_gaussian, discrete_laplace
 from hosl_flower.errors import ConfigError
 from hosl_flower.messages import (
     Describe,
     Described,
-    Evaluate,
     Failure,
-    Forward,
+    Fetch,
+    Fingerprint,
     HeadProbe,
-    Probe,
+    Request,
     Scalars,
 )
 from hosl_flower.privacy import (
@@ -194,7 +196,7 @@ def test_what_cannot_be_private_is_refused(make, method, changes, match):
 
 
 def probe_of(spec, **changes):
-    at = {"step": 1, "partition": 0, "position": 0, "digest": Client(spec).state.digest}
+    at = {"step": 1, "partition": 0, "position": 0, "digest": simulated_client(spec).state.digest}
     own = {"batch": 0, "directions": 2, "seeds": (5, 6, 7, 8), "epsilon": 1e-3}
     return HeadProbe(**{**at, **own, "learning_rate": 1e-4, **changes})
 
@@ -209,7 +211,7 @@ def test_with_hardly_any_noise_and_a_wide_clip_a_client_answers_as_it_would_with
     same = {**vars(SPEC), "batch_size": 5}  # of 10 examples: none twice
     loose = client_spec(**{**same, "dp_noise": 1e-6, "dp_clip": 200.0})
     open_ = client_spec(**{**same, "dp_noise": 0.0, "dp_clip": 0.0})
-    found, plain = (scalars(Client(spec), probe_of(spec)) for spec in (loose, open_))
+    found, plain = (scalars(simulated_client(spec), probe_of(spec)) for spec in (loose, open_))
     assert found.shape == (2, 2)
     assert found.flatten().tolist() == pytest.approx(plain.flatten().tolist(), abs=0.02, rel=0.02)
     assert plain.abs().max() > 0.1
@@ -217,7 +219,7 @@ def test_with_hardly_any_noise_and_a_wide_clip_a_client_answers_as_it_would_with
 
 def test_an_example_that_comes_twice_counts_once(monkeypatch):
     monkeypatch.setattr(privacy, "discrete_gaussian", lambda sigma, bits: 0)
-    client = Client(SPEC)
+    client = simulated_client(SPEC)
     data, request = client.pool.client(0), probe_of(SPEC, batch=1, seeds=(5, 6))
     assert data.repeated(1, 7), "of 10 examples, 7 to 13"
     released = []
@@ -230,7 +232,7 @@ def test_an_example_that_comes_twice_counts_once(monkeypatch):
 
 
 def test_all_passes_are_of_one_shape(monkeypatch):
-    client, shapes = Client(SPEC), set()
+    client, shapes = simulated_client(SPEC), set()
     forward = client.submodel.forward
 
     def seen(ids, mask):
@@ -239,7 +241,7 @@ def test_all_passes_are_of_one_shape(monkeypatch):
 
     monkeypatch.setattr(client.submodel, "forward", seen)
     scalars(client, probe_of(SPEC))
-    assert shapes == {(7, SPEC.max_length)}
+    assert shapes == {(7, SPEC.max_length + 1)}, "there is padding always"
 
 
 def test_a_restarted_device_gives_the_answer_it_gave():
@@ -247,13 +249,13 @@ def test_a_restarted_device_gives_the_answer_it_gave():
     first = scalars(Client(SPEC, secret=b"x" * 32), request)
     assert scalars(Client(SPEC, secret=b"x" * 32), request).equal(first)
     assert not scalars(Client(SPEC, secret=b"y" * 32), request).equal(first)
-    assert scalars(Client(SPEC), request).equal(
+    assert scalars(simulated_client(SPEC), request).equal(
         scalars(Client(SPEC, secret=simulated_secret(SPEC.seed)), request)
     )
 
 
 def test_nothing_else_is_told_of_examples():
-    client = Client(SPEC)
+    client = simulated_client(SPEC)
     at = {"step": 1, "partition": 0, "position": 0, "digest": client.state.digest}
     (described,) = client.answer([Describe(**at)])
     assert isinstance(described, Described)
@@ -261,20 +263,90 @@ def test_nothing_else_is_told_of_examples():
     (reply,) = client.answer([probe_of(SPEC)])
     assert isinstance(reply, Scalars)
     assert reply.loss == 0.0
-    for request in (
-        Forward(**at, batch=0),
-        Probe(**at, batch=0, seed=1, coefficient=1e-3),
-        Evaluate(**at, batch=0),
-    ):
-        (reply,) = client.answer([request])
-        assert isinstance(reply, Failure)
-        assert "nothing but noisy scalars leaves this client" in reply.error
+
+
+@pytest.mark.parametrize(
+    "request_", [m for m in ALL if isinstance(m, Request)], ids=lambda m: m.kind
+)
+def test_all_other_requests_about_examples_are_refused(request_):
+    client = simulated_client(SPEC)
+    (reply,) = client.answer([request_])
+    refused = isinstance(reply, Failure) and "nothing but noisy scalars leaves" in reply.error
+    allowed = (
+        "describe", "head-probe", "losses", "catch-up", "restore", "move", "fetch", "adopt",
+        "fingerprint",
+    )  # fmt: skip
+    assert refused == (request_.kind not in allowed)
+
+
+def test_of_one_example_nothing_but_scalars_tells(tmp_path):
+    """The same run of requests with two data sets that differ in one example's words and label."""
+    replies = []
+    for number, other in enumerate(("a grand old film,1", "rubbish that is longer than grand,0")):
+        data = tmp_path / str(number)
+        data.mkdir()
+        rows = [f"film number {n} of some,{n % 2}" for n in range(19)]
+        (data / "train.csv").write_text("\n".join(["sms,label", *rows, other]))
+        (data / "validation.csv").write_text("\n".join(["sms,label", *rows]))
+        spec = client_spec(**{**vars(SPEC), "train_examples": 0, "num_clients": 1})
+        client = Client(spec, data_path=str(data), secret=b"s" * 32)
+        at = {"step": 1, "partition": 0, "position": 0, "digest": client.state.digest}
+        probes = [probe_of(spec, batch=n, seeds=(5, 6)) for n in range(4)]
+        asked = [Describe(**at), *probes, Fingerprint(**at, since=0), Fetch(**at, moments=True)]
+        replies.append(list(client.answer(asked)))
+    differing = set()
+    for one, two in zip(*replies, strict=True):
+        assert type(one) is type(two)
+        for name, value in vars(one).items():
+            if name in ("seconds", "peak_bytes"):  # SECURITY.md names them
+                continue
+            other = vars(two)[name]
+            same = value.equal(other) if torch.is_tensor(value) else value == other
+            if not same:
+                differing.add((one.kind, name))
+    assert differing == {("scalars", "scalars")}
+
+
+def test_the_move_between_local_steps_is_along_what_is_released(monkeypatch):
+    monkeypatch.setattr(Mechanism, "release", lambda self, found, about: [0.25, -0.5])
+    client, moves = simulated_client(SPEC), []
+    update = client.state.update
+    monkeypatch.setattr(client.state, "update", lambda g, rate: moves.append(g) or update(g, rate))
+    seeded = client.state.seeded
+    told = []
+    monkeypatch.setattr(
+        client.state, "seeded", lambda seeds, own: told.append(list(own)) or seeded(seeds, own)
+    )
+    scalars(client, probe_of(SPEC))
+    assert told == [[0.25, -0.5]]
+    assert len(moves) == 1
+
+
+def test_noise_needs_a_secret_that_is_given():
+    with pytest.raises(ValueError, match="noise needs a secret of 32 bytes"):
+        Client(SPEC)
+    for secret in (b"", b"short"):
+        with pytest.raises(ValueError, match="noise needs a secret of 32 bytes"):
+            Client(SPEC, secret=secret)
+    assert "xxx" not in repr(Client(SPEC, secret=b"x" * 32).mechanism)
+
+
+def test_a_resumed_run_counts_what_it_has_taken_again(make):
+    whole, _, _ = make(**PRIVATE, steps=6)
+    assert whole.privacy is not None
+    _, stopped, _ = make(**PRIVATE, steps=4, checkpoint_every=2)
+    resumed, _, config = make(**PRIVATE, steps=6, checkpoint_every=2, resume=str(stopped))
+    assert resumed.privacy is not None
+    assert resumed.fingerprint == whole.fingerprint, "the same noise"
+    again = most_uses(2 + 1, config.batch_size, 10)  # steps 3 and 4, and one more at most
+    for client, uses in whole.privacy["uses"].items():
+        assert resumed.privacy["uses"][client] == uses + again
 
 
 def test_what_is_wrong_with_an_example_stays_in_the_clients_log(tmp_path, caplog):
     data = tmp_path / "mine.csv"
     data.write_text("sms,label\nsecret words,7\n")
-    client = Client(SPEC, data_path=str(data))
+    client = Client(SPEC, data_path=str(data), secret=simulated_secret(0))
     at = {"step": 1, "partition": 0, "position": 0, "digest": client.state.digest}
     (reply,) = client.answer([Describe(**at)])
     assert isinstance(reply, Failure)

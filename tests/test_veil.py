@@ -7,11 +7,14 @@ from specs import client_spec
 
 from hosl_flower.client import Client
 from hosl_flower.errors import ConfigError
-from hosl_flower.messages import CutGradient, Forward, Probe
+from hosl_flower.messages import CutGradient, Failure, Forward, Probe
+from hosl_flower.secret import simulated_secret
 from hosl_flower.veil import Veil
 from strategies.frozen_client import FrozenClient
 from strategies.full_zo import FullZo
 from strategies.ho_sfl import HoSfl
+from strategies.hosl import Hosl
+from strategies.split_zo import SplitZo
 
 SPEC = client_spec(activation_noise=0.5)
 OPEN = client_spec()
@@ -32,28 +35,30 @@ def sequences(count=3, length=5, hidden=400):
 def test_noise_has_its_share_of_each_tokens_size():
     h, ids, mask = sequences()
     h[:, 2] *= 100
-    noise = Veil(0.25, b"s").over(h, ids, mask) - h
+    noise = Veil(0.25, b"s").over(h, ids, mask, "w") - h
     share = noise.square().mean(-1).sqrt() / h.square().mean(-1).sqrt()
     assert share.sub(0.25).abs().max() < 4 * 0.25 / (2 * 400) ** 0.5
     assert abs(float((noise / h.square().mean(-1, keepdim=True).sqrt()).mean())) < 0.02
 
 
-def test_an_example_has_one_noise_wherever_it_is():
+def test_an_example_has_one_noise_at_the_same_weights_wherever_it_is():
     veil = Veil(1.0, b"s")
     h, ids, mask = sequences()
-    noise = veil.over(h, ids, mask) - h
-    turned = veil.over(h.flip(0), ids.flip(0), mask) - h.flip(0)
+    noise = veil.over(h, ids, mask, "w") - h
+    turned = veil.over(h.flip(0), ids.flip(0), mask, "w") - h.flip(0)
     assert turned.flip(0).allclose(noise, atol=1e-5)
     longer = torch.zeros(3, 7, 400), torch.ones(3, 7, dtype=ids.dtype), torch.zeros(3, 7)
     for wide, own in zip(longer, (h, ids, mask), strict=True):
         wide[:, 2:] = own
-    padded = veil.over(*longer)
+    padded = veil.over(*longer, "w")
     assert padded[:, :2].abs().max() == 0
     assert (padded[:, 2:] - h).allclose(noise, atol=1e-5)
-    other = Veil(1.0, b"t").over(h, ids, mask) - h
+    other = Veil(1.0, b"t").over(h, ids, mask, "w") - h
     assert (other - noise).abs().mean() > 1
+    moved = veil.over(h, ids, mask, "other weights") - h
+    assert (moved - noise).abs().mean() > 1
     ids[0, 0] += 1
-    changed = veil.over(h, ids, mask) - h
+    changed = veil.over(h, ids, mask, "w") - h
     assert (changed[0] - noise[0]).abs().mean() > 1
     assert changed[1:].allclose(noise[1:], atol=1e-5)
 
@@ -61,18 +66,18 @@ def test_an_example_has_one_noise_wherever_it_is():
 def test_pixels_are_an_example_too():
     veil, pixels = Veil(1.0, b"s"), torch.rand(2, 3, 4, 4)
     h, mask = torch.ones(2, 9, 6), torch.ones(2, 9, dtype=torch.int64)
-    first, second = veil.over(h, pixels, mask) - h
+    first, second = veil.over(h, pixels, mask, "w") - h
     assert (first - second).abs().mean() > 0.5
-    assert (veil.over(h[:1], pixels[1:], mask[:1])[0] - 1).allclose(second, atol=1e-6)
+    assert (veil.over(h[:1], pixels[1:], mask[:1], "w")[0] - 1).allclose(second, atol=1e-6)
 
 
 def test_sixteen_bits_stay_sixteen():
     h, ids, mask = sequences()
-    assert Veil(0.5, b"s").over(h.bfloat16(), ids, mask).dtype == torch.bfloat16
+    assert Veil(0.5, b"s").over(h.bfloat16(), ids, mask, "w").dtype == torch.bfloat16
 
 
 def asked(spec, *requests, secret=None):
-    client = Client(spec, secret=secret)
+    client = Client(spec, secret=secret or simulated_secret(spec.seed))
     at = {"step": 1, "partition": 0, "position": 0, "digest": client.state.digest}
     return list(client.answer([kind(**at, **own) for kind, own in requests]))
 
@@ -90,16 +95,14 @@ def test_what_is_asked_again_is_the_same():
     assert not other.activations.allclose(first.activations, rtol=0.1)
 
 
-def test_probes_of_an_example_share_its_noise():
-    probes = [(Probe, {"batch": 0, "seed": 3, "coefficient": sign * 1e-4}) for sign in (1, -1)]
-    noisy, plain = ([r.activations for r in asked(spec, *probes)] for spec in (SPEC, OPEN))
-    mask = asked(OPEN, FORWARD)[0].attention_mask
-    difference = (plain[0] - plain[1])[mask]
-    found = (noisy[0] - noisy[1])[mask]
-    # the noise of a probe has the probe's own size: nearly the same, not quite
-    assert float((found - difference).norm() / difference.norm()) < 0.5
-    apart = (noisy[0] - plain[0])[mask]
-    assert float(apart.norm()) > 10 * float(difference.norm())
+def test_probes_do_not_leave_a_client_with_noise(make):
+    probe = (Probe, {"batch": 0, "seed": 3, "coefficient": 1e-3})
+    (reply,) = asked(SPEC, probe)
+    assert isinstance(reply, Failure)
+    assert "with activation-noise no probe leaves this client" in reply.error
+    for method in (Hosl, SplitZo):
+        with pytest.raises(ConfigError, match="does not use activation-noise"):
+            make(method, activation_noise=1.0)
 
 
 def test_a_clients_own_numbers_are_of_its_activations_as_they_are():

@@ -6,9 +6,9 @@ A simple attack by whoever has the base checkpoint, as a server does: run public
 base's first blocks, fit one linear map (ridge regression) from activations to the embeddings of
 their own tokens, and read other activations as the nearest embedding. Public text is the training
 part, the client's is the held-out part; padding and what every example has in common (the prompt's
-own words) do not count. Noise is normal, its standard deviation given as a share of the
-activations' own, and the attacker's map is fitted to activations with such noise. A better attack
-recovers more: these shares are what is lost at least.
+own words) do not count. Noise is that of activation-noise (veil.py), the client's from a secret of
+its own, and the attacker's map is fitted to activations with such noise. A better attack recovers
+more: these shares are what is lost at least.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from hosl_flower.partition import DataPool
 from hosl_flower.session import open_session
 from hosl_flower.split import ClientSubmodel, load_client
 from hosl_flower.tasks import Batch, Encoder
+from hosl_flower.veil import Veil
 
 NOISES = (0.0, 0.3, 1.0, 3.0)
 RIDGE = 1e-3  # of the mean square of an activation
@@ -47,33 +48,36 @@ def text_positions(batch: Batch, encoder: Encoder) -> Tensor:
 class Tokens:
     """Activations [n, H] and ids [n] of the own tokens of some batches."""
 
-    def __init__(self, client: ClientSubmodel, batches: list[Batch], encoder: Encoder, codec: str):
+    def __init__(
+        self,
+        client: ClientSubmodel,
+        batches: list[Batch],
+        encoder: Encoder,
+        codec: str,
+        veil: Veil | None,
+    ):
         activations, ids = [], []
         with torch.no_grad():
             for batch in batches:
                 z = client(batch.input_ids, batch.attention_mask)
+                if veil is not None:
+                    z = veil.over(z, batch.input_ids, batch.attention_mask, "base")
                 z = decode(*encode(z, codec), torch.float32)
                 own = text_positions(batch, encoder)
                 activations.append(z[own])
                 ids.append(batch.input_ids[own])
         self.activations, self.ids = torch.cat(activations), torch.cat(ids)
 
-    def noisy(self, share: float, spread: Tensor, seed: int) -> Tensor:
-        """With noise of so many times each feature's standard deviation."""
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(self.activations.shape, generator=generator)
-        return self.activations + share * spread * noise
 
-
-def recovered(public: Tokens, private: Tokens, embedding: Tensor, noise: float) -> float:
+def recovered(public: Tokens, private: Tokens, embedding: Tensor) -> float:
     """Share of the private tokens that the attack names."""
     mean, spread = public.activations.mean(0), public.activations.std(0)
-    x = (public.noisy(noise, spread, 0) - mean) / spread
+    x = (public.activations - mean) / spread
     x = torch.cat([x, torch.ones(len(x), 1)], 1).double()
     target = embedding[public.ids].double()
     gram = x.T @ x + RIDGE * len(x) * torch.eye(x.shape[1], dtype=torch.float64)
     solution = torch.linalg.solve(gram, x.T @ target).float()
-    y = (private.noisy(noise, spread, 1) - mean) / spread
+    y = (private.activations - mean) / spread
     guess = torch.cat([y, torch.ones(len(y), 1)], 1) @ solution
     table = torch.nn.functional.normalize(embedding, dim=1)
     named = [(part @ table.T).argmax(1) for part in guess.split(512)]
@@ -98,9 +102,12 @@ def main() -> None:
         client = load_client(base, cut, torch.float32, "cpu")
         embedding = client.canonical_parameters()[embedding_name(base.config)].detach()
         for codec in ("exact", "int8"):
-            known, secret = (Tokens(client, part, encoder, codec) for part in (public, private))
             for noise in NOISES if codec == "exact" else NOISES[:1]:
-                share = recovered(known, secret, embedding, noise)
+                known, secret = (
+                    Tokens(client, part, encoder, codec, Veil(noise, whose) if noise else None)
+                    for part, whose in ((public, b"the attacker's"), (private, b"the client's"))
+                )
+                share = recovered(known, secret, embedding)
                 rows.append({"cut": cut, "codec": codec, "noise": noise, "recovered": share})
                 print(json.dumps(rows[-1]), flush=True)
     commonest = Counter(known.ids.tolist()).most_common(1)[0][0]
