@@ -243,10 +243,10 @@ class Client(Follower):
         return Activations, self.compute.evaluate(request)
 
     def _continue(self, request: Continue) -> Answer:
-        return Continued, self.compute.continued(request)
+        return Continued, self.compute.writing.continued(request)
 
     def _grade(self, request: Grade) -> Answer:
-        return Graded, {"scores": self.compute.grades(request)}
+        return Graded, {"scores": self.compute.writing.grades(request)}
 
     def _cut_gradient(self, request: CutGradient) -> Answer:
         scalars, _ = self.compute.probe_linear(request)

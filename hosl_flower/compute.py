@@ -11,7 +11,6 @@ from torch import Tensor
 
 from hosl_flower.backprop import gradients, unflat
 from hosl_flower.codec import encode, has_scales
-from hosl_flower.decoding import Prompts, checked
 from hosl_flower.errors import ProtocolError
 from hosl_flower.forward import HERE, Forwards, put_together
 from hosl_flower.head_probe import Batches, plain, private
@@ -24,11 +23,9 @@ from hosl_flower.privacy import Mechanism
 from hosl_flower.recompute import recomputed_gradients
 from hosl_flower.requests import (
     Backward,
-    Continue,
     CutGradient,
     Evaluate,
     Forward,
-    Grade,
     HeadProbe,
     HeldOutStates,
     HiddenStates,
@@ -40,14 +37,14 @@ from hosl_flower.requests import (
 from hosl_flower.residual import residual_gradients
 from hosl_flower.spec import ClientSpec
 from hosl_flower.split import ClientSubmodel
-from hosl_flower.squad import graded
 from hosl_flower.state import ClientState
 from hosl_flower.surrogate import Cotangent, Pieces, linear
-from hosl_flower.tasks import Batch, Encoder
+from hosl_flower.tasks import Batch
 from hosl_flower.tensors import dtype_name
 from hosl_flower.update_codec import Coded
 from hosl_flower.update_codec import encode as encode_update
 from hosl_flower.veil import Veil
+from hosl_flower.writing import Writing
 from hosl_flower.zo import Point, directional, estimate
 
 # phase that is measured, and how the gradient comes about, by client-gradient
@@ -91,12 +88,12 @@ class Compute:
         self.hidden: int = submodel.hidden_size
         # by partition and number of the mini-batch
         self._anchors: OrderedDict[tuple[int, int], _Anchor] = OrderedDict()
-        self._prompts: tuple[tuple[int, int], Prompts] | None = None  # that are being answered
+        self.writing = Writing(spec, submodel, pool, device, self.phase)
 
     def moved(self) -> None:
         """The weights are others now."""
         self._anchors.clear()
-        self._prompts = None
+        self.writing.forget()
 
     def train_batch(self, request: Forward, number: int = 0) -> Batch:
         """The mini-batch of a request, or a later one."""
@@ -109,58 +106,6 @@ class Compute:
         batch = data.held_out_batch(request.batch, self.spec.eval_batch_size)
         return self.activations("evaluate", batch, self._weights(request))
 
-    def continued(self, request: Continue) -> dict[str, Any]:
-        """Activations of held-out prompts, or of the tokens after them. A process that does not
-        have what came before runs it again."""
-        key = (request.partition, request.batch)
-        prompts = self._prompts[1] if self._prompts and self._prompts[0] == key else None
-        if prompts is None or not prompts.follows(request.tokens):
-            self._prompts = None  # never two caches
-            examples = self._held_out(request)
-            batch = self._encoder.prompts(examples)
-            prompts = Prompts(self.submodel, batch, self.spec.client_micro_batch, self.device)
-        count = len(prompts.batch.input_ids)
-        tokens = checked(request.tokens, count, self.spec.max_new_tokens, self.vocabulary)
-        with self.phase("evaluate", prompts.batch.input_ids.numel() + tokens.numel()):
-            coded = (
-                (first, encode(piece, self.spec.codec))
-                for first, piece in prompts.activations(tokens)
-            )
-            activations, scales = put_together(coded, count)
-        self._prompts = (key, prompts)
-        return {
-            "activations": activations,
-            "scales": scales,
-            "attention_mask": prompts.mask(tokens),
-        }
-
-    def grades(self, request: Grade) -> Tensor:
-        """Exact match and F1 of answers to held-out prompts: float32 [B, 2]."""
-        self._prompts = None
-        examples = self._held_out(request)
-        longest = self.spec.max_new_tokens
-        answers = checked(request.tokens, len(examples), longest, self.vocabulary).tolist()
-        text = self._encoder.text
-        pairs = zip(answers, examples, strict=True)
-        return torch.tensor([graded(text(tokens), own["answers"]) for tokens, own in pairs])
-
-    def _held_out(self, request: Evaluate) -> list[dict[str, Any]]:
-        if not self.spec.task.target:
-            raise ProtocolError(f"task {self.spec.task.name} has no answers to write")
-        data = self.pool.client(request.partition)
-        return data.held_out_examples(request.batch, self.spec.eval_batch_size)
-
-    @property
-    def _encoder(self) -> Encoder:
-        assert isinstance(self.pool.encoder, Encoder)  # no images, or there would be no target
-        return self.pool.encoder
-
-    @property
-    def vocabulary(self) -> int:
-        """V, the tokens there are."""
-        decoder: Any = self.submodel.decoder
-        return decoder.config.vocab_size
-
     def phase(self, name: str, size: int, *held: Tensor) -> AbstractContextManager[None]:
         """Measures what runs within; held: tensors that live beside the client's own."""
         return self.meter.phase(name, size, self._held(*held))
@@ -172,7 +117,7 @@ class Compute:
         if self.head is not None:
             yield self.head.weight
         yield from (anchor.activations for anchor in self._anchors.values())
-        yield from self._prompts[1].tensors() if self._prompts else ()
+        yield from self.writing.tensors()
         yield from more
 
     def activations(
@@ -318,7 +263,7 @@ class Compute:
 
         def batch(step: int) -> Batch:
             own = self.train_batch(request, step)
-            return own if self.mechanism is None else self._encoder.filled(own)
+            return own if self.mechanism is None else self.pool.text_encoder.filled(own)
 
         first = batch(0)
         batches = Batches(

@@ -17,7 +17,7 @@ from hosl_flower.errors import DataError, ProtocolError
 from hosl_flower.node_config import PLACEHOLDER, shared_between_partitions
 from hosl_flower.perturb import derive_seed, permutation
 from hosl_flower.spec import ClientSpec
-from hosl_flower.tasks import Batch, Inputs
+from hosl_flower.tasks import Batch, Encoder, Inputs
 
 if TYPE_CHECKING:  # heavy; flwr_datasets brings matplotlib, which a node with its own data spares
     from datasets import Dataset
@@ -195,6 +195,12 @@ class DataPool:
         self._clients: OrderedDict[int, ClientData] = OrderedDict()
         self._shared: tuple[Partitioner, Dataset] | None = None
         self._served: int | None = None
+
+    @property
+    def text_encoder(self) -> Encoder:
+        """Of prompts: a language model's."""
+        assert isinstance(self.encoder, Encoder)  # who asks has one
+        return self.encoder
 
     def client(self, number: int) -> ClientData:
         """The data of one client. Raises DataError, or ProtocolError for one there is not."""

@@ -1,0 +1,88 @@
+"""The client's part in writing answers to held-out prompts: it runs what the server has chosen so
+far, and grades what comes out (held_out.py has the other part)."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hosl_flower.codec import encode
+from hosl_flower.decoding import Prompts, checked
+from hosl_flower.errors import ProtocolError
+from hosl_flower.forward import put_together
+from hosl_flower.partition import DataPool
+from hosl_flower.requests import Continue, Evaluate, Grade
+from hosl_flower.spec import ClientSpec
+from hosl_flower.split import ClientSubmodel
+from hosl_flower.squad import graded
+
+
+class Writing:
+    """phase: measures what runs within, by the name of a phase and a size (compute.py)."""
+
+    def __init__(
+        self,
+        spec: ClientSpec,
+        submodel: ClientSubmodel,
+        pool: DataPool,
+        device: str,
+        phase: Callable[[str, int], AbstractContextManager[None]],
+    ):
+        self.spec, self.submodel, self.pool = spec, submodel, pool
+        self.device, self.phase = device, phase
+        self._prompts: tuple[tuple[int, int], Prompts] | None = None  # that are being answered
+
+    def forget(self) -> None:
+        """The weights are others now, or nothing more will be asked."""
+        self._prompts = None
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What is kept between requests."""
+        yield from self._prompts[1].tensors() if self._prompts else ()
+
+    def continued(self, request: Continue) -> dict[str, Any]:
+        """Activations of held-out prompts, or of the tokens after them. A process that does not
+        have what came before runs it again."""
+        key = (request.partition, request.batch)
+        prompts = self._prompts[1] if self._prompts and self._prompts[0] == key else None
+        if prompts is None or not prompts.follows(request.tokens):
+            self.forget()  # never two caches
+            batch = self.pool.text_encoder.prompts(self._examples(request))
+            prompts = Prompts(self.submodel, batch, self.spec.client_micro_batch, self.device)
+        count = len(prompts.batch.input_ids)
+        tokens = checked(request.tokens, count, self.spec.max_new_tokens, self._vocabulary)
+        with self.phase("evaluate", prompts.batch.input_ids.numel() + tokens.numel()):
+            coded = (
+                (first, encode(piece, self.spec.codec))
+                for first, piece in prompts.activations(tokens)
+            )
+            activations, scales = put_together(coded, count)
+        self._prompts = (key, prompts)
+        return {
+            "activations": activations,
+            "scales": scales,
+            "attention_mask": prompts.mask(tokens),
+        }
+
+    def grades(self, request: Grade) -> Tensor:
+        """Exact match and F1 of answers to held-out prompts: float32 [B, 2]."""
+        self.forget()
+        examples, longest = self._examples(request), self.spec.max_new_tokens
+        answers = checked(request.tokens, len(examples), longest, self._vocabulary).tolist()
+        text = self.pool.text_encoder.text
+        pairs = zip(answers, examples, strict=True)
+        return torch.tensor([graded(text(tokens), own["answers"]) for tokens, own in pairs])
+
+    def _examples(self, request: Evaluate) -> list[dict[str, Any]]:
+        if not self.spec.task.target:
+            raise ProtocolError(f"task {self.spec.task.name} has no answers to write")
+        data = self.pool.client(request.partition)
+        return data.held_out_examples(request.batch, self.spec.eval_batch_size)
+
+    @property
+    def _vocabulary(self) -> int:
+        """V, the tokens there are."""
+        decoder: Any = self.submodel.decoder
+        return decoder.config.vocab_size
