@@ -295,11 +295,6 @@ class Client(Follower):
     }
 
 
-def simulated_client(spec: ClientSpec) -> Client:
-    """One whose noise, if the run has any, follows from the run's seed: it hides nothing."""
-    return Client(spec, secret=simulated_secret(spec.seed))
-
-
 def new_state(submodel: ClientSubmodel, spec: ClientSpec) -> ClientState:
     """The state of a freshly loaded client submodel: ledger position 0. ConfigError where its
     parameters cannot be trained as the run says."""

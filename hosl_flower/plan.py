@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from hosl_flower.client import Client, simulated_client
+from hosl_flower.client import Client
 from hosl_flower.config import RunConfig
 from hosl_flower.errors import ConfigError
 from hosl_flower.held_out import score_batches
@@ -23,6 +23,7 @@ from hosl_flower.link.base import Link
 from hosl_flower.link.inprocess import InProcessLink
 from hosl_flower.memory import PHASES, Meter
 from hosl_flower.requests import HeldOutStates
+from hosl_flower.secret import simulated_secret
 from hosl_flower.server_app import load_strategy
 from hosl_flower.session import Session
 from hosl_flower.spec import torch_dtype
@@ -119,7 +120,7 @@ def _plan(config: RunConfig) -> Plan:
     config = config.model_copy(update={"resume": ""})  # from the first step, whatever is there
     method = load_strategy(config)
     session = method._open("plan")
-    client = simulated_client(session.spec)
+    client = Client(session.spec, secret=simulated_secret(session.spec.seed))
     link = InProcessLink(client, session.history, session.limits)
     describe_all(session, link)
     method.settle(session)
@@ -161,7 +162,7 @@ def peaks_of(config: RunConfig, partitions: list[int]) -> dict[str, int]:
         method = load_strategy(config)
         session = method._open("plan")
         session.sample = lambda step, absent=(): partitions  # type: ignore[method-assign]
-        client = simulated_client(session.spec)
+        client = Client(session.spec, secret=simulated_secret(session.spec.seed))
         batch = session.encoder.largest(config.batch_size)
         client.compute.train_batch = lambda *_: batch  # type: ignore[method-assign]
         client.compute.train_labels = lambda *_: batch.labels  # type: ignore[method-assign]

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
-from hosl_flower.client import simulated_client
+from hosl_flower.client import Client
 from hosl_flower.config import RunConfig, parse_config
 from hosl_flower.errors import ConfigError, HoslError
 from hosl_flower.link.base import Link
@@ -23,6 +23,7 @@ from hosl_flower.report import Report, log
 from hosl_flower.results import Results
 from hosl_flower.resume import find, restore
 from hosl_flower.runlog import RunLog, stop_announced
+from hosl_flower.secret import simulated_secret
 from hosl_flower.session import Session, open_session
 from hosl_flower.training import train
 
@@ -155,7 +156,8 @@ class SplitStrategy(Strategy):
         with RunLog() as kept:
             report = Report(self.config, kept)
             session = self._open("in-process")
-            link = InProcessLink(simulated_client(session.spec), session.history, session.limits)
+            client = Client(session.spec, secret=simulated_secret(session.spec.seed))
+            link = InProcessLink(client, session.history, session.limits)
             return train(self, session, link, report)
 
     def _open(self, run: str) -> Session:

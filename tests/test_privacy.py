@@ -18,7 +18,8 @@ from test_messages import ALL
 
 from hosl_flower import client_calls, privacy
 from hosl_flower.accountant import epsilon, most_uses
-from hosl_flower.client import Client, simulated_client
+from hosl_flower.client import Client
+from hosl_flower.config import parse_config
 from hosl_flower.discrete_gaussian import Bits, discrete_gaussian, discrete_laplace
 from hosl_flower.errors import ConfigError
 from hosl_flower.messages import (
@@ -31,6 +32,7 @@ from hosl_flower.messages import (
     Request,
     Scalars,
 )
+from hosl_flower.plan import plan
 from hosl_flower.privacy import (
     UNITS,
     Mechanism,
@@ -193,6 +195,10 @@ def test_epsilon_needs_an_accountant(make, monkeypatch):
 def test_what_cannot_be_private_is_refused(make, method, changes, match):
     with pytest.raises(ConfigError, match=match):
         make(method, **{**PRIVATE, **changes})
+
+
+def simulated_client(spec):
+    return Client(spec, secret=simulated_secret(spec.seed))
 
 
 def probe_of(spec, **changes):
@@ -425,3 +431,15 @@ def test_a_supernode_uses_its_secret_and_a_simulation_the_runs_seed(tmp_path, mo
     simulated = client_calls._client(SPEC, context)
     assert simulated.mechanism is not None
     assert simulated.mechanism.secret == simulated_secret(SPEC.seed)
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [(FullZo, PRIVATE), (HoSfl, {"activation_noise": 1.0, "evaluation": "central"})],
+)
+def test_a_run_with_noise_can_be_planned(make, method, changes):
+    _, _, config = make(method, **changes)
+    keys = {**config.as_keys(), "strategy": f"{method.__module__}:{method.__name__}"}
+    found = plan(parse_config(keys))
+    assert found.up_bytes > 0
+    assert "probe" in found.peak_bytes
