@@ -15,6 +15,7 @@ from runs import metrics, write_questions
 
 from hosl_flower.cli import read_app_config
 from hosl_flower.processes import free_port
+from hosl_flower.secret import simulated_secret
 from hosl_flower.server_app import load_strategy
 
 QUICK = Path(__file__).parents[2] / "simulations" / "quickstart"
@@ -41,12 +42,29 @@ GENERATION = {
 }  # fmt: skip
 
 
+# the whole model on the clients, which add noise
+PRIVATE = {
+    "cut-layer": 4, "dp-noise": 1.0, "dp-clip": 5.0, "evaluation": "central",
+    "server-optimizer": "sgd", "server-learning-rate": 1e-3,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("strategy", "own"),
-    [("strategies.hosl:Hosl", {"labels": "client"}), ("strategies.ho_sfl:HoSfl", GENERATION)],
-    ids=["hosl-with-labels-on-clients", "ho-sfl-that-writes-answers"],
+    [
+        ("strategies.hosl:Hosl", {"labels": "client"}),
+        ("strategies.ho_sfl:HoSfl", GENERATION),
+        ("strategies.full_zo:FullZo", PRIVATE),
+    ],
+    ids=["hosl-with-labels-on-clients", "ho-sfl-that-writes-answers", "private-full-zo"],
 )
-def test_a_deployment_over_streams_gives_the_same_bits(tmp_path, strategy, own):
+def test_a_deployment_over_streams_gives_the_same_bits(tmp_path, monkeypatch, strategy, own):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    if own is PRIVATE:  # devices have secrets of their own; of the same one come the same bits
+        secret = tmp_path / "data" / "hosl-flower" / "noise-secret"
+        secret.parent.mkdir(parents=True)
+        secret.write_text(simulated_secret(0).hex())
+        secret.chmod(0o600)
     keys = {**KEYS, **own, "strategy": strategy, "output-dir": str(tmp_path)}
     if own is GENERATION:
         keys["data-path"] = str(write_questions(tmp_path / "squad"))
@@ -60,6 +78,7 @@ def test_a_deployment_over_streams_gives_the_same_bits(tmp_path, strategy, own):
         assert curve[-1]["held_out"]["exact_match"] < curve[-1]["held_out"]["f1"] < 1
     results = json.loads((tmp_path / "stream" / "results.json").read_text())
     assert results["clients"]["fingerprint_checked"] == [0, 1, 2]
+    assert (results["privacy"] is not None) == (own is PRIVATE)
     assert "of 2 node(s) have come to 127.0.0.1" in log  # the second may join a moment later
 
 
