@@ -4,7 +4,9 @@ Every process of a run is known by a mark in its environment, so that only what 
 is ever stopped: no port and no name is a safe sign of that.
 """
 
+import contextlib
 import os
+import secrets
 import signal
 import socket
 import ssl
@@ -12,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -21,6 +22,8 @@ from hosl_flower.errors import HoslError
 
 _START_SECONDS = 60.0
 _STOP_SECONDS = 20.0
+_PORTS = range(20_000, 32_768)  # Linux chooses beyond
+_given: set[int] = set()
 
 
 class RunFailedError(HoslError):
@@ -110,7 +113,7 @@ def _alive(family: Mapping[int, str], mark: str) -> list[int]:
     return found
 
 
-@contextmanager
+@contextlib.contextmanager
 def exiting_when_told() -> Iterator[None]:
     """Within it SIGTERM is SystemExit, so that `finally` runs. Of the main thread only."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -121,10 +124,20 @@ def exiting_when_told() -> Iterator[None]:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port of this machine that nobody listens on, another one each time. OSError without.
+
+    Not one the system would choose: until somebody listens on it, that may go to an outgoing
+    connection or be chosen once more.
+    """
+    for _ in range(1000):
+        port = _PORTS.start + secrets.randbelow(len(_PORTS))
+        if port in _given:
+            continue
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            _given.add(port)
+            return port
+    raise OSError(f"no port of {_PORTS.start} to {_PORTS.stop - 1} is free")
 
 
 def script(name: str) -> str:

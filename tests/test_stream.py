@@ -540,3 +540,9 @@ def test_a_run_whose_labels_stay_on_the_clients_is_the_in_process_one(tiny_opt, 
     assert metrics(streamed) == metrics(plain)
     ledgers = [(run / "ledger.jsonl").read_text() for run in (plain, streamed)]
     assert ledgers[0] == ledgers[1]
+
+
+def test_no_port_is_given_twice_nor_one_the_system_may_give():
+    ports = [free_port() for _ in range(300)]
+    assert len(set(ports)) == 300
+    assert max(ports) < 32768
