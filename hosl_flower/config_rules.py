@@ -118,8 +118,8 @@ def _privacy(config: RunConfig) -> Iterator[str]:
         return
     if not config.dp_clip:
         yield (
-            "dp-noise needs dp-clip, since noise hides what is bounded: set it to the median norm "
-            "of one example's projected gradients, of public data"
+            "dp-noise needs dp-clip, since noise hides what is bounded: set it to a norm of one "
+            "example's projected gradients that few of public data have"
         )
     if config.evaluation == "split":
         yield (
