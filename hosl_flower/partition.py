@@ -198,8 +198,12 @@ class DataPool:
 
     @property
     def text_encoder(self) -> Encoder:
-        """Of prompts: a language model's."""
-        assert isinstance(self.encoder, Encoder)  # who asks has one
+        """Of prompts: a language model's. ProtocolError where the run has another kind."""
+        if not isinstance(self.encoder, Encoder):
+            raise ProtocolError(
+                f"the request is for a language model, task {self.spec.task.name} has none here: "
+                "server and client do not run the same release"
+            )
         return self.encoder
 
     def client(self, number: int) -> ClientData:

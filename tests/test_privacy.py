@@ -443,3 +443,12 @@ def test_a_run_with_noise_can_be_planned(make, method, changes):
     found = plan(parse_config(keys))
     assert found.up_bytes > 0
     assert "probe" in found.peak_bytes
+
+
+@pytest.mark.parametrize("model", ["random:opt-tiny", "random:gpt2-tiny", "random:llama-tiny"])
+def test_texts_may_be_as_long_as_the_model_has_positions(model):
+    """Each pass has one column of padding more, which takes no position."""
+    spec = client_spec(**{**vars(SPEC), "model": model, "max_length": 256, "batch_size": 2})
+    client = simulated_client(spec)
+    assert client.config.max_position_embeddings == 256
+    assert scalars(client, probe_of(spec)).isfinite().all()
