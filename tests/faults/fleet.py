@@ -234,11 +234,15 @@ class Fleet:
 
     def kill_node(self, number: int) -> None:
         """Kill -9 of a SuperNode, and of what it started, as when a device loses its power."""
+        below = self.below(number)
         node = self.nodes.pop(number)
-        below = [pid for pid in processes() if node.pid in ancestors(pid)]
         for pid in (node.pid, *below):
             kill(pid)
         node.wait()
+
+    def below(self, number: int) -> list[int]:
+        """Pids of what a SuperNode has started: its SuperExec, and that one's ClientApps."""
+        return [pid for pid in processes() if self.nodes[number].pid in ancestors(pid)]
 
     def stop(self) -> None:
         """End everything."""
