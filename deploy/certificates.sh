@@ -3,6 +3,7 @@
 #
 #   deploy/certificates.sh DIR HOST [HOST ...]      HOST: every name and address clients dial
 #
+# The certificate is for localhost and 127.0.0.1 too, where a SuperLink dials itself. The script
 # leaves in DIR: ca.crt (for every SuperNode and for `flwr`), server.crt and server.key (for the
 # SuperLink and the ServerApp's stream), ca.key (for nobody: keep it off the network) and ca.srl
 # (openssl's count). A CA that is there already is used again, so that a new server certificate
@@ -24,11 +25,11 @@ quietly() { # openssl's chatter is for when it fails
     "$@" >"$new/log" 2>&1 || { cat "$new/log" >&2; echo "error: openssl failed" >&2; exit 1; }
 }
 
-names=""
+names="DNS:localhost,IP:127.0.0.1"
 for host in "$@"; do
     kind=DNS
     [[ $host =~ ^[0-9.]+$ || $host == *:* ]] && kind=IP
-    names+="${names:+,}$kind:$host"
+    [[ ,$names, == *",$kind:$host,"* ]] || names+=",$kind:$host"
 done
 
 if [ ! -f "$directory/ca.key" ] || [ ! -f "$directory/ca.crt" ]; then

@@ -84,7 +84,7 @@ class Deployment:
     def start_superlink(self) -> None:
         """With TLS, for registered SuperNodes only."""
         certificates = self.home / "certificates"
-        self.do(str(HERE / "certificates.sh"), str(certificates), "127.0.0.1", "localhost")
+        self.do(str(HERE / "certificates.sh"), str(certificates), "localhost")
         (self.home / "flwr").mkdir(exist_ok=True)
         (self.home / "flwr" / "config.toml").write_text(
             f'[superlink]\ndefault = "demo"\n\n[superlink.demo]\n'
