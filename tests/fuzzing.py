@@ -12,6 +12,7 @@ import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +23,7 @@ from specs import client_spec
 
 from hosl_flower import update_codec
 from hosl_flower.checks import (
+    BatchKey,
     Limits,
     check_activations,
     check_continued,
@@ -29,10 +31,12 @@ from hosl_flower.checks import (
     check_fingerprints,
     check_graded,
     check_hidden_gradient,
+    check_same_batch,
     check_scalars,
     check_scored,
     check_weights,
 )
+from hosl_flower.completion import IGNORED
 from hosl_flower.errors import ProtocolError
 from hosl_flower.ledger import chain_entries
 from hosl_flower.link.dial import Invitation
@@ -42,6 +46,7 @@ from hosl_flower.link.sessions import Session, StreamServer
 from hosl_flower.messages import (
     REPLIES,
     REQUESTS,
+    Activations,
     CatchUp,
     Continue,
     Fingerprint,
@@ -78,15 +83,31 @@ def _state() -> ClientState:
     return ClientState(weights, "rank1", "adamw", "fuzz")
 
 
+def _of_answers(reply: Activations) -> Activations:
+    """The same batch, of a task whose answers are generated: labels are their tokens."""
+    labels = torch.arange(3).repeat(len(reply.attention_mask), 1)
+    labels[0, 0] = IGNORED
+    return replace(reply, labels=labels)
+
+
 class Fuzz:
     """Counts what became of frames. messages: valid ones, of every kind."""
 
     def __init__(self, messages: list[Message], limits: Limits, seed: int):
+        batches = [message for message in messages if isinstance(message, Activations)]
+        answers = _of_answers(batches[0])
+        messages = [*messages, answers]
         self.frames = [encode(Key(1, 0, n), message) for n, message in enumerate(messages)]
         self.frames.append(encode_word("hello", token="t" * 32))
         self.damage = Damage(self.frames, seed)
         self.random = self.damage.random
         self.limits = limits
+        self.others = [  # of runs that expect other labels
+            replace(limits, vocabulary=64, longest=4),
+            replace(limits, private_labels=True),
+            replace(limits, each=2, shortest=2, label_counts=False),
+        ]
+        self.batches = [BatchKey.of(batch) for batch in (*batches, answers)]
         kinds = (HiddenStates, HeldOutStates)
         self.asked: dict[str, Any] = {m.kind: m for m in messages if isinstance(m, kinds)}
         self.outcomes: Counter[str] = Counter()
@@ -175,11 +196,13 @@ class Fuzz:
                 _state().restore(message.snapshot, message.step)
             except ValueError as error:
                 raise ProtocolError(f"restore: {error}") from error
+        few = self.random.random() < 0.3
+        limits = self.random.choice(self.others) if few else self.limits
         checks: dict[str, Callable[[Any], None]] = {
-            "activations": lambda r: check_activations(r, self.limits),
-            "continued": lambda r: check_continued(r, CONTINUE, self.limits),
+            "activations": lambda r: self._check_batch(r, limits),
+            "continued": lambda r: check_continued(r, CONTINUE, limits),
             "graded": lambda r: check_graded(r, GRADE),
-            "described": lambda r: check_described(r, self.limits),
+            "described": lambda r: check_described(r, limits),
             "change": lambda r: update_codec.check(_state().rows.widths(), r, "int8", r.kind),
             "gradient": lambda r: update_codec.check(_state().rows.widths(), r, "exact", r.kind),
             "scalars": lambda r: check_scalars(r, _ASKED),
@@ -190,3 +213,10 @@ class Fuzz:
         }
         if isinstance(message, Reply) and (check := checks.get(message.kind)) is not None:
             check(message)
+
+    def _check_batch(self, reply: Activations, limits: Limits) -> None:
+        """Of a client that answers for a step in several replies, too."""
+        check_activations(reply, limits)
+        key = BatchKey.of(reply)
+        if key not in self.batches:
+            check_same_batch([*self.batches[:1], key], reply.step)
