@@ -36,7 +36,7 @@ class Containers:
 
     def __init__(self, home: Path):
         self.home, self.port = home, free_port()
-        new = works("docker", "compose", "version")  # else the command of before 2020
+        new = works("docker", "compose", "version")  # else the older command
         self.compose = ["docker", "compose"] if new else ["docker-compose"]
         self.environment = {
             **os.environ,
