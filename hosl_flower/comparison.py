@@ -16,7 +16,8 @@ from hosl_flower.outcome import Outcome, outcome
 class Row:
     """A method in a variant: its runs, the share of the gap between the control and the reference
     that its loss and its score close (None without a gap to speak of), and its client's peak
-    memory over the control's, which only infers (None without a control)."""
+    memory over the control's, which only infers, in a step and with the exchange of weights (None
+    without a control)."""
 
     variant: str
     method: str
@@ -24,6 +25,7 @@ class Row:
     gap_loss: tuple[float, float] | None
     gap_score: tuple[float, float] | None
     memory: float | None
+    exchange_memory: float | None
 
     @property
     def measure(self) -> str:
@@ -53,14 +55,15 @@ def rows(experiment: Experiment, cells: Iterable[Cell], out: Path) -> list[Row]:
         for method in experiment.methods:
             own = runs[variant, method]
             loss, score = (_gap(own, zero, one, field) for field in ("loss", own[0].measure))
-            table.append(Row(variant, method, own, loss, score, _memory(own, zero)))
+            memory = (_memory(own, zero, f) for f in ("peak_bytes", "exchange_peak_bytes"))
+            table.append(Row(variant, method, own, loss, score, *memory))
     return table
 
 
-def _memory(own: Sequence[Outcome], zero: Sequence[Outcome] | None) -> float | None:
+def _memory(own: Sequence[Outcome], zero: Sequence[Outcome] | None, field: str) -> float | None:
     if zero is None:
         return None
-    return sum(run.peak_bytes for run in own) / sum(run.peak_bytes for run in zero)
+    return sum(getattr(run, field) for run in own) / sum(run.peak_bytes for run in zero)
 
 
 def _gap(
@@ -94,7 +97,8 @@ def _spread(values: Sequence[float]) -> float:
 
 _COLUMNS = (
     "loss", "gap closed (loss)", "gap closed ({score})", "kB up", "kB down",
-    "client forwards", "client peak MiB", "over control", "server s", "client s", "run s",
+    "client forwards", "client peak MiB", "over control", "with exchange", "server s", "client s",
+    "run s",
 )  # fmt: skip
 _SCORES = {"accuracy": ("accuracy",), "f1": ("F1", "exact match")}
 
@@ -122,6 +126,7 @@ def _cells_of(row: Row) -> list[str]:
         f"{row.mean('forwards'):.1f}",
         f"{row.mean('peak_bytes') / 2**20:.1f}",
         "" if row.memory is None else f"{row.memory:.2f}",
+        "" if row.exchange_memory is None else f"{row.exchange_memory:.2f}",
         f"{row.mean('server_seconds'):.4f}",
         f"{row.mean('client_seconds'):.4f}",
         f"{row.mean('wall_seconds'):.0f}",
@@ -148,11 +153,12 @@ def markdown(experiment: Experiment, table: Sequence[Row]) -> str:
     reach = ["steps", "MB", "s"] if goal else []
     lines = [
         f"Final held-out figures, mean +- standard deviation over {seeds} seed(s); gap closed with "
-        f"its standard error: 0 is {experiment.control or 'no control'}, 1 is "
+        f"its standard error, paired by seed: 0 is {experiment.control or 'no control'}, 1 is "
         f"{experiment.reference or 'no reference'}, empty where the two do not differ by more than "
-        "twice its standard error. Bytes, forwards (a backward pass counts as two) and seconds are "
-        "per training step, of all clients together. Client peak: of tensors in a step; sending "
-        "weights, every local-steps, takes a copy of those trained besides.",
+        f"twice its standard error.{_interval(seeds)} Bytes, forwards (a backward pass counts as "
+        "two) and seconds are per training step, of all clients together. Client peak: of tensors "
+        "in a step, over the control's; with exchange: the exchange of weights, every local-steps, "
+        "included.",
     ]
     for variant in experiment.variants:
         title = f"### {variant}" if variant else ""
@@ -165,6 +171,12 @@ def markdown(experiment: Experiment, table: Sequence[Row]) -> str:
                 own = [row.method, *_cells_of(row), *(_to_target(row) if goal else [])]
                 lines.append(f"| {' | '.join(own)} |")
     return "\n".join(lines) + "\n"
+
+
+def _interval(seeds: int) -> str:
+    """The width of a 95 % interval of a mean over so few seeds, by Student's t distribution."""
+    factor = {2: 12.7, 3: 4.3, 4: 3.2, 5: 2.8}.get(seeds)
+    return f" A 95 % interval of {seeds} seeds is +-{factor} standard errors." if factor else ""
 
 
 def csv_text(experiment: Experiment, cells: Sequence[Cell], out: Path) -> str:

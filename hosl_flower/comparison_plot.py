@@ -75,7 +75,7 @@ def draw_frontier(path: Path, title: str, rows: Sequence[Row]) -> None:
     axes.axhline(1, color="grey", linewidth=0.8)
     axes.set(
         title=title,
-        xlabel="client peak memory over inference",
+        xlabel="client peak memory in a step, over the control's",
         ylabel="gap closed (held-out loss), with standard error",
     )
     figure.legend(loc="outside right upper")  # methods that learn nothing lie on one another

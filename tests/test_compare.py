@@ -308,7 +308,9 @@ def test_a_row_says_when_the_target_was_reached(experiment):
     found = read_experiment(experiment("target-accuracy = 0.01", "target-accuracy = 0.9"))
     there = run(0.5, to_target=10, bytes_up=1e6, bytes_down=1e6, step_seconds=0.5)
     table = [
-        Row(v, m, [there, run(0.5)], None, None, 1.5) for v in found.variants for m in found.methods
+        Row(v, m, [there, run(0.5)], None, None, 1.5, 2.5)
+        for v in found.variants
+        for m in found.methods
     ]
     text = markdown(found, table)
     assert "| steps to 0.9 | MB to 0.9 | s to 0.9 |" in text
@@ -319,7 +321,7 @@ def test_tasks_whose_answers_are_generated_have_f1_and_exact_match(experiment):
     found = read_experiment(experiment())
     written = run(0.5, accuracy=None, f1=0.75, exact_match=0.25)
     table = [
-        Row(v, m, [written, written] if v == "cut1" else [run(0.5)], None, (0.5, 0.1), 1.5)
+        Row(v, m, [written, written] if v == "cut1" else [run(0.5)], None, (0.5, 0.1), 1.5, 2.5)
         for v in found.variants
         for m in found.methods
     ]
@@ -340,7 +342,10 @@ def test_forwards_and_bytes_of_every_kind(experiment, in_this_process, tmp_path)
     assert forwards == {"frozen": 1, "ho-sfl": 2 * 4 + 1, "split-fo": 4}
     fo = json.loads((out / "cut1-split-fo-seed0" / "results.json").read_text())
     fetched = fo["bytes_up"]["fetch"]["bytes"]
-    assert outcome(out / "cut1-split-fo-seed0", 0).bytes_up * 4 > fetched > 0
+    found_fo = outcome(out / "cut1-split-fo-seed0", 0)
+    assert found_fo.bytes_up * 4 > fetched > 0
+    exchange = fo["client_peak_memory"]["tensor_bytes"]["exchange"]
+    assert found_fo.exchange_peak_bytes == max(found_fo.peak_bytes, exchange)
 
 
 @pytest.mark.parametrize(
@@ -368,9 +373,9 @@ def test_the_frontier_is_drawn_where_there_is_a_gap(tmp_path, monkeypatch):
     marks = []
     monkeypatch.setattr("matplotlib.axes.Axes.errorbar", lambda _, *at, **__: marks.append(at))
     rows = [
-        Row("", "frozen", [run(0.5)], (0.0, 0.0), None, 1.0),
-        Row("", "residual", [run(0.5)], (0.8, 0.1), None, 1.07),
-        Row("", "no-gap", [run(0.5)], None, None, 1.0),
+        Row("", "frozen", [run(0.5)], (0.0, 0.0), None, 1.0, 1.0),
+        Row("", "residual", [run(0.5)], (0.8, 0.1), None, 1.07, 1.4),
+        Row("", "no-gap", [run(0.5)], None, None, 1.0, 1.0),
     ]
     draw_frontier(tmp_path / "frontier.png", "a title", rows)
     assert marks == [(1.0, 0.0), (1.07, 0.8)], "memory over inference, gap closed"
