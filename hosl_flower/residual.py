@@ -1,4 +1,4 @@
-"""Residual feedback: a client gradient from one forward pass, each block by itself.
+"""Residual feedback: a client gradient block by block in forward order, each block by itself.
 
 In a pre-norm transformer blocks add to a stream that ends at the cut:
 
@@ -9,9 +9,11 @@ matrices, but g is lambda = dL/dh_cut through all later blocks, which takes a ba
 later block's Jacobian is the identity plus what the block does. Residual feedback keeps the
 identity and takes g = lambda in every block. What is within a block is seen through by hand, since
 all that takes is at hand while the block runs (feedback.py); the embeddings get what the first
-block's input gets. No graph, no pass in reverse order, nothing kept of one block for another: a
-block's gradients are whole, and can be applied, before the next block runs. The last block's are
-exact. Derivation, relatives and limits: docs/residual.md.
+block's input gets. In other words: block-wise back-propagation with the Jacobian between blocks set
+to the identity. There is no backward pass between blocks, and nothing is kept of one block for
+another: a block's gradients are whole, and can be applied, before the next block runs. Within a
+block the chain rule is a backward step written by hand. The last block's gradients are exact.
+Derivation, relatives and limits: docs/residual.md.
 """
 
 from collections.abc import Collection, Iterator, Mapping

@@ -15,7 +15,8 @@ step, client parameters theta_c (the same on every client), server parameters th
 
 lambda_m and the probes belong to the weights before step 2. lambda_m is the gradient of client
 m's own loss: its weight enters once, in 4. (The published code divides by K in 2 and in 4, which
-makes the client gradient K times too small.) No weights are ever sent.
+makes the client gradient K times too small.) No weights are ever sent. The paper weights clients
+alike, w_m = 1/K (aggregation = mean); the default here is weighted-mean, by numbers of examples.
 
 local-steps = E > 1: in 3 each client takes E local steps on its surrogate, lambda_m kept, and
 uploads E * P scalars; each local step is aggregated and entered on its own. client-seeds =

@@ -19,8 +19,8 @@ How a client comes by g_m is client-gradient:
     backprop    the chain rule with the whole graph: memory is that of training, which is what the
                 zeroth-order methods spare
     recompute   the same gradient, one block at a time (hosl_flower/recompute.py)
-    residual    an approximation from one more forward pass, without a graph or a backward pass,
-                of what is added to the residual stream (hosl_flower/residual.py)
+    residual    an approximation in forward order, without a backward pass between blocks, of what
+                is added to the residual stream (hosl_flower/residual.py)
 
 With the last two and E > 1 a client updates each parameter as soon as its gradient is there, and
 client-optimizer = adafactor has almost no state: a step then takes about the memory of inference;

@@ -2,10 +2,10 @@
 
     python tests/benchmarks/directions.py -c model=<a small OPT> -c data-path=<...> -c cut-layer=5
 
-A step along an estimate e of the gradient g can lower the loss by at most the square of their
-cosine of what a step along g could (to second order, where curvature is alike in all directions).
-That share, mean over --batches mini-batches of a server that has trained for --steps on a client
-that stands still, is measured for --probes exact derivatives a step along directions drawn as
+Measured is the squared cosine of an estimate e with the gradient g, mean over --batches mini-batches
+of a server that has trained for --steps on a frozen client, for --probes exact derivatives a step.
+It is not the share of the best step's gain: the gain depends on the curvature along e, too, and is
+larger (docs/results/directions.md). Directions are drawn as
 
     rank1, signs, gaussian   perturb.py; FZOO divides a step along signs by the losses' standard
                              deviation, which changes its length and not where it goes
@@ -17,7 +17,7 @@ that stands still, is measured for --probes exact derivatives a step along direc
     by element               signs times the root mean square of each gradient element over other
                              mini-batches: known, which scalars do not tell, or learned from 200
                              gaussian probes as HiSo (2506.02370) learns it, which divides by it:
-                             that finds P / d of a step as RMSProp's
+                             its squared cosine with RMSProp's step is P / d
     by tensor                signs times each tensor's own root mean square, known
     activations              sum over tokens of random vectors times the input of a linear map, and
                              the batch's rows of embeddings (How to Guess a Gradient, 2312.04709);
