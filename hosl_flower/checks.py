@@ -80,6 +80,14 @@ def check_described(reply: Described, limits: Limits) -> None:
             f"described: expected 1 to {limits.held_out} held-out examples, got {held_out} "
             "(eval-examples uses fewer)"
         )
+    overlap = reply.held_out_overlap
+    if overlap and (
+        len(overlap) != 4 or not overlap[1] <= overlap[0] <= held_out or not overlap[0]
+    ):
+        raise ProtocolError(
+            f"described: expected held_out_overlap to be () or (examples, shared, row, row) with "
+            f"shared <= examples <= {held_out}, got {overlap[:8]}"
+        )
 
 
 def check_activations(reply: Activations, limits: Limits) -> None:

@@ -220,12 +220,14 @@ class Client(Follower):
         data = self.pool.client(request.partition)
         if self.mechanism is not None:  # a step is not to fail for what is in one example
             data.check()
+        told = self.spec.tells_labels
         return Described, {
             "train_examples": len(data.train),
             "held_out_examples": len(data.held_out),
-            "label_counts": tuple(data.label_counts()) if self.spec.tells_labels else (),
+            "label_counts": tuple(data.label_counts()) if told else (),
             "memory_meter": self.meter.name,
             "simulated_noise": self.secret == simulated_secret(self.spec.seed),
+            "held_out_overlap": data.overlap.flat() if told and data.overlap else (),
         }
 
     def _fingerprints(self, request: Fingerprint) -> Answer:

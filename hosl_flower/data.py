@@ -5,7 +5,7 @@ A source has a training part, which partition.py spreads over the clients, and a
 
 import logging
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from hosl_flower.columns import find_column, plain_name
 from hosl_flower.errors import DataError, first_line
 from hosl_flower.formats import SEMICOLONS, SUFFIXES, read_file
 from hosl_flower.image_files import holds_images, image_columns, read_images
+from hosl_flower.overlap import Split
 from hosl_flower.perturb import derive_seed, permutation
 from hosl_flower.squad import right_answers
 from hosl_flower.task_table import TASKS, Task
@@ -49,7 +50,12 @@ class Part(NamedTuple):
 
 
 def load_source(
-    source: str, task: Task, seed: int, partition_column: str = "", held_out_examples: int = 0
+    source: str,
+    task: Task,
+    seed: int,
+    partition_column: str = "",
+    held_out_examples: int = 0,
+    on_split: Callable[[Split], None] = lambda split: None,
 ) -> tuple[Dataset, Dataset]:
     """(training, held-out) examples: the columns of the prompt, an integer "label", or a list of
     texts "answers" where they are generated, and, for the training part, the partition column as
@@ -58,7 +64,8 @@ def load_source(
     source: "hub:<repository>/<configuration>", "bundled:<folder>", or a local path. The held-out
     part is the source's own; or, with held_out_examples, so many training examples drawn with
     `seed`; or, without either, a fifth of them. A test part without labels is none. A partition
-    column that is the label column too is the integer "label". Raises DataError.
+    column that is the label column too is the integer "label". on_split: told which rows are held
+    out, where they are drawn. Raises DataError.
     """
     parts = _from_source(source, task)
     train = _normalise(parts[0], task, partition_column)
@@ -70,7 +77,9 @@ def load_source(
     if cut >= len(train):
         wanted = f"{held_out_examples} (held-out-examples)" if held_out_examples else "some"
         raise DataError(f"{source} has {len(train)} example(s): too few to hold {wanted} out")
-    return train.select(order[cut:]), train.select(order[:cut])
+    split = Split(train, order[cut:], order[:cut])
+    on_split(split)
+    return train.select(split.train_rows), train.select(split.held_out_rows)
 
 
 def training_part(source: str, task: Task) -> Dataset:
@@ -291,6 +300,12 @@ def _ids(data: Dataset, column: str, where: str) -> dict[str, list[str]]:
 
 def take(data: Dataset, limit: int, seed: int) -> Dataset:
     """At most `limit` examples (0 is all), drawn with `seed`."""
-    if not 0 < limit < len(data):
-        return data
-    return data.select(permutation(len(data), seed)[:limit])
+    rows = taken(range(len(data)), limit, seed)
+    return data if len(rows) == len(data) else data.select(rows)
+
+
+def taken(rows: Sequence[int], limit: int, seed: int) -> Sequence[int]:
+    """The rows that `take` keeps of so many."""
+    if not 0 < limit < len(rows):
+        return rows
+    return [rows[place] for place in permutation(len(rows), seed)[:limit]]

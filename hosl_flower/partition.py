@@ -6,6 +6,7 @@ clients loads it once and keeps only the partitions used last.
 
 import contextlib
 import io
+import logging
 import warnings
 from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,12 @@ from hosl_flower.tasks import Batch, Encoder, Inputs
 if TYPE_CHECKING:  # heavy; flwr_datasets brings matplotlib, which a node with its own data spares
     from datasets import Dataset
     from flwr_datasets.partitioner import Partitioner
+
+    from hosl_flower.overlap import Overlap, Split
 else:
     Dataset = Partitioner = Any
+
+log = logging.getLogger("hosl_flower")
 
 _KEPT = 64  # partitions a process remembers
 _DRAWS = 20  # times the Dirichlet partitioner may try, eleven draws each
@@ -119,13 +124,21 @@ def _draw(partitioner: Partitioner) -> None:
 class ClientData:
     """What one client holds: its partition of the training data and the held-out part.
 
-    held_out: shared by all clients of a process, sorted by length.
+    held_out: shared by all clients of a process, sorted by length. overlap: of held-out examples
+    that were drawn off the training part, with the latter.
     """
 
-    def __init__(self, train: Dataset, held_out: Dataset, encoder: Inputs, order_seed: int):
+    def __init__(
+        self,
+        train: Dataset,
+        held_out: Dataset,
+        encoder: Inputs,
+        order_seed: int,
+        overlap: "Overlap | None" = None,
+    ):
         if len(train) == 0:
             raise DataError("this client's partition is empty; lower num-clients")
-        self.train, self.held_out = train, held_out
+        self.train, self.held_out, self.overlap = train, held_out, overlap
         self.encoder = encoder
         self.order_seed = order_seed
         self._order: tuple[int, list[int]] = (-1, [])
@@ -193,7 +206,7 @@ class DataPool:
     def __init__(self, spec: ClientSpec, encoder: Inputs, own: str = ""):
         self.spec, self.encoder, self.own = spec, encoder, own
         self._clients: OrderedDict[int, ClientData] = OrderedDict()
-        self._shared: tuple[Partitioner, Dataset] | None = None
+        self._shared: tuple[Partitioner, Dataset, Overlap | None] | None = None
         self._served: int | None = None
 
     @property
@@ -225,10 +238,10 @@ class DataPool:
             )
         if self._shared is None:
             column = self.spec.partition_column if self.spec.partitioner == "natural-id" else ""
-            train, held_out = self._load(self.spec.source, column)
-            self._shared = make_partitioner(train, self.spec), held_out
-        partitioner, held_out = self._shared
-        return self._made(number, partitioner.load_partition(number), held_out)
+            train, *rest = self._load(self.spec.source, column)
+            self._shared = make_partitioner(train, self.spec), *rest
+        partitioner, *rest = self._shared
+        return self._made(number, partitioner.load_partition(number), *rest)
 
     def _own(self, number: int) -> ClientData:
         if shared_between_partitions(self.own):
@@ -240,17 +253,36 @@ class DataPool:
             self._served = number
         return self._made(number, *self._load(self.own.replace(PLACEHOLDER, str(number))))
 
-    def _load(self, source: str, partition_column: str = "") -> tuple[Dataset, Dataset]:
+    def _load(
+        self, source: str, partition_column: str = ""
+    ) -> "tuple[Dataset, Dataset, Overlap | None]":
         from hosl_flower.data import load_source, take
 
         spec = self.spec
+        splits: list[Split] = []
         train, held_out = load_source(
-            source, spec.task, spec.seed, partition_column, spec.held_out_examples
+            source, spec.task, spec.seed, partition_column, spec.held_out_examples, splits.append
         )
-        train = take(train, spec.train_examples, derive_seed(spec.seed, "train-examples"))
-        held_out = take(held_out, spec.eval_examples, derive_seed(spec.seed, "eval-examples"))
-        return train, self.encoder.by_length(held_out)
+        seeds = derive_seed(spec.seed, "train-examples"), derive_seed(spec.seed, "eval-examples")
+        train = take(train, spec.train_examples, seeds[0])
+        held_out = take(held_out, spec.eval_examples, seeds[1])
+        overlap = self._overlap(splits[0], *seeds) if splits and not spec.task.image else None
+        return train, self.encoder.by_length(held_out), overlap
 
-    def _made(self, number: int, train: Dataset, held_out: Dataset) -> ClientData:
+    def _overlap(self, split: "Split", train_seed: int, eval_seed: int) -> "Overlap":
+        from hosl_flower.data import taken
+
+        spec = self.spec
+        found = split._replace(
+            train_rows=taken(split.train_rows, spec.train_examples, train_seed),
+            held_out_rows=taken(split.held_out_rows, spec.eval_examples, eval_seed),
+        ).overlap(spec.task.fields)
+        if found.matters and not spec.tells_labels:  # the server is told nothing of it
+            log.warning("%s", found)
+        return found
+
+    def _made(
+        self, number: int, train: Dataset, held_out: Dataset, overlap: "Overlap | None"
+    ) -> ClientData:
         order_seed = derive_seed(self.spec.seed, "order", number)
-        return ClientData(train, held_out, self.encoder, order_seed)
+        return ClientData(train, held_out, self.encoder, order_seed, overlap)

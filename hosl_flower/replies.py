@@ -31,7 +31,8 @@ class Reply:
 class Described(Reply):
     """label_counts: training examples per label, none where labels are the client's;
     memory_meter: what tensor_peaks measures; simulated_noise: the noise of what it sends follows
-    from the run's seed."""
+    from the run's seed; held_out_overlap: an overlap.Overlap, flat, or nothing where the held-out
+    part is the data's own or the server is told nothing of it."""
 
     kind: ClassVar[str] = "described"
     train_examples: Count
@@ -39,6 +40,7 @@ class Described(Reply):
     label_counts: Counts
     memory_meter: Literal["live_storages", "cuda_allocated"]
     simulated_noise: bool = field(default=False, kw_only=True)
+    held_out_overlap: Counts = field(default=(), kw_only=True)
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -13,7 +13,8 @@ from hosl_flower.text_score import HeldOut
 @dataclass(frozen=True)
 class Results:
     """results.json. The fields up to wall_seconds are those of the final evaluation, as are
-    exact_match and f1: of generated answers, which have none of the three kinds of accuracy."""
+    exact_match and f1: of generated answers, which have none of the three kinds of accuracy.
+    held_out_overlap: see overlap.py; None where the held-out part is the data's own."""
 
     method: str
     model: str
@@ -30,6 +31,7 @@ class Results:
     exact_match: float | None
     f1: float | None
     held_out_examples: int
+    held_out_overlap: dict[str, int] | None
     evaluations: list[dict[str, float | None]]
     seconds_per_step: dict[str, float]
     bytes_up: dict[str, dict[str, int]]
@@ -74,6 +76,9 @@ def results_of(
         notice=session.notice,
         majority_accuracy=metrics.get("majority_accuracy"),
         held_out_examples=final.examples,
+        held_out_overlap=None
+        if session.overlap is None
+        else {"examples": session.overlap.examples, "shared": session.overlap.shared},
         evaluations=measured.evaluations,
         seconds_per_step={part: value / steps for part, value in measured.seconds.items()},
         bytes_up=_by_kind(traffic.up),

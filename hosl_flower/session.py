@@ -20,6 +20,7 @@ from hosl_flower.head import attach_head
 from hosl_flower.history import History
 from hosl_flower.inputs import class_names, make_inputs, with_classes
 from hosl_flower.messages import Described
+from hosl_flower.overlap import Overlap
 from hosl_flower.perturb import derive_seed, permutation
 from hosl_flower.server import Server
 from hosl_flower.spec import (
@@ -90,6 +91,7 @@ class Session:
     train_examples: dict[int, int] = field(default_factory=dict)  # of all clients ever described
     retaken: int = 0  # mini-batches of steps that a resumed run has taken again, at most
     evaluator: int | None = None  # the client whose held-out part the curve is about
+    overlap: Overlap | None = None  # of that held-out part with its training part
     unchecked: set[int] = field(default_factory=set)  # took part since the last fingerprints
     checked_at: int = 0  # ledger position of the last fingerprints
     dropped: list[Drop] = field(default_factory=list)
@@ -154,6 +156,13 @@ class Session:
     def _versions(self) -> list[int]:
         """torch counts the changes of every tensor."""
         return [parameter._version for parameter in self.server.trained.values()]
+
+    def note_overlap(self, described: Described) -> None:
+        """Keep, and say once, how much of the held-out part about to be scored was trained on."""
+        overlap = Overlap.from_flat(described.held_out_overlap)
+        if overlap is not None and overlap.matters and overlap != self.overlap:
+            log.warning("%s", overlap)
+        self.overlap = overlap
 
     def at(self, step: int, partition: int) -> dict[str, Any]:
         """The fields every request has, for the ledger as it is now."""

@@ -238,12 +238,13 @@ def evaluate(session: Session, judge: Link, step: int) -> HeldOut:
 
 def _evaluate_on(session: Session, judge: Link, step: int, partition: int) -> HeldOut:
     spec, at = session.spec, session.at(step, partition)
-    size = session.clients[partition].held_out_examples
+    described = session.clients[partition]
     if session.config.evaluation == "central":  # the server's own data, not the client's
-        (described,) = judge.exchange({partition: [Describe(**at)]})[partition]
-        assert isinstance(described, Described)  # Link has checked it
-        size = described.held_out_examples
-    batches = range(math.ceil(size / spec.eval_batch_size))
+        (own,) = judge.exchange({partition: [Describe(**at)]})[partition]
+        assert isinstance(own, Described)  # Link has checked it
+        described = own
+    session.note_overlap(described)
+    batches = range(math.ceil(described.held_out_examples / spec.eval_batch_size))
     return score_batches(session, judge, step, partition, batches)
 
 

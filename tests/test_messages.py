@@ -137,6 +137,10 @@ ALL = [
         **DONE, train_examples=5, held_out_examples=2, label_counts=(3, 2),
         memory_meter="live_storages",
     ),
+    Described(
+        **DONE, train_examples=5, held_out_examples=2, label_counts=(3, 2),
+        memory_meter="live_storages", held_out_overlap=(2, 1, 4, 6),
+    ),
     activations(),
     activations(activations=torch.randn(2, 3, 4).bfloat16()),
     continued(),
@@ -304,6 +308,10 @@ def test_scalars_that_do_not_fit_the_request_are_refused(scalars):
         ({"train_examples": 2**62, "label_counts": (2**62, 0)}, "1 or more"),
         ({"held_out_examples": 0}, "expected 1 to 40 held-out examples, got 0"),
         ({"held_out_examples": 41}, "got 41"),
+        ({"held_out_overlap": (2, 1, 5)}, "expected held_out_overlap"),
+        ({"held_out_overlap": (2, 3, 5, 6)}, "shared <= examples <= 2"),
+        ({"held_out_overlap": (3, 1, 5, 6)}, "shared <= examples <= 2"),
+        ({"held_out_overlap": (0, 0, 0, 0)}, "expected held_out_overlap"),
     ],
 )
 def test_a_description_that_cannot_be_is_refused(changes, complaint):
