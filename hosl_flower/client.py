@@ -245,7 +245,7 @@ class Client(Follower):
         return Activations, self.compute.evaluate(request)
 
     def _continue(self, request: Continue) -> Answer:
-        return Continued, self.compute.writing.continued(request)
+        return Continued, self.compute.writing.continued(request, self.compute.phase)
 
     def _grade(self, request: Grade) -> Answer:
         return Graded, {"scores": self.compute.writing.grades(request)}

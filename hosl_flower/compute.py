@@ -88,7 +88,7 @@ class Compute:
         self.hidden: int = submodel.hidden_size
         # by partition and number of the mini-batch
         self._anchors: OrderedDict[tuple[int, int], _Anchor] = OrderedDict()
-        self.writing = Writing(spec, submodel, pool, device, self.phase)
+        self.writing = Writing(spec, submodel, pool, device)
 
     def moved(self) -> None:
         """The weights are others now."""

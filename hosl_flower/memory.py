@@ -19,6 +19,7 @@ import sys
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class LiveTensors(TorchDispatchMode):
         self.live_bytes = 0
         self.peak_bytes = 0
         self._storages: dict[int, tuple[weakref.ref[Any], int]] = {}  # by address
+        self._self = weakref.ref(self)
 
     def hold(self, tensors: Iterable[Tensor]) -> None:
         """Count tensors that were made before, as long as they live."""
@@ -93,16 +95,19 @@ class LiveTensors(TorchDispatchMode):
         if known is not None and known[1] == size:
             return
         if known is None:
-            reference = weakref.ref(storage, lambda _: self._forget(address))
+            reference = weakref.ref(storage, partial(_forget, self._self, address))
         else:
             reference = known[0]  # resized in place
         self._storages[address] = (reference, size)
         self.live_bytes += size - (known[1] if known else 0)
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
-    def _forget(self, address: int) -> None:
-        _, size = self._storages.pop(address)
-        self.live_bytes -= size
+
+def _forget(counter: "weakref.ref[LiveTensors]", address: int, _: Any) -> None:
+    """A storage was freed. The counter does not hold itself alive by the storages it counts."""
+    if (own := counter()) is not None:
+        _, size = own._storages.pop(address)
+        own.live_bytes -= size
 
 
 class Meter:

@@ -20,18 +20,10 @@ from hosl_flower.squad import graded
 
 
 class Writing:
-    """phase: measures what runs within, by the name of a phase and a size (compute.py)."""
+    """What a client keeps of the prompts that are being answered."""
 
-    def __init__(
-        self,
-        spec: ClientSpec,
-        submodel: ClientSubmodel,
-        pool: DataPool,
-        device: str,
-        phase: Callable[[str, int], AbstractContextManager[None]],
-    ):
-        self.spec, self.submodel, self.pool = spec, submodel, pool
-        self.device, self.phase = device, phase
+    def __init__(self, spec: ClientSpec, submodel: ClientSubmodel, pool: DataPool, device: str):
+        self.spec, self.submodel, self.pool, self.device = spec, submodel, pool, device
         self._prompts: tuple[tuple[int, int], Prompts] | None = None  # that are being answered
 
     def forget(self) -> None:
@@ -42,9 +34,12 @@ class Writing:
         """What is kept between requests."""
         yield from self._prompts[1].tensors() if self._prompts else ()
 
-    def continued(self, request: Continue) -> dict[str, Any]:
+    def continued(
+        self, request: Continue, phase: Callable[[str, int], AbstractContextManager[None]]
+    ) -> dict[str, Any]:
         """Activations of held-out prompts, or of the tokens after them. A process that does not
-        have what came before runs it again."""
+        have what came before runs it again. phase: measures what runs within, by the name of a
+        phase and a size; not kept, it is Compute's, which has this."""
         key = (request.partition, request.batch)
         prompts = self._prompts[1] if self._prompts and self._prompts[0] == key else None
         if prompts is None or not prompts.follows(request.tokens):
@@ -53,7 +48,7 @@ class Writing:
             prompts = Prompts(self.submodel, batch, self.spec.client_micro_batch, self.device)
         count = len(prompts.batch.input_ids)
         tokens = checked(request.tokens, count, self.spec.max_new_tokens, self._vocabulary)
-        with self.phase("evaluate", prompts.batch.input_ids.numel() + tokens.numel()):
+        with phase("evaluate", prompts.batch.input_ids.numel() + tokens.numel()):
             coded = (
                 (first, encode(piece, self.spec.codec))
                 for first, piece in prompts.activations(tokens)
