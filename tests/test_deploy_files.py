@@ -1,6 +1,8 @@
 """What deploy/ makes and names; tests/integration runs it."""
 
+import configparser
 import re
+import shutil
 import subprocess
 from fnmatch import fnmatch
 from pathlib import Path
@@ -12,6 +14,7 @@ from cryptography import x509
 from hosl_flower.processes import script
 
 ROOT = Path(__file__).parents[1]
+UNITS = sorted((ROOT / "deploy" / "systemd").glob("*.service"))
 FILE = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
 
 
@@ -64,3 +67,62 @@ def test_the_image_copies_what_its_context_has():
     for name in copied:
         assert (ROOT / name).exists()
         assert any(line[0] == "!" and fnmatch(name, line[1:]) for line in kept)
+
+
+def test_containers_have_no_privileges_and_write_to_their_volume_alone():
+    for service in FILE["services"].values():
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert service["read_only"] is True
+        assert service["tmpfs"] == ["/tmp"]
+        assert "privileged" not in service
+        assert "cap_add" not in service
+
+
+def directives(unit):
+    """Of a unit's [Service]; one that is given twice as its lines."""
+    parser = configparser.RawConfigParser(strict=False, delimiters="=", comment_prefixes="#")
+    parser.optionxform = str
+    text = unit.read_text()
+    parser.read_string(text)
+    filters = re.findall(r"^SystemCallFilter=(.*)$", text, re.M)
+    return {**parser["Service"], "SystemCallFilter": filters}
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
+def test_a_service_has_no_privileges_and_sees_little(unit):
+    own = directives(unit)
+    for name in (
+        "DynamicUser", "LockPersonality", "NoNewPrivileges", "PrivateMounts", "PrivateTmp",
+        "ProtectClock", "ProtectControlGroups", "ProtectHome", "ProtectHostname",
+        "ProtectKernelLogs", "ProtectKernelModules", "ProtectKernelTunables", "RestrictNamespaces",
+        "RestrictRealtime", "RestrictSUIDSGID",
+    ):  # fmt: skip
+        assert own[name] == "yes", name
+    assert own["CapabilityBoundingSet"] == ""
+    assert own["ProtectSystem"] == "strict"
+    assert own["ProtectProc"] == "invisible"
+    assert own["UMask"] == "0077"
+    assert own["SystemCallArchitectures"] == "native"
+    assert own["SystemCallFilter"] == ["@system-service", "~@privileged"]
+    assert "AF_INET" in own["RestrictAddressFamilies"]
+    assert "AF_PACKET" not in own["RestrictAddressFamilies"]
+    # torch's kernels made at run time, and GPUs
+    assert not {"MemoryDenyWriteExecute", "PrivateDevices", "DevicePolicy"} & own.keys()
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
+def test_systemd_rates_a_service_as_little_exposed(unit):
+    command = ["systemd-analyze", "security", "--offline=true", "--no-pager", str(unit)]
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "unrecognized option" in said.stderr:
+        pytest.skip("systemd before 250 rates no files")
+    assert said.returncode == 0, said.stderr
+    level = re.search(r"Overall exposure level for \S+: ([\d.]+)", said.stdout)
+    assert float(level[1]) <= 2.0
+    verified = subprocess.run(
+        ["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False
+    )
+    lines = (verified.stdout + verified.stderr).splitlines()
+    assert [line for line in lines if unit.name in line and "not executable" not in line] == []

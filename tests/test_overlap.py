@@ -5,13 +5,13 @@ import logging
 import re
 
 import pytest
+from runs import run_factory, write_reviews
 
 from hosl_flower.data import load_source, taken
 from hosl_flower.overlap import Overlap, Split, find_overlap
 from hosl_flower.perturb import derive_seed, permutation
 from hosl_flower.task_table import Task
 from strategies.hosl import Hosl
-from tests.runs import run_factory, write_reviews
 
 TASK = Task("own", "{text} It was", ("terrible", "great"), ("no", "yes"))
 LONG = "the plot of this film is told twice and both times from the end"
