@@ -1,6 +1,7 @@
 # make run    set up, train simulations/opt125m_hosl through `flwr run`, write runs/<time>-opt125m_hosl
 # make test   set up, run the fast tests and the real Flower tests
 # make lint   ruff and mypy
+# make test-latest   the fast tests with the newest versions that pyproject.toml allows, in .venv-latest
 # make fault-test   kill, slow down and cut off real processes (REPEAT=10: ten times each); long
 # make docs   the documentation as a site, site/index.html
 # make deploy-demo   SuperLink, three SuperNodes, TLS and authentication on this machine
@@ -9,11 +10,13 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+LATEST ?= .venv-latest
 REPEAT ?= 1
 SIMULATION ?= simulations/opt125m_hosl
 BIN := $(VENV)/bin
 
-.PHONY: setup dev run deploy-demo docs test fast-test integration-test fault-test lint clean
+.PHONY: setup dev run deploy-demo docs test fast-test integration-test fault-test test-latest \
+	lint clean
 
 setup: $(VENV)/.ready
 dev: $(VENV)/.dev
@@ -59,10 +62,19 @@ integration-test: dev
 fault-test: dev
 	REPEAT=$(REPEAT) $(BIN)/python -m pytest tests/faults --override-ini addopts='-q --durations=0'
 
+# made anew each time: what is newest changes. torch stays as it is pinned: pip would fetch a new
+# release of it with gigabytes of CUDA, and its release decides the bits that some tests compare
+test-latest:
+	$(PYTHON) -m venv --clear $(LATEST)
+	grep '^torch==' constraints.txt > $(LATEST)/constraints.txt
+	$(LATEST)/bin/python -m pip install --quiet --upgrade --constraint $(LATEST)/constraints.txt --editable '.[dev]'
+	$(LATEST)/bin/python -m pip freeze --exclude-editable | diff constraints.txt - || true
+	$(LATEST)/bin/python -m pytest
+
 lint: dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(LATEST) site .mypy_cache .ruff_cache .pytest_cache
