@@ -13,16 +13,16 @@ import datasets
 from datasets import Dataset
 
 from hosl_flower import hub
-from hosl_flower.columns import column as column_of
-from hosl_flower.columns import find_column, plain_name
+from hosl_flower.columns import find_column
 from hosl_flower.errors import DataError, first_line
-from hosl_flower.formats import SEMICOLONS, SUFFIXES, read_file
-from hosl_flower.image_files import holds_images, image_columns, read_images
+from hosl_flower.examples import is_without_labels, normalised
+from hosl_flower.formats import SUFFIXES, is_table, read_file
+from hosl_flower.image_files import holds_images, read_images
 from hosl_flower.overlap import Split
 from hosl_flower.perturb import derive_seed, permutation
-from hosl_flower.squad import right_answers
-from hosl_flower.task_table import TASKS, Task
-from hosl_flower.tasks import BUNDLED, parse_label
+from hosl_flower.tables import Arrow, Joined, Table
+from hosl_flower.task_table import Task
+from hosl_flower.tasks import BUNDLED
 
 log = logging.getLogger("hosl_flower")
 
@@ -42,11 +42,10 @@ _ARE_IMAGES = (
 
 
 class Part(NamedTuple):
-    """Some examples as they were read, and where: for messages."""
+    """Some examples as they were read."""
 
     name: str
-    data: Dataset
-    where: str
+    data: Table
 
 
 def load_source(
@@ -68,10 +67,10 @@ def load_source(
     out, where they are drawn. Raises DataError.
     """
     parts = _from_source(source, task)
-    train = _normalise(parts[0], task, partition_column)
+    train = normalised(parts[0].data, task, partition_column)
     for part in parts[1:]:
         if not held_out_examples and not _is_unlabelled_test(part, task):
-            return train, _normalise(part, task)
+            return train, normalised(part.data, task)
     order = permutation(len(train), derive_seed(seed, "held-out"))
     cut = held_out_examples or max(1, round(len(train) * HELD_OUT_FRACTION))
     if cut >= len(train):
@@ -82,9 +81,10 @@ def load_source(
     return train.select(split.train_rows), train.select(split.held_out_rows)
 
 
-def training_part(source: str, task: Task) -> Dataset:
-    """The training examples of a source as they are there. Raises DataError."""
-    return _from_source(source, task)[0].data
+def labelled_parts(source: str, task: Task) -> list[Table]:
+    """The training and held-out examples of a source as they are there. Raises DataError."""
+    train, *others = _from_source(source, task)
+    return [train.data, *(part.data for part in others if not _is_unlabelled_test(part, task))]
 
 
 def _from_source(source: str, task: Task) -> list[Part]:
@@ -120,7 +120,7 @@ def _from_hub(name: str) -> list[Part]:
 
 def _parts(loaded: Any, name: str) -> list[Part]:
     """Training and, if there is one, held-out part of a DatasetDict."""
-    return [Part(n, loaded[n].flatten(), f"{name} ({n})") for n in _used(loaded, name)]
+    return [Part(n, Arrow.of(loaded[n], f"{name} ({n})")) for n in _used(loaded, name)]
 
 
 def _used(names: Collection[str], where: str) -> list[str]:
@@ -134,14 +134,14 @@ def _from_path(path: Path, task: Task) -> list[Part]:
     if path.is_file():
         images = read_images(path) if task.image else None
         if images is None:
-            return [Part("train", read_file(path, task), str(path))]
+            return [Part("train", read_file(path, task))]
         return _image_parts(images, path)
     if not path.is_dir():
         raise DataError(f"data path {str(path)!r} does not exist")
     if (path / "dataset_dict.json").is_file():
         return _parts(_saved_dataset(path), str(path))
     if (path / "dataset_info.json").is_file():
-        return [Part("train", _saved_dataset(path).flatten(), str(path))]
+        return [Part("train", Arrow.of(_saved_dataset(path), str(path)))]
     files = _part_files(path)
     if "train" in files:
         return [_read_part(name, files[name], task) for name in _used(files, str(path))]
@@ -156,14 +156,15 @@ def _from_path(path: Path, task: Task) -> list[Part]:
 
 
 def _image_parts(images: Mapping[str, Dataset], path: Path) -> list[Part]:
-    return [Part(name, images[name], f"{path} ({name})") for name in _used(images, str(path))]
+    used = _used(images, str(path))
+    return [Part(name, Arrow.of(images[name], f"{path} ({name})")) for name in used]
 
 
 def _part_files(path: Path) -> dict[str, list[Path]]:
     """The files of each part in a directory: one, or all shards."""
     files: dict[str, list[Path]] = {}
     for file in sorted(path.iterdir()):
-        if file.suffix in SUFFIXES and not file.name.startswith("."):
+        if is_table(file):
             name = _SHARD.sub("", file.stem).lower()
             files.setdefault(_OTHER_NAMES.get(name, name), []).append(file)
     return files
@@ -175,8 +176,7 @@ def _read_part(name: str, files: Sequence[Path], task: Task) -> Part:
             f"{files[0].parent} has {' and '.join(file.name for file in files)}; keep one of them"
         )
     data = [read_file(file, task) for file in files]
-    where = str(files[0]) if len(files) == 1 else f"{files[0].parent} ({name})"
-    return Part(name, data[0] if len(data) == 1 else datasets.concatenate_datasets(data), where)
+    return Part(name, data[0] if len(data) == 1 else Joined(f"{files[0].parent} ({name})", data))
 
 
 def _saved_dataset(path: Path) -> Any:
@@ -190,112 +190,11 @@ def _is_unlabelled_test(part: Part, task: Task) -> bool:
     """Whether it is a test part as benchmarks publish it: its labels kept back."""
     if part.name != "test":
         return False
-    label = find_column(part.data, task.answer_column, task, part.where)
-    labels = [] if label is None else label[1]
-    if not all(value in (None, []) or str(value).strip() in ("", "-1") for value in labels):
+    label = find_column(part.data, task.answer_column, task)
+    if label is not None and not is_without_labels(label[1]):
         return False
-    log.info("%s has no labels: examples are held out of the training part", part.where)
+    log.info("%s has no labels: examples are held out of the training part", part.data.where)
     return True
-
-
-def _normalise(part: Part, task: Task, partition_column: str = "") -> Dataset:
-    """Keep the prompt's columns, parse what is right; DataError names what is missing."""
-    data, where = part.data, part.where
-    if partition_column and partition_column not in data.column_names:
-        raise DataError(
-            f"{where} has no column {partition_column!r} (partition-column); the data has "
-            f"{', '.join(data.column_names)}"
-        )
-    wanted = (*task.fields, task.answer_column)
-    found = {name: find_column(data, name, task, where) for name in wanted}
-    missing = [name for name, column in found.items() if column is None]
-    if missing:
-        raise DataError(
-            f"{where} has no column {', '.join(map(repr, missing))}; task {task.name} needs "
-            f"{', '.join(found)}, the data has "
-            f"{', '.join(data.column_names)} (set {'' if task.image else 'prompt and '}"
-            f"{'target' if task.target else 'label'}-column){_way_out(data.column_names, task)}"
-        )
-    _check_kept_name(task, where, partition_column)
-    if len(data) == 0:
-        raise DataError(f"{where} has no examples")
-    columns = {name: column for name, column in found.items() if column is not None}
-    right = _right(*columns[task.answer_column], task, where)
-    texts = {}
-    for name in task.fields:
-        if None in columns[name][1]:
-            row = columns[name][1].index(None) + 1
-            raise DataError(f"{where}, row {row}: {name} is missing")
-        texts[name] = [str(text) for text in columns[name][1]]
-    _say_what_is_empty(texts, where)
-    ids = _ids(data, partition_column, where) if partition_column else {}
-    if task.image:
-        images = image_columns(data, task, where)
-        for name, values in {**ids, **right}.items():
-            images = images.add_column(name, values)
-        return images
-    return Dataset.from_dict({**ids, **texts, **right})
-
-
-def _way_out(names: Sequence[str], task: Task) -> str:
-    """What else may be wrong where columns are missing."""
-    if len(names) == 1 and ";" in names[0]:
-        return SEMICOLONS
-    if task.name in TASKS:
-        return (
-            "; for data of your own, set task to a new name, with prompt, verbalizers and "
-            "label-column"
-        )
-    return ""
-
-
-def _say_what_is_empty(texts: dict[str, list[str]], where: str) -> None:
-    """A prompt without any text says nothing of its label: most likely a mistake."""
-    rows = zip(*texts.values(), strict=True)
-    empty = [row for row, own in enumerate(rows, start=1) if not any(map(str.strip, own))]
-    if empty:
-        log.warning(
-            "%s: %d of %d rows have no text (%s), the first is row %d; they are used as they are",
-            where,
-            len(empty),
-            len(next(iter(texts.values()))),
-            ", ".join(texts),
-            empty[0],
-        )
-
-
-def _right(column: str, values: Sequence[Any], task: Task, where: str) -> dict[str, list[Any]]:
-    """What is right, of all rows: as column "label", or "answers" where it is generated."""
-    places = [f"{where}, row {row}" for row in range(1, len(values) + 1)]
-    pairs = zip(values, places, strict=True)
-    if task.target:
-        return {"answers": [right_answers(value, place) for value, place in pairs]}
-    first = int(plain_name(column) in task.from_one)
-    return {"label": [parse_label(value, task, place, first) for value, place in pairs]}
-
-
-def _check_kept_name(task: Task, where: str, partition_column: str) -> None:
-    """What is right is kept as column "label" or "answers": no other column of that name can be
-    kept too."""
-    kept, what = ("answers", "answers") if task.target else ("label", "labels")
-    taken = partition_column == kept and task.answer_column != kept
-    if taken or kept in task.fields:
-        use = "partition-column" if taken else "prompt"
-        raise DataError(
-            f"{where}: column {kept!r} cannot be used by {use}, the {what} of "
-            f"{task.answer_column!r} are kept under that name; rename it in the data"
-        )
-
-
-def _ids(data: Dataset, column: str, where: str) -> dict[str, list[str]]:
-    """The partition column as text. A row that is nobody's would make one more client."""
-    ids = ["" if value is None else str(value) for value in column_of(data, column)]
-    if "" in ids:
-        raise DataError(
-            f"{where}, row {ids.index('') + 1}: {column} (partition-column) is missing; say "
-            "whose example it is, or remove the row"
-        )
-    return {column: ids}
 
 
 def take(data: Dataset, limit: int, seed: int) -> Dataset:

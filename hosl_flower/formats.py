@@ -5,108 +5,115 @@ a header line (AG News, the SMS collection), "LABEL:finer text" lines (TREC), ar
 of questions (SQuAD) or parquet (the hub).
 """
 
-import csv
-import itertools
-import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
 
 import pyarrow.parquet
 from datasets import Dataset
 
+from hosl_flower.delimited import read_delimited
 from hosl_flower.errors import DataError, first_line
-from hosl_flower.squad import is_squad, squad_rows
+from hosl_flower.json_rows import read_json
+from hosl_flower.label_values import label_key
+from hosl_flower.tables import Arrow, Records, Table
 from hosl_flower.task_table import Task
-from hosl_flower.tasks import parse_label
 
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet", ".arrow", ".txt", ".label")
-SEMICOLONS = "; is the separator a semicolon? Write the file with commas"
+_BINARY = (".parquet", ".arrow")
 _LABELLED_LINE = re.compile(r"(\w+):(\S+)\s+(\S.*)")  # DESC:manner How did serfdom develop ?
+_BEGINNINGS = {
+    b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "compressed with gzip",
+    b"PK\x03\x04": "a zip archive, as the workbooks of spreadsheets are",
+    b"version https://git-lfs": "a pointer of Git LFS, not the file (run git lfs pull)",
+}  # fmt: skip
 
 
-def read_file(path: Path, task: Task) -> Dataset:
+def is_table(path: Path) -> bool:
+    """Whether a file is of a kind that is read here, by its name."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+
+
+def read_file(path: Path, task: Task) -> Table:
     """The examples of a file, nested objects as columns "target.span1_text".
 
     task: says how files without a header line are to be read. Raises DataError with the place.
     """
-    readers: dict[str, Callable[[], Dataset]] = {
-        ".csv": lambda: _table(path, ",", csv.QUOTE_MINIMAL, task),
-        # GLUE and the SMS collection do not quote: a lone " is part of the text
-        ".tsv": lambda: _table(path, "\t", csv.QUOTE_NONE, task),
+    suffix = path.suffix.lower()
+    readers: dict[str, Callable[[], Table]] = {
+        ".csv": lambda: read_delimited(path, ",", task),
+        ".tsv": lambda: read_delimited(path, "\t", task),
         ".txt": lambda: _text(path, task),
         ".label": lambda: _text(path, task),
         "": lambda: _text(path, task),  # SMSSpamCollection
-        ".jsonl": lambda: _json_lines(path),
-        ".json": lambda: _json_lines(path),
-        ".parquet": lambda: Dataset(pyarrow.parquet.read_table(path)),
-        ".arrow": lambda: Dataset.from_file(str(path)),
+        ".jsonl": lambda: read_json(path),
+        ".json": lambda: read_json(path),
+        ".parquet": lambda: _parquet(path),
+        ".arrow": lambda: Arrow.of(Dataset.from_file(str(path)), str(path)),
     }
-    if path.suffix not in readers:
+    if suffix not in readers:
         raise DataError(f"{path}: unknown kind of file; expected one of {', '.join(SUFFIXES)}")
     try:
-        return readers[path.suffix]().flatten()
+        _check_bytes(path, is_text=suffix not in _BINARY)
+        return readers[suffix]()
     except DataError:
         raise
     except UnicodeDecodeError as error:
         byte = f"byte 0x{error.object[error.start]:02x}"
-        raise DataError(f"{path} is not in UTF-8 ({byte}); save it as UTF-8") from error
-    except Exception as error:  # csv and pyarrow raise many kinds for a damaged file
-        kind, reason = path.suffix[1:] or "text", first_line(error)
+        raise DataError(
+            f"{path}, line {_first_line_not_utf8(path)} is not in UTF-8 ({byte}); save it as UTF-8"
+        ) from error
+    except Exception as error:  # pyarrow raises many kinds for a damaged file
+        kind, reason = suffix[1:] or "text", first_line(error)
         raise DataError(f"{path} cannot be read as {kind}: {reason}") from error
 
 
-def _table(path: Path, delimiter: str, quoting: Literal[0, 3], task: Task) -> Dataset:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
-        header = next(reader, None)
-        if not header:
-            raise ValueError("it is empty, expected a header line with the column names")
-        first = []
-        if _is_example(header, task):
-            first, header = [header], list(task.header)
-        columns: list[list[str]] = [[] for _ in header]
-        for row in itertools.chain(first, reader):
-            if not row:
-                continue
-            if len(row) != len(header):
-                semicolons = len(header) == 1 and ";" in header[0]
-                raise ValueError(
-                    f"line {reader.line_num} has {len(row)} fields, the header {len(header)}"
-                    f"{SEMICOLONS if semicolons else ''}"
-                )
-            for column, value in zip(columns, row, strict=True):
-                column.append(value)
-    return Dataset.from_dict(dict(zip(header, columns, strict=True)))
-
-
-def _is_example(first: list[str], task: Task) -> bool:
-    """Whether the first line of a table is an example: it has a label where one belongs."""
-    if len(first) != len(task.header):
-        return False
-    for name, value in zip(task.header, first, strict=True):
-        if name == task.label_column or name in task.from_one:
-            try:
-                parse_label(value, task, "", first=int(name in task.from_one))
-            except DataError:
-                return False
-            return True
-    return False
-
-
-def _text(path: Path, task: Task) -> Dataset:
-    """A table with tabs, or lines "LABEL:finer text" where LABEL is one of the task's."""
+def _check_bytes(path: Path, is_text: bool) -> None:
+    """DataError where the bytes are of another kind than the name says."""
     with path.open("rb") as file:
-        first = _LABELLED_LINE.match(file.readline().decode("utf-8", "replace"))
-    if first is None or first[1].lower() not in task.label_names:
-        return _table(path, "\t", csv.QUOTE_NONE, task)
-    data = path.read_bytes()
+        head = file.read(32)
+        for begin, what in _BEGINNINGS.items():
+            if head.startswith(begin) and (is_text or what.startswith("a pointer")):
+                raise DataError(f"{path} is {what}; expected {_expected(path, is_text)}")
+        if not is_text:
+            return
+        file.seek(0)
+        for number, line in enumerate(file, start=1):
+            if b"\0" in line:
+                raise DataError(
+                    f"{path}, line {number} has a byte 0, which no text has: the file is damaged, "
+                    "or UTF-16; save it as UTF-8"
+                )
+
+
+def _expected(path: Path, is_text: bool) -> str:
+    return "text in UTF-8" if is_text else f"a file of {path.suffix[1:]}"
+
+
+def _first_line_not_utf8(path: Path) -> int:
+    number = 0
+    with path.open("rb") as file:
+        for line in file:
+            number += 1
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                break
+    return number
+
+
+def _text(path: Path, task: Task) -> Table:
+    """A table with tabs, or lines "LABEL:finer text" where LABEL is one of the task's."""
+    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    first = _LABELLED_LINE.match(data.partition(b"\n")[0].decode("utf-8", "replace"))
+    if first is None or label_key(first[1]) not in map(label_key, task.label_names):
+        return read_delimited(path, "\t", task)
     try:
         text = data.decode()
     except UnicodeDecodeError:  # TREC has one byte 0xF0 where a space belongs
         text = data.replace(b"\xf0", b" ").decode("latin-1")
-    columns: dict[str, list[str]] = {task.label_column: [], "fine_label": [], "text": []}
+    rows, numbers = [], []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -116,48 +123,34 @@ def _text(path: Path, task: Task) -> Dataset:
                 f"{path}, line {number}: expected LABEL:finer and a text, got {line[:40]!r}"
             )
         label, finer, rest = found.groups()
-        values = (label, f"{label}:{finer}", rest.strip())
-        for column, value in zip(columns.values(), values, strict=True):
-            column.append(value)
-    return Dataset.from_dict(columns)
+        rows.append([label, f"{label}:{finer}", rest.strip()])
+        numbers.append(number)
+    return Records(str(path), [task.label_column, "fine_label", "text"], rows, numbers)
 
 
-def _json_lines(path: Path) -> Dataset:
-    text, rows = path.read_text(encoding="utf-8-sig"), []
-    content = _whole(text) if path.suffix == ".json" and text.lstrip().startswith("{") else None
-    found: list[tuple[str, Any]]
-    if is_squad(content):
-        found = [("", row) for row in squad_rows(content, str(path))]
-    elif path.suffix == ".json" and text.lstrip().startswith("["):  # one list of objects
-        found = [(f"element {n}", row) for n, row in enumerate(json.loads(text), start=1)]
-    else:
-        found = [(f"line {n}", line) for n, line in enumerate(text.split("\n"), start=1)]
-    for place, row in found:
-        if isinstance(row, str):
-            if not row.strip():
-                continue
-            try:
-                row = json.loads(row)
-            except ValueError as error:
-                raise DataError(f"{path}, {place}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, {place}: expected an object, got {json.dumps(row)[:40]!r}")
-        rows.append(row)
-    columns = dict.fromkeys(key for row in rows for key in row)  # rows may lack some
-    return Dataset.from_dict({key: _one_type([row.get(key) for row in rows]) for key in columns})
+def _parquet(path: Path) -> Table:
+    """Columns are read one by one, when they are used: others may be of types unknown here."""
+    file = pyarrow.parquet.ParquetFile(path)
+    schema = file.schema_arrow
+
+    @cache
+    def outer(place: int) -> Dataset:
+        table = file.read(columns=[schema.names[place]])
+        return Dataset(table.replace_schema_metadata(schema.metadata)).flatten()
+
+    columns = [
+        (name, partial(outer, place))
+        for place, field in enumerate(schema)
+        for name in _nested(field.name, field.type)
+    ]
+    whole = lambda: Dataset(file.read()).flatten()  # noqa: E731
+    return Arrow(str(path), file.metadata.num_rows, columns, whole)
 
 
-def _whole(text: str) -> Any:
-    """A JSON file as one value; None where it is lines, each a value of its own."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None
-
-
-def _one_type(values: list[Any]) -> list[Any]:
-    """A column has one type: where a file mixes words and numbers, they are all words."""
-    types = {type(value) for value in values if value is not None}
-    if len(types) < 2 or types <= {int, float} or types & {dict, list}:
-        return values
-    return [None if value is None else str(value) for value in values]
+def _nested(name: str, kind: pyarrow.DataType) -> Iterator[str]:
+    """The names that a column gives when it is flattened."""
+    if not pyarrow.types.is_struct(kind):
+        yield name
+        return
+    for field in kind:
+        yield from _nested(f"{name}.{field.name}", field.type)

@@ -1,26 +1,33 @@
-"""A task of one's own that a file of texts and labels says enough about.
+"""A task of one's own that a file of texts or images and labels says enough about.
 
 With a new name as task or none, and nothing said of it but data-path, the prompt is the column text
-and the labels are words that answer for themselves. Without task and data-path it is what comes
-with the package. What was read of the data becomes keys of the run config, so that it reaches
-clients, run directory and model card like any other.
+and the labels are words that answer for themselves; of a classifier, whose classes need no words,
+numbers too. Without task and data-path it is what comes with the package. What was read of the data
+becomes keys of the run config, so that it reaches clients, run directory and model card like any
+other.
 """
 
+import logging
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from hosl_flower.config import RunConfig, parse_config
-from hosl_flower.errors import ConfigError, DataError
-from hosl_flower.image_tasks import IMAGE_TASKS
+from hosl_flower.errors import CheckpointError, ConfigError, DataError
+from hosl_flower.image_tasks import IMAGE_TASKS, image_task
+from hosl_flower.label_values import MOST_LABELS, is_no_label, label_key, label_text, same_labels
 from hosl_flower.task_table import BUNDLED_TASK, TASKS, Task
+
+log = logging.getLogger("hosl_flower")
 
 _PROMPT = "{text}"
 _OWN = "own"  # the name of what data-path holds, where it is given none
-_MOST = 50  # labels: more are no labels
+_MANY = 50  # labels: more are not asked of a prompt, and of a classifier only where rows share them
 
 
 def completed(config: RunConfig) -> RunConfig:
     """The configuration with a name of the task, and with prompt and verbalizers where it leaves
-    them open and the training data that the server can read have them.
+    them open and the data that the server can read have them.
 
     Labels that stay on the clients are not read, nor data that each node has of its own: then
     ConfigError says what is to be given. Raises DataError for data that do not say enough.
@@ -28,9 +35,10 @@ def completed(config: RunConfig) -> RunConfig:
     if not config.task:
         config = _with(config, task=_OWN if config.data_path else BUNDLED_TASK)
     known = config.task in TASKS or config.task in IMAGE_TASKS
-    if known or config.image_column or not config.data_path:
+    if known or not config.data_path:
         return config
-    config = _with(config, prompt=config.prompt or _PROMPT)
+    if not config.image_column:
+        config = _with(config, prompt=config.prompt or _PROMPT)
     if config.verbalizers or config.target_column:
         return config
     if config.labels == "client":
@@ -41,8 +49,7 @@ def completed(config: RunConfig) -> RunConfig:
             f"data-path = {config.data_path!r} does not exist here, on the server; if each node "
             "has data of its own, set verbalizers (and prompt)"
         )
-    task = Task(config.task, config.prompt, label_column=config.label_column or "label")
-    words = _words(config.data_path, task)
+    words = _words(config)
     return _with(config, verbalizers=",".join(f"{name}={word}" for name, word in words.items()))
 
 
@@ -50,40 +57,105 @@ def _with(config: RunConfig, **keys: str) -> RunConfig:
     return parse_config({**config.as_keys(), **keys})
 
 
-def _words(source: str, task: Task) -> dict[str, str]:
-    """Each label of the training data and its word, in alphabetical order."""
-    from datasets import ClassLabel
-
-    from hosl_flower.columns import find_column
-    from hosl_flower.data import training_part  # needs seconds
-
-    data = training_part(source, task)
-    column = find_column(data, task.label_column, task, source)
-    if column is None:
+def _words(config: RunConfig) -> dict[str, str]:
+    """Each label of the data and its word, in alphabetical order, or by number."""
+    task = Task(config.task, config.prompt, label_column=config.label_column or "label")
+    if config.image_column:
+        images = image_task(config.task, (), config.image_column)
+        task = replace(images, label_column=task.label_column)
+    found, labels = _labels(config, task)
+    names = sorted({label for own in labels for label in own})
+    words = {label_key(name): name for name in names}  # of several spellings the last
+    of = ", ".join(list(words.values())[:4]) + ", ..." * (len(words) > 4)
+    if not 2 <= len(words) <= MOST_LABELS or len(words) > max(_MANY, sum(map(len, labels)) // 2):
         raise DataError(
-            f"{source} has no column {task.label_column!r}; it has {', '.join(data.column_names)}: "
-            "set label-column, and prompt, as in prompt={text}"
+            f"{found} has {len(words)} different labels ({of}), expected 2 to {_MANY}, or up to "
+            f"{MOST_LABELS} that two rows each have; is it the labels' column?"
         )
-    name, values = column
-    feature = data.features.get(name)
-    if isinstance(feature, ClassLabel) and feature.names:
-        values = [feature.int2str(value) for value in values if value is not None and value >= 0]
-    empty = next((n for n, v in enumerate(values, 1) if v is None or not str(v).strip()), 0)
-    if empty:
-        raise DataError(f"{source}, row {empty}: {name} is missing; remove the row or label it")
-    words = {word.lower(): word for word in sorted({str(value).strip() for value in values})}
-    found, of = f"{source}: column {name!r}", ", ".join(list(words.values())[:4])
-    if not 2 <= len(words) <= _MOST:
-        many = f"has {len(words)} different labels ({of}{', ...' if len(words) > 4 else ''})"
-        raise DataError(f"{found} {many}, expected 2 to {_MOST}; is it the labels' column?")
-    if any(map(_is_number, words)):
+    if len(words) < len(names):
+        log.warning(
+            "%s: labels that differ only in case, spaces or form of Unicode are taken as one: "
+            "%d spellings of %d labels", found, len(names), len(words),
+        )  # fmt: skip
+    if any(set(word) & set(",=") for word in words.values()):
+        raise DataError(f"{found}: labels ({of}) with , or = cannot be answers; rename them")
+    numbers = all(map(_is_number, words))
+    if any(map(_is_number, words)) and not (numbers and _is_classifier(config)):
         raise DataError(
             f"{found} has numbers ({of}): say in verbalizers which answer each has, in their "
             "order, as in verbalizers=bad,good"
         )
-    if any(set(word) & set(",=") for word in words):
-        raise DataError(f"{found}: labels ({of}) with , or = cannot be answers; rename them")
-    return dict(sorted(words.items()))
+    if numbers:
+        return _numbered(list(words.values()), found)
+    if len(words) > _MANY and not _is_classifier(config):
+        raise ConfigError(
+            f"{found} has {len(words)} different labels ({of}), too many to ask a language model "
+            f"for without being told: set model to a classifier, such as distilbert-base-uncased, "
+            "or verbalizers to an answer for each"
+        )
+    return {word.lower(): word for word in sorted(words.values(), key=str.lower)}
+
+
+def _labels(config: RunConfig, task: Task) -> tuple[str, list[list[str]]]:
+    """The column of the labels, for messages, and the labels of each part as they are written."""
+    from hosl_flower.columns import find_column, suggestion
+    from hosl_flower.data import labelled_parts  # needs seconds
+
+    found, labels = "", []
+    parts = labelled_parts(config.data_path, task)
+    for data in parts[:1] if config.held_out_examples else parts:
+        column = find_column(data, task.label_column, task)
+        if column is None:
+            raise DataError(
+                f"{data.where} has no column {task.label_column!r}; it has {data.listed}: set "
+                f"label-column{'' if task.image else ', and prompt, as in prompt={text}'}"
+                f"{suggestion(data.names, task.label_column)}"
+            )
+        name, values = column
+        if classes := data.classes(name):
+            if same := same_labels(classes):
+                raise DataError(
+                    f"{data.where}, column {name!r}: labels {same[0]!r} and {same[1]!r} differ "
+                    "only in case, spaces or form of Unicode; rename one"
+                )
+            # those without a label, -1, are refused with their row when they are used
+            numbers = [v for v in values if isinstance(v, int) and 0 <= v < len(classes)]
+            values = [classes[v] for v in numbers] or values
+        labels.append([_label(v, data.place(row), name) for row, v in enumerate(values)])
+        found = found or f"{data.where}: column {name!r}"
+    return found, labels
+
+
+def _label(value: Any, place: str, column: str) -> str:
+    text = label_text(value, f"{place}, column {column!r}")
+    if is_no_label(text):
+        raise DataError(f"{place}: {column} is missing; remove the row or label it")
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise DataError(f"{place}: {column} has half a character (a surrogate alone); mend it")
+    return text
+
+
+def _numbered(labels: list[str], found: str) -> dict[str, str]:
+    """Classes that are numbers, from the lowest to the highest."""
+    if not all(label.isascii() and label.isdigit() and len(label) < 10 for label in labels):
+        raise DataError(
+            f"{found} has numbers that are no labels: expected 0, 1, 2, ... or 1, 2, ...; set "
+            "verbalizers, as in verbalizers=-1=negative,1=positive"
+        )
+    return {label: label for label in sorted(labels, key=int)}
+
+
+def _is_classifier(config: RunConfig) -> bool:
+    """Whether the model has a head of classes, which need no words."""
+    if config.image_column:
+        return True
+    from hosl_flower.families import family_of
+    from hosl_flower.split import model_config
+
+    try:
+        return family_of(model_config(config.model)).classes
+    except CheckpointError:  # it is said where the model is opened to be used
+        return False
 
 
 def _is_number(text: str) -> bool:

@@ -42,22 +42,31 @@ def _f1(own: Sequence[str], wanted: Sequence[str]) -> float:
 def is_squad(content: Any) -> bool:
     """Whether a JSON file is SQuAD's, 1.1 or 2.0: articles, their paragraphs, their questions."""
     data = content.get("data") if isinstance(content, dict) else None
-    return bool(data) and isinstance(data, list) and "paragraphs" in data[0]
+    first = data[0] if isinstance(data, list) and data else None
+    return isinstance(first, dict) and "paragraphs" in first
 
 
-def squad_rows(content: Any, where: str) -> Iterator[dict[str, Any]]:
-    """The examples of such a file, as the hub's data set has them. DataError with the place."""
+def squad_rows(content: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The examples of such a file, as the hub's data set has them, each after its place. DataError
+    with the place."""
     for number, article in enumerate(content["data"], start=1):
         try:
-            for paragraph in article["paragraphs"]:
-                for question in paragraph["qas"]:
-                    yield {
+            questions = (
+                (paragraph["context"], question)
+                for paragraph in article["paragraphs"]
+                for question in paragraph["qas"]
+            )
+            for count, (context, question) in enumerate(questions, start=1):
+                yield (
+                    f"article {number}, question {count}",
+                    {
                         "id": question["id"],
                         "title": article.get("title", ""),
-                        "context": paragraph["context"],
+                        "context": context,
                         "question": question["question"],
                         "answers": {"text": [answer["text"] for answer in question["answers"]]},
-                    }
+                    },
+                )
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{where}, article {number}: not as SQuAD's files are ({error!r}); expected "
@@ -72,8 +81,8 @@ def right_answers(value: Any, where: str) -> list[str]:
     answers = [own.get("text") if isinstance(own, dict) else own for own in several]
     if not all(isinstance(own, str | int | float) for own in answers):
         raise DataError(
-            f"{where}: the answer {str(value)[:40]!r} is no text; rows without an answer "
-            "cannot be used"
+            f"{where}: the answer is no text, and rows without an answer cannot be used; it is "
+            f"{str(value)[:40]!r}"
         )
     texts = [str(own) for own in answers]
     if texts and not any(text.strip() for text in texts):

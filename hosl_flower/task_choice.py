@@ -1,10 +1,12 @@
 """The task a run config asks for: one of the table's, or one's own, with its overrides."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from hosl_flower.config import DEFAULT_LENGTH, RunConfig
 from hosl_flower.errors import ConfigError
 from hosl_flower.image_tasks import IMAGE_TASKS, image_task
+from hosl_flower.label_values import same_labels
 from hosl_flower.task_table import TASKS, Task
 
 
@@ -40,7 +42,9 @@ def task_from_config(config: RunConfig) -> Task:
         task = replace(task, verbalizers=words, label_names=names)
     _check_used(config, task)
     if not task.fields:
-        raise ConfigError(f"prompt = {task.prompt!r} names no column; write one like {{text}}")
+        raise ConfigError(
+            f"prompt = {task.prompt!r} names no column; write one like {{text}}, in single braces"
+        )
     if task.label_names and len(task.label_names) != len(task.verbalizers):
         raise ConfigError(
             f"verbalizers: task {task.name} has {len(task.label_names)} labels "
@@ -75,6 +79,7 @@ def _image_task(config: RunConfig, names: tuple[str, ...], words: tuple[str, ...
         raise ConfigError(
             f"verbalizers: task {base.name} has {len(base.verbalizers)} classes, got {len(words)}"
         )
+    _check_distinct(words)
     return replace(
         base,
         verbalizers=words or base.verbalizers,
@@ -94,11 +99,21 @@ def _labels_and_words(config: RunConfig) -> tuple[tuple[str, ...], tuple[str, ..
     pairs = [item.partition("=") for item in config.verbalizer_list]
     if not any(equals for _, equals, _ in pairs):
         return (), tuple(config.verbalizer_list)
-    names = tuple(name.strip().lower() for name, _, _ in pairs)
+    names = tuple(name.strip() for name, _, _ in pairs)
     words = tuple(word.strip() for _, _, word in pairs)
-    if not all(names) or not all(words) or len(set(names)) != len(names):
+    if not all(names) or not all(words):
         raise ConfigError(
             f"verbalizers = {config.verbalizers!r}: expected a word for every label, or "
             "label=word for every label of the data, each label once"
         )
-    return names, words
+    _check_distinct(names)
+    return tuple(name.lower() for name in names), words
+
+
+def _check_distinct(names: Sequence[str]) -> None:
+    """ConfigError when two labels are one to parse_label."""
+    if same := same_labels(names):
+        raise ConfigError(
+            f"verbalizers: {same[0]!r} and {same[1]!r} are one label: labels are matched whatever "
+            "their case, spaces and form of Unicode; give each label once"
+        )

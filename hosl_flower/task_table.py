@@ -6,10 +6,9 @@ Labels are in the order of the hub's data sets; label_names are the strings that
 write for them.
 """
 
-import re
 from dataclasses import dataclass, field
 
-FIELD = re.compile(r"\{(\w+)\}")  # any other brace is text
+from hosl_flower.prompts import fields_of
 
 Columns = dict[str, tuple[str, ...]]
 
@@ -18,8 +17,8 @@ Columns = dict[str, tuple[str, ...]]
 class Task:
     """One task: a choice among answer words, or, with a `target`, text to be generated.
 
-    prompt: template; {fields} are columns of the data. verbalizers: answer words, by label.
-    label_names: the strings a data file may use for the labels, by label.
+    prompt: template; {fields} are columns of the data (prompts.py). verbalizers: answer words, by
+    label. label_names: the strings a data file may use for the labels, by label.
     target: the column of the text that is to follow the prompt, or of a list of such texts, any of
     which is right. cut: the field that long examples lose the end of; "" is the longest.
     source: "hub:<repository>/<configuration>" or "bundled:<folder>".
@@ -52,7 +51,7 @@ class Task:
     @property
     def fields(self) -> list[str]:
         """The columns the prompt needs, each once."""
-        return list(dict.fromkeys(FIELD.findall(self.prompt)))
+        return list(fields_of(self.prompt))
 
 
 BUNDLED_TASK = "sms-spam"  # what comes with the package

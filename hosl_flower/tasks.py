@@ -6,7 +6,6 @@ the answer words' scores (answers.py); else the answer is text of its own (compl
 themselves are in task_table.py.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,8 @@ from hosl_flower import hub
 from hosl_flower.answers import Answers, Scoring
 from hosl_flower.completion import Completion
 from hosl_flower.errors import CheckpointError, ConfigError, DataError, first_line
-from hosl_flower.task_table import FIELD, Task
+from hosl_flower.prompts import pieces
+from hosl_flower.task_table import Task
 
 BUNDLED = Path(__file__).parent / "bundled"
 
@@ -117,8 +117,7 @@ class Encoder:
         self.task, self.tokenizer, self.max_length = task, tokenizer, max_length
         self.length = max_length
         # no space at the end: it belongs to the answer word (" great" is one token)
-        *pairs, self._tail = FIELD.split(task.prompt.rstrip(" "))
-        self._pairs = list(zip(pairs[::2], pairs[1::2], strict=True))  # (text, field after it)
+        self._pairs, self._tail = pieces(task.prompt.rstrip(" "))  # (text, field after it), text
         self._prefix = list(tokenizer("")["input_ids"])  # <s>-like tokens, if the model uses any
         self._suffix = self._tokens(self._tail)
         self.answers: Scoring = (
@@ -304,35 +303,3 @@ def cut_longest(lengths: Sequence[int], room: int) -> list[int]:
             break
         room -= length
     return [min(length, most) for length in lengths]
-
-
-def parse_label(value: Any, task: Task, where: str, first: int = 0) -> int:
-    """A label as data files write it (int, bool, numeric string, name) -> 0..C-1.
-
-    first: the number of the first label. Raises DataError that says `where`.
-    """
-    text = str(value).strip().lower()
-    if re.fullmatch(r"-?\d{1,9}\.0", text):
-        text = text[:-2]
-    if text in task.label_names:
-        return task.label_names.index(text)
-    text = {"false": "0", "true": "1"}.get(text, text)
-    counted = text.isascii() and text.isdigit() and len(text) < 10
-    if any(name.isdigit() for name in task.label_names):  # then a number is a name, or nothing
-        counted = False
-    number = int(text) - first if counted else -1
-    if isinstance(value, str) and not task.label_names and re.search(r"[^\W\d_]{2}", text):
-        last = first + len(task.verbalizers) - 1
-        raise DataError(
-            f"{where}: label {value!r} is a word: say in verbalizers which answer each label has, "
-            f"{text}=<answer>,... , or number the labels {first}..{last}"
-        )
-    if not 0 <= number < len(task.verbalizers):
-        names = f" or {', '.join(task.label_names)}" if task.label_names else ""
-        empty = text in ("", "none", "-1")
-        raise DataError(
-            f"{where}: label {value!r} is not one of {first}..{first + len(task.verbalizers) - 1}"
-            f"{names}, "
-            f"{'and rows without a label cannot be used' if empty else 'which have verbalizers'}"
-        )
-    return number

@@ -305,7 +305,7 @@ def test_without_a_task_it_is_what_the_file_holds_or_what_is_bundled(tmp_path):
         (TEXTS.replace("food", "food=soup"), {}, "with , or = cannot be answers"),
         (TEXTS.replace("food", "sport"), {}, "has 1 different labels (sport), expected 2 to 50"),
         (TEXTS + "".join(f"a,{n}x\n" for n in range(60)), {}, "has 62 different labels"),
-        (TEXTS.replace("food", ""), {}, "mine.csv, row 2: label is missing"),
+        (TEXTS.replace("food", ""), {}, "mine.csv, line 3: label is missing"),
         (TEXTS.replace("label", "y"), {}, "no column 'label'; it has text, y: set label-column"),
         (TEXTS, {"labels": "client"}, "labels = client: the server reads no labels"),
         (TEXTS, {"data-path": "/data/{partition}.csv"}, "does not exist here, on the server"),

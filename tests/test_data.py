@@ -115,22 +115,23 @@ def test_labels_as_files_write_them(tmp_path, labels, suffix):
 REFUSED = {
     "a.csv": {
         "sentence,label\na,1\n": ["no column 'text'", "needs text, label", "has sentence, label"],
-        "text,label\na,-1\nb,1\n": ["row 1", "'-1'", "0..1 or no, yes"],
-        "text,label\na,1\nb,2\n": ["row 2", "'2'", "0..1 or no, yes"],
-        "text,label\na,\nb,1\n": ["row 1", "''", "without a label"],
+        "text,label\na,-1\nb,1\n": ["line 2", "column 'label'", "'-1'", "0..1 or no, yes"],
+        "text,label\na,1\nb,2\n": ["line 3", "'2'", "0..1 or no, yes"],
+        "text,label\na,\nb,1\n": ["line 2", "''", "without a label"],
         "text,label\na,1\n": ["1 example", "too few"],
         "text,label\n": ["no examples"],
-        "": ["cannot be read as csv"],
-        "text,label\na,1\nb, c,0\n": ["cannot be read as csv", "line 3"],
+        "": ["is empty"],
+        "\n\n": ["is empty"],
+        "text,label\na,1\nb, c,0\n": ["line 3 has 3 fields, the header 2"],
         "text,label\na, b,1\nc, d,0\n": [],
-        'text,label\n"a,1\nb,0\n': ["cannot be read as csv"],
+        'text,label\n"a,1\nb,0\n': ["line 2", "unexpected end", "in quotes"],
     },
     "a.jsonl": {
         '{"text": "a", "label": 1}\n\n{"text"\n': ["line 3", "not JSON"],
         '{"text": "a", "label": 1}\n[1]\n': ["line 2", "expected an object", "[1]"],
-        '{"text": "a", "label": 1}\n{"label": 0}\n': ["row 2", "text"],
-        '{"text": null, "label": 1}\n{"text": "b", "label": 0}\n': ["row 1", "text"],
-        "": [],
+        '{"text": "a", "label": 1}\n{"label": 0}\n': ["line 2", "text"],
+        '{"text": null, "label": 1}\n{"text": "b", "label": 0}\n': ["line 1", "text"],
+        "": ["is empty"],
     },
     "a.parquet": {"": ["cannot be read as parquet"], "text": ["cannot be read as parquet"]},
     "a.arrow": {"": ["cannot be read as arrow"], "text": ["cannot be read as arrow"]},
@@ -166,8 +167,8 @@ def test_missing_path_and_missing_train_file(tmp_path):
 @pytest.mark.parametrize(
     ("header", "task", "hint"),
     [
-        ("text;label", TASK, "is the separator a semicolon"),
-        ("text,y", TASK, r"\(set prompt and label-column\)$"),
+        ("text;y,z", TASK, "is the separator another"),
+        ("text,y", TASK, r"\(set prompt and label-column\); the first line is read as the names"),
         ("words,y", TASKS["sms-spam"], "set task to a new name, with prompt, verbalizers"),
     ],
 )
@@ -183,17 +184,14 @@ def test_rows_without_text_are_named_once(tmp_path, caplog):
     path.write_text("text,label\nfine,1\n,0\n  ,1\n")
     assert len(read(path)) == 3
     (said,) = caplog.messages
-    assert "2 of 3 rows have no text (text), the first is row 2" in said
+    assert f"2 of 3 rows have no text (text), the first is {path}, line 3" in said
 
 
 def test_a_table_of_another_kind_says_how_to_save_it(tmp_path):
     path = tmp_path / "mine.csv"
-    path.write_text("text;label\na, b;1\n")
-    with pytest.raises(DataError, match="line 2 has 2 fields, the header 1; is the separator a s"):
-        read(path)
     path.write_bytes("text,label\ncaf\u00e9,1\n".encode("latin-1"))
     with pytest.raises(
-        DataError, match=r"mine.csv is not in UTF-8 \(byte 0xe9\); save it as UTF-8"
+        DataError, match=r"mine.csv, line 2 is not in UTF-8 \(byte 0xe9\); save it as UTF-8"
     ):
         read(path)
     (tmp_path / "cat").mkdir()
@@ -321,5 +319,5 @@ def test_an_example_of_nobody_is_refused(tmp_path, nobody):
     path = tmp_path / "d.jsonl"
     rows = [f'{{"text": "a", "label": 1, "who": {who}}}' for who in ("7", nobody, "8")]
     path.write_text("\n".join(rows).replace("7", '"7"').replace("8", '"8"'))
-    with pytest.raises(DataError, match=r"row 2: who \(partition-column\) is missing"):
+    with pytest.raises(DataError, match=r"line 2: who \(partition-column\) is missing"):
         load_source(str(path), TASK, 0, "who")

@@ -74,8 +74,11 @@ def test_questions_without_an_answer_are_those_of_squad_2(tmp_path):
     ("qas", "complaint"),
     [
         ([{"id": "1", "question": "What?"}], r"article 1: not as SQuAD's files are.*'answers'"),
-        ([question("What?", None)], "row 1: the answer .* is no text"),
-        ([question("What?", " ")], "row 1: the answer is empty; .* as in SQuAD 2.0"),
+        ([question("What?", None)], "article 1, question 1: the answer is no text"),
+        (
+            [question("What?", " ")],
+            "article 1, question 1: the answer is empty; .* as in SQuAD 2.0",
+        ),
     ],
 )
 def test_what_is_no_answer_is_one_line(tmp_path, qas, complaint):
@@ -106,7 +109,7 @@ def test_texts_of_ones_own_need_a_prompt_and_a_column(tmp_path):
     (tmp_path / "train.jsonl").write_text(json.dumps(lines[0]) + "\n" + json.dumps(lines[0]))
     assert load_source(str(tmp_path), task, 0)[1]["answers"][:] == [["x", "y"]]
     write_table(tmp_path / "bad.csv", [("a", "b"), ("c", "")])
-    with pytest.raises(DataError, match=r"bad.csv, row 2: the answer is empty"):
+    with pytest.raises(DataError, match=r"bad.csv, line 3: the answer is empty"):
         load_source(str(tmp_path / "bad.csv"), task, 0)
     write_table(tmp_path / "other.csv", [("a", "b")], header=("article", "label"))
     with pytest.raises(DataError, match=r"no column 'Summary'; .*\(set prompt and target-column"):

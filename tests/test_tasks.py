@@ -8,9 +8,10 @@ from conftest import TOKENIZER_SIZE, put_into_hub_cache
 
 from hosl_flower.config import parse_config
 from hosl_flower.errors import CheckpointError, ConfigError, DataError
+from hosl_flower.label_values import parse_label
 from hosl_flower.task_choice import task_from_config
 from hosl_flower.task_table import TASKS, Task
-from hosl_flower.tasks import Encoder, cut_longest, load_tokenizer, parse_label
+from hosl_flower.tasks import Encoder, cut_longest, load_tokenizer
 
 SST2 = TASKS["sst2"]
 PREFIX, PAD = 2, 1  # OPT's </s>, which starts every text, and <pad>
@@ -286,7 +287,7 @@ def test_a_newline_at_the_end_of_a_prompt_is_kept():
         ({"verbalizers": "a,b,c"}, r"sst2 has 2 labels \(negative, positive\), got 3 words"),
         ({"verbalizers": "neg=bad,good"}, "expected a word for every label, or label=word"),
         ({"verbalizers": "neg=bad,pos="}, "expected a word for every label, or label=word"),
-        ({"verbalizers": "a=bad,A=good"}, "each label once"),
+        ({"verbalizers": "a=bad,A=good"}, "'a' and 'A' are one label.* each label once"),
         ({"image_size": 64}, "image-size has no use: task sst2 is not about images"),
         ({"max_new_tokens": 7}, "max-new-tokens has no use: task sst2 generates no answers"),
         ({"task": "squad", "image_size": 64}, "image-size has no use: task squad is not about"),
@@ -298,7 +299,7 @@ def test_incomplete_tasks_and_idle_keys_are_refused(keys, message):
         task(**keys)
 
 
-@pytest.mark.parametrize("prompt", ["{ {text} It was", "{text} is }", "{} {text}:", "{{text}} is"])
+@pytest.mark.parametrize("prompt", ["{ {text} It was", "{text} is }", "{} {text}:"])
 def test_braces_that_name_no_column_are_text(prompt, tokenizer):
     encoder = Encoder(own_task(prompt), tokenizer, 32)
     ids = encoder.encode({"text": "so {dull}"})
