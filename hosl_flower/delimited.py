@@ -41,16 +41,13 @@ def read_delimited(path: Path, separator: str, task: Task) -> Records:
     if separator not in header:
         separator = next((other for other in _SEPARATORS if other in header), separator)
     rows, numbers = _parsed(path, text, separator)
-    names = rows[0]
-    if _is_header(names, task):
-        rows, numbers = _without_row_names(rows), numbers[1:]
-        names, rows = rows[0], rows[1:]
-    elif found := _names_without_header(rows, task):
-        names = found
-    else:  # the columns that are missed will be said
-        rows, numbers = rows[1:], numbers[1:]
+    names = None if _is_header(rows[0], task) else _names_without_header(rows, task)
+    named = names is None
+    if names is None:  # where a column is missing, that is said when it is used
+        names, *rows = _without_row_names(rows)
+        numbers = numbers[1:]
     _check_widths(path, names, rows, numbers, separator)
-    return Records(str(path), names, rows, numbers)
+    return Records(str(path), names, rows, numbers, named)
 
 
 def _parsed(path: Path, text: str, separator: str) -> tuple[Rows, list[int]]:

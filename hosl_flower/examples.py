@@ -12,7 +12,7 @@ from hosl_flower.image_files import image_columns
 from hosl_flower.label_values import is_missing, parse_label
 from hosl_flower.prompts import braces_as_text
 from hosl_flower.squad import right_answers
-from hosl_flower.tables import Lines, Table
+from hosl_flower.tables import Table
 from hosl_flower.task_table import TASKS, Task
 
 log = logging.getLogger("hosl_flower")
@@ -86,9 +86,7 @@ def _way_out(data: Table, task: Task, fields: Sequence[str]) -> str:
         out = "; braces that are text, and no column, are written twice, {{ and }}"
     if any(separator in name for name in data.names for separator in ";\t|"):
         return f"{out}; is the separator another?"
-    if isinstance(data, Lines) and data.has_header:
-        return f"{out}; the first line is read as the names of the columns, add one if it is none"
-    return out
+    return out + data.doubt
 
 
 def _texts(column: str, values: Sequence[Any], data: Table) -> list[str]:

@@ -31,7 +31,7 @@ from hosl_flower.task_table import Task
 Array = NDArray[Any]
 
 _STRUCT = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
-_IDX = re.compile(r"(train|t10k|test|validation)-(images|labels)[-.]idx\d-ubyte(\.gz)?")
+_IDX = re.compile(r"(train|t10k|test|validation)-(images|labels)[-.]idx\d-ubyte(\.gz)?", re.I)
 _IDX_UNSIGNED_BYTE = 0x08
 # of arrays in an npz: (images, labels) of each part
 _ARRAYS = {
@@ -45,14 +45,15 @@ _ALONE = (("images", "labels"), ("image", "label"), ("x", "y"), ("X", "y"), ("da
 def read_images(path: Path) -> dict[str, Dataset] | None:
     """The parts of a file or directory of images; None where it is neither idx, npz nor a folder of
     images. Raises DataError with the place."""
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         return _npz(path)
     if not path.is_dir():
         return None
     found = {m: file for file in sorted(path.iterdir()) if (m := _IDX.fullmatch(file.name))}
     if found:
-        return _idx(path, {(m[1], m[2]): file for m, file in found.items()})
-    arrays = {file.stem: file for file in sorted(path.glob("*.npz"))}
+        return _idx(path, {(m[1].lower(), m[2].lower()): file for m, file in found.items()})
+    files = sorted(path.iterdir())
+    arrays = {file.stem.lower(): file for file in files if file.suffix.lower() == ".npz"}
     if arrays:
         return {name: _npz(file)["train"] for name, file in arrays.items()}
     if any(holds_images(child) for child in path.iterdir() if child.is_dir()):
@@ -176,7 +177,7 @@ def _read_idx(path: Path, dimensions: int) -> Array:
     each big-endian in four bytes, then the values."""
     try:
         content = path.read_bytes()
-        if path.suffix == ".gz":
+        if path.suffix.lower() == ".gz":
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {first_line(error)}") from error

@@ -8,6 +8,7 @@ other.
 """
 
 import logging
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,8 @@ def _words(config: RunConfig) -> dict[str, str]:
         )
     if len(words) < len(names):
         log.warning(
-            "%s: labels that differ only in case, spaces or form of Unicode are taken as one: "
-            "%d spellings of %d labels", found, len(names), len(words),
+            "%s: labels that differ only in case or form of Unicode are taken as one: %d spellings "
+            "of %d labels", found, len(names), len(words),
         )  # fmt: skip
     if any(set(word) & set(",=") for word in words.values()):
         raise DataError(f"{found}: labels ({of}) with , or = cannot be answers; rename them")
@@ -109,8 +110,10 @@ def _labels(config: RunConfig, task: Task) -> tuple[str, list[list[str]]]:
             raise DataError(
                 f"{data.where} has no column {task.label_column!r}; it has {data.listed}: set "
                 f"label-column{'' if task.image else ', and prompt, as in prompt={text}'}"
-                f"{suggestion(data.names, task.label_column)}"
+                f"{suggestion(data.names, task.label_column)}{data.doubt}"
             )
+        if len(data) == 0:
+            raise DataError(f"{data.where} has no examples")
         name, values = column
         if classes := data.classes(name):
             if same := same_labels(classes):
@@ -132,7 +135,7 @@ def _label(value: Any, place: str, column: str) -> str:
         raise DataError(f"{place}: {column} is missing; remove the row or label it")
     if any("\ud800" <= char <= "\udfff" for char in text):
         raise DataError(f"{place}: {column} has half a character (a surrogate alone); mend it")
-    return text
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def _numbered(labels: list[str], found: str) -> dict[str, str]:

@@ -21,8 +21,11 @@ _SHOWN = 30  # names of columns in a message
 class Table(ABC):
     """Examples of one source.
 
-    where: the file, for messages. names: of the columns, in order; a file may repeat one.
+    where: the file, for messages. names: of the columns, in order; a file may repeat one. doubt:
+    what else may be wrong where a column is missing.
     """
+
+    doubt = ""
 
     def __init__(self, where: str, names: Sequence[str]):
         self.where, self.names = where, list(names)
@@ -76,8 +79,6 @@ class Lines(Table):
     noun: what is counted, where it is not lines.
     """
 
-    has_header = False  # whether the names of the columns are a line of the file
-
     def __init__(
         self, where: str, names: Sequence[str], rows: Sequence[Any], numbers: Sequence[Any],
         noun: str = "line",
@@ -93,9 +94,20 @@ class Lines(Table):
 
 
 class Records(Lines):
-    """Rows with a field for each column."""
+    """Rows with a field for each column.
 
-    has_header = True
+    named: whether the first line of the file has the names of the columns.
+    """
+
+    def __init__(
+        self, where: str, names: Sequence[str], rows: Sequence[Any], numbers: Sequence[int],
+        named: bool = False,
+    ):  # fmt: skip
+        super().__init__(where, names, rows, numbers)
+        if named:
+            self.doubt = (
+                "; the first line is read as the names of the columns: add one if it is none"
+            )
 
     def _read(self, name: str) -> list[Any]:
         place = self.names.index(name)

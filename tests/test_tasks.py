@@ -1,4 +1,4 @@
-"""tasks.py, task_table.py: prompts, padding, truncation, answer words, labels, tokenizers."""
+"""tasks.py, task_table.py: prompts, padding, truncation, answer words, tokenizers."""
 
 import re
 
@@ -8,7 +8,6 @@ from conftest import TOKENIZER_SIZE, put_into_hub_cache
 
 from hosl_flower.config import parse_config
 from hosl_flower.errors import CheckpointError, ConfigError, DataError
-from hosl_flower.label_values import parse_label
 from hosl_flower.task_choice import task_from_config
 from hosl_flower.task_table import TASKS, Task
 from hosl_flower.tasks import Encoder, cut_longest, load_tokenizer
@@ -247,30 +246,6 @@ def test_task_of_ones_own():
     assert own_task(label_column="y").label_column == "y"
 
 
-def test_labels_that_are_words_are_named_next_to_the_answers():
-    own = task(task="own", data_path="x.csv", prompt="{text} It was", verbalizers="Neg=bad, p=good")
-    assert (own.label_names, own.verbalizers) == (("neg", "p"), ("bad", "good"))
-    assert [parse_label(value, own, "here") for value in ("neg", "P", 1)] == [0, 1, 1]
-    stars = task(task="own", prompt="{text} It was", verbalizers="1=bad,2=good")
-    assert [parse_label(value, stars, "here") for value in (1, "2", 2.0)] == [0, 1, 1]
-    with pytest.raises(DataError, match=r"here: label 0 is not one of .* 1, 2"):
-        parse_label(0, stars, "here")
-    with pytest.raises(DataError, match=r"here: label 'Sport' is a word: .* sport=<answer>,"):
-        parse_label("Sport", own_task(), "here")
-    swapped = task(task="sst2", verbalizers="positive=great,negative=terrible")
-    assert parse_label("negative", swapped, "here") == 1
-
-
-def test_labels_of_images_are_named_next_to_the_classes():
-    own = task(task="own", image_column="image", verbalizers="dog=Hund,cat=Katze")
-    assert (own.label_names, own.verbalizers) == (("dog", "cat"), ("Hund", "Katze"))
-    assert [parse_label(value, own, "here") for value in ("Dog", "cat", 1)] == [0, 1, 1]
-    plain = task(task="own", image_column="image", verbalizers="Dog,cat")
-    assert [parse_label(value, plain, "here") for value in ("dog", "cat")] == [0, 1]
-    renamed = task(task="digits", verbalizers=",".join(f"{i}=no. {i}" for i in range(10)))
-    assert (parse_label("7", renamed, "here"), renamed.verbalizers[7]) == (7, "no. 7")
-
-
 def test_a_newline_at_the_end_of_a_prompt_is_kept():
     assert own_task("{text}\nGood or bad?\n").prompt.endswith("?\n")
 
@@ -299,25 +274,43 @@ def test_incomplete_tasks_and_idle_keys_are_refused(keys, message):
         task(**keys)
 
 
-@pytest.mark.parametrize("prompt", ["{ {text} It was", "{text} is }", "{} {text}:"])
-def test_braces_that_name_no_column_are_text(prompt, tokenizer):
+@pytest.mark.parametrize(
+    ("prompt", "rendered"),
+    [
+        ("{ {text} It was", "{ so {dull} It was"),
+        ("{text} is }", "so {dull} is }"),
+        ("{} {text}:", "{} so {dull}:"),
+        ('{"a": {"b": "{text}"}} is', '{"a": {"b": "so {dull}"}} is'),
+        ('{{"a": "{text}"}} is', '{"a": "so {dull}"} is'),
+        ("\\frac{{a}}{{b}} {text}", "\\frac{a}{b} so {dull}"),
+        ("f() {\n  return\n} {text} is", "f() {\n  return\n} so {dull} is"),
+        ("{{{text}}} is", "{so {dull}} is"),
+    ],
+)
+def test_braces_that_name_no_column_are_text(prompt, rendered, tokenizer):
     encoder = Encoder(own_task(prompt), tokenizer, 32)
     ids = encoder.encode({"text": "so {dull}"})
-    assert tokenizer.decode(ids[1:]) == prompt.replace("{text}", "so {dull}")
+    assert tokenizer.decode(ids[1:]) == rendered
 
 
 @pytest.mark.parametrize(
-    ("value", "label"),
-    [(0, 0), (1.0, 1), ("1", 1), (" 0 ", 0), ("1.0", 1), (True, 1), (False, 0), ("Negative", 0)],
-)
-def test_labels(value, label):
-    assert parse_label(value, SST2, "here") == label
+    ("prompt", "fields"),
+    [
+        ("{Title}: {Review Text}", ["Title", "Review Text"]),
+        ("{a.b} {a:b} {0} {x!r} {gr\u00f6\u00dfe (cm)} {a-b}",
+         ["a.b", "a:b", "0", "x!r", "gr\u00f6\u00dfe (cm)", "a-b"]),
+        ('{text} {"label": 1} {\'a\': 1} {...}', ["text"]),
+        ("{text} {{text}} {{other}}", ["text"]),
+    ],
+)  # fmt: skip
+def test_a_column_has_any_name(prompt, fields):
+    assert own_task(prompt).fields == fields
 
 
-@pytest.mark.parametrize("value", [-1, 2, 0.5, "", "neutral", "1e0", None, float("nan"), "\u00b2"])
-def test_other_labels_are_refused_with_the_place(value):
-    with pytest.raises(DataError, match=r"here, row 3: .* 0\.\.1 or negative, positive"):
-        parse_label(value, SST2, "here, row 3")
+@pytest.mark.parametrize("prompt", ["{{text}} It was", "{{ text }} It was", "{} It was"])
+def test_a_prompt_without_a_column_says_how_to_write_one(prompt):
+    with pytest.raises(ConfigError, match=r"names no column; write one like \{text\}, in single"):
+        own_task(prompt)
 
 
 def test_tokenizer_larger_than_the_vocabulary_is_refused(tokenizer):
