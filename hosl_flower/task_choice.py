@@ -72,7 +72,7 @@ def _image_task(config: RunConfig, names: tuple[str, ...], words: tuple[str, ...
         if not words:
             raise ConfigError(
                 f"task = {config.task!r} is about images, by its image-column: it needs "
-                "verbalizers too, the names of the classes"
+                "verbalizers too, the names of the classes, or data-path, in the run config"
             )
         base = image_task(config.task, words, config.image_column)
     elif words and len(words) != len(base.verbalizers):
