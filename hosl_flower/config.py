@@ -102,8 +102,8 @@ class RunConfig(BaseModel):
     # a newline at its end is part of a prompt
     prompt: Annotated[str, StringConstraints(strip_whitespace=False)] = Field(
         "",
-        description="overrides the task's prompt, e.g. '{sentence} It was'; a column of the data is "
-        "in braces, {{ and }} are braces as text",
+        description="overrides the task's prompt, e.g. '{sentence} It was'; a column of the data "
+        "is in braces, {{ and }} are braces as text",
     )
     verbalizers: str = Field(
         "",
