@@ -125,7 +125,7 @@ def _is_quoted(text: str, plain_fits: bool) -> bool:
     # spreadsheets quote commas too
     if not all(_MUST_BE_QUOTED.search(own) or ("," in own and not commas) for own in quoted):
         return False
-    return not plain_fits or len(quoted) > 1 or '""' in quoted[0]
+    return not plain_fits or any('""' in own for own in quoted)
 
 
 def _wanted(task: Task) -> list[str]:
@@ -181,7 +181,7 @@ def _repeats(values: list[str]) -> bool:
     """Whether a column is labels and has no name: its first value comes again, which a name does
     not, and there are few."""
     counts = Counter(map(label_key, values))
-    few = 1 < len(counts) <= min(MOST_LABELS, len(values) // 2)
+    few = 1 < len(counts) <= min(MOST_LABELS, (len(values) + 1) // 2)
     return few and counts[label_key(values[0])] > 1
 
 

@@ -1,6 +1,7 @@
 """From a table as it was read to examples: the prompt's columns as text, labels as numbers."""
 
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,6 +52,8 @@ def is_without_labels(labels: Sequence[Any]) -> bool:
 
 def _columns(data: Table, task: Task) -> dict[str, tuple[str, list[Any]]]:
     """The columns a task needs: of each, the name it has in the data and its values."""
+    if not data.names:
+        raise DataError(f"{data.where} has no examples")
     wanted = (*task.fields, task.answer_column)
     found = {name: find_column(data, name, task) for name in wanted}
     missing = [name for name, column in found.items() if column is None]
@@ -82,7 +85,9 @@ def _way_out(data: Table, task: Task, fields: Sequence[str]) -> str:
             "; for data of your own, set task to a new name, with prompt, verbalizers and "
             "label-column"
         )
-    elif fields:
+    elif any(not re.fullmatch(r"\w+", name) for name in fields) or 0 < len(fields) < len(
+        task.fields
+    ):
         out = "; braces that are text, and no column, are written twice, {{ and }}"
     if any(separator in name for name in data.names for separator in ";\t|"):
         return f"{out}; is the separator another?"

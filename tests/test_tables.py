@@ -63,6 +63,7 @@ QUOTED = [('a "b"', 1), ("c\td", 0), ("e\nf", 1), ("g, h", 0)]
         # GLUE quotes nothing
         ("glue.tsv", 'text\tlabel\n"a" b\t1\n"whole"\t0\n', [('"a" b', 1), ('"whole"', 0)]),
         ("open.tsv", 'text\tlabel\n"a\t1\nb"\t0\n', [('"a', 1), ('b"', 0)]),
+        ("whole.tsv", 'text\tlabel\n"a, b"\t1\n"c, d"\t0\n', [('"a, b"', 1), ('"c, d"', 0)]),
         ("glue-commas.tsv", 'text\tlabel\n"a, b"\t1\nc, d\t0\n', [('"a, b"', 1), ("c, d", 0)]),
     ],
 )  # fmt: skip
@@ -203,6 +204,7 @@ PLACES = [
     ("a.json", '{"text":\n"a"}', "line 1: not JSON .* expected an object a line"),
     ("a.csv", "text,label\n", "has no examples"),
     ("a.csv", " \n", "is empty"),
+    ("a.json", "[]", "has no examples"),
     ("a.tsv", "\ufeff", "is empty"),
     ("a.jsonl", "\n\n", "is empty"),
     ("a.csv", b"text,label\na,1\ncaf\xe9,0\n", r"line 3 is not in UTF-8 \(byte 0xe9\)"),
