@@ -7,7 +7,9 @@ a "decoder" that maps their inputs to what the rows of the head, one for each cl
 with: those of images are in image_families.py, those of text in text_families.py.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
+from functools import cache as remembered
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -168,8 +170,8 @@ class _Decoder:
         positions = self.positions(mask)
         return decoder(
             attention_mask=mask,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{_cache_argument(type(decoder)): cache},
             **{name: each[:, -length:] for name, each in positions.items()},
             **inputs,
         ).last_hidden_state
@@ -316,6 +318,14 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Llama(),
     "qwen3": Llama(),
 }
+
+
+@remembered
+def _cache_argument(decoder: type) -> str:
+    """Name of the argument by which a class of decoders takes its cache: transformers renamed
+    `past_key_values`, and removes the old name in 5.40."""
+    named = inspect.signature(decoder.forward).parameters  # type: ignore[attr-defined]
+    return "cache" if "cache" in named else "past_key_values"
 
 
 def family_of(config: PretrainedConfig) -> Family:

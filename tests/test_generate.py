@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from hosl_flower.cli import cli
 from hosl_flower.decoding import own_cache
 from hosl_flower.errors import ConfigError
+from hosl_flower.families import _cache_argument
 from hosl_flower.generate import chooser, generate
 from hosl_flower.tasks import load_tokenizer
 
@@ -127,3 +128,27 @@ def test_mistakes_are_one_line(tiny_opt, tmp_path):
         assert done.exit_code == 1
         assert complaint in errors
         assert isinstance(done.exception, SystemExit), "no traceback"
+
+
+@pytest.mark.parametrize("argument", ["cache", "past_key_values"])
+def test_a_cache_goes_by_the_name_that_the_decoder_has_for_it(argument):
+    if argument == "cache":
+
+        class Decoder:
+            def forward(self, cache=None, **more): ...
+
+    else:
+
+        class Decoder:
+            def forward(self, past_key_values=None, **more): ...
+
+    assert _cache_argument(Decoder) == argument
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+@pytest.mark.parametrize("name", NAMES)
+def test_no_argument_is_one_that_transformers_will_remove(saved, name):
+    client, server = halves(saved(name)[0], 2)
+    with torch.no_grad():
+        for caches in ((None, None), (own_cache(client), own_cache(server))):
+            server.hidden(client(IDS, FULL, caches[0]), FULL, caches[1])
