@@ -25,7 +25,14 @@ from hosl_flower.families import InitStd, Rename
 from hosl_flower.legacy import converted, damaged, legacy_keys
 from hosl_flower.perturb import derive_seed
 from hosl_flower.ranged import RemoteFile
-from hosl_flower.tensorfile import CHUNK_ELEMENTS, Stored, copy_into, copy_rows, find
+from hosl_flower.tensorfile import (
+    CHUNK_ELEMENTS,
+    NotFiniteError,
+    Stored,
+    copy_into,
+    copy_rows,
+    find,
+)
 
 
 class WeightSource(Protocol):
@@ -158,6 +165,11 @@ class Checkpoint:
             stored = find(file, key)
             self._check(stored, shape, f"{path}: {key}")
             yield file, stored
+        except NotFiniteError as error:
+            raise CheckpointError(
+                f"{path}: {key} holds {error}: nothing can be trained from there; use a checkpoint "
+                "from before its training diverged, or dtype = float32 where 16 bits are too few"
+            ) from error
         except (SafetensorError, OSError) as error:
             raise damaged(path, error) from error
 
