@@ -10,6 +10,7 @@ from hosl_flower.decoding import Half
 from hosl_flower.errors import ConfigError
 from hosl_flower.finished import open_trained
 from hosl_flower.spec import pick_device
+from hosl_flower.special_tokens import Unknown, prefix
 from hosl_flower.split import ClientSubmodel, ServerSubmodel
 from hosl_flower.tasks import load_tokenizer
 
@@ -39,14 +40,12 @@ def continuation(
 
 
 def _prompt_ids(tokenizer: Any, prompt: str, new_tokens: int, config: Any) -> list[int]:
-    ids = list(tokenizer(prompt)["input_ids"])
+    # without what a tokenizer puts behind a text: nothing follows its end
+    ids = prefix(tokenizer) + list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     if not ids:
         raise ConfigError("the prompt has no token; give at least a word to go on from")
-    if max(ids) >= config.vocab_size:
-        raise ConfigError(
-            f"the prompt has the special token {tokenizer.convert_ids_to_tokens(max(ids))!r}, "
-            "which this model has no embedding for; leave it out"
-        )
+    if found := Unknown(tokenizer, config.vocab_size).first(ids):
+        raise ConfigError(f"the prompt has {found}; leave it out")
     room = config.max_position_embeddings - len(ids)
     if new_tokens > room:
         raise ConfigError(

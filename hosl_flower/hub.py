@@ -6,6 +6,7 @@ so reachability is probed once, within seconds, and everything after goes throug
 
 import os
 import threading
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from huggingface_hub.utils import validate_repo_id
 from hosl_flower.errors import CheckpointError, ConfigError, HoslError, first_line
 
 PROBE_SECONDS = 4.0
+_LFS = b"version https://git-lfs.github.com/spec/"  # what a pointer begins with
 
 
 @cache
@@ -53,23 +55,57 @@ def is_reachable() -> bool:
 def locate(model: str, filename: str) -> Path | None:
     """One file of a model given as a local directory or hub id; None where it has no such file.
 
-    Raises CheckpointError when the model itself cannot be had.
+    Raises CheckpointError when the model itself cannot be had, or the file cannot be read.
     """
     directory = local_directory(model)
-    if directory is None:
-        return fetch(model, filename)
-    path = directory / filename
-    return path if path.is_file() else None
+    path = fetch(model, filename) if directory is None else directory / filename
+    if path is None or not (path.is_file() or path.is_symlink()):
+        return None
+    check_readable(path)
+    return path
+
+
+def check_readable(path: Path) -> None:
+    """CheckpointError for a file that may not be read, a link to nothing, or a Git LFS pointer."""
+    try:
+        with path.open("rb") as file:
+            pointer = file.read(len(_LFS)) == _LFS
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {_reason(error)}") from error
+    if pointer:
+        raise CheckpointError(
+            f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in "
+            f"{path.parent} (git-lfs must be installed), or download the file"
+        )
+
+
+def _reason(error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "it is a link to a file that does not exist"
+    return (error.strerror or str(error)).lower()
 
 
 def local_directory(model: str) -> Path | None:
     """The directory a model name means, None when it is a hub id.
 
-    Raises CheckpointError for what can only be a path and is not there.
+    Raises CheckpointError for what can only be a path and is not there, is a file or cannot be
+    read.
     """
-    directory = Path(model).expanduser()
-    if directory.is_dir():
-        return directory
+    try:
+        directory = Path(model).expanduser()
+        is_file = directory.is_file()
+        if directory.is_dir():
+            with suppress(FileNotFoundError):  # which files there are must be known
+                (directory / "config.json").stat()
+            return directory
+    except (OSError, RuntimeError) as error:  # RuntimeError: the home directory of nobody
+        reason = _reason(error) if isinstance(error, OSError) else first_line(error)
+        raise CheckpointError(f"model directory {model!r} cannot be read: {reason}") from error
+    if is_file:
+        raise CheckpointError(
+            f"model = {model!r} is a file, expected the directory of a Hugging Face model: the one "
+            "that has its config.json, weights and tokenizer"
+        )
     if directory.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise CheckpointError(f"model directory {model!r} does not exist")
     return None

@@ -24,10 +24,11 @@ from transformers import AutoConfig, DynamicCache, PretrainedConfig
 from hosl_flower import hub
 from hosl_flower.architectures import architecture
 from hosl_flower.errors import CheckpointError, ConfigError, first_line
-from hosl_flower.families import HEAD, Absent, Family, family_of
+from hosl_flower.families import FAMILIES, HEAD, Absent, Family, family_of
 from hosl_flower.lora import Lora, attach, check_targets, is_adapter, merged
 from hosl_flower.lora import canonical as lora_canonical
 from hosl_flower.materialise import materialise
+from hosl_flower.model_kind import check_head, check_plain, not_a_config, without_config
 from hosl_flower.weights import Checkpoint, RandomWeights, WeightSource
 
 _HEAD = "lm_head."  # what own names of the head start with
@@ -185,11 +186,25 @@ def load_model_config(model: str) -> PretrainedConfig:
     """config.json of a directory or hub id; CheckpointError when there is none."""
     path = hub.locate(model, "config.json")
     if path is None:
-        raise CheckpointError(f"{model} has no config.json; expected a Hugging Face model")
+        raise CheckpointError(f"{model} has no config.json: {without_config(model)}")
     try:
-        return AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for a damaged configuration
-        raise CheckpointError(f"{path} cannot be used: {first_line(error)}") from error
+        reason = not_a_config(path) or f"{path} cannot be used: {first_line(error)}"
+        raise CheckpointError(reason) from error
+    check_plain(config, model)
+    if config.model_type in FAMILIES:
+        check_head(config, model)
+        _forget_padding(config)
+    return config
+
+
+def _forget_padding(config: PretrainedConfig) -> None:
+    """Where the padding token has no row of the embedding, which torch would refuse, the model has
+    none: what is padding, masks say."""
+    padding = getattr(config, "pad_token_id", None)
+    if padding is not None and not 0 <= padding < config.vocab_size:
+        config.pad_token_id = None
 
 
 def check_cut(config: PretrainedConfig, cut: int) -> None:
@@ -210,7 +225,7 @@ def _skeleton(
     try:
         with torch.device("meta"):
             model = family.auto.from_config(config, **family.attention)
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (ValueError, RuntimeError, KeyError, TypeError, AssertionError) as error:
         raise CheckpointError(
             f"{config.name_or_path}: config.json describes no possible {config.model_type} "
             f"model: {first_line(error)}"

@@ -6,6 +6,7 @@ the answer words' scores (answers.py); else the answer is text of its own (compl
 themselves are in task_table.py.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,15 @@ from hosl_flower.answers import Answers, Scoring
 from hosl_flower.completion import Completion
 from hosl_flower.errors import CheckpointError, ConfigError, DataError, first_line
 from hosl_flower.prompts import pieces
+from hosl_flower.special_tokens import (
+    Unknown,
+    check_has_vocabulary,
+    check_sentencepiece,
+    empty_text,
+    padding,
+    prefix,
+    tokenizer_files,
+)
 from hosl_flower.task_table import Task
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -32,6 +42,8 @@ def load_tokenizer(model: str) -> Any:
         if model.startswith("random:"):
             return AutoTokenizer.from_pretrained(BUNDLED / "opt_tokenizer")
         directory = hub.local_directory(model)
+        for path in [] if directory is None else tokenizer_files(directory):
+            hub.check_readable(path)
         tokenizer = AutoTokenizer.from_pretrained(
             model if directory is None else directory,
             local_files_only=directory is None and not hub.is_reachable(),
@@ -40,9 +52,9 @@ def load_tokenizer(model: str) -> Any:
     except CheckpointError:
         raise
     except Exception as error:  # tokenizers raises bare Exceptions for damaged files
+        check_sentencepiece(model)
         raise CheckpointError(f"{model} has no usable tokenizer: {first_line(error)}") from error
-    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
-        raise CheckpointError(f"{model} has no tokenizer files; copy tokenizer.json or the like")
+    check_has_vocabulary(tokenizer, model)
     return tokenizer
 
 
@@ -118,7 +130,7 @@ class Encoder:
         self.length = max_length
         # no space at the end: it belongs to the answer word (" great" is one token)
         self._pairs, self._tail = pieces(task.prompt.rstrip(" "))  # (text, field after it), text
-        self._prefix = list(tokenizer("")["input_ids"])  # <s>-like tokens, if the model uses any
+        self._prefix = prefix(tokenizer)
         self._suffix = self._tokens(self._tail)
         self.answers: Scoring = (
             self._completion(max_new_tokens) if task.target else self._choice(task.verbalizers)
@@ -134,9 +146,13 @@ class Encoder:
                 + " (max-new-tokens)"
                 * bool(task.target)
             )
-        pad = tokenizer.pad_token_id
-        self.pad_id: int = pad if pad is not None else tokenizer.eos_token_id
-        self._beyond: dict[int, str] = {}  # ids the model has no row for
+        self._vocabulary = sys.maxsize  # until `check` is called, as is:
+        self._unknown: Unknown | None = None
+
+    @property
+    def pad_id(self) -> int:
+        """The token that rows are padded with."""
+        return padding(self.tokenizer, self._vocabulary)
 
     def _tokens(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -171,6 +187,7 @@ class Encoder:
         token: where that is too long the longest field is cut, never the prompt's own words."""
         texts = [text + example[name] for text, name in self._pairs]
         ids = self._prefix + self._tokens("".join(texts) + self._tail)
+        ids = ids or empty_text(self.tokenizer, self._vocabulary)
         self._check_known(ids)
         if len(ids) + self.answers.longest - 1 <= self.max_length:
             return ids
@@ -197,16 +214,16 @@ class Encoder:
         return kept
 
     def _check_known(self, ids: Sequence[int]) -> None:
-        if self._beyond and (unknown := self._beyond.keys() & set(ids)):
-            raise DataError(
-                f"an example has the text {self._beyond[min(unknown)]!r}, a special token that "
-                "this model has no embedding for; take it out of the data"
-            )
+        if self._unknown is not None:
+            self._unknown.check_text(ids)
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> Batch:
         """Encode and left-pad examples that carry an integer "label", or texts "answers"."""
         rows = [row for e in examples for row in self.answers.inputs(self.encode(e), e)]
-        return self._padded(rows, self.answers.labels(examples))
+        labels = self.answers.labels(examples)
+        if self.task.target:
+            self._check_known(labels.flatten().tolist())  # the last token is in no row
+        return self._padded(rows, labels)
 
     def filled(self, batch: Batch) -> Batch:
         """The same, padded to one more than max_length: its shape tells nothing of the examples,
@@ -227,14 +244,10 @@ class Encoder:
         return text.lstrip().partition("\n")[0].strip()
 
     def _padded(self, rows: Sequence[Sequence[int]], labels: Tensor) -> Batch:
-        length = max(map(len, rows))
-        input_ids = torch.full((len(rows), length), self.pad_id, dtype=torch.int64)
-        mask = torch.zeros((len(rows), length), dtype=torch.int64)
-        for i, row in enumerate(rows):
+        for row in rows:
             self._check_known(row)
-            input_ids[i, length - len(row) :] = torch.tensor(row)
-            mask[i, length - len(row) :] = 1
-        return Batch(input_ids, mask, labels)
+        mask = left_padded([[1] * len(row) for row in rows], 0)
+        return Batch(left_padded(rows, self.pad_id), mask, labels)
 
     @property
     def shortest(self) -> int:
@@ -267,22 +280,24 @@ class Encoder:
         self.check_vocabulary(config.vocab_size)
 
     def check_vocabulary(self, vocabulary: int) -> None:
-        """As tokens_beyond; those that it allows are refused by `encode`."""
-        self._beyond = tokens_beyond(self.tokenizer, vocabulary)
+        """CheckpointError when the tokenizer makes tokens that the model has no embedding row for,
+        ConfigError when an answer has one; a text that has one is refused by `encode`."""
+        self._vocabulary, self._unknown = vocabulary, Unknown(self.tokenizer, vocabulary)
+        if found := self._unknown.first(self._prefix):
+            raise CheckpointError(
+                f"the tokenizer begins every text with {found}; they do not belong together"
+            )
+        if isinstance(self.answers, Answers) and (found := self._unknown.first(self.answers.flat)):
+            raise ConfigError(f"verbalizers: an answer has {found}; choose another")
 
 
-def tokens_beyond(tokenizer: Any, vocabulary: int) -> dict[int, str]:
-    """Special tokens, by id, that the model has no row for (Gemma 3 has one for images, its text
-    models no row for it): no text means them but one that spells them out. CheckpointError when the
-    tokenizer can produce others."""
-    beyond = {t: i for t, i in tokenizer.get_vocab().items() if i >= vocabulary}
-    added = tokenizer.added_tokens_decoder
-    if not all(i in added and added[i].special for i in beyond.values()):
-        raise CheckpointError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding only "
-            f"{vocabulary} rows; they do not belong together"
-        )
-    return {i: token for token, i in beyond.items()}
+def left_padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """Rows of different lengths, int64 [R, S], with a value before the shorter ones."""
+    length = max(map(len, rows))
+    padded = torch.full((len(rows), length), value, dtype=torch.int64)
+    for own, row in zip(padded, rows, strict=True):
+        own[length - len(row) :] = torch.tensor(row)
+    return padded
 
 
 def by_length(data: Any, fields: Sequence[str]) -> Any:

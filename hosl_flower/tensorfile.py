@@ -7,7 +7,6 @@ it first.
 """
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple

@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from hosl_flower.answers import Answers
-from hosl_flower.errors import CheckpointError, ConfigError, DataError
+from hosl_flower.errors import CheckpointError, ConfigError
+from hosl_flower.special_tokens import Unknown, empty_text, padding
 from hosl_flower.task_table import Task
-from hosl_flower.tasks import Batch, by_length, tokens_beyond
+from hosl_flower.tasks import Batch, by_length, left_padded
 from hosl_flower.text_families import TEXT_FAMILIES
 
 
@@ -40,54 +41,57 @@ class TextInputs:
         types = getattr(config, "type_vocab_size", 1) > 1
         self._typed = types and "token_type_ids" in tokenizer.model_input_names
         self._vocabulary: int = config.vocab_size
+        self._unknown: Unknown | None = None  # until `check` is called
 
     @property
     def processor(self) -> Any:
-        """The tokenizer, made to forget how it was last asked to pad and cut: it would be saved so,
-        and pad on the left wherever it is loaded."""
+        """The tokenizer, made to forget how it was last asked to cut: it would be saved so."""
         self.tokenizer("")
         return self.tokenizer
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> Batch:
         """Encode and left-pad examples that carry an integer "label"."""
         columns = [[example[name] for example in examples] for name in self.task.fields]
-        made = self.tokenizer(
-            *columns, truncation=True, max_length=self.length, padding=True, padding_side="left",
-            return_tensors="pt",
-        )  # fmt: skip
-        ids = made["input_ids"]
-        if int(ids.max()) >= self._vocabulary:
-            token = self.tokenizer.convert_ids_to_tokens(int(ids.max()))
-            raise DataError(
-                f"an example has the text {token!r}, a special token that this model has no "
-                "embedding for; take it out of the data"
-            )
+        # padded here: tokenizers need a token for it that they may lack, or that has no row
+        made = self.tokenizer(*columns, truncation=True, max_length=self.length)
+        rows = [ids or empty_text(self.tokenizer, self._vocabulary) for ids in made["input_ids"]]
+        for row in rows:
+            if self._unknown is not None:
+                self._unknown.check_text(row)
+        ids = left_padded(rows, padding(self.tokenizer, self._vocabulary))
+        mask = left_padded([[1] * len(row) for row in rows], 0)
         labels = torch.tensor([example["label"] for example in examples])
-        return Batch(self._with(made.get("token_type_ids"), ids), made["attention_mask"], labels)
+        return Batch(self._with(made.get("token_type_ids"), ids), mask, labels)
 
-    def _with(self, types: Tensor | None, ids: Tensor) -> Tensor:
+    def _with(self, types: Sequence[Sequence[int]] | None, ids: Tensor) -> Tensor:
         """Ids [B, S], with token types where the model has such."""
-        return torch.stack([ids, types], 1) if self._typed and types is not None else ids
+        if not self._typed or types is None:
+            return ids
+        given = [own or [0] for own in types]  # a text without tokens has one: empty_text
+        return torch.stack([ids, left_padded(given, self.tokenizer.pad_token_type_id)], 1)
 
     def largest(self, examples: int) -> Batch:
         """All tokens differ, none is padding."""
         ids = torch.arange(examples * self.length).view(examples, self.length)
         labels = torch.zeros(examples, dtype=torch.int64)
-        return Batch(self._with(torch.zeros_like(ids), ids), torch.ones_like(ids), labels)
+        inputs = torch.stack([ids, torch.zeros_like(ids)], 1) if self._typed else ids
+        return Batch(inputs, torch.ones_like(ids), labels)
 
     def by_length(self, data: Any) -> Any:
         """Like lengths together."""
         return by_length(data, self.task.fields)
 
     def check(self, config: PretrainedConfig) -> None:
-        """CheckpointError when the model has too few positions or too small a vocabulary, or the
-        tokenizer cannot pad."""
+        """CheckpointError when the model has too few positions or too small a vocabulary."""
         first = TEXT_FAMILIES[config.model_type].first_position(config)
         positions = config.max_position_embeddings - first
         if self.length > positions:
             raise CheckpointError(
                 f"max-length = {self.length}, but the model has {positions} positions"
             )
-        tokens_beyond(self.tokenizer, config.vocab_size)
-        if self.tokenizer.pad_token_id is None:
-            raise CheckpointError("the tokenizer has no padding token, which a classifier needs")
+        self._unknown = Unknown(self.tokenizer, config.vocab_size)
+        found = self._unknown.first(self.tokenizer("a")["input_ids"])
+        if found:
+            raise CheckpointError(
+                f"the tokenizer gives every text {found}; they do not belong together"
+            )

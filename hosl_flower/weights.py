@@ -23,8 +23,10 @@ from hosl_flower import hub, ranged
 from hosl_flower.errors import CheckpointError
 from hosl_flower.families import InitStd, Rename
 from hosl_flower.legacy import converted, damaged, legacy_keys
+from hosl_flower.model_kind import other_weights, quantised
 from hosl_flower.perturb import derive_seed
 from hosl_flower.ranged import RemoteFile
+from hosl_flower.tensor_names import plain_names
 from hosl_flower.tensorfile import (
     CHUNK_ELEMENTS,
     NotFiniteError,
@@ -180,10 +182,7 @@ class Checkpoint:
                 f"{list(shape)}; config.json and weights do not belong together"
             )
         if not stored.is_floating_point:
-            raise CheckpointError(
-                f"{where} is {stored.dtype}, expected floating point weights; "
-                "quantised checkpoints are not supported"
-            )
+            raise quantised(self.origin, f"{where} is {stored.dtype}")
 
     def blocks(self) -> int:
         """Number of transformer blocks the files hold."""
@@ -192,19 +191,22 @@ class Checkpoint:
 
     def _index(self) -> dict[str, tuple[str, str]]:
         """canonical name -> (file, key in that file), from headers only."""
+        files = self._keys_and_files()
+        names = plain_names(self.origin, list(files), self._known)
+        return {self._canonical(names[key]): (file, key) for key, file in files.items()}
+
+    def _keys_and_files(self) -> dict[str, str]:
         for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
             single = index.removesuffix(".index.json")
             file = self._locate(single)
             if file is not None:
-                keys = _keys(file)
-                return {self._canonical(key): (single, key) for key in keys}
+                return dict.fromkeys(_keys(file), single)
             path = hub.locate(self.origin, index)
             if path is not None:
-                entries = _weight_map(path)
-                return {self._canonical(key): (file, key) for key, file in entries.items()}
+                return _weight_map(path)
         raise CheckpointError(
             f"{self.origin} has none of model.safetensors, pytorch_model.bin or their sharded "
-            "forms; expected a Hugging Face model directory or hub id"
+            f"forms; {other_weights(self.origin)}expected a Hugging Face model directory or hub id"
         )
 
     def _locate(self, filename: str) -> Path | RemoteFile | None:
