@@ -3,13 +3,13 @@ for padding or for an empty text, and which of all the model has no embedding ro
 lack any of them, and put others where they do not belong.
 """
 
-import importlib.util
+import importlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from hosl_flower import hub
-from hosl_flower.errors import CheckpointError, DataError
+from hosl_flower.errors import CheckpointError, DataError, first_line
 
 _SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _FILES = (
@@ -36,18 +36,31 @@ def check_has_vocabulary(tokenizer: Any, model: str) -> None:
 
 
 def check_sentencepiece(model: str) -> None:
-    """CheckpointError for a tokenizer that needs sentencepiece where that is not installed."""
+    """CheckpointError for a tokenizer that needs sentencepiece where that cannot be used."""
     directory = hub.local_directory(model)
 
     def has(name: str) -> bool:
         return bool(hub.cached(model, name) if directory is None else (directory / name).is_file())
 
     name = next(filter(has, _SENTENCEPIECE), None)
-    if name and not has("tokenizer.json") and importlib.util.find_spec("sentencepiece") is None:
+    reason = _no_sentencepiece() if name and not has("tokenizer.json") else ""
+    if reason:
         raise CheckpointError(
-            f"{model} has its tokenizer as {name} alone, which needs sentencepiece: install it "
-            "with pip install 'hosl-flower[sentencepiece]', or add the model's tokenizer.json"
+            f"{model} has its tokenizer as {name} alone, which needs sentencepiece: {reason}. "
+            "Install it with pip install 'hosl-flower[sentencepiece]', or add the model's "
+            "tokenizer.json"
         )
+
+
+def _no_sentencepiece() -> str:
+    """Why it cannot be used, "" where it can."""
+    try:
+        importlib.import_module("sentencepiece.sentencepiece_model_pb2")
+    except ImportError:
+        return "it is not installed"
+    except Exception as error:  # of protobuf, for one made for a newer one
+        return f"the installed one is of no use ({first_line(error)})"
+    return ""
 
 
 def prefix(tokenizer: Any) -> list[int]:
