@@ -12,11 +12,11 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, constants, try_to_load_from_cache
 
+from hosl_flower.class_heads import class_names
 from hosl_flower.config import RunConfig, Scalar, parse_config
 from hosl_flower.families import family_of
 from hosl_flower.finished import Finished
 from hosl_flower.image_tasks import IMAGE_TASKS
-from hosl_flower.inputs import class_names
 from hosl_flower.resume import FREE
 from hosl_flower.split import RANDOM, load_model_config
 from hosl_flower.task_choice import task_from_config

@@ -126,6 +126,11 @@ class RunConfig(BaseModel):
         description="height and width images are resized to, with the model's own mean and "
         "deviation; 0 leaves all to the model's own image processor",
     )
+    fresh_head: bool = Field(
+        False,
+        description="of a classifier: start with a head by the seed, even where the checkpoint has "
+        "one for as many classes, whose rows are otherwise matched by the names in its id2label",
+    )
     labels: Labels = Field(
         "server",
         description="client: labels are not sent; the server sends its last hidden states, and "

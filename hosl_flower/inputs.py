@@ -1,42 +1,14 @@
 """What stands between a task's examples and a model, of text or images, which the model decides."""
 
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
 from transformers import PretrainedConfig
 
 from hosl_flower.errors import ConfigError
-from hosl_flower.families import Family, InitStd, family_of
+from hosl_flower.families import family_of
 from hosl_flower.spec import ClientSpec
-from hosl_flower.split import Base
-from hosl_flower.task_table import Task
 from hosl_flower.tasks import Encoder, Inputs, load_tokenizer
 from hosl_flower.text_inputs import TextInputs
-from hosl_flower.weights import RandomWeights, WeightSource
-
-
-class _FreshHead:
-    """A checkpoint but for its head, which is made, as is what else of its heads is missing."""
-
-    def __init__(self, source: WeightSource, family: Family, seed: int, std: InitStd):
-        self.source, self.origin = source, source.origin
-        self._names, self._heads = f"{family.head.rpartition('.')[0]}.", family.heads
-        self._made = RandomWeights(seed, std)
-
-    def __contains__(self, name: str) -> bool:
-        return name.startswith(self._heads) or name in self.source
-
-    def _of(self, name: str) -> WeightSource:
-        missing = name.startswith(self._heads) and name not in self.source
-        return self._made if missing or name.startswith(self._names) else self.source
-
-    def fill(self, name: str, out: Tensor) -> None:
-        self._of(name).fill(name, out)
-
-    def rows(self, name: str, shape: tuple[int, int], rows: Sequence[int]) -> Tensor:
-        return self._of(name).rows(name, shape, rows)
 
 
 def make_inputs(spec: ClientSpec, model: str, config: PretrainedConfig) -> Inputs:
@@ -92,26 +64,3 @@ def load_processor(model: str, config: PretrainedConfig) -> Any:
     from hosl_flower.image_inputs import load_image_processor
 
     return load_image_processor(model, config)
-
-
-def class_names(task: Task) -> tuple[str, ...]:
-    """What the classes are called, by label: as in the data, not by the words that a language model
-    answers with."""
-    return task.verbalizers if task.image else task.label_names or task.verbalizers
-
-
-def with_classes(base: Base, names: Sequence[str], seed: int) -> tuple[Base, bool]:
-    """A base whose head has a row for each class, and whether that is a fresh one: by `seed` it is,
-    unless the checkpoint has a head for as many. A language model stays as it is."""
-    family = family_of(base.config)
-    if not family.classes:
-        return base, False
-    config = type(base.config).from_dict(base.config.to_dict())
-    config.id2label = dict(enumerate(names))
-    config.problem_type = None  # a head of classes, whatever the checkpoint's was
-    config.label2id = {name: label for label, name in enumerate(names)}
-    fresh = family.head not in base.source or base.config.num_labels != len(names)
-    source: WeightSource = base.source
-    if fresh:
-        source = _FreshHead(source, family, seed, family.init_std(config))
-    return replace(base, config=config, source=source), fresh

@@ -12,13 +12,14 @@ from torch import Tensor
 from hosl_flower.accountant import epsilon, most_uses
 from hosl_flower.checkpoint import Checkpoint
 from hosl_flower.checks import Limits
+from hosl_flower.class_heads import class_names, with_classes
 from hosl_flower.client import new_state
 from hosl_flower.codec import encode
 from hosl_flower.config import RunConfig
 from hosl_flower.errors import ConfigError
 from hosl_flower.head import attach_head
 from hosl_flower.history import History
-from hosl_flower.inputs import class_names, make_inputs, with_classes
+from hosl_flower.inputs import make_inputs
 from hosl_flower.messages import Described
 from hosl_flower.overlap import Overlap
 from hosl_flower.perturb import derive_seed, permutation
@@ -271,9 +272,8 @@ def open_session(
     check_cut(base.config, spec.cut_layer)
     encoder = make_inputs(spec, spec.model, base.config)
     encoder.check(base.config)
-    base, fresh = with_classes(base, class_names(spec.task), spec.seed)
-    if fresh and base.pretrained:
-        log.info("the head is a fresh one, for %d classes", len(spec.task.verbalizers))
+    task = spec.task
+    base, _ = with_classes(base, class_names(task), spec.seed, task, config.fresh_head)
     submodel = load_server(base, spec.cut_layer, torch.float32, device, server_lora(config))
     server = Server(
         submodel,

@@ -7,10 +7,10 @@ from test_client_gradients import both
 from transformers import AutoConfig, AutoModelForImageClassification, ViTModel
 
 from hosl_flower.architectures import IMAGE_ARCHITECTURES, architecture
+from hosl_flower.class_heads import with_classes
 from hosl_flower.errors import CheckpointError, ConfigError
 from hosl_flower.image_families import IMAGE_FAMILIES
 from hosl_flower.image_inputs import load_image_processor
-from hosl_flower.inputs import with_classes
 from hosl_flower.merge import save_merged
 from hosl_flower.recompute import recomputed_gradients
 from hosl_flower.residual import fed_back, residual_gradients

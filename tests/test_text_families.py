@@ -14,8 +14,8 @@ from transformers import (
 )
 
 from hosl_flower.architectures import TEXT_ARCHITECTURES, architecture
+from hosl_flower.class_heads import with_classes
 from hosl_flower.errors import ConfigError
-from hosl_flower.inputs import with_classes
 from hosl_flower.lora import Lora
 from hosl_flower.merge import save_merged
 from hosl_flower.perturb import Layout
