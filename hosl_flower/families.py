@@ -171,7 +171,7 @@ class _Decoder:
         return decoder(
             attention_mask=mask,
             use_cache=cache is not None,
-            **{_cache_argument(type(decoder)): cache},
+            **{_cache_argument(decoder.__class__): cache},
             **{name: each[:, -length:] for name, each in positions.items()},
             **inputs,
         ).last_hidden_state

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from hosl_flower import hub
+from hosl_flower.adapted import holder
 from hosl_flower.answers import Answers
 from hosl_flower.errors import CheckpointError, ConfigError, first_line
 from hosl_flower.image_families import IMAGE_FAMILIES, ImageFamily
@@ -93,7 +94,7 @@ def load_image_processor(model: str, config: PretrainedConfig, size: int = 0) ->
 def _saved_processor(model: str) -> Any:
     from transformers import AutoImageProcessor
 
-    path = hub.locate(model, "preprocessor_config.json")
+    path = hub.locate(holder(model, "preprocessor_config.json"), "preprocessor_config.json")
     if path is None:
         return None
     try:

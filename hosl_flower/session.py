@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hosl_flower.accountant import epsilon, most_uses
+from hosl_flower.adapted import AdaptedWeights
 from hosl_flower.checkpoint import Checkpoint
 from hosl_flower.checks import Limits
 from hosl_flower.class_heads import class_names, with_classes
@@ -285,6 +286,11 @@ def open_session(
     )
     if config.save_format == "adapters" and base.family.classes:
         raise ConfigError("save-format = adapters cannot hold the head of a classifier; use merged")
+    if config.save_format == "adapters" and isinstance(base.source, AdaptedWeights):
+        raise ConfigError(
+            f"save-format = adapters needs a base model of its own, {spec.model} is adapters over "
+            "another; use merged"
+        )
     if config.save_format == "adapters" and not base.pretrained:
         raise ConfigError(
             f"save-format = adapters needs a base model that can be loaded again, {spec.model} has "

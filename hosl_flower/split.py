@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, DynamicCache, PretrainedConfig
 
 from hosl_flower import hub
+from hosl_flower.adapted import AdaptedWeights, base_of, find_adapters
 from hosl_flower.architectures import architecture
 from hosl_flower.errors import CheckpointError, ConfigError, first_line
 from hosl_flower.families import FAMILIES, HEAD, Absent, Family, family_of
@@ -151,7 +152,8 @@ class Base:
 
 
 def open_base(model: str, seed: int = 0, partial: bool = False) -> Base:
-    """Open a model: a directory, a hub id, or `random:<architecture>`; reads headers only.
+    """Open a model: a directory, a hub id, of a model or of LoRA adapters, or
+    `random:<architecture>`; reads headers only.
 
     seed: of the weights of `random:` models. partial: download no more of a hub model than the
     tensors that are then asked for. Raises CheckpointError or ConfigError.
@@ -164,15 +166,18 @@ def open_base(model: str, seed: int = 0, partial: bool = False) -> Base:
         source = RandomWeights(seed, family.init_std(config), ones, absent={HEAD})
         return Base(model, config, source, pretrained=False)
     whole, _, _ = _skeleton(config, 0)  # an impossible configuration is refused here, not midway
-    checkpoint = Checkpoint(
-        model, family.base_prefix, family.blocks, partial, family.heads, family.renames(whole)
-    )
+    names = family.heads, family.renames(whole)
+    checkpoint = Checkpoint(base_of(model), family.base_prefix, family.blocks, partial, *names)
     if checkpoint.blocks() > family.count(config):
         raise CheckpointError(
             f"{model}: config.json says {family.count(config)} blocks, the weights have "
             f"{checkpoint.blocks()}; they do not belong together"
         )
-    return Base(model, config, checkpoint, pretrained=True)
+    adapters = find_adapters(model)
+    if adapters is None:
+        return Base(model, config, checkpoint, pretrained=True)
+    weights = AdaptedWeights(checkpoint, adapters, family.transposed)
+    return Base(model, config, weights, pretrained=True)
 
 
 def model_config(model: str) -> PretrainedConfig:
@@ -183,7 +188,9 @@ def model_config(model: str) -> PretrainedConfig:
 
 
 def load_model_config(model: str) -> PretrainedConfig:
-    """config.json of a directory or hub id; CheckpointError when there is none."""
+    """config.json of a directory or hub id, or of the base model of adapters; CheckpointError when
+    there is none."""
+    model = base_of(model)
     path = hub.locate(model, "config.json")
     if path is None:
         raise CheckpointError(f"{model} has no config.json: {without_config(model)}")

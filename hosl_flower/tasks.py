@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from hosl_flower import hub
+from hosl_flower.adapted import holder
 from hosl_flower.answers import Answers, Scoring
 from hosl_flower.completion import Completion
 from hosl_flower.errors import CheckpointError, ConfigError, DataError, first_line
@@ -41,6 +42,7 @@ def load_tokenizer(model: str) -> Any:
     try:
         if model.startswith("random:"):
             return AutoTokenizer.from_pretrained(BUNDLED / "opt_tokenizer")
+        model = holder(model, "tokenizer_config.json", "tokenizer.json")
         directory = hub.local_directory(model)
         for path in [] if directory is None else tokenizer_files(directory):
             hub.check_readable(path)

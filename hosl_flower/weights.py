@@ -193,7 +193,7 @@ class Checkpoint:
         """canonical name -> (file, key in that file), from headers only."""
         files = self._keys_and_files()
         names = plain_names(self.origin, list(files), self._known)
-        return {self._canonical(names[key]): (file, key) for key, file in files.items()}
+        return {self.canonical(names[key]): (file, key) for key, file in files.items()}
 
     def _keys_and_files(self) -> dict[str, str]:
         for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
@@ -218,7 +218,8 @@ class Checkpoint:
             self._remote[filename] = ranged.locate(self.origin, filename)
         return self._remote[filename]
 
-    def _canonical(self, key: str) -> str:
+    def canonical(self, key: str) -> str:
+        """The canonical name of a tensor that an unwrapped model calls `key`."""
         key = self._rename(key)
         return key if key.startswith(self._known) else f"{self._known[0]}{key}"
 
