@@ -21,7 +21,7 @@ from hosl_flower import hub
 from hosl_flower.adapted import holder
 from hosl_flower.answers import Answers, Scoring
 from hosl_flower.completion import Completion
-from hosl_flower.errors import CheckpointError, ConfigError, DataError, first_line
+from hosl_flower.errors import CheckpointError, ConfigError, first_line
 from hosl_flower.prompts import pieces
 from hosl_flower.special_tokens import (
     Unknown,

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/directions.py -c model=<a small OPT> -c data-path=<...> -c cut-layer=5
 
-Measured is the squared cosine of an estimate e with the gradient g, mean over --batches mini-batches
+Measured is the squared cosine of an estimate e with the gradient g, a mean over --batches batches
 of a server that has trained for --steps on a frozen client, for --probes exact derivatives a step.
 It is not the share of the best step's gain: the gain depends on the curvature along e, too, and is
 larger (docs/results/directions.md). Directions are drawn as
