@@ -1,6 +1,8 @@
 """Tensors to bytes and back, for every dtype (numpy has no bfloat16)."""
 
 import math
+import reprlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ DTYPES = {
     )
 }
 MAX_DIMENSIONS = 4
+_MOST_ELEMENTS = 2**40  # of a tensor on the wire
 LARGEST_SCALAR = 1e12  # its square, in Adam's second moment, is far from float32's end
 
 
@@ -33,19 +36,30 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def tensor_from_bytes(data: bytes | memoryview, dtype: str, shape: tuple[int, ...]) -> Tensor:
+def tensor_size(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes of a tensor, dtype and shape being what a remote says; ProtocolError unless there can
+    be such a tensor."""
+    if dtype not in DTYPES:
+        raise ProtocolError(f"tensor dtype {reprlib.repr(dtype)} is none of {', '.join(DTYPES)}")
+    fits = len(shape) <= MAX_DIMENSIONS and all(type(size) is int and size >= 0 for size in shape)
+    # without its zeros: an empty tensor has strides, too, which must not overflow 64 bits
+    if not fits or math.prod(filter(None, shape)) > _MOST_ELEMENTS:
+        raise ProtocolError(
+            f"tensor shape {reprlib.repr(shape)}: expected at most {MAX_DIMENSIONS} sizes of 0 or "
+            f"more, whose product without zeros is at most 2**{_MOST_ELEMENTS.bit_length() - 1}"
+        )
+    return math.prod(shape) * DTYPES[dtype].itemsize
+
+
+def tensor_from_bytes(data: bytes | memoryview, dtype: str, shape: Sequence[int]) -> Tensor:
     """A tensor in memory of its own; ProtocolError when bytes, dtype and shape do not fit.
 
     A copy, not a view of `data`: kernels may round differently on unaligned memory.
     """
-    if dtype not in DTYPES:
-        raise ProtocolError(f"tensor dtype {dtype!r} is none of {', '.join(DTYPES)}")
-    if len(shape) > MAX_DIMENSIONS or not all(0 <= size < 2**40 for size in shape):
-        raise ProtocolError(f"tensor shape {shape} is not valid")
-    expected = math.prod(shape) * DTYPES[dtype].itemsize  # Python integers do not overflow
+    expected = tensor_size(dtype, shape)
     if len(data) != expected:
         raise ProtocolError(f"tensor {dtype}{list(shape)} needs {expected} bytes, got {len(data)}")
-    tensor = torch.empty(shape, dtype=DTYPES[dtype])
+    tensor = torch.empty(tuple(shape), dtype=DTYPES[dtype])
     raw_bytes(tensor)[:] = data
     return tensor
 

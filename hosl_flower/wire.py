@@ -5,6 +5,7 @@ so every link speaks the same protocol and counts the same bytes.
 """
 
 import json
+import reprlib
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -14,6 +15,10 @@ from torch import Tensor
 
 from hosl_flower.errors import ProtocolError
 from hosl_flower.messages import Message
+
+# bytes of a JSON header, which takes some forty times that while it is read: a request may list a
+# whole ledger; the longest reply is a trail of fingerprints (state.py)
+LONGEST_REQUEST, LONGEST_REPLY = 1 << 24, 1 << 20
 
 
 def to_wire(message: Message) -> tuple[str, dict[str, Tensor]]:
@@ -26,18 +31,27 @@ def to_wire(message: Message) -> tuple[str, dict[str, Tensor]]:
     return json.dumps(header, allow_nan=False), tensors
 
 
-def from_wire(header: str, tensors: Mapping[str, Tensor], known: Mapping[str, type]) -> Any:
-    """The message that arrived, of one of the `known` kinds.
+def from_wire(
+    header: str,
+    tensors: Mapping[str, Tensor],
+    known: Mapping[str, type],
+    longest: int = LONGEST_REQUEST,
+) -> Any:
+    """The message that arrived, of one of the `known` kinds, its header of at most `longest`
+    characters.
 
     Raises ProtocolError for anything that is not exactly such a message.
     """
+    if len(header) > longest:
+        raise ProtocolError(f"message header: expected at most {longest} bytes, got {len(header)}")
     try:
         values = json.loads(header)
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"message header is not JSON: {header[:60]!r}") from error
     kind = values.pop("kind", "") if isinstance(values, dict) else ""
     if not isinstance(kind, str) or kind not in known:
-        raise ProtocolError(f"expected a message of kind {', '.join(known)}, got {kind!r}")
+        got = reprlib.repr(kind)
+        raise ProtocolError(f"expected a message of kind {', '.join(known)}, got {got}")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     if overlap := values.keys() & tensors.keys():
         raise ProtocolError(f"{kind}: {', '.join(overlap)} came twice")

@@ -10,8 +10,8 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from hosl_flower.errors import ClientError, ProtocolError
-from hosl_flower.link.frames import Key, decode, encode, encode_word, read_word
-from hosl_flower.link.sessions import METHOD, channel_options
+from hosl_flower.link.frames import Key, decode, encode, read_word
+from hosl_flower.link.sessions import METHOD, TOKEN, channel_options
 from hosl_flower.messages import REQUESTS, Behind, Failure, Reply, Request
 
 log = logging.getLogger("hosl_flower")
@@ -104,7 +104,8 @@ class _Caller:
         # one reply waits to be sent while the next is computed, never more
         outbox: queue.Queue[bytes | None] = queue.Queue(maxsize=1)
         with channel:
-            call = channel.stream_stream(METHOD)(self._outgoing(outbox))
+            shown = ((TOKEN, self.token.encode(errors="replace")),)
+            call = channel.stream_stream(METHOD)(self._outgoing(outbox), metadata=shown)
             try:
                 for frame in call:
                     asked = self._read(frame)
@@ -119,7 +120,6 @@ class _Caller:
                 _end(outbox)
 
     def _outgoing(self, outbox: "queue.Queue[bytes | None]") -> Iterator[bytes]:
-        yield encode_word("hello", token=self.token)
         while (frame := outbox.get()) is not None:
             yield frame
             del frame  # the next may be long in coming

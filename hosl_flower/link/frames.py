@@ -8,18 +8,17 @@ a "word" instead: the handshake and the end of a session.
 """
 
 import json
-import math
+import reprlib
 import struct
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from hosl_flower.errors import ProtocolError
 from hosl_flower.messages import Message
-from hosl_flower.tensors import DTYPES, dtype_name, raw_bytes, tensor_from_bytes
-from hosl_flower.wire import from_wire, to_wire
+from hosl_flower.tensors import dtype_name, raw_bytes, tensor_from_bytes, tensor_size
+from hosl_flower.wire import LONGEST_REQUEST, from_wire, to_wire
 
 _LENGTH = struct.Struct("<I")
-_MAX_ENVELOPE = 1 << 24
 
 
 class Key(NamedTuple):
@@ -47,13 +46,16 @@ def encode_word(word: str, **values: Any) -> bytes:
 
 def read_word(frame: bytes) -> dict[str, Any] | None:
     """The values of a word frame, with its "word"; None for a message. Raises ProtocolError."""
-    envelope, _ = _open(frame)
+    envelope, _ = _open(frame, LONGEST_REQUEST)
     return envelope if "word" in envelope else None
 
 
-def decode(frame: bytes, known: Mapping[str, type]) -> tuple[Key, Any]:
-    """Key and message of a frame, of one of the `known` kinds; ProtocolError for anything else."""
-    envelope, start = _open(frame)
+def decode(
+    frame: bytes, known: Mapping[str, type], longest: int = LONGEST_REQUEST
+) -> tuple[Key, Any]:
+    """Key and message of a frame, of one of the `known` kinds, its envelope of at most `longest`
+    bytes; ProtocolError for anything else."""
+    envelope, start = _open(frame, longest)
     try:
         key = Key(*envelope["key"])
         header, listed = envelope["header"], [(n, d, tuple(s)) for n, d, s in envelope["tensors"]]
@@ -63,25 +65,26 @@ def decode(frame: bytes, known: Mapping[str, type]) -> tuple[Key, Any]:
         raise ProtocolError("frame: its envelope is not of this protocol")
     body, tensors = memoryview(frame)[start:], {}
     for name, dtype, shape in listed:
-        sizes = all(type(size) is int and 0 <= size < 2**40 for size in shape)  # true is no size
-        named = isinstance(name, str) and isinstance(dtype, str)
-        if not named or dtype not in DTYPES or not sizes or name in tensors:
-            raise ProtocolError(f"frame: tensor {[name, dtype, shape]!r:.200} is not valid")
-        size = math.prod(shape) * DTYPES[dtype].itemsize
+        if not isinstance(name, str) or not isinstance(dtype, str) or name in tensors:
+            raise ProtocolError(f"frame: tensor {reprlib.repr([name, dtype, shape])} is not valid")
+        size = tensor_size(dtype, shape)
         tensors[name] = tensor_from_bytes(body[:size], dtype, shape)
         body = body[size:]
     if body:
         raise ProtocolError(f"frame: {len(body)} bytes too many")
-    return key, from_wire(header, tensors, known)
+    return key, from_wire(header, tensors, known, longest)
 
 
-def _open(frame: bytes) -> tuple[dict[str, Any], int]:
+def _open(frame: bytes, longest: int) -> tuple[dict[str, Any], int]:
     if len(frame) < _LENGTH.size:
         raise ProtocolError(f"frame: {len(frame)} bytes are too few")
     (length,) = _LENGTH.unpack_from(frame)
     stop = _LENGTH.size + length
-    if length > _MAX_ENVELOPE or stop > len(frame):
-        raise ProtocolError(f"frame: an envelope of {length} bytes does not fit {len(frame)}")
+    if length > longest or stop > len(frame):
+        raise ProtocolError(
+            f"frame: an envelope of {length} bytes does not fit {len(frame)}, or is longer than "
+            f"{longest}"
+        )
     try:
         envelope = json.loads(frame[_LENGTH.size : stop])
     except (ValueError, RecursionError) as error:

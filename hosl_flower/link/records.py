@@ -8,6 +8,7 @@ Raw bytes, not .npy: numpy has no bfloat16, and one copy less.
 """
 
 import itertools
+import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from hosl_flower.link.dial import Invitation
 from hosl_flower.messages import REPLIES, REQUESTS, Message, Reply, Request
 from hosl_flower.spec import ClientSpec
 from hosl_flower.tensors import dtype_name, raw_bytes, tensor_from_bytes
-from hosl_flower.wire import from_wire, to_wire
+from hosl_flower.wire import LONGEST_REPLY, LONGEST_REQUEST, from_wire, to_wire
 
 _STYPE = "hosl.raw"
 
@@ -53,7 +54,7 @@ def unpack_requests(content: RecordDict) -> tuple[ClientSpec, list[list[Request]
     spec = _config(content).get("spec")
     if not isinstance(spec, str):
         raise ProtocolError("requests came without a client spec")
-    return ClientSpec.from_json(spec), _unpack(content, REQUESTS)
+    return ClientSpec.from_json(spec), _unpack(content, REQUESTS, LONGEST_REQUEST)
 
 
 def pack_invitation(invitation: Invitation, spec: ClientSpec) -> RecordDict:
@@ -73,16 +74,18 @@ def unpack_invitation(content: RecordDict) -> tuple[ClientSpec, Invitation]:
 
 def unpack_replies(content: RecordDict) -> list[list[Reply]]:
     """What each client answered; ProtocolError when it is anything else."""
-    return _unpack(content, REPLIES)
+    return _unpack(content, REPLIES, LONGEST_REPLY)
 
 
 def _config(content: RecordDict) -> ConfigRecord:
     if set(content) != {"config", "arrays"} or "config" not in content.config_records:
-        raise ProtocolError(f"expected records config and arrays, got {sorted(content)}")
+        raise ProtocolError(
+            f"expected records config and arrays, got {reprlib.repr(sorted(content))}"
+        )
     return content.config_records["config"]
 
 
-def _unpack(content: RecordDict, known: Mapping[str, type]) -> list[list[Any]]:
+def _unpack(content: RecordDict, known: Mapping[str, type], longest: int) -> list[list[Any]]:
     config = _config(content)
     headers, sizes = config.get("headers"), config.get("sizes")
     arrays = content.array_records.get("arrays")
@@ -90,16 +93,17 @@ def _unpack(content: RecordDict, known: Mapping[str, type]) -> list[list[Any]]:
         raise ProtocolError("expected lists of headers and sizes, and a record of arrays")
     groups = [n for n in sizes if isinstance(n, int) and n >= 0]
     if len(groups) != len(sizes) or sum(groups) != len(headers):
-        raise ProtocolError(f"sizes {sizes} do not add up to {len(headers)} messages")
+        shown = reprlib.repr(sizes)
+        raise ProtocolError(f"sizes {shown} do not add up to {len(headers)} messages")
     tensors: list[dict[str, Tensor]] = [{} for _ in headers]
     for key, array in arrays.items():
         index, _, name = key.partition(".")
         known_index = index.isdecimal() and len(index) < 10 and int(index) < len(headers)
         if not known_index or array.stype != _STYPE:
-            raise ProtocolError(f"unexpected array {key[:40]!r} of kind {array.stype!r}")
+            raise ProtocolError(f"unexpected array {key[:40]!r} of kind {array.stype[:40]!r}")
         tensors[int(index)][name] = tensor_from_bytes(array.data, array.dtype, tuple(array.shape))
     messages = (
-        from_wire(header if isinstance(header, str) else "", own, known)
+        from_wire(header if isinstance(header, str) else "", own, known, longest)
         for header, own in zip(headers, tensors, strict=True)
     )
     return [list(itertools.islice(messages, size)) for size in groups]

@@ -2,7 +2,8 @@
 break and come back.
 
 A client process dials with a token it got in a Flower message, which SuperLink has
-authenticated; a token is good for one connection, and every welcome carries the next one. What
+authenticated. The token is in the metadata of the call and is checked before anything else of the
+call is read; it is good for one connection, and every welcome carries the next one. What
 was asked and is not answered is asked again on a new connection, under the same key, so a broken
 connection repeats work but loses and doubles none.
 """
@@ -19,13 +20,21 @@ from typing import Any
 import grpc
 
 from hosl_flower.errors import ConfigError, ProtocolError
-from hosl_flower.link.frames import Key, decode, encode, encode_word, read_word
+from hosl_flower.link.frames import Key, decode, encode, encode_word
 from hosl_flower.messages import REPLIES, Behind, Failure, Reply, Request
+from hosl_flower.wire import LONGEST_REPLY
 
 METHOD = "/hosl.Stream/Session"
+TOKEN = "hosl-token-bin"  # the key of the token in a call's metadata; its value is bytes
 _WINDOW = 4  # replies that may wait unread before the client is held back
-_HELLO_SECONDS = 10.0  # for whoever connects to show a token
 _KEEPALIVE = [("grpc.keepalive_time_ms", 20_000), ("grpc.keepalive_timeout_ms", 20_000)]
+_METADATA_BYTES = 4096  # that a call may send before it is known; a token is 43 of them
+_STRANGERS = [  # what a connection may cost before one of its calls has shown a token
+    ("grpc.max_metadata_size", _METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", 2 * _METADATA_BYTES),
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 10_000),  # a client's connection always has its call
+]
 
 
 def channel_options(limit: int) -> list[tuple[str, Any]]:
@@ -128,9 +137,13 @@ class Session:
         for key in [k for k in self._replies if k[:2] == (exchange, partition)]:
             del self._replies[key]
 
-    def open(self) -> tuple[int, str]:
-        """A new connection, which replaces any other: its number and the next token."""
+    def open(self, shown: bytes) -> tuple[int, str] | None:
+        """A new connection, which replaces any other: its number and the next token. None unless
+        `shown` is the session's token, which is used up by that."""
         with self._changed:
+            # compared in constant time; a closed session's token is empty and good for nobody
+            if not hmac.compare_digest(self.token.encode(), shown) or not self.token:
+                return None
             self._connections += 1
             self._connection, self.lost_at = self._connections, None
             self._unsent = deque(self._unanswered)
@@ -195,7 +208,8 @@ class StreamServer:
         self._sessions: list[Session] = []
         # a connection takes one thread for each direction
         self._pool = futures.ThreadPoolExecutor(workers)
-        self._server = grpc.server(self._pool, options=channel_options(limit))
+        options = [*channel_options(limit), *_STRANGERS]
+        self._server = grpc.server(self._pool, options=options)
         handler = grpc.stream_stream_rpc_method_handler(self._serve)
         service, method = METHOD.strip("/").split("/")
         generic = grpc.method_handlers_generic_handler(service, {method: handler})
@@ -228,16 +242,13 @@ class StreamServer:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _serve(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        """One connection, as gRPC calls it."""
-        # it takes one of the pool's threads, which would soon be all taken by silent strangers
-        silence = threading.Timer(_HELLO_SECONDS, context.cancel)
-        silence.start()
-        session = self._admit(frames)
-        silence.cancel()
-        if session is None:
-            context.abort(grpc.StatusCode.PERMISSION_DENIED, "unknown or used token")
+        """One connection, as gRPC calls it, before any of its frames is read."""
+        shown = dict(context.invocation_metadata()).get(TOKEN, b"")
+        admitted = self.admit(shown)
+        if admitted is None:
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "unknown or used token")
             return
-        connection, token = session.open()
+        session, connection, token = admitted
         context.add_callback(lambda: session.lost(connection))
         reader = threading.Thread(
             target=self._read, args=(session, connection, frames), daemon=True
@@ -246,23 +257,18 @@ class StreamServer:
         yield encode_word("welcome", token=token)
         yield from session.outgoing(connection)
 
-    def _admit(self, frames: Iterator[bytes]) -> Session | None:
-        """The session whose token the first frame shows."""
-        try:
-            hello = read_word(next(frames)) or {}
-        except (StopIteration, ProtocolError, grpc.RpcError):
-            return None
-        shown = str(hello.get("token", "")).encode(errors="replace")
+    def admit(self, shown: bytes) -> tuple[Session, int, str] | None:
+        """The session whose token a call shows, its new connection and the next token; None for
+        a stranger."""
         # every session is compared, so that time tells nothing about any; of a copy, since others
         # come and go in another thread
-        sessions = tuple(self._sessions)
-        matches = [s for s in sessions if hmac.compare_digest(s.token.encode(), shown)]
-        return matches[0] if matches and shown else None
+        opened = [(session, session.open(shown)) for session in tuple(self._sessions)]
+        return next(((session, *new) for session, new in opened if new is not None), None)
 
     def _read(self, session: Session, connection: int, frames: Iterator[bytes]) -> None:
         try:
             for frame in frames:
-                key, reply = decode(frame, REPLIES)
+                key, reply = decode(frame, REPLIES, LONGEST_REPLY)
                 del frame  # the next may be long in coming
                 session.incoming(key, reply)
                 del reply
@@ -272,6 +278,7 @@ class StreamServer:
             pass
         except Exception as error:  # grpc raises a bare Exception when a call is cancelled
             if type(error) is not Exception:
+                session.fault = f"its reply cannot be read: {type(error).__name__}"
                 raise
         finally:
             session.lost(connection)
