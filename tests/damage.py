@@ -17,6 +17,10 @@ NASTY = [
     {"kind": "forward"}, [1, "2", None], "0123456789abcdef", "__class__", "../../etc/passwd",
 ]  # fmt: skip
 STRANGE = ["float32", "float16", "bfloat16", "int8", "bool", "int64", "object", "complex64", 7, ""]
+# of a tensor's shape: products that overflow 64 bits, where they are not 0
+HUGE = [0, 0, 1, 2, 2**20, 2**31, 2**32, 2**39, 2**40 - 1, 2**40, 2**62, 2**63 - 1, 2**64]
+DEPTHS = [1, 50, 400, 800, *range(900, 1000, 7), 1000, 5000]  # Python's own limit is among them
+_HERE = "put what is nested here"
 # of a tensor's bytes: zeros, and what reads as -nan or -1, nan, 1.0, -inf, small integers
 FILLINGS = ["00", "ff", "0000c07f", "0000803f", "000080ff", "01"]
 
@@ -28,7 +32,7 @@ class Damage:
         self.random, self.frames = random.Random(seed), frames
         self.ways: list[Callable[[bytes], bytes]] = [
             self.flip, self.cut, self.splice, self.length, self.envelope, self.header, self.header,
-            self.tensor, self.tensor,
+            self.tensor, self.tensor, self.sizes, self.nested,
         ]  # fmt: skip
 
     def frame(self) -> bytes:
@@ -109,6 +113,47 @@ class Damage:
             start = stop
         return join(envelope, b"".join(pieces))
 
+    def sizes(self, frame: bytes) -> bytes:
+        """A tensor of sizes whose product is huge, or 0; where it is 0 its bytes fit."""
+        both = parts(frame)
+        if both is None or not isinstance(listed := both[0].get("tensors"), list) or not listed:
+            return frame
+        envelope, body = both
+        entry = self.random.choice(listed)
+        if not isinstance(entry, list) or len(entry) != 3:
+            return frame
+        entry[2] = [self.random.choice(HUGE) for _ in range(self.random.randrange(1, 7))]
+        if self.random.random() < 0.8:  # alone, since others have bytes
+            envelope["tensors"], body = [entry], b""
+        return join(envelope, body)
+
+    def nested(self, frame: bytes) -> bytes:
+        """A value of the envelope, of a tensor's entry or of the message inside many lists or
+        objects, and perhaps not a whole number of brackets."""
+        both = parts(frame)
+        if both is None:
+            return frame
+        envelope, body = both
+        listed = envelope.get("tensors")
+        place = self.random.random()
+        if place < 0.4 and isinstance(envelope.get("header"), str):
+            key = self.random.choice(('"kind"', '"step"', '"seconds"', '"batch"'))
+            envelope["header"] = f'{{{key}: "{_HERE}", {envelope["header"][1:]}'
+        elif place < 0.7 and isinstance(listed, list):
+            entry = self.random.choice([["x", "float32", [1]], *listed])
+            if isinstance(entry, list) and entry:
+                entry[self.random.randrange(len(entry))] = _HERE
+            envelope["tensors"] = [entry]
+        else:
+            envelope[self.random.choice(("key", "header", "tensors", "more"))] = _HERE
+        depth = self.random.choice(DEPTHS)
+        opened, closed = self.random.choice((("[", "]"), ('{"a":', "}")))
+        inside = opened * depth + "1" + closed * (depth - self.random.choice((0, 0, 0, 1)))
+        text = json.dumps(envelope)
+        text = text.replace(f'\\"{_HERE}\\"', inside.replace('"', '\\"'))
+        text = text.replace(f'"{_HERE}"', inside)
+        return _framed(text.encode(errors="replace"), body)
+
     def _filled(self, entry: list[Any]) -> bytes:
         """New content of a tensor, whose dtype and shape change in place."""
         if self.random.random() < 0.3:
@@ -146,5 +191,8 @@ def parts(frame: bytes) -> tuple[dict[str, Any], bytes] | None:
 
 def join(envelope: dict[str, Any], body: bytes) -> bytes:
     """The inverse."""
-    text = json.dumps(envelope).encode()
+    return _framed(json.dumps(envelope).encode(), body)
+
+
+def _framed(text: bytes, body: bytes) -> bytes:
     return struct.pack("<I", len(text)) + text + body
