@@ -14,18 +14,20 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from hosl_flower.node_config import is_simulated, shared_between_partitions
+from hosl_flower.node_config import shared_between_partitions
 
 app = ClientApp()
 
 
 @app.query("node")
 def node(message: Message, context: Context) -> Message:
-    """What this node says about itself, see link/nodes.py."""
+    """What this node says about itself, see link/announced.py."""
     config = context.node_config
-    own = {key: config.get(key, -1) for key in ("partition-id", "num-partitions")}
     one_data = shared_between_partitions(str(config.get("data-path", "")))
-    record = ConfigRecord({**own, "one-data": one_data, "simulated": is_simulated()})
+    record = ConfigRecord({"one-data": one_data})
+    for key in ("partition-id", "num-partitions"):
+        if key in config:
+            record[key] = config[key]
     return Message(RecordDict({"config": record}), reply_to=message)
 
 

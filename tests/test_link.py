@@ -616,10 +616,13 @@ def test_snapshots_are_spread_over_messages_by_their_size(monkeypatch):
 
 def test_a_late_node_does_not_move_other_clients():
     history = history_for(FIVE)
-    there = {7: {"partition-id": 0, "num-partitions": 3}, 8: {"partition-id": 1}}
+    there = {
+        7: {"partition-id": 0, "num-partitions": 3},
+        8: {"partition-id": 1, "num-partitions": 3},
+    }
     link = grid_link(there, history, spec=FIVE, required=3)
     before = serving(link)
-    there[9] = {"partition-id": 2, "num-partitions": 4}
+    there[9] = {"partition-id": 2, "num-partitions": 3}
     link.absent()
     assert serving(link) == {**before, 2: 9}
 

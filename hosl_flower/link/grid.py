@@ -14,9 +14,10 @@ from flwr.app import Message
 from hosl_flower.checks import Limits
 from hosl_flower.errors import AbsentError, ClientError, HoslError, ProtocolError
 from hosl_flower.history import History
+from hosl_flower.link.announced import Node
 from hosl_flower.link.base import NOT_YET, Link
 from hosl_flower.link.mailbox import Letter, Mailbox, Part
-from hosl_flower.link.nodes import Limit, Node, Nodes
+from hosl_flower.link.nodes import Limit, Nodes
 from hosl_flower.link.records import pack, unpack_replies
 from hosl_flower.link.superlink import AnyGrid
 from hosl_flower.messages import (

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from flwr.app import Message
 
+from hosl_flower.link.announced import Node
 from hosl_flower.link.dial import Invitation
-from hosl_flower.link.nodes import Node
 from hosl_flower.link.records import pack_invitation
 from hosl_flower.link.sessions import Session
 from hosl_flower.link.superlink import AnyGrid

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from flwr.app import Message
 
-from hosl_flower.link.nodes import Node
+from hosl_flower.link.announced import Node
 from hosl_flower.link.superlink import AnyGrid
 from hosl_flower.messages import Request
 
