@@ -1,6 +1,7 @@
 """link/choose.py: a stream does not leave the machine unencrypted by accident."""
 
 import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from grids import LocalGrid
 from specs import client_spec, history_for
@@ -9,6 +10,7 @@ from hosl_flower.checks import Limits
 from hosl_flower.config import parse_config
 from hosl_flower.errors import ConfigError
 from hosl_flower.link.choose import _bind, _certificates, check_stream, open_link
+from hosl_flower.link.grid import GridLink
 from hosl_flower.link.nodes import Nodes
 
 
@@ -20,6 +22,14 @@ from hosl_flower.link.nodes import Nodes
         ({"stream-endpoint": "server"}, "expected host:port"),
         ({"stream-endpoint": "server:99999", "stream-insecure": True}, "expected host:port"),
         ({"stream-endpoint": ":8443", "stream-insecure": True}, "expected host:port"),
+        ({"stream-bind": "0.0.0.0:8443"}, "stream-bind = .* unencrypted"),
+        (
+            {"stream-endpoint": "127.0.0.1:8443", "stream-bind": "0.0.0.0:8443"},
+            r"stream-bind = '0\.0\.0\.0:8443' is not this machine alone: .* unencrypted",
+        ),
+        ({"stream-endpoint": "localhost:8443", "stream-bind": "[::]:8443"}, "unencrypted"),
+        ({"stream-endpoint": "localhost:8443", "stream-bind": "192.0.2.7:8443"}, "unencrypted"),
+        ({"stream-bind": "server:0"}, "unencrypted"),
         ({"stream-bind": "8443"}, "stream-bind = '8443': expected host:port"),
         ({"stream-certificate": "a.pem"}, "stream-certificate and stream-key belong together"),
         ({"stream-key": "a.pem"}, "stream-certificate and stream-key belong together"),
@@ -40,6 +50,15 @@ def test_what_does_not_fit_is_refused(keys, complaint):
         {"stream-endpoint": "server:8443", "stream-insecure": True},
         {"stream-endpoint": "server:8443", "stream-certificate": "a", "stream-key": "b"},
         {"stream-endpoint": "server:8443", "link": "grid"},
+        {"stream-bind": "0.0.0.0:8443", "link": "grid"},
+        {"stream-endpoint": "127.0.0.1:8443", "stream-bind": "127.0.0.1:9443"},
+        {"stream-endpoint": "server:8443", "stream-bind": "0.0.0.0:1", "stream-insecure": True},
+        {
+            "stream-endpoint": "server:8443",
+            "stream-bind": "0.0.0.0:1",
+            "stream-certificate": "a",
+            "stream-key": "b",
+        },
     ],
 )
 def test_what_fits_is_taken(keys):
@@ -79,6 +98,28 @@ def test_a_method_that_needs_a_stream_does_not_start_without(monkeypatch):
     limits = Limits(batch=8, length=32, hidden=64, dtype="float32", classes=2)
     with pytest.raises(ConfigError, match="local-steps keep weights on the clients"):
         open_link(grid, parse_config({}), spec, history_for(spec), limits, 1, needs_stream=True)
+
+
+class Boasting(LocalGrid):
+    """Of nodes that claim to be the simulation engine's."""
+
+    def answer(self, message, config):
+        record = ConfigRecord({**config, "simulated": True})
+        return Message(RecordDict({"config": record}), reply_to=message)
+
+
+def test_a_node_does_not_choose_the_link(monkeypatch):
+    """What it says of a simulation is nothing to go by: the run would be served by whichever
+    process of this machine dials first."""
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    spec = client_spec(num_clients=1)
+    limits = Limits(batch=8, length=32, hidden=64, dtype="float32", classes=2)
+    grid = Boasting({7: {"partition-id": 0}})
+    link = open_link(grid, parse_config({}), spec, history_for(spec), limits, 1)
+    assert isinstance(link, GridLink)
+    with pytest.raises(ConfigError, match="link = stream needs stream-endpoint"):
+        open_link(grid, parse_config({"link": "stream"}), spec, history_for(spec), limits, 1)
 
 
 @pytest.mark.parametrize(("reply", "nodes", "expected"), [(6.0, 50.0, 50.0), (80.0, 50.0, 80.0)])

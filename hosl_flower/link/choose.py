@@ -30,7 +30,8 @@ def open_link(
     process called anew would not have.
 
     link = auto is a stream in simulation, and on real SuperNodes where there is a
-    stream-endpoint; Flower messages otherwise. Raises ConfigError for a stream that would cross
+    stream-endpoint; Flower messages otherwise. Which of both it is does not depend on anything
+    a node says. Raises ConfigError for a stream that would cross
     a network unencrypted without that being asked for, and for a method that needs one without.
     """
     check_stream(config)
@@ -78,16 +79,21 @@ def check_stream(config: RunConfig) -> None:
     """ConfigError for stream keys that do not fit together."""
     if bool(config.stream_certificate) != bool(config.stream_key):
         raise ConfigError("stream-certificate and stream-key belong together: set both or none")
-    if config.stream_endpoint and config.link != "grid":
-        host = _host_and_port("stream-endpoint", config.stream_endpoint)[0]
+    if config.link == "grid":
+        return
+    for key, value in (
+        ("stream-endpoint", config.stream_endpoint),
+        ("stream-bind", config.stream_bind),
+    ):
+        if not value:
+            continue
+        host = _host_and_port(key, value)[0]
         if not (config.stream_certificate or config.stream_insecure or _is_loopback(host)):
             raise ConfigError(
-                f"stream-endpoint = {config.stream_endpoint!r} is not this machine: activations "
-                "would cross the network unencrypted. Set stream-certificate and stream-key, or "
+                f"{key} = {value!r} is not this machine alone: activations and labels would cross "
+                "the network unencrypted. Set stream-certificate and stream-key, or "
                 "stream-insecure = true if that network is trusted"
             )
-    if config.stream_bind:
-        _host_and_port("stream-bind", config.stream_bind)
 
 
 def _certificates(config: RunConfig) -> tuple[tuple[bytes, bytes] | None, str]:
