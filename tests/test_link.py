@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.app import Array, ConfigRecord, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from grids import LocalGrid
 from specs import client_spec, history_for
@@ -401,6 +401,25 @@ def test_replies_that_are_not_ours_are_refused(history, monkeypatch):
     monkeypatch.setattr(client_calls, "exchange", foreign)
     with pytest.raises(ProtocolError, match=r"client 0 \(node 7\): expected records"):
         ask(link, Describe(**at(history)))
+
+
+@pytest.mark.parametrize("shape", [(0, 2**39, 2**39), (2**62, 0, 2), (2**62,), (0,) * 5, (-1, 0)])
+def test_a_tensor_whose_size_overflows_is_that_clients_error_alone(history, monkeypatch, shape):
+    link = grid_link({7: {"partition-id": 0}, 8: {"partition-id": 1}}, history)
+    original = client_calls.exchange
+
+    def overflows(message, context):
+        answer = original(message, context)
+        if context.node_id == 7:
+            arrays = answer.content["arrays"]
+            arrays["0.activations"] = Array("float32", shape, "hosl.raw", b"")
+        return answer
+
+    monkeypatch.setattr(client_calls, "exchange", overflows)
+    streams = link.exchange({p: [Forward(**at(history, 1, p), batch=0)] for p in (0, 1)})
+    with pytest.raises(ProtocolError, match=r"client 0 \(node 7\): tensor shape"):
+        list(streams[0])
+    assert len(list(streams[1])) == 1
 
 
 @pytest.mark.parametrize(
