@@ -9,7 +9,7 @@ import time
 
 import grpc
 import pytest
-from strangers import Server, call, noise
+from strangers import Server, call, knock, noise
 
 from hosl_flower.link.frames import encode_word, read_word
 from hosl_flower.link.sessions import METHOD, TOKEN, Session
@@ -46,7 +46,7 @@ def test_a_call_without_a_token_is_refused(server, metadata):
 
 def test_a_token_in_a_frame_is_none(server):
     """The server reads no frame of a call that has shown none."""
-    frame = encode_word("hello", token=server.session.token)
+    frame = encode_word("hello", token=server.token)
     assert refused(server, [], [frame]) == grpc.StatusCode.UNAUTHENTICATED
     assert server.admits()
 
@@ -97,6 +97,13 @@ def test_bytes_that_are_no_call_leave_the_server_as_it_was(server):
     assert server.admits()
 
 
+def test_tokens_that_are_nearly_right_are_refused(server):
+    source = random.Random(0)
+    for _ in range(100):
+        knock(server, source, b"\xff" * 100_000)
+    assert server.admits()
+
+
 def test_a_connection_that_says_nothing_is_closed(monkeypatch):
     options = [("grpc.server_handshake_timeout_ms", 300)]
     monkeypatch.setattr("hosl_flower.link.sessions._STRANGERS", options)
@@ -140,7 +147,10 @@ def test_tokens_are_compared_in_constant_time(server, monkeypatch):
 def test_a_client_that_has_shown_its_token_is_welcome(server):
     with grpc.insecure_channel(server.endpoint) as channel:
         stream = channel.stream_stream(METHOD)(
-            iter([]), metadata=[(TOKEN, server.session.token.encode())], timeout=10
+            iter([]), metadata=[(TOKEN, server.token.encode())], timeout=10
         )
-        assert read_word(next(stream)) == {"word": "welcome", "token": server.session.token}
+        assert read_word(next(stream)) == {
+            "word": "welcome",
+            "token": server.server._sessions[0].token,
+        }
         stream.cancel()

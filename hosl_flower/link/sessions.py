@@ -9,6 +9,7 @@ connection repeats work but loses and doubles none.
 """
 
 import hmac
+import os
 import secrets
 import threading
 import time
@@ -16,6 +17,9 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
 from concurrent import futures
 from typing import Any
+
+# Read when gRPC is loaded. Below errors it logs text that strangers choose, as they sent it.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 import grpc
 
