@@ -11,6 +11,20 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+MOST_TOLD = 200  # characters of another machine's own words that are kept
+
+
+def printable(text: str, most: int = 0) -> str:
+    """Text from another machine as one harmless line: what is not printable (control characters,
+    line ends, marks that change the direction of text) is escaped, and what is beyond `most`
+    characters is left out; 0 is no bound."""
+    shown = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode()
+        for c in (text[: most + 1] if most else text)
+    )
+    return f"{shown[:most]}..." if most and len(shown) > most else shown
+
+
 class HoslError(Exception):
     """Base of every error this package raises on purpose."""
 

@@ -108,6 +108,18 @@ def test_the_only_node_that_is_well_does_not_get_the_clients_of_the_others(broke
     assert set(serving(found({40: ONE_OF_ONE})).values()) == {40}, "alone it may"
 
 
+def test_the_reason_of_a_node_that_fails_is_one_short_line():
+    grid = LocalGrid({40: {"partition-id": 0}})
+    reason = "gone\nrun failed: \x1b[31mforged" + "x" * 5000
+    grid.answer = lambda message, config: Message(Error(code=2, reason=reason), reply_to=message)
+    with pytest.raises(ConfigError) as refused:
+        found(grid, clients=1)
+    said = str(refused.value)
+    assert "SuperNode 40 failed: gone\\nrun failed: \\x1b[31mforgedx" in said
+    assert said.isprintable()
+    assert len(said) < 500
+
+
 def test_a_node_that_fails_at_first_is_asked_again_before_clients_are_shared_out():
     grid, failed = LocalGrid(fleet(range(2), **{"num-partitions": 2})), []
     original = grid.answer

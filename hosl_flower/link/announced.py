@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from hosl_flower.errors import ClientError, ConfigError
+from hosl_flower.errors import MOST_TOLD, ClientError, ConfigError, printable
 
 NODE = "query.node"
 
@@ -44,7 +44,8 @@ def question(node: int, deadline: float) -> Message:
 def read_answer(node: int, answer: Message) -> Node:
     """The node that has answered; ClientError when it failed, or does not say what it must."""
     if answer.has_error():
-        raise ClientError(f"SuperNode {node} failed: {answer.error.reason or answer.error.code}")
+        reason = printable(answer.error.reason or str(answer.error.code), MOST_TOLD)
+        raise ClientError(f"SuperNode {node} failed: {reason}")
     config = answer.content.config_records.get("config", ConfigRecord())
     number, of = config.get("partition-id"), config.get("num-partitions")
     if number is None:
