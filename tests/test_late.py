@@ -334,7 +334,7 @@ def test_a_node_that_dials_again_after_it_was_let_go_of_is_not_asked(history, st
     while 44 not in link._lines:
         link.absent()
         time.sleep(0.05)
-    old.session.open()
+    assert old.session.open(old.session.invite().encode())
     at = {"position": 0, "digest": history.ledger.digest()}
     fetch = Fetch(step=1, partition=2, **at, local=1, moments=False)
     with pytest.raises(ClientError, match=r"client 2 \(node 44\).*no longer has the weights"):
