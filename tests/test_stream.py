@@ -19,7 +19,7 @@ from hosl_flower import client_calls
 from hosl_flower.checks import Limits, check_activations
 from hosl_flower.client import Client
 from hosl_flower.codec import encode as codec_encode
-from hosl_flower.errors import AbsentError, ClientError, ProtocolError
+from hosl_flower.errors import AbsentError, ClientError, ConfigError, ProtocolError
 from hosl_flower.history import History
 from hosl_flower.ledger import Entry
 from hosl_flower.link import dial as dialling
@@ -431,6 +431,15 @@ def test_the_longest_activations_fit_a_frame(history, dtype, codec):
     )
     check_activations(reply, limits)
     assert len(encode(Key(1, 0, 0), reply)) <= longest_frame(limits, history)
+
+
+def test_messages_that_no_stream_can_carry_are_refused_before_it_listens(history):
+    grid = ThreadGrid(dict(NODES))
+    nodes = Nodes(grid, SPEC.num_clients, 0, 20.0)
+    nodes.wait(0.1, 1)
+    wide = Limits(batch=8, length=1 << 16, hidden=1 << 12, dtype="float32", classes=2)
+    with pytest.raises(ConfigError, match=r"may take \d+ bytes, .* at most 2147483647: set link"):
+        StreamLink(grid, SPEC, history, wide, 20.0, nodes, 600.0)
 
 
 def test_processes_that_serve_several_clients_follow_by_changes_of_weights(history, make):

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from hosl_flower.checks import Limits
 from hosl_flower.codec import has_scales
-from hosl_flower.errors import AbsentError, ClientError, ProtocolError, SuperLinkError
+from hosl_flower.errors import AbsentError, ClientError, ConfigError, ProtocolError, SuperLinkError
 from hosl_flower.history import History
 from hosl_flower.labels import STATES_BYTES
 from hosl_flower.link.base import NOT_YET, Link
@@ -35,6 +35,7 @@ _CLOSE_SECONDS = 15.0
 _LOOK_SECONDS = 0.5  # between two questions to SuperLink about a node without a connection
 _START_SECONDS = 60.0  # that a node which does not come is not doubted: it may be loading
 _MOMENT = 0.05
+_MOST_FRAME = 2**31 - 1  # bytes that gRPC can be told to send at once
 
 
 class StreamLink(Link):
@@ -64,6 +65,12 @@ class StreamLink(Link):
         self.longest, self.indispensable = longest, indispensable
         self._heard_at = 0.0
         self.limit = longest_frame(limits, history)
+        if self.limit > _MOST_FRAME:
+            raise ConfigError(
+                f"one message of this run may take {self.limit} bytes, and a stream carries at "
+                f"most {_MOST_FRAME}: set link = grid, or a smaller batch-size or max-length, or, "
+                "where it is weights that are so many, client-trainable = lora"
+            )
         # each connection has a reading and a writing thread; a node may be dialling anew
         self.server = StreamServer(bind, self.limit, 4 * nodes.count + 8, certificate)
         self.endpoint = endpoint or f"127.0.0.1:{self.server.port}"
