@@ -4,6 +4,8 @@ Every message says what was expected, what arrived, from where, and what to do. 
 derive from HoslError, so an entry point catches one class and prints one line.
 """
 
+IN_THE_LOG = "the reason is in the log of this client"
+
 
 def first_line(error: BaseException) -> str:
     """What another library's exception says, in one line."""
@@ -26,11 +28,35 @@ def printable(text: str, most: int = 0) -> str:
 
 
 class HoslError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose.
+
+    public: the text that may leave the device where the error is raised, see `public_reason`. Where
+    `is_public` is true that is the whole message.
+    """
+
+    is_public = False  # the message quotes nothing but what the peer has sent or may know
+
+    def __init__(self, message: object = "", *, public: str = ""):
+        super().__init__(message)
+        self.public = str(message) if self.is_public else public
+
+
+def public_reason(error: BaseException) -> str:
+    """The text about an error that may leave a device: no contents of files, no values of examples
+    and no paths. An error that has no public text leaves as its kind alone."""
+    text = error.public if isinstance(error, HoslError) else ""
+    return f"{type(error).__name__}: {text or IN_THE_LOG}"
 
 
 class ConfigError(HoslError):
     """A run-config key is unknown, malformed, out of range or contradicts another."""
+
+
+class RefusedError(ConfigError):
+    """A run asks for something that this device does not allow or does not have. The message holds
+    the request and the key that allows it, and nothing else of the device."""
+
+    is_public = True
 
 
 class DataError(HoslError):
@@ -43,6 +69,8 @@ class CheckpointError(HoslError):
 
 class ProtocolError(HoslError):
     """A message does not have the form the protocol asks for."""
+
+    is_public = True
 
 
 class OutOfRangeError(ProtocolError):
@@ -75,6 +103,8 @@ class LostClientsError(ClientError):
 
 class DriftError(HoslError):
     """A client submodel is not the one its ledger describes."""
+
+    is_public = True
 
 
 class DivergedError(HoslError):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from hosl_flower.errors import ConfigError
+from hosl_flower.errors import RefusedError
 
 _ROWS_ELEMENTS = 1 << 20  # widened at a time while a matrix is quantised
 
@@ -39,11 +39,11 @@ def is_quantised(module: nn.Module, attribute: str) -> bool:
 
 def to_int8(value: Tensor, dtype: torch.dtype, device: str) -> Tensor:
     """A matrix [out, in] in 8 bits on `device`, acting as one of `dtype`; some rows at a time, so
-    that it never exists in floating point there. ConfigError when torchao is not installed."""
+    that it never exists in floating point there. RefusedError when torchao is not installed."""
     try:
         from torchao.quantization import Int8Tensor, PerRow  # optional, and slow to import
     except ImportError as error:
-        raise ConfigError(
+        raise RefusedError(
             "client-quantization = int8 needs torchao on the client; "
             "install it with: pip install 'hosl-flower[quant]'"
         ) from error

@@ -31,7 +31,7 @@ from hosl_flower.config import (
     UpdateCodec,
     split_words,
 )
-from hosl_flower.errors import CheckpointError, ConfigError, ProtocolError
+from hosl_flower.errors import CheckpointError, ConfigError, ProtocolError, RefusedError
 from hosl_flower.image_tasks import IMAGE_TASKS
 from hosl_flower.lora import Lora
 from hosl_flower.split import RANDOM, check_cut, open_base
@@ -256,12 +256,12 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def pick_device(name: str) -> str:
-    """auto -> the GPU if there is one; ConfigError for a GPU that is not there."""
+    """auto -> the GPU if there is one; RefusedError for a GPU that is not there."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     missing = name.startswith("cuda") and not torch.cuda.is_available()
     if missing or (name == "mps" and not torch.backends.mps.is_available()):
-        raise ConfigError(f"device = {name!r} is not available here; use auto or cpu")
+        raise RefusedError(f"device = {name!r} is not available here; use auto or cpu")
     return name
 
 

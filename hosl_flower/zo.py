@@ -48,7 +48,8 @@ def to_float32(value: float) -> float:
         return struct.unpack("<f", struct.pack("<f", value))[0]
     except OverflowError:
         raise DivergedError(
-            f"projected gradient {value:g} is beyond float32; lower client-learning-rate"
+            f"projected gradient {value:g} is beyond float32; lower client-learning-rate",
+            public="a projected gradient is beyond float32; lower client-learning-rate",
         ) from None
 
 
