@@ -1,7 +1,9 @@
 """The client's end of a stream: dial, answer, dial again when the connection breaks."""
 
+import ipaddress
 import logging
 import queue
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 
@@ -9,7 +11,7 @@ import grpc
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from hosl_flower.errors import ClientError, ProtocolError
+from hosl_flower.errors import ClientError, ProtocolError, RefusedError
 from hosl_flower.link.frames import Key, decode, encode, read_word
 from hosl_flower.link.sessions import METHOD, TOKEN, channel_options
 from hosl_flower.messages import REQUESTS, Behind, Failure, Reply, Request
@@ -18,6 +20,8 @@ log = logging.getLogger("hosl_flower")
 
 _FIRST_PAUSE, _LAST_PAUSE = 0.2, 5.0
 _FIRST_CONTACT = 10.0  # seconds of trying before there was any connection
+# a name or an address: gRPC takes "unix:/path" and other schemes for an endpoint too
+_ENDPOINT = re.compile(r"([A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
 _REFUSED = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)
 
 Answer = Callable[[Iterable[Request]], Iterator[Reply]]
@@ -54,12 +58,14 @@ class Invitation:
 _ADAPTER = TypeAdapter(Invitation)
 
 
-def serve(invitation: Invitation, answer: Answer) -> None:
+def serve(invitation: Invitation, answer: Answer, insecure: bool = False) -> None:
     """Answer requests until the server closes the session.
 
-    answer: Client.answer. Raises ClientError when there was no connection for `patience` seconds,
-    or the server refused it.
+    answer: Client.answer. insecure: whether the connection may go beyond this machine without TLS,
+    which is this node's decision. Raises ClientError when there was no connection for `patience`
+    seconds, or the server refused it; RefusedError for what may not be dialled.
     """
+    _check(invitation, insecure)
     caller = _Caller(invitation, answer)
     pause, last_contact = _FIRST_PAUSE, time.monotonic()
     while not caller.closed:
@@ -71,15 +77,37 @@ def serve(invitation: Invitation, answer: Answer) -> None:
                 pause, last_contact = _FIRST_PAUSE, time.monotonic()
             reason = f"{error.code().name}: {error.details()}"
             if error.code() in _REFUSED:
-                raise ClientError(f"stream {invitation.endpoint}: refused: {reason}") from None
+                text = f"stream {invitation.endpoint}: refused"
+                raise ClientError(f"{text}: {reason}", public=text) from None
             # the server listens before it invites: one that was never there will not come
             patience = invitation.patience if caller.connections else _FIRST_CONTACT
             if time.monotonic() - last_contact > min(patience, invitation.patience):
-                raise ClientError(
-                    f"stream {invitation.endpoint}: no connection for {patience:g} s ({reason})"
-                ) from None
+                text = f"stream {invitation.endpoint}: no connection for {patience:g} s"
+                raise ClientError(f"{text} ({reason})", public=text) from None
             time.sleep(pause)
             pause = min(2 * pause, _LAST_PAUSE)
+
+
+def _check(invitation: Invitation, insecure: bool) -> None:
+    """RefusedError unless the endpoint is a host and port that may be dialled."""
+    endpoint = _ENDPOINT.fullmatch(invitation.endpoint)
+    if endpoint is None or int(endpoint[2]) > 65535:
+        raise RefusedError(
+            f"this client dials host:port alone, got stream-endpoint = {invitation.endpoint[:80]!r}"
+        )
+    if not (invitation.authority or insecure or _is_loopback(endpoint[1].strip("[]"))):
+        raise RefusedError(
+            f"the stream to {invitation.endpoint} has no TLS and leaves this machine: set "
+            "stream-certificate and stream-key in the run config, or, on a network that is "
+            "trusted, stream-insecure=true in this SuperNode's --node-config too"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class _Caller:
@@ -95,12 +123,12 @@ class _Caller:
     def connect(self) -> None:
         """Dial and answer until the server closes the session or the connection breaks."""
         own = self.invitation
-        options = channel_options(own.limit)
+        options, target = channel_options(own.limit), f"dns:///{own.endpoint}"
         if own.authority:
             credentials = grpc.ssl_channel_credentials(own.authority.encode())
-            channel = grpc.secure_channel(own.endpoint, credentials, options=options)
+            channel = grpc.secure_channel(target, credentials, options=options)
         else:
-            channel = grpc.insecure_channel(own.endpoint, options=options)
+            channel = grpc.insecure_channel(target, options=options)
         # one reply waits to be sent while the next is computed, never more
         outbox: queue.Queue[bytes | None] = queue.Queue(maxsize=1)
         with channel:
