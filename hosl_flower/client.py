@@ -15,7 +15,7 @@ import torch
 from hosl_flower.answers import Answers
 from hosl_flower.branches import Branches
 from hosl_flower.compute import Compute
-from hosl_flower.errors import DataError, HoslError, ProtocolError
+from hosl_flower.errors import IN_THE_LOG, DataError, HoslError, ProtocolError, public_reason
 from hosl_flower.follower import UNKNOWN, Answer, Follower
 from hosl_flower.head import attach_head
 from hosl_flower.inputs import make_inputs
@@ -87,7 +87,9 @@ class Client(Follower):
     """The client submodel with its state, and the data of the partitions served.
 
     data_path, model: this node's own, instead of the run's (node config). secret: of this device's
-    noise (secret.py), for runs that have any: ValueError without.
+    noise (secret.py), for runs that have any: ValueError without. columns: of the data that a run
+    may use, all where none are given. remote: whether the server is not of this machine, as in a
+    simulation it is: then an error leaves with its public text alone.
     """
 
     submodel: ClientSubmodel
@@ -99,14 +101,16 @@ class Client(Follower):
         model: str = "",
         device: str = "",
         secret: bytes | None = None,
+        columns: tuple[str, ...] = (),
+        remote: bool = False,
     ):
-        self.spec = spec
+        self.spec, self.remote = spec, remote
         self.secret = secret
         self.mechanism, self.veil = mechanism_of(spec, secret), veil_of(spec, secret)
         self.device = pick_device(device or spec.device)
         self.model = model or spec.model
         self.encoder = make_inputs(spec, self.model, model_config(self.model))
-        self.pool = DataPool(spec, self.encoder, data_path)
+        self.pool = DataPool(spec, self.encoder, data_path, columns)
         self.meter = Meter(self.device)
         self.reset()
 
@@ -168,13 +172,16 @@ class Client(Follower):
         )
 
     def _reason(self, error: Exception) -> str:
-        """What the server is told of an error: where labels or more stay here, nothing of data."""
-        kind = type(error).__name__
-        told = isinstance(error, HoslError) and not isinstance(error, DataError)
-        if self.spec.tells_labels or told:
+        """The text about an error that the server gets: the whole where it is of this machine, the
+        public text elsewhere, and nothing of an example where labels or more stay here."""
+        kind, private = type(error).__name__, not self.spec.tells_labels
+        of_data = isinstance(error, DataError) or not isinstance(error, HoslError)
+        if not self.remote and not (private and of_data):
             return f"{kind}: {error}"[:4000]
         log.error("%s: %s", kind, error)
-        return f"{kind}: the reason is in the log of this client, which keeps its data to itself"
+        if private and of_data:
+            return f"{kind}: {IN_THE_LOG}, which keeps its data to itself"
+        return public_reason(error)[:4000]
 
     def _handle(self, request: Request) -> Answer:
         if self.mechanism is not None and not isinstance(request, _PRIVATE):

@@ -6,6 +6,7 @@ A source has a training part, which partition.py spreads over the clients, and a
 import logging
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from hosl_flower.formats import SUFFIXES, is_table, read_file
 from hosl_flower.image_files import holds_images, read_images
 from hosl_flower.overlap import Split
 from hosl_flower.perturb import derive_seed, permutation
-from hosl_flower.tables import Arrow, Joined, Table
+from hosl_flower.tables import Arrow, Chosen, Joined, Table
 from hosl_flower.task_table import Task
 from hosl_flower.tasks import BUNDLED
 
@@ -55,6 +56,7 @@ def load_source(
     partition_column: str = "",
     held_out_examples: int = 0,
     on_split: Callable[[Split], None] = lambda split: None,
+    columns: Collection[str] = (),
 ) -> tuple[Dataset, Dataset]:
     """(training, held-out) examples: the columns of the prompt, an integer "label", or a list of
     texts "answers" where they are generated, and, for the training part, the partition column as
@@ -64,9 +66,12 @@ def load_source(
     part is the source's own; or, with held_out_examples, so many training examples drawn with
     `seed`; or, without either, a fifth of them. A test part without labels is none. A partition
     column that is the label column too is the integer "label". on_split: told which rows are held
-    out, where they are drawn. Raises DataError.
+    out, where they are drawn. columns: the only ones that are used, by the names they have in the
+    data; none given, all. Raises DataError.
     """
-    parts = _from_source(source, task)
+    if columns:  # a task may not name the columns of a file that has no header line
+        task = replace(task, header=())
+    parts = [_limited(part, columns) for part in _from_source(source, task)]
     train = normalised(parts[0].data, task, partition_column)
     for part in parts[1:]:
         if not held_out_examples and not _is_unlabelled_test(part, task):
@@ -85,6 +90,21 @@ def labelled_parts(source: str, task: Task) -> list[Table]:
     """The training and held-out examples of a source as they are there. Raises DataError."""
     train, *others = _from_source(source, task)
     return [train.data, *(part.data for part in others if not _is_unlabelled_test(part, task))]
+
+
+def _limited(part: Part, columns: Collection[str]) -> Part:
+    """A part with no columns but these; "answers" allows "answers.text" too."""
+    if not columns:
+        return part
+    names = part.data.names
+    kept = [name for name in names if name in columns or name.partition(".")[0] in columns]
+    if not kept:
+        raise DataError(
+            f"{part.data.where} has none of the columns that this node lets a run use "
+            f"({', '.join(columns)}, data-columns in --node-config); it has {part.data.listed}",
+            public="the data has none of the columns of data-columns in this node's --node-config",
+        )
+    return part._replace(data=Chosen(part.data, kept))
 
 
 def _from_source(source: str, task: Task) -> list[Part]:

@@ -200,11 +200,14 @@ class DataPool:
     """The data of every client one process serves.
 
     own: this node's data-path, used instead of the run's source and whole: a file or directory,
-    with {partition} in it where the node serves several clients.
+    with {partition} in it where the node serves several clients. columns: those that a run may use,
+    all where none are given.
     """
 
-    def __init__(self, spec: ClientSpec, encoder: Inputs, own: str = ""):
-        self.spec, self.encoder, self.own = spec, encoder, own
+    def __init__(
+        self, spec: ClientSpec, encoder: Inputs, own: str = "", columns: tuple[str, ...] = ()
+    ):
+        self.spec, self.encoder, self.own, self.columns = spec, encoder, own, columns
         self._clients: OrderedDict[int, ClientData] = OrderedDict()
         self._shared: tuple[Partitioner, Dataset, Overlap | None] | None = None
         self._served: int | None = None
@@ -234,7 +237,8 @@ class DataPool:
         if not self.spec.source:
             raise DataError(
                 f"task {self.spec.task.name} has no data here: set data-path in the run config, "
-                "or in this node's --node-config"
+                "or in this node's --node-config",
+                public="there is no data here: set data-path in this node's --node-config",
             )
         if self._shared is None:
             column = self.spec.partition_column if self.spec.partitioner == "natural-id" else ""
@@ -248,7 +252,9 @@ class DataPool:
             if self._served not in (None, number):
                 raise DataError(
                     f"data-path {self.own!r} would serve clients {self._served} and {number} "
-                    f"alike; put {PLACEHOLDER} into it, or set clients-per-node = 1"
+                    f"alike; put {PLACEHOLDER} into it, or set clients-per-node = 1",
+                    public=f"this node's data-path would serve clients {self._served} and {number} "
+                    f"alike; put {PLACEHOLDER} into it, or set clients-per-node = 1",
                 )
             self._served = number
         return self._made(number, *self._load(self.own.replace(PLACEHOLDER, str(number))))
@@ -261,7 +267,13 @@ class DataPool:
         spec = self.spec
         splits: list[Split] = []
         train, held_out = load_source(
-            source, spec.task, spec.seed, partition_column, spec.held_out_examples, splits.append
+            source,
+            spec.task,
+            spec.seed,
+            partition_column,
+            spec.held_out_examples,
+            splits.append,
+            self.columns,
         )
         seeds = derive_seed(spec.seed, "train-examples"), derive_seed(spec.seed, "eval-examples")
         train = take(train, spec.train_examples, seeds[0])

@@ -221,3 +221,26 @@ class Joined(Table):
 
     def dataset(self) -> Dataset:
         return datasets.concatenate_datasets([table.dataset() for table in self._tables])
+
+
+class Chosen(Table):
+    """Some columns of a table."""
+
+    def __init__(self, table: Table, names: Sequence[str]):
+        super().__init__(table.where, names)
+        self._table, self.doubt = table, table.doubt
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def _read(self, name: str) -> list[Any]:
+        return self._table.values(name)
+
+    def classes(self, name: str) -> list[str] | None:
+        return self._table.classes(name)
+
+    def place(self, row: int) -> str:
+        return self._table.place(row)
+
+    def dataset(self) -> Dataset:
+        return self._table.dataset().select_columns(self.names)

@@ -356,12 +356,16 @@ def test_a_nodes_own_data_path_is_used(history, tmp_path):
     assert ask(link, Describe(**at(history, partition=1)))[0].train_examples == 25
 
 
-def test_a_client_that_cannot_start_says_why(history):
+def test_a_client_that_cannot_start_is_named_and_says_why_in_its_log(history, caplog):
     link = grid_link(
         {7: {"partition-id": 0, "model-path": "/no/model"}, 8: {"partition-id": 1}}, history
     )
-    with pytest.raises(ClientError, match=r"client 0 \(node 7\).*'/no/model' does not exist"):
+    with pytest.raises(
+        ClientError, match=r"client 0 \(node 7\).*in the log of this client"
+    ) as error:
         ask(link, Describe(**at(history)))
+    assert "/no/model" not in str(error.value)
+    assert "'/no/model' does not exist" in caplog.text
 
 
 def test_a_crashed_clientapp_is_named_with_its_reason(history):

@@ -19,7 +19,7 @@ from hosl_flower import client_calls
 from hosl_flower.checks import Limits, check_activations
 from hosl_flower.client import Client
 from hosl_flower.codec import encode as codec_encode
-from hosl_flower.errors import AbsentError, ClientError, ConfigError, ProtocolError
+from hosl_flower.errors import AbsentError, ClientError, ConfigError, ProtocolError, RefusedError
 from hosl_flower.history import History
 from hosl_flower.ledger import Entry
 from hosl_flower.link import dial as dialling
@@ -318,7 +318,7 @@ def test_a_client_that_sends_garbage_is_told_apart_at_once(history, make, monkey
 
 def test_a_client_that_cannot_start_says_why(make, monkeypatch):
     def refuses(spec, context):
-        raise ClientError("no such model here")
+        raise RefusedError("no such model here")
 
     monkeypatch.setattr(client_calls, "_client", refuses)
     with pytest.raises(ClientError, match=r"no SuperNode came.*no such model here"):
