@@ -13,10 +13,12 @@ from hosl_flower.processes import MARK, free_port, script, stop, wait_until_heal
 
 
 @contextlib.contextmanager
-def deployment(nodes: int, devices: Sequence[str] = ()) -> Iterator[dict[str, str]]:
+def deployment(
+    nodes: int, devices: Sequence[str] = (), node_config: str = ""
+) -> Iterator[dict[str, str]]:
     """Environment in which `flwr run APP dep` reaches a SuperLink with `nodes` SuperNodes.
 
-    devices: of the SuperNodes, instead of the run config's.
+    devices: of the SuperNodes, instead of the run config's. node_config: of each, besides.
     """
     home = Path(tempfile.mkdtemp(prefix="hosl-dep-"))
     http, control = free_port(), free_port()
@@ -55,6 +57,7 @@ def deployment(nodes: int, devices: Sequence[str] = ()) -> Iterator[dict[str, st
         wait_until_healthy(http, superlink, home / "0-flower-superlink.log")
         for number in range(nodes):
             own = f' device="{devices[number]}"' if devices else ""
+            own += f" {node_config}" if node_config else ""
             start(
                 "flower-supernode",
                 *("--superlink", f"127.0.0.1:{http}"),

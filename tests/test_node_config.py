@@ -3,11 +3,14 @@
 import contextlib
 import re
 import sys
+from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
 import pytest
 from flwr.app import Context, Message, RecordDict
+from flwr.common.config import parse_config_args
 from flwr.supercore.task_identity import TaskIdentity
 from specs import client_spec
 
@@ -286,3 +289,31 @@ def test_a_run_cannot_give_other_names_to_the_columns_of_a_file_without_any(tmp_
     assert isinstance(ask(client_spec(task=task), config), Described)
     reply = ask(client_spec(task=task), {**config, "data-columns": "text,label"})
     assert reply.error.startswith("DataError: the data has none of the columns of data-columns")
+
+
+def documented():
+    """Every node config that the guides and deploy/ give as an example."""
+    root = Path(__file__).parents[1]
+    for name in (
+        "deploy/README.md",
+        "deploy/systemd/hosl-supernode.service",
+        "docs/guides/deploying.md",
+    ):
+        text = (root / name).read_text()
+        found = re.findall(
+            r"--node-config '([^']+)'|NODE_CONFIG='([^']+)'|# NODE_CONFIG=(.+)", text
+        )
+        assert found, name
+        yield from ("".join(groups) for groups in found)
+
+
+def test_the_node_configs_of_the_guides_are_read_as_they_are_meant():
+    known = {field.name.replace("_", "-") for field in fields(NodeConfig)}
+    for text in documented():
+        config = parse_config_args([text])
+        assert set(config) <= known | {"partition-id", "num-partitions"}, text
+        node = NodeConfig.read(config)
+        assert "facebook/opt-125m" in node.allow_models  # the model of the runs that are shown
+        node.check("hub:nyu-mll/glue/sst2", "facebook/opt-125m")
+    page = (Path(__file__).parents[1] / "docs" / "guides" / "deploying.md").read_text()
+    assert all(f"| `{key}` |" in page for key in known)

@@ -66,9 +66,11 @@ def test_a_deployment_over_streams_gives_the_same_bits(tmp_path, monkeypatch, st
         secret.write_text(simulated_secret(0).hex())
         secret.chmod(0o600)
     keys = {**KEYS, **own, "strategy": strategy, "output-dir": str(tmp_path)}
+    allowed = ""
     if own is GENERATION:
         keys["data-path"] = str(write_questions(tmp_path / "squad"))
-    with deployment(nodes=2) as environment:
+        allowed = f'allow-data="{keys["data-path"]}"'  # each node has all of it, as a run names it
+    with deployment(nodes=2, node_config=allowed) as environment:
         over = {**keys, "run-name": "stream", "stream-endpoint": f"127.0.0.1:{free_port()}"}
         log = run_deployed(environment, QUICK, over, 200.0)
     run_plain(keys)
@@ -80,6 +82,19 @@ def test_a_deployment_over_streams_gives_the_same_bits(tmp_path, monkeypatch, st
     assert results["clients"]["fingerprint_checked"] == [0, 1, 2]
     assert (results["privacy"] is not None) == (own is PRIVATE)
     assert "of 2 node(s) have come to 127.0.0.1" in log  # the second may join a moment later
+
+
+def test_a_run_that_names_a_file_of_the_nodes_ends_with_a_reason_and_without_its_content(tmp_path):
+    secret = tmp_path / "secret.csv"
+    secret.write_text("hunter2,hunter3\n")
+    keys = {
+        **KEYS, "strategy": "strategies.ho_sfl:HoSfl", "data-path": str(secret),
+        "output-dir": str(tmp_path), "run-name": "stopped", "num-clients": 1,
+    }  # fmt: skip
+    with deployment(nodes=1) as environment, pytest.raises(TimeoutError) as error:
+        run_deployed(environment, QUICK, keys, 200.0)
+    assert "this SuperNode opens no path that a run names" in str(error.value)
+    assert "hunter" not in str(error.value)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
