@@ -123,19 +123,34 @@ def _from_hub(name: str) -> list[Part]:
         datasets.config.HF_HUB_OFFLINE = True  # go straight to the cache, without retries
     try:
         try:
-            loaded = datasets.load_dataset(repository, configuration)
+            loaded = _load(repository, configuration)
         except RuntimeError as error:
             if "scripts are no longer supported" not in str(error):
                 raise
             # TREC is still a script; the hub has its tables on a branch
-            revision = "refs/convert/parquet"
-            loaded = datasets.load_dataset(repository, configuration, revision=revision)
+            loaded = _load(repository, configuration, revision="refs/convert/parquet")
+    except DataError:
+        raise
     except Exception as error:  # datasets raises many kinds for one cause: it cannot be had
         raise DataError(
             f"data set {name!r} cannot be had from the hub or its cache "
             f"({first_line(error)}); set data-path to a local copy"
         ) from error
     return _parts(loaded, name)
+
+
+def _load(repository: str, configuration: str, **revision: str) -> Any:
+    """A data set of the hub. DataError where its own description refers to files of this machine,
+    which the datasets library would read."""
+    builder = datasets.load_dataset_builder(repository, configuration, **revision)
+    parts = builder.config.data_files or {}
+    for file in (str(file) for part in parts.values() for file in part):
+        if not file.rpartition("::")[2].startswith(("hf://", "https://")):
+            raise DataError(
+                f"the data set {repository!r} of the hub refers to {file!r}, which is no file of "
+                "the hub: do not use it"
+            )
+    return datasets.load_dataset(repository, configuration, **revision)
 
 
 def _parts(loaded: Any, name: str) -> list[Part]:

@@ -2,6 +2,7 @@
 such form is refused with file, row and what was expected."""
 
 import json
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -370,6 +371,22 @@ def hub_data(name):
     return Dataset.from_dict(columns, features=kinds)
 
 
+def builder_of(files):
+    return SimpleNamespace(config=SimpleNamespace(data_files=files))
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["/etc/passwd", "file:///etc/passwd", "zip://x.csv::/tmp/x.zip", "hf://x/y.csv::/etc/passwd"],
+)
+def test_a_hub_data_set_that_refers_to_files_of_the_machine_is_not_read(monkeypatch, file):
+    files = {"train": ["hf://datasets/x/y@main/a.csv", "https://example.org/b.csv", file]}
+    monkeypatch.setattr(datasets, "load_dataset", pytest.fail)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: builder_of(files))
+    with pytest.raises(DataError, match=r"'x/y' of the hub refers to .* do not use it"):
+        load_source("hub:x/y/z", TASKS["sst2"], 0)
+
+
 @pytest.mark.parametrize("name", HUB)
 def test_hub_data_sets_load_under_their_published_columns(name, monkeypatch):
     asked = []
@@ -381,6 +398,7 @@ def test_hub_data_sets_load_under_their_published_columns(name, monkeypatch):
 
     monkeypatch.setattr("hosl_flower.hub.is_reachable", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: builder_of(None))
     task, _, _, rows = HUB[name]
     found = load_source(f"hub:{name}", TASKS[task], 0)
     for part in found:
@@ -401,6 +419,7 @@ def test_a_hub_data_set_that_is_a_script_is_taken_from_its_tables(monkeypatch):
 
     monkeypatch.setattr("hosl_flower.hub.is_reachable", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: builder_of(None))
     assert len(load_source("hub:CogComp/trec/default", TASKS["trec"], 0)[1]) == 2
     assert [revision for _, _, revision in asked] == ["main", "refs/convert/parquet"]
 

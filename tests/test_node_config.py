@@ -121,6 +121,8 @@ def test_nothing_of_the_hub_is_used_unless_the_node_says_so(monkeypatch):
         rows = datasets.Dataset.from_dict({"SMS": ["good", "bad"] * 20, "Label": [0, 1] * 20})
         return datasets.DatasetDict({"train": rows, "test": rows})
 
+    builder = SimpleNamespace(config=SimpleNamespace(data_files=None))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_: builder)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     spec = client_spec(source="hub:stanfordnlp/imdb/plain_text")
     refused = ask(spec, {"allow-data": "hub:other/*"})
