@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import tomli_w
+
 from hosl_flower.data import BUNDLED
 from hosl_flower.processes import (
     MARK,
@@ -30,6 +32,7 @@ from hosl_flower.processes import (
     stop,
     wait_until_healthy,
 )
+from hosl_flower.proxies import without_loopback
 
 HERE = Path(__file__).parent
 NODES = 3
@@ -51,7 +54,7 @@ class Deployment:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.environment = {
             MARK: f"demo{os.getpid()}-{self.port}",
-            **os.environ,
+            **without_loopback(os.environ),
             "FLWR_HOME": str(home / "flwr"),
             "FLWR_TELEMETRY_ENABLED": "0",
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
@@ -132,7 +135,7 @@ class Deployment:
             "stream-authority": str(self.authority),
         }  # fmt: skip
         config = self.home / f"{name}.toml"
-        config.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items()))
+        config.write_text(tomli_w.dumps(keys), encoding="utf-8")
         app = HERE.parent / "simulations" / "opt125m_ho_sfl"
         command = ["flwr", "run", str(app), "demo", "--stream", "--run-config", str(config)]
         say(command)

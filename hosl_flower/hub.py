@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from hosl_flower import proxies
 from hosl_flower.errors import CheckpointError, ConfigError, HoslError, first_line
 
 PROBE_SECONDS = 4.0
@@ -34,7 +35,7 @@ def is_reachable() -> bool:
     HF_HUB_OFFLINE=1 counts as unreachable. In a thread of its own, because the time a name
     server takes is not bounded by a connect timeout.
     """
-    if constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE or proxies.unusable():
         return False
     answer: list[bool] = []
 
@@ -50,6 +51,13 @@ def is_reachable() -> bool:
     thread.start()
     thread.join(PROBE_SECONDS)
     return bool(answer and answer[0])
+
+
+def proxy_note() -> str:
+    """A clause that names the proxy through which the hub is asked, or one that cannot be used, for
+    messages that say the hub cannot be reached; "" without one."""
+    proxy = "" if constants.HF_HUB_OFFLINE else proxies.between(constants.ENDPOINT)
+    return f" (proxy: {proxy})" if proxy else ""
 
 
 def locate(model: str, filename: str) -> Path | None:
@@ -125,8 +133,8 @@ def fetch(repository: str, filename: str) -> Path | None:
             return None
         raise CheckpointError(
             f"{repository!r} is no directory ({_here(repository)} is not there), it is not in the "
-            f"local Hugging Face cache, and {constants.ENDPOINT} cannot be reached; give the "
-            "absolute path of a local model directory, or connect"
+            f"local Hugging Face cache, and {constants.ENDPOINT} cannot be reached"
+            f"{proxy_note()}; give the absolute path of a local model directory, or connect"
         ) from error
     except EntryNotFoundError:
         return None

@@ -6,7 +6,6 @@ ports and SuperLink, which is stopped with everything it started; success is jud
 results file.
 """
 
-import json
 import os
 import secrets
 import shutil
@@ -19,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
 from hosl_flower.processes import (
     MARK,
     RunFailedError,
@@ -28,6 +29,7 @@ from hosl_flower.processes import (
     stop,
     wait_until_healthy,
 )
+from hosl_flower.proxies import without_loopback
 
 _FAILED = "run failed: "  # what the ServerApp says before the reason
 
@@ -47,11 +49,10 @@ def run_flower_app(
         results = Path(str(overrides["resume"])).expanduser().absolute() / "results.json"
         given["resume"] = str(results.parent)
     before = results.stat().st_mtime_ns if results.is_file() else None
-    # As a file: on the command line, Flower's own parser stumbles over quotes and spaces.
-    run_config = "".join(f"{key} = {json.dumps(value)}\n" for key, value in given.items())
     with private_superlink() as environment:
         overrides_file = Path(environment["FLWR_HOME"]) / "overrides.toml"
-        overrides_file.write_text(run_config)
+        # As a file: on the command line, Flower's own parser stumbles over quotes and spaces.
+        overrides_file.write_text(tomli_w.dumps(given), encoding="utf-8")
         options = ["--stream", "--run-config", str(overrides_file)]
         command = [script("flwr"), "run", str(app), *options]
         if federation:
@@ -100,7 +101,8 @@ def private_superlink() -> Iterator[dict[str, str]]:
         # marks every descendant, those in sessions of their own too, for stop; first, where a
         # process title that grows into the environment is least likely to cut it off
         MARK: secrets.token_hex(8),
-        **os.environ,
+        **without_loopback(os.environ),
+        "PYTHONIOENCODING": "utf-8",  # as this process reads what they print
         "FLWR_HOME": str(home),
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(http),
         "FLWR_LOCAL_CONTROL_API_PORT": str(control),

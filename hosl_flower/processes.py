@@ -43,8 +43,9 @@ def wait_until_healthy(
     give_up = time.monotonic() + _START_SECONDS
     while time.monotonic() < give_up and process.poll() is None:
         try:
+            # trust_env: a proxy must not be asked for this machine
             if httpx.get(
-                f"{scheme}://127.0.0.1:{port}/health", timeout=1.0, verify=verify
+                f"{scheme}://127.0.0.1:{port}/health", timeout=1.0, verify=verify, trust_env=False
             ).is_success:
                 return
         except httpx.HTTPError:

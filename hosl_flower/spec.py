@@ -169,8 +169,9 @@ def resolve(config: RunConfig, run: str, client_head: bool = False) -> Resolved:
         if hub_task and (notes or not _has_data(source)):
             if not config.offline_fallback:
                 raise ConfigError(
-                    f"data set {source.removeprefix('hub:')} is neither on a reachable hub nor "
-                    "cached, and offline-fallback is false; set data-path to a local copy"
+                    f"data set {source.removeprefix('hub:')} is neither on a reachable hub"
+                    f"{hub.proxy_note()} nor cached, and offline-fallback is false; set data-path "
+                    "to a local copy"
                 )
             images = bool(config_task.image)
             what = "bundled images of digits" if images else "bundled SMS collection"
@@ -228,7 +229,8 @@ def _has_data(source: str) -> bool:
 def _notice(notes: list[str]) -> str:
     if not notes:
         return ""
-    first = "NOT A RESULT: the Hugging Face hub cannot be reached and nothing is cached."
+    proxy = hub.proxy_note()
+    first = f"NOT A RESULT: the Hugging Face hub cannot be reached{proxy} and nothing is cached."
     return "\n".join([first, *(f"{note}." for note in notes)])
 
 

@@ -1,6 +1,5 @@
 """Which link a run uses, and whether its stream is allowed to be open as it is configured."""
 
-import ipaddress
 from pathlib import Path
 
 from flwr.serverapp import Grid
@@ -14,6 +13,7 @@ from hosl_flower.link.grid import GridLink
 from hosl_flower.link.nodes import Nodes
 from hosl_flower.link.stream import StreamLink
 from hosl_flower.link.superlink import SuperLink
+from hosl_flower.proxies import is_loopback
 from hosl_flower.spec import ClientSpec
 
 
@@ -88,7 +88,7 @@ def check_stream(config: RunConfig) -> None:
         if not value:
             continue
         host = _host_and_port(key, value)[0]
-        if not (config.stream_certificate or config.stream_insecure or _is_loopback(host)):
+        if not (config.stream_certificate or config.stream_insecure or is_loopback(host)):
             raise ConfigError(
                 f"{key} = {value!r} is not this machine alone: activations and labels would cross "
                 "the network unencrypted. Set stream-certificate and stream-key, or "
@@ -123,7 +123,7 @@ def _bind(endpoint: str) -> str:
     if not endpoint:
         return "127.0.0.1:0"
     host, port = _host_and_port("stream-endpoint", endpoint)
-    return f"127.0.0.1:{port}" if _is_loopback(host) else f"[::]:{port}"
+    return f"127.0.0.1:{port}" if is_loopback(host) else f"[::]:{port}"
 
 
 def _host_and_port(name: str, value: str) -> tuple[str, int]:
@@ -131,12 +131,3 @@ def _host_and_port(name: str, value: str) -> tuple[str, int]:
     if not colon or not host or not port.isdecimal() or int(port) > 65535:
         raise ConfigError(f"{name} = {value!r}: expected host:port")
     return host.strip("[]"), int(port)
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

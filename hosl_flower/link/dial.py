@@ -1,6 +1,5 @@
 """The client's end of a stream: dial, answer, dial again when the connection breaks."""
 
-import ipaddress
 import logging
 import queue
 import re
@@ -15,6 +14,7 @@ from hosl_flower.errors import ClientError, ProtocolError, RefusedError
 from hosl_flower.link.frames import Key, decode, encode, read_word
 from hosl_flower.link.sessions import METHOD, TOKEN, channel_options
 from hosl_flower.messages import REQUESTS, Behind, Failure, Reply, Request
+from hosl_flower.proxies import is_loopback
 
 log = logging.getLogger("hosl_flower")
 
@@ -95,19 +95,12 @@ def _check(invitation: Invitation, insecure: bool) -> None:
         raise RefusedError(
             f"this client dials host:port alone, got stream-endpoint = {invitation.endpoint[:80]!r}"
         )
-    if not (invitation.authority or insecure or _is_loopback(endpoint[1].strip("[]"))):
+    if not (invitation.authority or insecure or is_loopback(endpoint[1].strip("[]"))):
         raise RefusedError(
             f"the stream to {invitation.endpoint} has no TLS and leaves this machine: set "
             "stream-certificate and stream-key in the run config, or, on a network that is "
             "trusted, stream-insecure=true in this SuperNode's --node-config too"
         )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class _Caller:
@@ -124,6 +117,8 @@ class _Caller:
         """Dial and answer until the server closes the session or the connection breaks."""
         own = self.invitation
         options, target = channel_options(own.limit), f"dns:///{own.endpoint}"
+        if is_loopback(own.endpoint.rpartition(":")[0]):
+            options.append(("grpc.enable_http_proxy", 0))
         if own.authority:
             credentials = grpc.ssl_channel_credentials(own.authority.encode())
             channel = grpc.secure_channel(target, credentials, options=options)
