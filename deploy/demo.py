@@ -55,6 +55,7 @@ class Deployment:
         self.environment = {
             MARK: f"demo{os.getpid()}-{self.port}",
             **without_loopback(os.environ),
+            "PYTHONIOENCODING": "utf-8",  # as this process reads what they print
             "FLWR_HOME": str(home / "flwr"),
             "FLWR_TELEMETRY_ENABLED": "0",
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
@@ -64,7 +65,11 @@ class Deployment:
         """Run a command to its end; what it says. RunFailedError when it fails."""
         say(command)
         done = subprocess.run(
-            [script(command[0]), *command[1:]], env=self.environment, capture_output=True, text=True
+            [script(command[0]), *command[1:]],
+            env=self.environment,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
         )
         if done.returncode:
             raise RunFailedError(f"{command[0]} failed:\n{done.stdout}{done.stderr}")
@@ -91,7 +96,8 @@ class Deployment:
         (self.home / "flwr").mkdir(exist_ok=True)
         (self.home / "flwr" / "config.toml").write_text(
             f'[superlink]\ndefault = "demo"\n\n[superlink.demo]\n'
-            f'address = "127.0.0.1:{self.port}"\nroot-certificates = "{self.authority}"\n'
+            f'address = "127.0.0.1:{self.port}"\nroot-certificates = "{self.authority}"\n',
+            encoding="utf-8",
         )
         superlink = self.start(
             "superlink",
@@ -174,10 +180,12 @@ def deployment(home: Path) -> Iterator[Deployment]:
 def write_data(directory: Path) -> list[Path]:
     """The bundled SMS collection, dealt to NODES files, one for each device."""
     directory.mkdir()
-    header, *rows = (BUNDLED / "sms_spam" / "train.tsv").read_text().splitlines(keepends=True)
+    header, *rows = (
+        (BUNDLED / "sms_spam" / "train.tsv").read_text(encoding="utf-8").splitlines(keepends=True)
+    )
     paths = [directory / f"device{number}.tsv" for number in range(NODES)]
     for number, path in enumerate(paths):
-        path.write_text("".join([header, *rows[number::NODES]]))
+        path.write_text("".join([header, *rows[number::NODES]]), encoding="utf-8")
     return paths
 
 
@@ -206,7 +214,7 @@ def main() -> None:
         sys.exit(f"error: the run takes too long; the logs are in {home}")
     if not arguments.keep:
         shutil.rmtree(home, ignore_errors=True)
-    clients = json.loads(results.read_text())["clients"]
+    clients = json.loads(results.read_text(encoding="utf-8"))["clients"]
     print(f"took part: {clients['steps_taken_part']}; results: {results}")
 
 

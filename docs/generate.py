@@ -82,5 +82,5 @@ def _help(command: click.Command, param: click.Parameter) -> str:
 
 if __name__ == "__main__":
     REFERENCE.mkdir(exist_ok=True)
-    (REFERENCE / "keys.md").write_text(keys_page())
-    (REFERENCE / "commands.md").write_text(commands_page())
+    (REFERENCE / "keys.md").write_text(keys_page(), encoding="utf-8")
+    (REFERENCE / "commands.md").write_text(commands_page(), encoding="utf-8")

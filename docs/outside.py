@@ -30,7 +30,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             path = str(ROOT / source)
             files.append(File.generated(config, str(_place(source)), abs_src_path=path))
         if source.suffix == ".md":
-            text = (ROOT / source).read_text()
+            text = (ROOT / source).read_text(encoding="utf-8")
             targets = [_target(source, link[3]) for link in LINK.finditer(text)]
             todo += [t for t in targets if t and t not in found and t.parts[0] != "docs"]
     return files

@@ -2,7 +2,11 @@
 
 import sys
 
+from hosl_flower.signals import exit_when_told
+
 try:
+    if __name__ == "__main__":
+        exit_when_told()  # before seconds of imports
     from hosl_flower.cli import cli
 except ModuleNotFoundError as error:
     if str(error.name).partition(".")[0] == "hosl_flower":
@@ -11,6 +15,10 @@ except ModuleNotFoundError as error:
         f"error: {sys.executable} has no package {error.name!r}, which hosl-flower needs; activate "
         "the environment that has them, after `make run` with: . .venv/bin/activate"
     )
+except KeyboardInterrupt:
+    sys.exit(130)
 
 if __name__ == "__main__":
+    # what is said may have characters that the terminal's encoding lacks
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     cli(prog_name="python -m hosl_flower")

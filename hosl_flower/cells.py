@@ -19,7 +19,7 @@ from hosl_flower.errors import ConfigError, HoslError
 from hosl_flower.experiment import Cell, Experiment, Keys, grid, trials
 from hosl_flower.measures import headline
 from hosl_flower.own_task import completed
-from hosl_flower.processes import exiting_when_told
+from hosl_flower.signals import exiting_when_told
 
 DIVERGED = "diverged.txt"  # in the run directory of a run that did
 
@@ -60,6 +60,7 @@ def run_all(cells: Sequence[Cell], out: Path, processes: int, flower_app: str, w
             pool.shutdown(wait=False, cancel_futures=True)
             for process in running:
                 process.terminate()
+            progress.console.print("stopped: the same command keeps the finished runs and goes on")
             raise
         pool.shutdown(wait=False, cancel_futures=True)  # nothing more is begun
         for future in done:
@@ -71,7 +72,7 @@ def is_finished(cell: Cell, out: Path) -> bool:
     directory = out / cell.name
     if not (directory / "results.json").is_file() and not is_diverged(directory):
         return False
-    found = json.loads((directory / "config.json").read_text())["config"]
+    found = json.loads((directory / "config.json").read_text(encoding="utf-8"))["config"]
     wanted = completed(parse_config(dict(cell.keys))).as_keys()
     free = ("run-name", "output-dir", "threads", "device")  # of the machine, not the experiment
     differ = [k for k, v in wanted.items() if k not in free and found.get(k, v) != v]
@@ -104,12 +105,14 @@ def _run(
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
     )
     running.append(process)
     _, said = process.communicate(request)
     running.remove(process)
-    (out / f"{cell.name}.log").write_text(said)
+    (out / f"{cell.name}.log").write_text(said, encoding="utf-8")
     if is_diverged(directory):
         return
     if process.returncode or not (directory / "results.json").is_file():
@@ -125,7 +128,7 @@ def is_diverged(directory: Path) -> bool:
 def _summary(directory: Path) -> str:
     if is_diverged(directory):
         return "diverged"
-    results = json.loads((directory / "results.json").read_text())
+    results = json.loads((directory / "results.json").read_text(encoding="utf-8"))
     name, value = headline(results)
     return f"{name} {value:.4f}, loss {results['loss']:.4f}, {results['wall_seconds']:.0f} s"
 
@@ -150,4 +153,4 @@ def choose(experiment: Experiment, out: Path) -> Iterator[tuple[tuple[str, str],
 
 
 def _loss(directory: Path) -> float:
-    return json.loads((directory / "results.json").read_text())["loss"]
+    return json.loads((directory / "results.json").read_text(encoding="utf-8"))["loss"]

@@ -58,7 +58,7 @@ def write(run: Path, checkpoint: Checkpoint) -> Path:
             "values": checkpoint.values,
             "values_sha256": _digest(checkpoint.values),
         }
-        (part / _VALUES).write_text(json.dumps(record, indent=1) + "\n")
+        (part / _VALUES).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         for written in (part / _TENSORS, part / _VALUES, part):
             sync(written)
         shutil.rmtree(path, ignore_errors=True)
@@ -86,7 +86,7 @@ def read(run: Path) -> Checkpoint:
         )
     step, path = max(found)
     try:
-        record = json.loads((path / _VALUES).read_text())
+        record = json.loads((path / _VALUES).read_text(encoding="utf-8"))
         if record["format"] != FORMAT:
             raise CheckpointError(
                 f"{path} has format {record['format']}, this version of hosl-flower reads {FORMAT}"

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from hosl_flower.config import RunConfig, help_table, parse_config
-from hosl_flower.errors import ConfigError, HoslError
+from hosl_flower.errors import ConfigError, HoslError, first_line
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -45,10 +45,11 @@ def simulate(
     try:
         overrides = dict(map(key_value, config or []))
         checked = read_app_config(app, config or [])  # before seconds of imports
-        from hosl_flower.local_flower import run_flower_app
-        from hosl_flower.server_app import load_strategy
+        from hosl_flower.server_app import load_strategy  # first: it settles how threads wait
 
         load_strategy(checked)  # what it refuses, it refuses before anything is started
+        from hosl_flower.local_flower import run_flower_app
+
         results = run_flower_app(app, overrides, federation, Path(checked.output_dir))
     except HoslError as error:
         _fail(error)
@@ -175,11 +176,20 @@ def read_app_config(app: Path, overrides: list[str]) -> RunConfig:
     """The validated config of a Flower app directory; overrides are "key=value"."""
     path = app / "pyproject.toml"
     try:
-        values = tomllib.loads(path.read_text())["tool"]["flwr"]["app"].get("config", {})
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read; expected a Flower app directory") from error
-    except (tomllib.TOMLDecodeError, KeyError, AttributeError) as error:
-        raise ConfigError(f"{path} has no [tool.flwr.app] section ({error!r})") from error
+        with path.open("rb") as file:  # TOML is UTF-8, whatever the locale says
+            values = tomllib.load(file)["tool"]["flwr"]["app"].get("config", {})
+            values = dict(values)
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error.strerror}); expected a Flower app directory"
+        ) from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path} is not TOML in UTF-8: {first_line(error)}") from error
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{path} has no sections [tool.flwr.app] and [tool.flwr.app.config] ({error!r}); "
+            "expected a Flower app directory"
+        ) from error
     return parse_config(
         {**values, **dict(map(key_value, overrides))},
         f"{path} with -c" if overrides else str(path),
@@ -190,11 +200,12 @@ def key_value(text: str) -> tuple[str, Any]:
     """The pair ("steps", 5) of "steps=5": values are TOML scalars, but text keys need no quotes."""
     key, equals, value = text.partition("=")
     key = key.strip()
-    if not equals:
-        raise ConfigError(f"-c {text!r}: expected key=value")
+    if not equals or not key:
+        raise ConfigError(f"-c {text!r}: expected key=value, for example -c steps=100")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+        tomllib.loads(f"values = [{value}]")  # nor is there a comment or a second line in it
+    except (tomllib.TOMLDecodeError, RecursionError):
         return key, value
     wants_text = any(
         f.alias == key and f.annotation is str for f in RunConfig.model_fields.values()

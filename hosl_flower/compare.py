@@ -35,9 +35,9 @@ def compare(path: Path, out: Path, processes: int, overrides: Mapping[str, Any])
     table = rows(experiment, own, out)
     text = markdown(experiment, table)
     if record:
-        (out / "tuned.json").write_text(json.dumps(record, indent=1) + "\n")
-    (out / "results.md").write_text(text)
-    (out / "results.csv").write_text(csv_text(experiment, own, out))
+        (out / "tuned.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (out / "results.md").write_text(text, encoding="utf-8")
+    (out / "results.csv").write_text(csv_text(experiment, own, out), encoding="utf-8")
     for variant in experiment.variants:
         suffix = f"-{variant}.png" if variant else ".png"
         title = f"{path.stem} {variant}".strip()

@@ -88,7 +88,7 @@ def read_experiment(path: Path, overrides: Mapping[str, Any] | None = None) -> E
     """The file, its [config] with some keys overridden. ConfigError, with everything that is
     wrong, before any cell is run."""
     try:
-        read = tomllib.loads(path.read_text())
+        read = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         experiment = Experiment(
             **{**read, "config": {**read.get("config", {}), **(overrides or {})}}
         )

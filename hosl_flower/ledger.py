@@ -137,7 +137,7 @@ class Ledger:
 
     def record(self, path: Path) -> None:
         """Keep the whole history in a file too: JSON lines, added to at every `seal`."""
-        path.write_text(json.dumps({"genesis": self.genesis}) + "\n")
+        path.write_text(json.dumps({"genesis": self.genesis}) + "\n", encoding="utf-8")
         self._path, self._unwritten = path, [asdict(entry) for entry in self.entries]
 
     def go_on(self, path: Path) -> None:
@@ -152,7 +152,7 @@ class Ledger:
         rows = [*self._unwritten, {"position": len(self), "digest": self.digest()}]
         size = self._path.stat().st_size
         try:
-            with self._path.open("a") as file:
+            with self._path.open("a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in rows))
         except OSError:
             os.truncate(self._path, size)  # all or nothing: the next attempt writes them again
@@ -168,7 +168,7 @@ class Ledger:
         """The ledger of a run directory. CheckpointError when it is damaged or does not end with a
         digest; that nothing is missing after it shows in the `ledger_digest` of results.json."""
         try:
-            head, *rows = map(json.loads, path.read_text().splitlines())
+            head, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
             ledger = cls(head["genesis"])
             intact = False
             for row in rows:

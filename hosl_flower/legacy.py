@@ -65,8 +65,10 @@ def legacy_keys(path: Path) -> list[str]:
     listing = _conversion_directory(path) / "keys.json"
     if not listing.is_file():
         keys = sorted(_load_bin(path))
-        _write_atomically(listing, lambda target: target.write_text(json.dumps(keys)))
-    return json.loads(listing.read_text())
+        _write_atomically(
+            listing, lambda target: target.write_text(json.dumps(keys), encoding="utf-8")
+        )
+    return json.loads(listing.read_text(encoding="utf-8"))
 
 
 def converted(path: Path, key: str) -> Path:

@@ -23,13 +23,14 @@ import tomli_w
 from hosl_flower.processes import (
     MARK,
     RunFailedError,
-    exiting_when_told,
     free_port,
     script,
     stop,
     wait_until_healthy,
 )
 from hosl_flower.proxies import without_loopback
+from hosl_flower.runlog import way_on
+from hosl_flower.signals import exiting_when_told
 
 _FAILED = "run failed: "  # what the ServerApp says before the reason
 
@@ -49,20 +50,29 @@ def run_flower_app(
         results = Path(str(overrides["resume"])).expanduser().absolute() / "results.json"
         given["resume"] = str(results.parent)
     before = results.stat().st_mtime_ns if results.is_file() else None
-    with private_superlink() as environment:
-        overrides_file = Path(environment["FLWR_HOME"]) / "overrides.toml"
-        # As a file: on the command line, Flower's own parser stumbles over quotes and spaces.
-        overrides_file.write_text(tomli_w.dumps(given), encoding="utf-8")
-        options = ["--stream", "--run-config", str(overrides_file)]
-        command = [script("flwr"), "run", str(app), *options]
-        if federation:
-            command += ["--federation-config", federation]
-        code, reason = _echoed(command, environment)
+    try:
+        code, reason = _submitted(app, given, federation)
+    except (KeyboardInterrupt, SystemExit):
+        print(f"run stopped; {way_on(results.parent)}", file=sys.stderr)
+        raise
     written = results.is_file() and results.stat().st_mtime_ns != before
     if code != 0 or not written:
         why = reason or f"flwr exit code {code}, no {results}; the log above says why"
         raise RunFailedError(f"the run did not finish: {why}")
     return results
+
+
+def _submitted(app: Path, keys: Mapping[str, Any], federation: str) -> tuple[int, str]:
+    """`flwr run` with a SuperLink of its own, see `_echoed`."""
+    with private_superlink() as environment:
+        overrides_file = Path(environment["FLWR_HOME"]) / "overrides.toml"
+        # As a file: on the command line, Flower's own parser stumbles over quotes and spaces.
+        overrides_file.write_text(tomli_w.dumps(keys), encoding="utf-8")
+        options = ["--stream", "--run-config", str(overrides_file)]
+        command = [script("flwr"), "run", str(app), *options]
+        if federation:
+            command += ["--federation-config", federation]
+        return _echoed(command, environment)
 
 
 def _echoed(command: list[str], environment: Mapping[str, str]) -> tuple[int, str]:
@@ -73,7 +83,6 @@ def _echoed(command: list[str], environment: Mapping[str, str]) -> tuple[int, st
         env={**environment, "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
         encoding="utf-8",
         errors="replace",
     )

@@ -161,9 +161,11 @@ def save_adapters(
     config = _peft_config(lora, transposed, task_type="CAUSAL_LM", base_model_name_or_path=model)
     config.inference_mode = True
     config.save_pretrained(part)
-    written = json.loads((part / "adapter_config.json").read_text())
+    written = json.loads((part / "adapter_config.json").read_text(encoding="utf-8"))
     written["target_modules"] = sorted(written["target_modules"])  # a set: no order of its own
-    (part / "adapter_config.json").write_text(json.dumps(written, indent=2) + "\n")
+    (part / "adapter_config.json").write_text(
+        json.dumps(written, indent=2) + "\n", encoding="utf-8"
+    )
     tokenizer.save_pretrained(part)
     save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
     part.rename(directory)

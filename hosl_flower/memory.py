@@ -35,7 +35,7 @@ def peak_rss_bytes() -> int:
     """Peak resident set of this process so far, libraries and all."""
     if sys.platform == "linux":
         # not ru_maxrss: a process inherits that from the one that started it
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text(encoding="latin-1")
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # others count KiB

@@ -79,8 +79,8 @@ def outcome(directory: Path, target: float) -> Outcome:
     """Read a run directory."""
     if is_diverged(directory):
         raise CellError(f"{directory} diverged: choose another learning rate for it")
-    results = json.loads((directory / "results.json").read_text())
-    keys = json.loads((directory / "config.json").read_text())["config"]
+    results = json.loads((directory / "results.json").read_text(encoding="utf-8"))
+    keys = json.loads((directory / "config.json").read_text(encoding="utf-8"))["config"]
     steps = results["steps"]
     sent = {kind: way["messages"] for kind, way in results["bytes_up"].items()}
     training = [k for k in results["bytes_up"] if k in _FORWARDS or k in _UPDATES]

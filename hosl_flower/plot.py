@@ -19,7 +19,10 @@ def draw_curve(directory: Path, title: str) -> Path:
     """Write curve.png: training loss, held-out loss, held-out accuracy or F1 against steps."""
     from matplotlib.figure import Figure  # slow, and a run draws at its end, others never
 
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     losses = [row["train_loss"] for row in rows if "train_loss" in row]
     held_out = [(row["step"], row["held_out"]) for row in rows if "held_out" in row]
     figure = Figure(figsize=(11, 4), layout="constrained")

@@ -13,7 +13,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import httpx
@@ -51,7 +51,7 @@ def wait_until_healthy(
         except httpx.HTTPError:
             pass
         time.sleep(0.2)
-    tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
+    tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:])
     raise RunFailedError(f"the local SuperLink did not start: {tail or 'no output'}")
 
 
@@ -81,7 +81,8 @@ def _processes() -> dict[int, tuple[int, str]]:
     found = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            fields = path.read_text().rpartition(")")[2].split()
+            # a process's name, in parentheses, may be any bytes
+            fields = path.read_text(encoding="latin-1").rpartition(")")[2].split()
         except OSError:
             continue
         if fields[0] != "Z":
@@ -112,16 +113,6 @@ def _alive(family: Mapping[int, str], mark: str) -> list[int]:
         if marked or family.get(pid) == started:
             found.append(pid)
     return found
-
-
-@contextlib.contextmanager
-def exiting_when_told() -> Iterator[None]:
-    """Within it SIGTERM is SystemExit, so that `finally` runs. Of the main thread only."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def free_port() -> int:

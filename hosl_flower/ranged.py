@@ -101,20 +101,20 @@ def _latest(repository: str, filename: str) -> Path | None:
     own = hub.cache_directory() / "tensors" / _plain(repository) / _plain(filename)
     seen = own / "latest"
     if not hub.is_reachable():
-        return own / seen.read_text() if seen.is_file() else None
+        return own / seen.read_text(encoding="utf-8") if seen.is_file() else None
     known = get_hf_file_metadata(hf_hub_url(repository, filename))
     version = _plain(known.etag or known.commit_hash or "")
     directory = own / version
     directory.mkdir(parents=True, exist_ok=True)
     if known.commit_hash:  # what is downloaded later is of the same version
-        (directory / "commit").write_text(known.commit_hash)
-    seen.write_text(version)
+        (directory / "commit").write_text(known.commit_hash, encoding="utf-8")
+    seen.write_text(version, encoding="utf-8")
     return directory
 
 
 def _opened(repository: str, filename: str, directory: Path) -> RemoteFile:
     commit, stored = directory / "commit", directory / "header.json"
-    revision = commit.read_text() if commit.is_file() else None
+    revision = commit.read_text(encoding="utf-8") if commit.is_file() else None
     url, name = hf_hub_url(repository, filename, revision=revision), f"{repository}/{filename}"
     if not stored.is_file():
         length = directory / "header.length"

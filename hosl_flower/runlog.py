@@ -13,6 +13,7 @@ from typing import Any
 
 from hosl_flower.checkpoint import latest
 from hosl_flower.errors import HoslError
+from hosl_flower.signals import ENDING
 
 log = logging.getLogger("hosl_flower")
 
@@ -62,13 +63,6 @@ class RunLog:
         self._held.clear()
         log.addHandler(file)
 
-    def way_on(self) -> str:
-        """What there is to go on from."""
-        step = latest(self.directory) if self.directory else None
-        if step is None:
-            return "there is no checkpoint to go on from"
-        return f"resume={self.directory} goes on from the checkpoint of step {step}"
-
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -76,7 +70,7 @@ class RunLog:
         traceback: TracebackType | None,
     ) -> None:
         if isinstance(error, Exception) and self._file is not None:
-            log.info(self.way_on())
+            log.info(way_on(self.directory))
             known = isinstance(error, HoslError)
             line = f"{type(error).__name__}: {error}" if known else repr(error)
             # the app says it on the terminal
@@ -87,20 +81,31 @@ class RunLog:
         self._handler.close()
 
 
+def way_on(directory: Path | None) -> str:
+    """A clause that says how a run continues from its last checkpoint, or that it has none."""
+    step = latest(directory) if directory else None
+    if step is None:
+        return "there is no checkpoint to go on from"
+    return f"resume={directory} goes on from the checkpoint of step {step}"
+
+
 @contextlib.contextmanager
-def stop_announced(kept: RunLog) -> Iterator[None]:
-    """While this lasts, a signal that ends the process leaves a line first: `flwr stop` sends
-    one, and so does Flower to a ServerApp whose SuperLink has ended. One that is ignored, as a
-    shell's background jobs ignore SIGINT, stays so."""
-    both = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    before: dict[int, Any] = {n: set_to for n, set_to in both.items() if set_to != signal.SIG_IGN}
+def stop_announced(kept: RunLog, cause: str = "") -> Iterator[None]:
+    """While this lasts, a signal that ends the process leaves a line first. One that is ignored, as
+    a shell's background jobs ignore SIGINT, stays so.
+
+    cause: the usual one; default: the signal's name.
+    """
+    all_of = {number: signal.getsignal(number) for number in ENDING}
+    before: dict[int, Any] = {n: set_to for n, set_to in all_of.items() if set_to != signal.SIG_IGN}
 
     def stop(number: int, frame: FrameType | None) -> None:
         with contextlib.suppress(RuntimeError):  # a line was being written
             log.error(
-                "run stopped: signal %d (flwr stop, or SuperLink is gone); %s",
+                "run stopped: signal %d (%s); %s",
                 number,
-                kept.way_on(),
+                cause or signal.Signals(number).name,
+                way_on(kept.directory),
             )
         handler = before[number] or signal.SIG_DFL
         signal.signal(number, handler)

@@ -41,7 +41,7 @@ def device_secret(path: str) -> bytes:
                 f"{file}, the secret of this device's noise, can be read by others: chmod 600 it, "
                 "or remove it, if they may have, and a new one is made"
             )
-        secret = bytes.fromhex(file.read_text())
+        secret = bytes.fromhex(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"the secret of this device's noise, {file}, cannot be read or made ({error}): set "
@@ -59,7 +59,7 @@ def _make(file: Path) -> None:
     """Whole or not at all; whoever is first, wins."""
     handle, part = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")  # for its owner alone
     try:
-        with os.fdopen(handle, "w") as out:
+        with os.fdopen(handle, "w", encoding="utf-8") as out:
             out.write(os.urandom(_BYTES).hex() + "\n")
             out.flush()
             os.fsync(out.fileno())

@@ -129,7 +129,8 @@ class SplitStrategy(Strategy):
     ) -> Result:
         """Run on Flower. Model, steps and deadlines come from the run config; the weights stay
         in the run directory, so `initial_arrays` and `Result.arrays` are not used."""
-        with RunLog() as kept, stop_announced(kept):
+        # `flwr stop` sends a signal, and so does Flower to a ServerApp whose SuperLink has ended
+        with RunLog() as kept, stop_announced(kept, "flwr stop, or SuperLink is gone"):
             report = Report(self.config, kept)
             session = self._open(run)
             link = open_link(
@@ -153,7 +154,7 @@ class SplitStrategy(Strategy):
                 "step-deadline is about clients that work side by side; in process they do so one "
                 "after the other: leave it 0"
             )
-        with RunLog() as kept:
+        with RunLog() as kept, stop_announced(kept):
             report = Report(self.config, kept)
             session = self._open("in-process")
             client = Client(session.spec, secret=simulated_secret(session.spec.seed))

@@ -166,6 +166,6 @@ def _assumed(uplink: float, downlink: float) -> str:
 
 
 def _rendered(grid: Table) -> str:
-    console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = Console(width=100, record=True, file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     console.print(grid)
     return console.export_text()

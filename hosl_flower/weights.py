@@ -226,7 +226,7 @@ class Checkpoint:
 
 def _weight_map(path: Path) -> dict[str, str]:
     try:
-        index = json.loads(path.read_text())
+        index = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path}: not a sharded-checkpoint index ({error})") from error
     entries = index.get("weight_map") if isinstance(index, dict) else None

@@ -147,7 +147,7 @@ def functions(code: CodeType) -> Iterator[CodeType]:
 def lines_of(module: ModuleType) -> set[int]:
     """Lines of a module's functions that can be run."""
     path = Path(str(module.__file__))
-    code = compile(path.read_text(), str(path), "exec")
+    code = compile(path.read_text(encoding="utf-8"), str(path), "exec")
     return {
         line
         for own in functions(code)

@@ -170,7 +170,9 @@ def look_away(link, count: int) -> dict:
 
 def memory() -> int:
     """Resident bytes of this process now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf(
+        "SC_PAGE_SIZE"
+    )
 
 
 def measure(count: int, seconds: float) -> dict:

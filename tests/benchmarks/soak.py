@@ -85,7 +85,7 @@ class Trouble(threading.Thread):
 
     def _happen(self, what: str, node: int, pause: float) -> None:
         process = self.grid.processes[node]
-        if Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] == "Z":
+        if Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(") ")[2][0] == "Z":
             raise ProcessLookupError
         if what == "cut off":
             session = self.link._lines[node].session
@@ -238,7 +238,7 @@ def nothing_lost(directory: Path, session, steps: int) -> dict:
 
 def resident(pid: int) -> int:
     """Bytes of a process in memory."""
-    pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
+    pages = Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[1]
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 

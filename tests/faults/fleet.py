@@ -262,7 +262,9 @@ def ancestors(pid: int) -> set[int]:
     found: set[int] = set()
     with contextlib.suppress(OSError, ValueError):
         while pid > 1:
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            pid = int(
+                Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1]
+            )
             found.add(pid)
     return found
 
