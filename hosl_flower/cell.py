@@ -14,7 +14,6 @@ from hosl_flower.signals import exit_when_told
 
 def main() -> None:
     """The request is JSON: keys, a run config; flower_app, a directory, or "" for in process."""
-    exit_when_told()
     request = json.loads(sys.stdin.read())
     keys, app = request["keys"], request["flower_app"]
     try:
@@ -36,4 +35,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    exit_when_told()
     main()

@@ -48,8 +48,12 @@ def simulate(
         from hosl_flower.server_app import load_strategy  # first: it settles how threads wait
 
         load_strategy(checked)  # what it refuses, it refuses before anything is started
+        keys = checked.as_keys()
+        overrides |= {key: keys[key] for key in ("run-name", "resume") if keys[key]}
+        from hosl_flower.directories import check_writable
         from hosl_flower.local_flower import run_flower_app
 
+        check_writable(Path(checked.output_dir).expanduser().absolute(), "output-dir")
         results = run_flower_app(app, overrides, federation, Path(checked.output_dir))
     except HoslError as error:
         _fail(error)

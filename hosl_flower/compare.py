@@ -8,6 +8,7 @@ from typing import Any
 from hosl_flower.cells import choose, is_finished, run_all
 from hosl_flower.comparison import csv_text, markdown, rows
 from hosl_flower.comparison_plot import draw_comparison, draw_frontier
+from hosl_flower.directories import check_writable
 from hosl_flower.experiment import Keys, cells, read_experiment, trials
 
 
@@ -21,6 +22,7 @@ def compare(path: Path, out: Path, processes: int, overrides: Mapping[str, Any])
     """
     experiment = read_experiment(path, overrides)
     app, out = experiment.flower_app, out.absolute()
+    check_writable(out, "--out")
     for cell in trials(experiment):
         is_finished(cell, out)  # refused now rather than hours later
     if trials(experiment):

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from hosl_flower.config_rules import contradictions, split_words
+from hosl_flower.config_rules import contradictions, split_words, text_problem
 from hosl_flower.errors import ConfigError
 
 Scalar = bool | int | float | str
@@ -155,7 +155,7 @@ class RunConfig(BaseModel):
         description="without hub and cache: random weights and the bundled SMS data, with a banner",
     )
 
-    num_clients: Positive = Field(1, description="N, data partitions, each one client")
+    num_clients: int = Field(1, ge=1, le=100_000, description="N, data partitions, each one client")
     clients_per_step: Natural = Field(
         0, description="K, clients drawn for each step (HO-SFL, FedAvg); 0 is all"
     )
@@ -205,11 +205,14 @@ class RunConfig(BaseModel):
     client_seeds: Literal["shared", "per-client"] = Field(
         "shared", description="per-client: K * P different directions per step (HO-SFL)"
     )
-    local_steps: Positive = Field(
-        1, description="E, client updates between aggregations (HO-SFL, FedAvg, split FO, HERON)"
+    local_steps: int = Field(
+        1,
+        ge=1,
+        le=10_000,
+        description="E, client updates between aggregations (HO-SFL, FedAvg, split FO, HERON)",
     )
-    server_steps: Positive = Field(
-        1, description="tau, zeroth-order steps of the server per step (split ZO)"
+    server_steps: int = Field(
+        1, ge=1, le=10_000, description="tau, zeroth-order steps of the server per step (split ZO)"
     )
     upload_every: Positive = Field(1, description="k, steps between uploads of activations (HERON)")
     steps_per_message: Positive = Field(
@@ -304,7 +307,6 @@ class RunConfig(BaseModel):
     output_dir: str = Field("runs", min_length=1, description="where run directories are made")
     run_name: str = Field(
         "",
-        pattern=r"^([\w-][\w.-]*)?$",
         description="the run directory's name; default: a time stamp",
     )
     checkpoint_every: Natural = Field(
@@ -385,6 +387,14 @@ class RunConfig(BaseModel):
         description="seconds Flower keeps the message that opens a stream; longer than the run",
     )
 
+    @field_validator("*", mode="after")
+    @classmethod
+    def _check_text(cls, value: Any, info: ValidationInfo) -> Any:
+        problem = text_problem(str(info.field_name), value) if isinstance(value, str) else ""
+        if problem:
+            raise ValueError(problem)
+        return value
+
     @field_validator("epsilon", mode="after")
     @classmethod
     def _settle_epsilon(cls, value: float, info: ValidationInfo) -> float:
@@ -446,6 +456,8 @@ def _describe(details: Any) -> str:
     message = details["msg"].removeprefix("Value error, ")
     if details["type"].startswith("bool"):
         message = "expected true or false"
+    elif details["type"] == "string_unicode":
+        message = "it has bytes that are not UTF-8"
     if not details["loc"]:
         return message
     return f"{details['loc'][0]} = {details['input']!r}: {message[0].lower()}{message[1:]}"

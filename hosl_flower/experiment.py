@@ -125,7 +125,7 @@ def _check(experiment: Experiment, path: Path) -> None:
         raise ConfigError(f"{path}: a variant and a method together must make names of their own")
     for cell in itertools.chain(cells(experiment, {}), trials(experiment)):
         where = f"{path}, {cell.name}"
-        load_strategy(parse_config(dict(cell.keys), where))
+        load_strategy(parse_config({**cell.keys, "run-name": cell.name}, where))
 
 
 def _check_tuning(tuning: Tuning, experiment: Experiment, path: Path) -> None:

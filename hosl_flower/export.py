@@ -92,4 +92,4 @@ def _write_sides(run: Finished, directory: Path, sides: tuple[str, ...]) -> None
     save_merged(directory, trained.base, tensors, {}, processor)
     if len(sides) == 1:
         split = {"side": sides[0], "cut_layer": trained.cut, "blocks": trained.base.blocks}
-        (directory / "split.json").write_text(json.dumps(split, indent=2) + "\n")
+        (directory / "split.json").write_text(json.dumps(split, indent=2) + "\n", encoding="utf-8")

@@ -4,9 +4,11 @@ A device in the field is often offline. huggingface_hub's own retries can then t
 so reachability is probed once, within seconds, and everything after goes through the cache.
 """
 
+import contextlib
+import errno
 import os
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 
 from hosl_flower import proxies
 from hosl_flower.errors import CheckpointError, ConfigError, HoslError, first_line
@@ -103,7 +106,7 @@ def local_directory(model: str) -> Path | None:
         directory = Path(model).expanduser()
         is_file = directory.is_file()
         if directory.is_dir():
-            with suppress(FileNotFoundError):  # which files there are must be known
+            with contextlib.suppress(FileNotFoundError):  # which files there are must be known
                 (directory / "config.json").stat()
             return directory
     except (OSError, RuntimeError) as error:  # RuntimeError: the home directory of nobody
@@ -139,6 +142,11 @@ def fetch(repository: str, filename: str) -> Path | None:
     except EntryNotFoundError:
         return None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
+        if isinstance(error, PermissionError) or getattr(error, "errno", 0) == errno.EROFS:
+            raise CheckpointError(
+                f"the Hugging Face cache cannot be written: {error}; set HF_HOME to a directory "
+                "that can"
+            ) from error
         raise CheckpointError(
             f"the hub does not give {filename!r} of {repository!r}: {first_line(error)}; "
             "check the name and, for a gated model, HF_TOKEN; there is no directory "
@@ -193,5 +201,25 @@ def push(directory: Path, repository: str, private: bool) -> str:
 
 def cache_directory() -> Path:
     """Where derived files are kept: $HOSL_CACHE or ~/.cache/hosl-flower."""
-    root = os.environ.get("HOSL_CACHE")
-    return Path(root) if root else Path.home() / ".cache" / "hosl-flower"
+    root = Path(os.environ.get("HOSL_CACHE") or "~/.cache/hosl-flower")
+    try:
+        return root.expanduser()
+    except RuntimeError as error:  # a user id without an account
+        raise CheckpointError(
+            f"{root} is unknown, since there is no home directory: set HOSL_CACHE to a directory "
+            "that can be written"
+        ) from error
+
+
+@contextlib.contextmanager
+def using_cache() -> Iterator[None]:
+    """Within it, a cache directory that cannot be used is a CheckpointError that names it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # the latter for a full disk
+        if isinstance(error, HfHubHTTPError | ConnectionError | TimeoutError):
+            raise  # of the network
+        raise CheckpointError(
+            f"the cache of hosl-flower cannot be read or written: {error}; set HOSL_CACHE to a "
+            "directory that can, with room for a copy of the model's weights"
+        ) from error

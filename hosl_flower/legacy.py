@@ -6,9 +6,8 @@ No pickle is executed: `torch.load` runs with weights_only.
 
 import hashlib
 import json
-import os
 import re
-import tempfile
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,7 +67,8 @@ def legacy_keys(path: Path) -> list[str]:
         _write_atomically(
             listing, lambda target: target.write_text(json.dumps(keys), encoding="utf-8")
         )
-    return json.loads(listing.read_text(encoding="utf-8"))
+    with hub.using_cache():
+        return json.loads(listing.read_text(encoding="utf-8"))
 
 
 def converted(path: Path, key: str) -> Path:
@@ -89,15 +89,17 @@ def converted(path: Path, key: str) -> Path:
 
 def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Several clients on one machine may convert the same file at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
+    with hub.using_cache():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as umask wants it; safetensors makes private files
+        try:
+            write(temporary)
+            temporary.chmod(mode)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def published_renames(model: Any) -> Callable[[str], str]:

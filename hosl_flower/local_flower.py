@@ -6,7 +6,9 @@ ports and SuperLink, which is stopped with everything it started; success is jud
 results file.
 """
 
+import contextlib
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -14,12 +16,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
+from hosl_flower.directories import claimed
+from hosl_flower.errors import ConfigError
 from hosl_flower.processes import (
     MARK,
     RunFailedError,
@@ -42,24 +45,41 @@ def run_flower_app(
 
     federation: for --federation-config, e.g. "num-supernodes=4". Raises RunFailedError.
     """
-    name = str(overrides.get("run-name") or f"{time.strftime('%Y%m%d-%H%M%S')}-{app.name}")
-    directory = output_directory.expanduser().absolute()
-    given = {**overrides, "run-name": name, "output-dir": str(directory)}
-    results = directory / name / "results.json"
+    output = output_directory.expanduser().absolute()
+    given = {**overrides, "output-dir": str(output)}
     if overrides.get("resume"):
-        results = Path(str(overrides["resume"])).expanduser().absolute() / "results.json"
-        given["resume"] = str(results.parent)
+        directory = Path(str(overrides["resume"])).expanduser().absolute()
+        given["resume"] = str(directory)
+    elif overrides.get("run-name"):
+        directory = output / str(overrides["run-name"])
+    else:
+        directory = _named_after(app, output)
+        given["run-name"] = directory.name
+    results = directory / "results.json"
     before = results.stat().st_mtime_ns if results.is_file() else None
     try:
         code, reason = _submitted(app, given, federation)
     except (KeyboardInterrupt, SystemExit):
-        print(f"run stopped; {way_on(results.parent)}", file=sys.stderr)
+        print(f"run stopped; {way_on(directory)}", file=sys.stderr)
         raise
+    finally:
+        with contextlib.suppress(OSError):
+            directory.rmdir()  # it is empty if the run was refused
     written = results.is_file() and results.stat().st_mtime_ns != before
     if code != 0 or not written:
         why = reason or f"flwr exit code {code}, no {results}; the log above says why"
         raise RunFailedError(f"the run did not finish: {why}")
     return results
+
+
+def _named_after(app: Path, output: Path) -> Path:
+    """A new directory, named after the time and the app."""
+    name = re.sub(r"[^\w.-]+", "-", app.resolve().name)[:60]  # as run-name wants it
+    path = output / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+    try:
+        return claimed(path)
+    except OSError as error:
+        raise ConfigError(f"output-dir: cannot make {path}: {error}") from error
 
 
 def _submitted(app: Path, keys: Mapping[str, Any], federation: str) -> tuple[int, str]:
@@ -97,7 +117,7 @@ def _echoed(command: list[str], environment: Mapping[str, str]) -> tuple[int, st
         process.wait()
 
 
-@contextmanager
+@contextlib.contextmanager
 def private_superlink() -> Iterator[dict[str, str]]:
     """A local SuperLink in simulation mode; yields the environment in which `flwr run` uses it.
 

@@ -99,7 +99,7 @@ def mebibytes(size: float | None) -> Html:
 
 def document(title: str, *parts: Any) -> Html:
     """The page: one file that needs no other."""
-    style = Html(CSS.read_text())
+    style = Html(CSS.read_text(encoding="utf-8"))
     head = Html(
         '<meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -54,9 +54,12 @@ class RemoteFile:
         """A local safetensors file that holds one tensor, downloaded unless cached. Raises
         CheckpointError when the hub does not give it."""
         path = self.directory / f"{_plain(key)}.safetensors"
-        with FileLock(f"{path}.lock"):  # several clients on one machine may want it
-            if not path.is_file():
-                self._download(key, path)
+        with hub.using_cache():
+            if path.is_file():
+                return path  # also in a cache of another user, where no lock can be taken
+            with FileLock(f"{path}.lock"):  # several clients on one machine may want it
+                if not path.is_file():
+                    self._download(key, path)
         return path
 
     def _download(self, key: str, path: Path) -> None:
@@ -80,10 +83,11 @@ def locate(repository: str, filename: str) -> RemoteFile | Path | None:
     if whole is not None:
         return whole
     try:
-        directory = _latest(repository, filename)
-        if directory is None:
-            return hub.fetch(repository, filename)  # says what is wrong, or that there is none
-        return _opened(repository, filename, directory)
+        with hub.using_cache():
+            directory = _latest(repository, filename)
+            if directory is not None:
+                return _opened(repository, filename, directory)
+        return hub.fetch(repository, filename)  # says what is wrong, or that there is none
     except EntryNotFoundError:
         return None
     except _NoRanges:
@@ -107,9 +111,15 @@ def _latest(repository: str, filename: str) -> Path | None:
     directory = own / version
     directory.mkdir(parents=True, exist_ok=True)
     if known.commit_hash:  # what is downloaded later is of the same version
-        (directory / "commit").write_text(known.commit_hash, encoding="utf-8")
-    seen.write_text(version, encoding="utf-8")
+        _remember(directory / "commit", known.commit_hash)
+    _remember(seen, version)
     return directory
+
+
+def _remember(file: Path, text: str) -> None:
+    """Write a small file, unless it says so: the cache may be another user's."""
+    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+        file.write_text(text, encoding="utf-8")
 
 
 def _opened(repository: str, filename: str, directory: Path) -> RemoteFile:

@@ -27,6 +27,7 @@ from typing import Any
 
 from hosl_flower.checkpoint import sync, write
 from hosl_flower.config import RunConfig
+from hosl_flower.directories import check_writable, claimed
 from hosl_flower.errors import ConfigError, HoslError
 from hosl_flower.link.base import Traffic
 from hosl_flower.lock import lock, unlock
@@ -55,9 +56,9 @@ class Report:
         self.directory = (Path(config.output_dir).expanduser() / name).absolute()
         if config.resume:
             self.directory = run_directory(config)
-        elif self.directory.is_file() or (
-            self.directory.exists() and any(self.directory.iterdir())
-        ):
+        check_writable(self.directory, "resume" if config.resume else "output-dir")
+        taken = self.directory.exists() and any(self.directory.iterdir())
+        if taken and config.run_name and not config.resume:
             raise ConfigError(f"{self.directory} already holds a run; choose another run-name")
         self.trackers: Trackers | None = None
         if config.tracker_names != ("auto",):
@@ -72,7 +73,10 @@ class Report:
     def open(self, method: Any, session: Session) -> None:
         """Everything checked: make the directory and log the plan."""
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            if self.config.resume or self.config.run_name:
+                self.directory.mkdir(parents=True, exist_ok=True)
+            else:
+                self.directory = claimed(self.directory)
         except OSError as error:
             raise ConfigError(f"output-dir: cannot make {self.directory}: {error}") from error
         self._lock = lock(self.directory)

@@ -46,6 +46,9 @@ log = logging.getLogger("hosl_flower")
 _DIVERGED = "training has diverged: lower server-learning-rate or client-learning-rate"
 
 
+_MANY = 100  # clients, of which it takes long to hear
+
+
 class Method(Protocol):
     """A training method, as this loop sees it."""
 
@@ -162,6 +165,8 @@ def describe_all(session: Session, link: Link) -> None:
     there may come later, if enough others are.
     """
     partitions = range(session.config.num_clients)
+    if len(partitions) >= _MANY:
+        log.info("waiting for %d clients to load their data", len(partitions))
     requests = {p: [Describe(**session.at(0, p))] for p in partitions}
     absent: list[str] = []
     for partition, replies in link.exchange(requests).items():

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from hosl_flower.cli import cli
+from hosl_flower.cli import cli, key_value, read_app_config
+from hosl_flower.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "simulations" / "quickstart")
@@ -66,6 +67,12 @@ def test_without_the_packages_it_needs_it_says_what_to_activate():
         (["-c", "data-path=hub:glue"], "expected hub:<repository>/<configuration>"),
         (["-c", "data-path=/no/such"], "'/no/such' does not exist"),
         (["-c", "output-dir=/proc/nope"], "output-dir: cannot make"),
+        (["-c", "=3"], "expected key=value, for example -c steps=100"),
+        (["-c", "steps: 3"], "expected key=value"),
+        (["-c", "steps=" + "[" * 5000], "steps = '[["),
+        (["-c", "output-dir=~nouser/runs"], "the home directory '~nouser' is not known"),
+        (["-c", "num-clients=1000000"], "num-clients = 1000000: input should be less than"),
+        (["-c", "prompt=\udcff"], "prompt = '\\udcff': it has bytes that are not UTF-8"),
     ],
 )
 def test_mistakes_are_one_line_and_no_traceback(arguments, complaint):
@@ -94,6 +101,46 @@ def test_a_directory_that_is_no_app_is_refused():
     done = CliRunner().invoke(cli, ["run", str(ROOT / "docs")])
     assert done.exit_code == 1
     assert "docs/pyproject.toml cannot be read" in "".join(done.stderr.split("\n"))
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"[tool.flwr.app]\nx = '\xe9'", "is not TOML in UTF-8"),
+        (b"tool =", "is not TOML in UTF-8"),
+        (b"tool = " + b"[" * 5000, "is not TOML in UTF-8"),
+        (b"tool = 3", "has no sections [tool.flwr.app]"),
+        (b"[tool.flwr]\napp = 'x'", "has no sections [tool.flwr.app]"),
+        (b"[tool.flwr.app]\nconfig = 3", "has no sections [tool.flwr.app]"),
+    ],
+)
+def test_an_app_that_is_not_one_is_one_line(tmp_path, content, complaint):
+    (tmp_path / "pyproject.toml").write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        read_app_config(tmp_path, [])
+    assert f"{tmp_path}/pyproject.toml {complaint}" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(ConfigError, match="Not a directory"):
+        read_app_config(tmp_path / "pyproject.toml", [])
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        ("prompt={text} It was", "{text} It was"),
+        ('prompt="{text}\\n"', "{text}\n"),
+        ('prompt="a" # "b"', '"a" # "b"'),
+        ('prompt="a"\nsteps = 3', '"a"\nsteps = 3'),
+        ("prompt=\N{SLIGHTLY SMILING FACE} = \\ '", "\N{SLIGHTLY SMILING FACE} = \\ '"),
+        ("prompt=5", "5"),
+        ("prompt=", ""),
+        ("steps=5", 5),
+        ("save-model=false", False),
+        ("client-learning-rate=1e-3", 1e-3),
+    ],
+)
+def test_a_value_is_a_toml_scalar_or_the_text_as_it_is(given, value):
+    assert key_value(given) == (given.partition("=")[0], value)
 
 
 def test_keys_prints_the_table():

@@ -1,20 +1,34 @@
 """Surroundings that differ between machines: proxies, locale, home directory, umask."""
 
+import ast
+import contextlib
 import os
+import signal
+import stat
+import subprocess
+import sys
+import tomllib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 
 import grpc
 import httpx
 import pytest
+import torch
 from huggingface_hub import constants
+from runs import run_factory
 
-from hosl_flower import hub, processes, proxies
+from hosl_flower import hub, local_flower, processes, proxies, ranged
 from hosl_flower.config import parse_config
-from hosl_flower.errors import CheckpointError
+from hosl_flower.directories import claimed
+from hosl_flower.errors import CheckpointError, ConfigError
+from hosl_flower.legacy import converted, legacy_keys
 from hosl_flower.link import dial
 from hosl_flower.spec import resolve
+from strategies.hosl import Hosl
 
+ROOT = Path(__file__).parents[1]
 NOWHERE = "http://127.0.0.1:9"  # the discard service's port, on which nobody listens
 
 
@@ -150,3 +164,223 @@ def test_where_no_proxy_applies_none_is_named(environment, online):
     assert hub.proxy_note() == ""
     environment(all_proxy="socks4://127.0.0.1:9", no_proxy="*")
     assert hub.proxy_note() == ""
+
+
+SOURCES = [
+    path
+    for folder in ("hosl_flower", "strategies", "deploy", "docs")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+]
+
+
+def opens_text_in_the_locales_encoding(call):
+    """Whether a call opens a file or a pipe as text and does not say which encoding."""
+    function = call.func
+    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    of = function.value if isinstance(function, ast.Attribute) else None
+    keywords = {keyword.arg: keyword.value for keyword in call.keywords}
+    if "encoding" in keywords:
+        return False
+    if name in ("read_text", "write_text"):
+        return True
+    if name in ("run", "Popen", "check_output"):
+        return "text" in keywords or "universal_newlines" in keywords
+    if name not in ("open", "fdopen") or (isinstance(of, ast.Name) and of.id not in ("io", "os")):
+        return False
+    known = [
+        arg.value for arg in [*call.args, keywords.get("mode")] if isinstance(arg, ast.Constant)
+    ]
+    modes = [v for v in known if isinstance(v, str) and 0 < len(v) < 4 and set(v) <= set("rwaxbt+")]
+    return bool(modes or not call.args) and not any("b" in mode for mode in modes)
+
+
+def test_every_text_is_read_and_written_in_a_given_encoding():
+    """Without one it would be the locale's: a file of UTF-8 would be garbled where that is Latin-1,
+    without an error."""
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and opens_text_in_the_locales_encoding(node)
+    ]
+    assert not found, f"say encoding='utf-8': {', '.join(found)}"
+
+
+def test_two_runs_of_one_second_have_a_directory_each(tmp_path):
+    path = tmp_path / "runs" / "20261130-120000"
+    names = [claimed(path).name for _ in range(3)]
+    assert names == [path.name, f"{path.name}-2", f"{path.name}-3"]
+
+
+def test_a_run_of_default_name_leaves_the_directory_of_another_alone(
+    tiny_opt, tmp_path, monkeypatch
+):
+    run = run_factory(
+        Hosl, tiny_opt, tmp_path, **{"steps": 1, "eval-every": 1, "save-model": False}
+    )
+    monkeypatch.setattr("time.strftime", lambda *_: "20261130-120000")
+    (tmp_path / "runs" / "20261130-120000").mkdir(parents=True)
+    (tmp_path / "runs" / "20261130-120000" / "config.json").touch()
+    run(run_name="")
+    assert (tmp_path / "runs" / "20261130-120000-2" / "results.json").is_file()
+    assert [p.name for p in (tmp_path / "runs" / "20261130-120000").iterdir()] == ["config.json"]
+
+
+def test_an_output_directory_that_cannot_be_written_is_found_before_anything_is_loaded(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("hosl_flower.strategy.open_session", None)  # as loading would begin
+    (tmp_path / "file").touch()
+    names = ("file", "file/deeper", "n" * 200 + "/" + "/".join(["m" * 200] * 30))
+    for name in (*names, "/proc/nope"):
+        with pytest.raises(ConfigError, match=r"^output-dir: cannot make or write"):
+            Hosl(parse_config({"output-dir": str(tmp_path / name)})).run_in_process()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.fixture
+def legacy_file(tmp_path):
+    path = tmp_path / "model" / "pytorch_model.bin"
+    path.parent.mkdir()
+    torch.save({"a.0.x": torch.ones(2), "b": torch.ones(1)}, path)
+    return path
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_the_cache_follows_umask(tmp_path, monkeypatch, legacy_file, umask, mode):
+    monkeypatch.setenv("HOSL_CACHE", str(tmp_path / "cache"))
+    before = os.umask(umask)
+    try:
+        assert legacy_keys(legacy_file) == ["a.0.x", "b"]
+        converted(legacy_file, "a.0.x")
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert sorted(path.suffix for path in files) == [".json", ".safetensors"]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {mode}
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_what_to_set(
+    tmp_path, monkeypatch, legacy_file
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOSL_CACHE", str(tmp_path / "file"))
+    with pytest.raises(CheckpointError, match=r"file.*set HOSL_CACHE"):
+        legacy_keys(legacy_file)
+    monkeypatch.setenv("HOSL_CACHE", "")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as of a user id without account
+    with pytest.raises(CheckpointError, match="no home directory: set HOSL_CACHE"):
+        legacy_keys(legacy_file)
+
+
+def test_a_tensor_in_the_cache_of_another_user_needs_no_lock(tmp_path):
+    """Whoever cannot write to the directory cannot make or open a lock there."""
+    (tmp_path / "x.safetensors").touch()
+    (tmp_path / "x.safetensors.lock").mkdir()  # a lock that nobody can take, root neither
+    remote = ranged.RemoteFile("m/model.safetensors", "http://none", tmp_path, {}, 8)
+    assert remote.tensor("x") == tmp_path / "x.safetensors"
+    (tmp_path / "y.safetensors.lock").mkdir()
+    with pytest.raises(CheckpointError, match="set HOSL_CACHE"):
+        remote.tensor("y")
+
+
+def test_overrides_of_a_simulation_survive_being_written_as_toml(tmp_path, monkeypatch):
+    seen = {}
+
+    def flwr(command, environment):
+        path = Path(command[command.index("--run-config") + 1])
+        seen.update(tomllib.loads(path.read_bytes().decode()), app=command[2])
+        (tmp_path / seen["run-name"] / "results.json").touch()
+        return 0, ""
+
+    @contextlib.contextmanager
+    def superlink():
+        (tmp_path / "home").mkdir(exist_ok=True)
+        yield {"FLWR_HOME": str(tmp_path / "home")}
+
+    monkeypatch.setattr(local_flower, "private_superlink", superlink)
+    monkeypatch.setattr(local_flower, "_echoed", flwr)
+    app = tmp_path / "my äpp \N{SLIGHTLY SMILING FACE}"
+    app.mkdir()
+    nasty = (
+        "{text} \N{SLIGHTLY SMILING FACE} \"quoted\" 'single' back\\slash \n\t\r\x7f\x01 # = [x]\n"
+    )
+    given = {"prompt": nasty, "steps": 3, "save-model": False, "seed": 1, "epsilon": 1e-5}
+    results = local_flower.run_flower_app(app, given, "", tmp_path)
+    assert {key: seen[key] for key in given} == given
+    parse_config({"run-name": seen["run-name"]})
+    assert seen["run-name"].endswith("-my-äpp-")
+    assert results == tmp_path / seen["run-name"] / "results.json"
+
+
+def test_a_simulation_that_is_refused_leaves_no_directory_and_a_stopped_one_says_how_to_resume(
+    tmp_path, monkeypatch, capsys
+):
+    def refused(*_):
+        return 1, "ConfigError: no"
+
+    monkeypatch.setattr(local_flower, "_submitted", refused)
+    with pytest.raises(processes.RunFailedError, match="ConfigError: no"):
+        local_flower.run_flower_app(ROOT, {}, "", tmp_path / "runs")
+    assert list((tmp_path / "runs").iterdir()) == []
+
+    def stopped(*_):
+        (tmp_path / "runs" / "one" / "checkpoint-4").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(local_flower, "_submitted", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        local_flower.run_flower_app(ROOT, {"run-name": "one"}, "", tmp_path / "runs")
+    assert f"resume={tmp_path}/runs/one goes on from the checkpoint of step 4" in (
+        capsys.readouterr().err
+    )
+
+
+POSIX = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # Python's encoding is ASCII
+
+
+def python(*arguments, **environment):
+    """A process whose output is ASCII."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        encoding="ascii",
+        timeout=60,
+        check=False,
+    )
+
+
+def test_an_app_is_utf_8_whatever_the_locale(tmp_path):
+    prompt = "{text} Catégorie \N{SLIGHTLY SMILING FACE}"
+    text = f'[tool.flwr.app.config]\nprompt = "{prompt}"\n'
+    (tmp_path / "pyproject.toml").write_text(text, encoding="utf-8")
+    script = (
+        "from pathlib import Path; from hosl_flower.cli import read_app_config as read;"
+        f"print(ascii(read(Path({str(tmp_path)!r}), []).prompt), open('/dev/null').encoding)"
+    )
+    done = python("-c", script, **POSIX)
+    assert done.stdout == f"{prompt!a} ANSI_X3.4-1968\n", done.stderr
+
+
+def test_what_the_terminal_cannot_show_is_escaped(tmp_path):
+    (tmp_path / "typer.py").write_text(
+        """
+class Typer:
+    def __init__(self, **_): pass
+    def command(self): return lambda function: function
+    def __call__(self, **_): print("caf\\N{LATIN SMALL LETTER E WITH ACUTE}")
+Argument = Option = lambda *_, **__: None
+"""
+    )
+    done = python("-m", "hosl_flower", **{**POSIX, "PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    assert (done.stdout, done.stderr) == ("caf\\xe9\n", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_during_the_first_imports_is_an_exit_code_and_no_traceback(tmp_path, number):
+    (tmp_path / "typer.py").write_text(
+        f"import os, time; os.kill(os.getpid(), {int(number)}); time.sleep(30)"
+    )
+    done = python("-m", "hosl_flower", "keys", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "")

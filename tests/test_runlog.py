@@ -4,9 +4,12 @@ import logging
 import signal
 
 import pytest
+from runs import run_factory
 
 from hosl_flower.errors import ClientError
 from hosl_flower.runlog import NAME, RunLog, stop_announced
+from hosl_flower.signals import exiting_when_told
+from strategies.hosl import Hosl
 
 log = logging.getLogger("hosl_flower")
 
@@ -66,6 +69,50 @@ def test_a_signal_that_is_ignored_stops_nothing_and_says_nothing(tmp_path):
     finally:
         signal.signal(signal.SIGINT, before)
     assert said(tmp_path) == ["it goes on"]
+
+
+class Stopped(Hosl):
+    """It is told to end during step 2."""
+
+    number = signal.SIGINT
+
+    def steps(self, session, link, steps):
+        if 2 in steps:
+            signal.raise_signal(self.number)
+        return super().steps(session, link, steps)
+
+
+def test_a_run_in_process_that_is_stopped_says_how_to_resume(tiny_opt, tmp_path):
+    run = run_factory(Stopped, tiny_opt, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint_every=1, steps=3, eval_every=1)
+    directory = tmp_path / "runs" / "run0"
+    assert said(directory)[-1] == (
+        f"run stopped: signal 2 (SIGINT); resume={directory} goes on from the checkpoint of step 1"
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_command_that_is_told_to_end_exits_with_128_and_the_signal(tmp_path, number):
+    before = signal.getsignal(number)
+    ends = pytest.raises(SystemExit)
+    with ends as caught, exiting_when_told(), RunLog() as kept, stop_announced(kept):
+        kept.keep(tmp_path)
+        signal.raise_signal(number)
+    assert caught.value.code == 128 + number
+    assert signal.getsignal(number) == before
+    (line,) = said(tmp_path)
+    assert line.startswith(f"run stopped: signal {int(number)} ({number.name}); ")
+
+
+def test_a_signal_that_is_ignored_ends_no_command():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup
+    try:
+        with exiting_when_told():
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_run_that_is_refused_leaves_nothing(tmp_path):
