@@ -134,6 +134,7 @@ TASKS = {
             label_names=("ham", "spam"),
             label_column="Label",
             source="bundled:sms_spam",
+            columns={"text": ("SMS",)},  # for a prompt that names the column as one's own data do
             header=("Label", "SMS"),
         ),
         Task(

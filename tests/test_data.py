@@ -270,6 +270,13 @@ def test_held_out_examples_reach_every_client(tmp_path):
     assert examples(*(c.train for c in clients), clients[0].held_out) == examples(numbered(50))
 
 
+def test_a_prompt_may_call_the_bundled_messages_text():
+    task = TASKS["sms-spam"]
+    own = replace(task, prompt="{text} It was")
+    (texts, _), (messages, _) = load_source(task.source, own, 0), load_source(task.source, task, 0)
+    assert texts["text"][:9] == messages["SMS"][:9]
+
+
 def test_bundled_sms_collection():
     train, held_out = load_source("bundled:sms_spam", TASKS["sms-spam"], 0)
     assert len(train) + len(held_out) == 5574
