@@ -102,7 +102,7 @@ def read_run(directory: Path) -> Finished:
 def _read(path: Path) -> dict[str, Any] | None:
     """A JSON object; None where there is no such file."""
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:

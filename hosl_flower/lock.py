@@ -19,7 +19,7 @@ def lock(directory: Path) -> IO[str]:
 
     Raises ConfigError while another process has it.
     """
-    file = (directory / _NAME).open("w")
+    file = (directory / _NAME).open("w", encoding="utf-8")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

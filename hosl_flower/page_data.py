@@ -142,7 +142,9 @@ def _read(path: Path, name: str) -> Run:
         metrics=_lines(path / "metrics.jsonl", Measured, problems),
         ledger=_lines(path / "ledger.jsonl", Update, problems),
         finished=results is not None and not diverged.is_file(),
-        diverged=diverged.read_text(errors="replace").strip() if diverged.is_file() else "",
+        diverged=diverged.read_text(encoding="utf-8", errors="replace").strip()
+        if diverged.is_file()
+        else "",
         costs=_costs(path) if results and settings else None,
         partition=picture.read_bytes() if picture.is_file() else None,
         problems=problems,

@@ -96,7 +96,7 @@ class Report:
             self._go_on(session, session.resumed.values["report"])
         self._write("config.json", json.dumps(record, indent=2))
         if session.resumed is None:
-            (self.directory / "metrics.jsonl").write_text("")
+            (self.directory / "metrics.jsonl").write_text("", encoding="utf-8")
             session.history.ledger.record(self.directory / "ledger.jsonl")
         clients = [client for _, client in sorted(session.clients.items())]
         counts = [client.label_counts for client in clients]
@@ -249,7 +249,7 @@ class Report:
     def _append(self, row: dict[str, Any]) -> None:
         path = self.directory / "metrics.jsonl"
         try:
-            with path.open("a") as file:
+            with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
             raise HoslError(
@@ -260,7 +260,7 @@ class Report:
     def _write(self, name: str, text: str) -> None:
         """Whole or not at all."""
         part = self.directory / f".{name}.part"
-        part.write_text(text + "\n")
+        part.write_text(text + "\n", encoding="utf-8")
         part.replace(self.directory / name)
 
 

@@ -58,7 +58,7 @@ def find(config: RunConfig) -> Checkpoint:
     directory = run_directory(config)
     checkpoint = read(directory)
     try:
-        record = json.loads((directory / "config.json").read_text())["config"]
+        record = json.loads((directory / "config.json").read_text(encoding="utf-8"))["config"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{directory}/config.json cannot be read ({error})") from error
     wanted = config.as_keys()
