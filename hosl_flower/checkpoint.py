@@ -6,8 +6,9 @@ A checkpoint is a directory `checkpoint-<step>` in the run directory:
     checkpoint.json       {"format", "step", "sha256" of the tensors, "values": all the rest,
                           "values_sha256"}
 
-It is written under another name, synced to disk and renamed; the one before it is removed after
-that. So whatever stops a run, there is a whole checkpoint, the last one or the one before.
+It is written under another name, synced to disk and renamed; those before it, but for the latest
+few, are removed after that. So whatever stops a run, there is a whole checkpoint, the last one or
+the one before. None is written, nor read, with values that are not finite.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hosl_flower.errors import CheckpointError
+from hosl_flower.errors import CheckpointError, DivergedError
+from hosl_flower.tensors import largest
 
 FORMAT = 1
 _NAME = "checkpoint-"
@@ -39,11 +42,17 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
 
 
-def write(run: Path, checkpoint: Checkpoint) -> Path:
-    """Add a checkpoint to a run directory and remove those before it; where it is.
+def write(run: Path, checkpoint: Checkpoint, kept: int = 1) -> Path:
+    """Add a checkpoint to a run directory and remove those before the latest `kept`; where it is.
 
-    Raises OSError when it cannot be written; what was there stays.
+    Raises OSError when it cannot be written, DivergedError when its values are not finite; what
+    was there stays.
     """
+    if name := _not_finite(checkpoint.tensors):
+        raise DivergedError(
+            f"no checkpoint of step {checkpoint.step} is written: {name} has values that are not "
+            "finite, training has diverged; lower server-learning-rate or client-learning-rate"
+        )
     path = run / f"{_NAME}{checkpoint.step}"
     part = run / f".{path.name}.part"
     shutil.rmtree(part, ignore_errors=True)
@@ -67,10 +76,16 @@ def write(run: Path, checkpoint: Checkpoint) -> Path:
     except OSError:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    for step, other in _found(run):
-        if step < checkpoint.step:
-            shutil.rmtree(other, ignore_errors=True)
+    before = sorted(found for found in _found(run) if found[0] < checkpoint.step)
+    for _, other in before[: len(before) - kept + 1]:
+        shutil.rmtree(other, ignore_errors=True)
     return path
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> str:
+    """The name of a tensor with values that are not finite; "" when there is none."""
+    bad = (n for n, t in tensors.items() if t.is_floating_point() and not isfinite(largest(t)))
+    return next(bad, "")
 
 
 def read(run: Path) -> Checkpoint:
@@ -94,16 +109,19 @@ def read(run: Path) -> Checkpoint:
         whole = record["values_sha256"] == _digest(record["values"])
         if record["step"] != step or not whole or record["sha256"] != _sha256(path / _TENSORS):
             raise ValueError("its parts do not belong together")
-        return Checkpoint(step, record["values"], load_file(path / _TENSORS))
+        tensors = load_file(path / _TENSORS)
+        if name := _not_finite(tensors):
+            raise ValueError(f"{name} has values that are not finite")
+        return Checkpoint(step, record["values"], tensors)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(
             f"{path} is damaged ({error}); remove it, and resume from another if there is one"
         ) from error
 
 
-def latest(run: Path) -> int | None:
-    """Step of the latest checkpoint of a run directory; None when it has none."""
-    return max((step for step, _ in _found(run)), default=None)
+def steps(run: Path) -> list[int]:
+    """Steps of the checkpoints of a run directory, the latest first."""
+    return sorted((step for step, _ in _found(run)), reverse=True)
 
 
 def sync(path: Path) -> None:

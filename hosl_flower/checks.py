@@ -1,5 +1,6 @@
 """What replies must be beyond their form: shapes, ranges, finite numbers, one mini-batch."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,20 +20,33 @@ from hosl_flower.messages import (
     Fingerprinted,
     Grade,
     Graded,
+    Gradient,
     HeldOutStates,
     HiddenGradient,
     HiddenStates,
     LocalProbe,
+    Reply,
     Scalars,
     Scored,
+    Update,
     Weights,
 )
 from hosl_flower.state import ClientState
-from hosl_flower.tensors import DTYPES, LARGEST_SCALAR, check_vector, dtype_name, raw_bytes
+from hosl_flower.tensors import (
+    DTYPES,
+    LARGEST_LOSS,
+    LARGEST_SCALAR,
+    check_vector,
+    dtype_name,
+    largest,
+    raw_bytes,
+)
+from hosl_flower.update_codec import Rows, check
 
 _MOST_EXAMPLES = 10**9
 _MOST_HELD_OUT = 10**6  # each of their batches is a request of the server's, at every evaluation
 _MOST_UPDATES = 10**12
+_MOST_BYTES = 2**46  # 64 TiB
 
 
 @dataclass(frozen=True)
@@ -42,8 +56,12 @@ class Limits:
     `each` sequences per example, of `shortest` tokens or more, so that an answer has its place;
     at most `held_out` held-out examples. vocabulary: of answers that are generated, whose labels
     are up to `longest` tokens; else 0. private_labels: none are sent; label_counts: numbers of
-    examples per label are. update_codec: of
-    gradients and changes of weights."""
+    examples per label are. update_codec: of gradients and changes of weights.
+
+    activation, state_gradient: most that a value of activations, and of gradients of hidden states,
+    may be. step: most that an update of plain gradient descent may change a weight by, at learning
+    rate `rate` where the request names none; scalar_step: the same where the update is seeds and
+    scalars. All are many times what an honest client sends (reference.py)."""
 
     batch: int
     length: int
@@ -59,6 +77,30 @@ class Limits:
     private_labels: bool = False
     label_counts: bool = True
     update_codec: str = "exact"
+    activation: float = math.inf
+    state_gradient: float = LARGEST_SCALAR
+    step: float = math.inf
+    scalar_step: float = math.inf
+    rate: float = 0.0
+
+
+def check_measures(reply: Reply) -> None:
+    """ProtocolError when a client claims more memory than any machine has."""
+    most = max(reply.peak_bytes, *reply.tensor_peaks)
+    if most > _MOST_BYTES:
+        raise ProtocolError(f"memory: expected at most {_MOST_BYTES} bytes, got {most}")
+
+
+def check_update(reply: Update, rows: Rows, limits: Limits) -> None:
+    """ProtocolError unless a gradient or a change of weights is of these rows, and none of its
+    values would change a weight by more than `limits.step`."""
+    rate = limits.rate if isinstance(reply, Gradient) else 1.0
+    check(rows.widths(), reply, limits.update_codec, reply.kind, _most(limits.step, rate))
+
+
+def _most(step: float, rate: float) -> float:
+    """Most that a value may be which, times the learning rate, changes a weight."""
+    return min(LARGEST_SCALAR, step / rate) if rate else LARGEST_SCALAR
 
 
 def check_described(reply: Described, limits: Limits) -> None:
@@ -95,7 +137,7 @@ def check_activations(reply: Activations, limits: Limits) -> None:
     _check_sequences(reply, limits, limits.shortest)
     batch, length = reply.activations.shape[:2]
     _check_labels(reply.labels, batch, length, limits)
-    _check_finite(reply)
+    _check_values(reply, limits)
 
 
 def check_continued(reply: Continued, request: Continue, limits: Limits) -> None:
@@ -107,7 +149,7 @@ def check_continued(reply: Continued, request: Continue, limits: Limits) -> None
         raise ProtocolError(
             f"activations: expected {given} sequences of 1, got {batch} of {length}"
         )
-    _check_finite(reply)
+    _check_values(reply, limits)
 
 
 def check_graded(reply: Graded, request: Grade) -> None:
@@ -154,11 +196,16 @@ def _is_left_padded(used: Tensor) -> bool:
     return bool((used.long().diff(dim=1) >= 0).all() and used[:, -1].all())
 
 
-def _check_finite(reply: Activations | Continued) -> None:
+def _check_values(reply: Activations | Continued, limits: Limits) -> None:
     h = reply.activations
-    if not (torch.isfinite(h).all() and torch.isfinite(reply.scales).all()):
+    found = largest(reply.scales) * 127.0 if has_scales(limits.codec) else largest(h)
+    if not math.isfinite(found):
         bad = int((~torch.isfinite(h)).sum())
         raise OutOfRangeError(f"activations: {bad} of {h.numel()} values are not finite")
+    if found > limits.activation:
+        raise OutOfRangeError(
+            f"activations: expected at most +-{limits.activation:.3g}, got {found:.3g}"
+        )
 
 
 def _check_labels(labels: Tensor, batch: int, length: int, limits: Limits) -> None:
@@ -203,19 +250,20 @@ def _check_tokens(labels: Tensor, batch: int, length: int, limits: Limits) -> No
         )
 
 
-def check_hidden_gradient(reply: HiddenGradient, request: HiddenStates) -> None:
-    """ProtocolError unless there is a loss, and one finite float32 per value of the states where
-    a gradient was wanted."""
+def check_hidden_gradient(
+    reply: HiddenGradient, request: HiddenStates, most: float = LARGEST_SCALAR
+) -> None:
+    """ProtocolError unless there is a loss, and one float32 of at most `most` per value of the
+    states where a gradient was wanted."""
     shape = [0] if request.losses_only else list(request.states.shape)
     gradient = reply.gradient
     if gradient.dtype != torch.float32 or list(gradient.shape) != shape:
         raise ProtocolError(
             f"gradient: expected float32{shape}, got {dtype_name(gradient)}{list(gradient.shape)}"
         )
-    if not 0 <= reply.loss <= LARGEST_SCALAR:
-        raise OutOfRangeError(f"loss: expected 0..{LARGEST_SCALAR:g}, got {reply.loss}")
-    if not (gradient.abs() <= LARGEST_SCALAR).all():  # also false for what is not a number
-        raise OutOfRangeError(f"gradient: expected values of at most +-{LARGEST_SCALAR:g}")
+    _check_loss("loss", reply.loss)
+    if not largest(gradient) <= most:  # also false for what is not a number
+        raise OutOfRangeError(f"gradient: expected values of at most +-{most:.3g}")
 
 
 def check_scored(reply: Scored, request: HeldOutStates) -> None:
@@ -223,27 +271,37 @@ def check_scored(reply: Scored, request: HeldOutStates) -> None:
     examples = len(request.states)
     if reply.correct > examples:
         raise ProtocolError(f"correct: expected at most {examples}, got {reply.correct}")
-    if not 0 <= reply.loss_sum <= LARGEST_SCALAR:
-        raise OutOfRangeError(f"loss_sum: expected 0..{LARGEST_SCALAR:g}, got {reply.loss_sum}")
+    _check_loss("loss_sum", reply.loss_sum, examples)
 
 
-def check_scalars(reply: Scalars, request: LocalProbe) -> None:
-    """ProtocolError unless there is one finite float32 per local step and direction."""
+def _check_loss(what: str, found: float, examples: int = 1) -> None:
+    most = LARGEST_LOSS * examples
+    if not 0 <= found <= most:
+        raise OutOfRangeError(f"{what}: expected 0..{most:g}, got {found}")
+
+
+def check_scalars(reply: Scalars, request: LocalProbe, step: float = math.inf) -> None:
+    """ProtocolError unless there is one float32 per local step and direction, of at most
+    LARGEST_SCALAR, and so much that it changes a weight by at most `step`."""
     expected = [len(request.local_seeds), request.directions]
     found = reply.scalars
     if found.dtype != torch.float32 or list(found.shape) != expected:
         raise ProtocolError(
             f"scalars: expected float32{expected}, got {dtype_name(found)}{list(found.shape)}"
         )
-    if not (found.abs() <= LARGEST_SCALAR).all():  # also false for what is not a number
+    most = _most(step, request.learning_rate)
+    if not largest(found) <= most:  # also false for what is not a number
         raise OutOfRangeError(
-            f"scalars: expected at most +-{LARGEST_SCALAR:g}, got {found.tolist()}"
+            f"scalars: expected at most +-{most:.3g}, got {found.flatten()[:8].tolist()}"
         )
+    _check_loss("loss", reply.loss)
 
 
-def check_weights(reply: Weights, state: ClientState) -> None:
-    """ProtocolError unless they are all of this client state's, finite."""
+def check_weights(reply: Weights, state: ClientState, most: float = math.inf) -> None:
+    """ProtocolError unless they are all of this client state's, finite, weights at most `most`."""
     check_vector("weights", reply.weights, state.weights_like().dtype, state.elements)
+    if not largest(reply.weights) <= most:
+        raise OutOfRangeError(f"weights: expected values of at most +-{most:.3g}")
     if reply.updates > _MOST_UPDATES:
         raise ProtocolError(f"updates: expected at most {_MOST_UPDATES}, got {reply.updates}")
     if reply.moments.numel():

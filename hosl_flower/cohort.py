@@ -11,6 +11,7 @@ from torch import Tensor
 from hosl_flower.errors import (
     ClientError,
     DivergedError,
+    DriftError,
     LostClientsError,
     OutOfRangeError,
     ProtocolError,
@@ -25,6 +26,7 @@ from hosl_flower.session import Drop, Session
 log = logging.getLogger("hosl_flower")
 
 _MOMENT = 0.05  # seconds between two looks at clients that are late
+_MOST_REASONS = 5  # in one error
 
 
 def absent(session: Session, link: Link) -> set[int]:
@@ -48,6 +50,7 @@ class Cohort:
     def __init__(self, session: Session, step: int, partitions: Iterable[int]):
         self.session, self.step = session, step
         self.partitions = list(partitions)
+        self._reasons: list[str] = []  # of those that were left out
 
     @property
     def weights(self) -> list[float]:
@@ -66,8 +69,10 @@ class Cohort:
         forward: asked for them. send: is given each client's own cut gradient as soon as there is
         one, so that clients can probe while the server works on the others' activations and on its
         own step; without it there are none. A client whose batch gives no finite logits, or that
-        keeps its labels and gives no gradient, is dropped and the rest is propagated again; when
-        no batch gives finite logits, training has diverged.
+        keeps its labels and gives no gradient, or whose batch leads out of the numbers that
+        training can use (server.py), is dropped and the rest is propagated again, before the
+        optimizer has moved anything; when all batches are like that, training has diverged. When
+        it cannot be told which, the server does not move in this step.
         """
         clean: dict[int, Activations] = forward.answers(self)
         server, micro_batch = self.session.server, self.session.config.server_micro_batch
@@ -87,10 +92,16 @@ class Cohort:
                         sent.add(clients[m])
                         send(clients[m], gradient)
             except UnusableBatchError as error:
-                if len(error.indices) == len(clients):
+                if len(error.reasons) == len(clients):
                     raise
-                for index in error.indices:
-                    self.drop(clients[index], ClientError("its activations give no finite logits"))
+                if len(clients) - len(error.reasons) < self.session.config.min_clients:
+                    which = ", ".join(str(clients[index]) for index in error.reasons)
+                    raise DivergedError(f"client(s) {which} of {len(clients)}: {error}") from error
+                if not error.reasons:
+                    log.warning("step %d: the server does not move: %s", self.step, error)
+                    return loss
+                for index, why in error.reasons.items():
+                    self.drop(clients[index], ClientError(why))
                 self.check_enough()
                 continue
             except LostClientsError as error:
@@ -109,6 +120,7 @@ class Cohort:
     def drop(self, partition: int, error: Exception) -> None:
         """Leave a client out of the rest of the step."""
         self.partitions.remove(partition)
+        self._reasons.append(str(error))
         self.session.dropped.append(Drop(self.step, partition, str(error)))
         log.warning("step %d goes on without client %d: %s", self.step, partition, error)
 
@@ -116,10 +128,10 @@ class Cohort:
         """ClientError when fewer than min-clients are left."""
         least = self.session.config.min_clients
         if len(self.partitions) < least:
-            reasons = [d.reason for d in self.session.dropped if d.step == self.step]
+            reasons = "; ".join(self._reasons[:_MOST_REASONS])
             raise ClientError(
                 f"step {self.step}: {len(self.partitions)} client(s) left, min-clients = {least}; "
-                f"{'; '.join(reasons) or 'no other is connected: are their SuperNodes up?'}"
+                f"{reasons or 'no other is connected: are their SuperNodes up?'}"
             )
 
 
@@ -172,9 +184,9 @@ class Question:
         """Replies by partition, of those who answered; the others are dropped.
 
         With a step-deadline, clients that are late are left out as soon as it has passed and
-        min-clients have answered. Raises ClientError when too few are left, DriftError when one
-        is not what its ledger says, DivergedError when that is because their numbers are out of
-        range.
+        min-clients have answered. Raises ClientError when too few are left, DriftError when that
+        is because they are not what their ledgers say, DivergedError when it is because their
+        numbers are out of range.
         """
         self._flush()
         replies: dict[int, Any] = {}
@@ -201,6 +213,8 @@ class Question:
                 f"range, training has diverged ({errors[0]}); lower server-learning-rate or "
                 "client-learning-rate"
             )
+        if too_few and errors and all(isinstance(error, DriftError) for error in errors):
+            raise errors[0]
         cohort.check_enough()
         return replies
 
@@ -210,7 +224,7 @@ class Question:
         """One client's reply, or what it failed with; False when it is not there yet."""
         try:
             reply = self._next(cohort.step, partition)
-        except (ClientError, ProtocolError) as error:
+        except (ClientError, ProtocolError, DriftError) as error:
             self._fail(cohort, partition, error)
             errors.append(error)
             return True

@@ -288,6 +288,11 @@ class RunConfig(BaseModel):
     warmup_steps: Natural = Field(
         0, description="steps over which both learning rates rise from zero first"
     )
+    server_gradient_clip: NotNegative = Field(
+        0.0,
+        description="most that the norm of the server's gradient may be in a step: a larger one is "
+        "scaled down to it; 0 is off",
+    )
     server_micro_batch: Natural = Field(
         0, description="sequences the server back-propagates at a time; 0 is all of a step"
     )
@@ -311,6 +316,9 @@ class RunConfig(BaseModel):
     )
     checkpoint_every: Natural = Field(
         0, description="write a checkpoint every so many steps, to go on from; 0 never does"
+    )
+    checkpoints_kept: Positive = Field(
+        2, description="how many of the latest checkpoints are kept; each is as large as the rest"
     )
     resume: str = Field(
         "",

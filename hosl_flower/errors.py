@@ -67,7 +67,14 @@ class CheckpointError(HoslError):
     """A model directory or weight file is missing, damaged or of another model."""
 
 
-class ProtocolError(HoslError):
+class PeerError(HoslError):
+    """Base of errors whose message may quote another machine: one line, see `printable`."""
+
+    def __init__(self, message: str, *, public: str = ""):
+        super().__init__(printable(message), public=public)
+
+
+class ProtocolError(PeerError):
     """A message does not have the form the protocol asks for."""
 
     is_public = True
@@ -78,7 +85,7 @@ class OutOfRangeError(ProtocolError):
     client, training that has diverged."""
 
 
-class ClientError(HoslError):
+class ClientError(PeerError):
     """A client failed, did not answer in time, or answered with an error."""
 
 
@@ -101,7 +108,7 @@ class LostClientsError(ClientError):
         self.errors = errors
 
 
-class DriftError(HoslError):
+class DriftError(PeerError):
     """A client submodel is not the one its ledger describes."""
 
     is_public = True
@@ -114,9 +121,9 @@ class DivergedError(HoslError):
 class UnusableBatchError(DivergedError):
     """Some of the mini-batches given together lead out of the finite numbers.
 
-    indices: which.
+    reasons: why, by their place; empty where it cannot be told which.
     """
 
-    def __init__(self, message: str, indices: list[int]):
+    def __init__(self, message: str, reasons: dict[int, str]):
         super().__init__(message)
-        self.indices = indices
+        self.reasons = reasons

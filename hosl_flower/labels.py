@@ -18,7 +18,13 @@ from torch import Tensor
 
 from hosl_flower.answers import Answers, Scoring
 from hosl_flower.completion import targets
-from hosl_flower.errors import AbsentError, ClientError, LostClientsError, ProtocolError
+from hosl_flower.errors import (
+    AbsentError,
+    ClientError,
+    DriftError,
+    LostClientsError,
+    ProtocolError,
+)
 from hosl_flower.link.base import NOT_YET, Link
 from hosl_flower.messages import (
     Activations,
@@ -170,7 +176,7 @@ class KeptLabels:
         """One client's reply, or what it failed with; False when it is not there yet."""
         try:
             reply = next(streams[self.asked[client].partition])
-        except (ClientError, ProtocolError) as error:
+        except (ClientError, ProtocolError, DriftError) as error:
             failed[client] = error
             return True
         if reply is NOT_YET:

@@ -136,7 +136,8 @@ class Report:
         return done + self.config.steps_per_message
 
     def checkpoint(self, step: int, session: Session, method: Resumable, traffic: Traffic) -> None:
-        """Write a checkpoint. One that cannot be written ends no run: the last is still there."""
+        """Write a checkpoint. One that cannot be written ends no run: the last is still there.
+        Raises DivergedError when there are values in it that are not finite."""
         files = [self.directory / name for name in ("metrics.jsonl", "ledger.jsonl")]
         try:
             session.history.ledger.seal()
@@ -148,7 +149,8 @@ class Report:
                 "seconds": self._seconds,
                 "wall_seconds": self._wall_seconds(),
             }
-            write(self.directory, collect(step, session, method, traffic, state))
+            checkpoint = collect(step, session, method, traffic, state)
+            write(self.directory, checkpoint, self.config.checkpoints_kept)
         except OSError as error:
             log.warning(
                 "the checkpoint of step %d cannot be written (%s); training goes on", step, error

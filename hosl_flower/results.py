@@ -94,6 +94,8 @@ def results_of(
             "number": session.config.num_clients,
             "steps_taken_part": {str(p): n for p, n in sorted(session.took_part.items())},
             "dropped": [drop._asdict() for drop in session.dropped],
+            "times_dropped": {str(p): n for p, n in sorted(session.dropped.counts.items())},
+            "expelled": sorted(session.expelled),
             "scalars_clipped": {str(p): n for p, n in sorted(session.clipped.items())},
             "fingerprint_checked": checked,
         },

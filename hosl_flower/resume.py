@@ -29,8 +29,8 @@ from hosl_flower.state import Snapshot
 # keys that may differ: they change how a run goes on, not what it computes (another device or
 # number of threads may round differently, as between any two machines)
 FREE = {
-    "steps", "resume", "checkpoint-every", "output-dir", "run-name", "save-model", "save-format",
-    "trackers",
+    "steps", "resume", "checkpoint-every", "checkpoints-kept", "output-dir", "run-name",
+    "save-model", "save-format", "trackers",
     "threads", "device", "link", "min-clients", "clients-per-node", "nodes-deadline",
     "reply-deadline", "step-deadline", "max-session-seconds", "stream-endpoint", "stream-bind",
     "stream-certificate", "stream-key", "stream-authority", "stream-insecure", "stream-lifetime",
@@ -118,6 +118,7 @@ def collect(
             "unchecked": sorted(session.unchecked),
             "checked_at": session.checked_at,
             "dropped": session.dropped,
+            "drop_counts": sorted(session.dropped.counts.items()),
             "clipped": sorted(session.clipped.items()),
             "train_examples": sorted(session.train_examples.items()),
             "retaken": session.retaken,
@@ -154,7 +155,10 @@ def restore(checkpoint: Checkpoint, session: Session, method: Resumable) -> None
         session.took_part = Counter(dict(own["took_part"]))
         session.evaluator, session.checked_at = own["evaluator"], own["checked_at"]
         session.unchecked = set(own["unchecked"])
-        session.dropped = [Drop(*drop) for drop in own["dropped"]]
+        for drop in own["dropped"]:
+            session.dropped.append(Drop(*drop))
+        if "drop_counts" in own:
+            session.dropped.counts = Counter(dict(own["drop_counts"]))
         session.clipped = Counter(dict(own.get("clipped", ())))
         session.train_examples = dict(own.get("train_examples", ()))
         session.retaken = own.get("retaken", 0)

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from hosl_flower.checkpoint import latest
-from hosl_flower.errors import HoslError
+from hosl_flower.checkpoint import steps
+from hosl_flower.errors import HoslError, printable
 from hosl_flower.signals import ENDING
 
 log = logging.getLogger("hosl_flower")
@@ -36,6 +36,14 @@ class _Quiet(logging.FileHandler):
             super().close()
 
 
+class OneLine(logging.Formatter):
+    """A record is one line of printable text, whatever a client's words in it were; a traceback
+    follows on lines of its own."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
+
+
 class RunLog:
     """Around a run. Lines are held back until `keep` says where the run directory is: one that
     is refused before leaves no directory."""
@@ -55,7 +63,7 @@ class RunLog:
         resumed adds to its log."""
         self.directory = directory
         file = _Quiet(directory / NAME, encoding="utf-8", delay=True)
-        file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        file.setFormatter(OneLine("%(asctime)s %(message)s"))
         log.removeHandler(self._handler)
         self._file = self._handler = file
         for record in self._held:
@@ -82,11 +90,14 @@ class RunLog:
 
 
 def way_on(directory: Path | None) -> str:
-    """A clause that says how a run continues from its last checkpoint, or that it has none."""
-    step = latest(directory) if directory else None
-    if step is None:
+    """A clause that says how a run continues from its checkpoints, or that it has none."""
+    found = steps(directory) if directory else []
+    if not found:
         return "there is no checkpoint to go on from"
-    return f"resume={directory} goes on from the checkpoint of step {step}"
+    way = f"resume={directory} goes on from the checkpoint of step {found[0]}"
+    if len(found) > 1:
+        way += f", without checkpoint-{found[0]} from that of step {found[1]}"
+    return way
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ with SGD, or AdamW without weight decay, that is the same update as training the
 a vocabulary-sized gradient. For answers that are generated all rows are.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -21,13 +22,14 @@ from hosl_flower.labels import Labels, Piece, SentLabels
 from hosl_flower.messages import Activations
 from hosl_flower.score import Addable
 from hosl_flower.split import AUXILIARY, ServerSubmodel, trainable_parameters
+from hosl_flower.tensors import LARGEST_LOSS, largest
 
 ANSWERS = "answer_rows"  # the answer words' rows of the LM head, among the trained parameters
 
-_DIVERGED = (
-    "the server's logits are not finite, training has diverged; lower server-learning-rate or "
-    "client-learning-rate"
-)
+LARGEST_GRADIENT = 1e6  # of one value, of the mean loss of a client's batch
+_NO_LOGITS = "its activations give no finite logits"
+_LOWER = "training has diverged; lower server-learning-rate or client-learning-rate"
+_DIVERGED = f"the server's logits are not finite, {_LOWER}"
 
 
 class Server:
@@ -35,8 +37,9 @@ class Server:
 
     answers: the tokens of the answer words. optimizer: "sgd" or "adamw".
     trainable: "full", "blocks" or "lora", see split.trainable_parameters. own_head: whether the
-    losses are of this server's head; else that is never trained. Raises ConfigError when there is
-    nothing to train.
+    losses are of this server's head; else that is never trained. gradient_clip: most that the
+    norm of a step's gradient may be, 0 is no bound. Raises ConfigError when there is nothing to
+    train.
     """
 
     def __init__(
@@ -47,10 +50,12 @@ class Server:
         learning_rate: float,
         trainable: str = "full",
         own_head: bool = True,
+        gradient_clip: float = 0.0,
     ):
         self.submodel = submodel
         self.answers = answers
         self.learning_rate = learning_rate
+        self.gradient_clip = gradient_clip
         head = submodel.lm_head.weight
         self.device = head.device
         rows = head.detach()[answers.ids]  # a copy, unless it is all of them
@@ -103,9 +108,13 @@ class Server:
 
     @torch.no_grad()
     def loss(self, batch: Activations) -> float:
-        """Mean loss of a batch; the submodel stays as it is (HOSL Alg. 2, L11)."""
+        """Mean loss of a batch; the submodel stays as it is (HOSL Alg. 2, L11). Raises
+        DivergedError when it is no loss any more."""
         logits = self._logits(batch.activations, batch.attention_mask, _width(batch.labels))
-        return float(F.cross_entropy(logits, batch.labels.to(self.device)))
+        loss = float(F.cross_entropy(logits, batch.labels.to(self.device)))
+        if not loss <= LARGEST_LOSS:
+            raise DivergedError(f"a loss is {loss:g}, beyond {LARGEST_LOSS:g}: {_LOWER}")
+        return loss
 
     def train_step(
         self, batch: Activations, factor: float = 1.0, labels: Labels | None = None
@@ -130,23 +139,22 @@ class Server:
         without its weight (empty without cut_gradients). At most `micro_batch` sequences (0: all)
         are propagated at a time, but never less than an example. labels: where losses come from;
         None: the labels in the batches. Raises UnusableBatchError at the end, with nothing to
-        apply, when batches give no finite logits; those, and all that come after one, are not
-        yielded.
+        apply, when batches give logits or gradients that are not finite, a loss beyond LARGEST_LOSS
+        or gradients beyond LARGEST_GRADIENT; those, and all that come after one, are not yielded.
         """
         labels = labels or self._sent_labels()
         self.optimizer.zero_grad(set_to_none=True)
         losses = [0.0] * len(batches)
         gradients: dict[int, Tensor] = {}
-        bad: set[int] = set()
+        bad: dict[int, str] = {}  # why
         each = self.answers.sequences
         limit = max(1, micro_batch // each) if micro_batch else 0  # whole examples
         sizes = [len(batch.activations) // each for batch in batches]
         for pieces in _micro_batches(sizes, limit):
             h, mask = _stack(batches, pieces, each)
             h = h.to(self.device, torch.float32).requires_grad_(cut_gradients)
-            width = max(_width(batches[piece.client].labels) for piece in pieces)
             with torch.set_grad_enabled(not bad):  # once one is bad, the rest is only looked at
-                outputs = labels.outputs(self._states(h, mask, width))
+                outputs = self._outputs(h, mask, batches, pieces, labels)
             bad |= _unusable(outputs, pieces)
             if bad:
                 continue
@@ -158,17 +166,69 @@ class Server:
             if cut_gradients:
                 assert h.grad is not None
                 _unstack(h.grad.cpu(), pieces, weights, gradients, each)
-            for piece in pieces:
-                if piece.stop == sizes[piece.client]:
-                    yield piece.client, losses[piece.client], gradients.pop(piece.client)
+            for m in (piece.client for piece in pieces if piece.stop == sizes[piece.client]):
+                gradient = gradients.pop(m)
+                if reason := _absurd(losses[m], largest(gradient)):
+                    bad[m] = reason
+                else:
+                    yield m, losses[m], gradient
         if bad:
             self.optimizer.zero_grad(set_to_none=True)
-            raise UnusableBatchError(_DIVERGED, sorted(bad))
+            message = (
+                _DIVERGED if _NO_LOGITS in bad.values() else f"{min(bad.items())[1]}; {_LOWER}"
+            )
+            raise UnusableBatchError(message, dict(sorted(bad.items())))
+        self._check_gradient(batches, sizes, limit, labels)
+
+    def _outputs(
+        self,
+        h: Tensor,
+        mask: Tensor,
+        batches: Sequence[Activations],
+        pieces: Sequence[Piece],
+        labels: Labels,
+    ) -> Tensor:
+        """Of the pieces' activations h [n, S, H]: what their losses are a function of."""
+        width = max(_width(batches[piece.client].labels) for piece in pieces)
+        return labels.outputs(self._states(h, mask, width))
+
+    def _check_gradient(
+        self,
+        batches: Sequence[Activations],
+        sizes: Sequence[int],
+        limit: int,
+        labels: Labels,
+    ) -> None:
+        """UnusableBatchError, with nothing to apply, unless the step's gradient can be used. Whose
+        batch it is that spoils it is found by propagating each alone."""
+        if self._largest_gradient() <= LARGEST_GRADIENT:
+            return
+        each, bad = self.answers.sequences, {}
+        for m in range(len(batches)):
+            self.optimizer.zero_grad(set_to_none=True)
+            for pieces in _micro_batches([n * (i == m) for i, n in enumerate(sizes)], limit):
+                h, mask = _stack(batches, pieces, each)
+                outputs = self._outputs(
+                    h.to(self.device, torch.float32), mask, batches, pieces, labels
+                )
+                labels.backward(outputs, batches, pieces, [1.0] * len(batches))
+            if reason := _absurd(0.0, self._largest_gradient()):
+                bad[m] = reason
+        self.optimizer.zero_grad(set_to_none=True)
+        reason = min(bad.items())[1] if bad else "the clients' gradients cannot be used together"
+        raise UnusableBatchError(f"{reason}; {_LOWER}", bad)
+
+    def _largest_gradient(self) -> float:
+        """Of any trained value; not a number if one gradient is none."""
+        own = [p.grad for p in self.trained.values() if p.grad is not None]
+        return float(nn.utils.get_total_norm(own, math.inf))
 
     def apply(self, factor: float = 1.0) -> None:
         """The optimizer's step along what has been propagated. factor: of the learning rate."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * factor
+        if self.gradient_clip:
+            nn.utils.clip_grad_norm_(self.trained.values(), self.gradient_clip)
         self.optimizer.step()
 
     @torch.no_grad()
@@ -215,10 +275,21 @@ def _finite(outputs: Tensor) -> Tensor:
     return outputs
 
 
-def _unusable(outputs: Tensor, pieces: Sequence[Piece]) -> set[int]:
-    """Clients with logits, or hidden states, that are not finite."""
+def _unusable(outputs: Tensor, pieces: Sequence[Piece]) -> dict[int, str]:
+    """Clients with logits, or hidden states, that are not finite; and why they are named."""
     finite = torch.isfinite(outputs).flatten(1).all(1).split([p.stop - p.start for p in pieces])
-    return {p.client for p, own in zip(pieces, finite, strict=True) if not own.all()}
+    bad = [p.client for p, own in zip(pieces, finite, strict=True) if not own.all()]
+    return dict.fromkeys(bad, _NO_LOGITS)
+
+
+def _absurd(loss: float, gradient: float) -> str:
+    """Why a client's batch cannot be used, given its loss and the largest value of a gradient of
+    it; "" when it can."""
+    if not loss <= LARGEST_LOSS:
+        return f"its batch has a loss of {loss:g}, beyond {LARGEST_LOSS:g}"
+    if not gradient <= LARGEST_GRADIENT:
+        return f"its batch gives a gradient of up to {gradient:g}, beyond {LARGEST_GRADIENT:g}"
+    return ""
 
 
 def _micro_batches(sizes: Sequence[int], limit: int) -> Iterator[list[Piece]]:

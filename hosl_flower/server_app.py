@@ -18,6 +18,7 @@ from flwr.serverapp import Grid, ServerApp
 from hosl_flower.config import RunConfig, parse_config
 from hosl_flower.errors import ConfigError, HoslError
 from hosl_flower.own_task import completed
+from hosl_flower.runlog import OneLine
 from hosl_flower.strategy import SplitStrategy
 
 app = ServerApp()
@@ -65,7 +66,7 @@ def log_to_stderr() -> None:
     """Our own log lines, plain: Flower's stream carries stderr of the ServerApp."""
     if not log.handlers:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(OneLine("%(message)s"))
         log.addHandler(handler)
         log.setLevel(logging.INFO)
         log.propagate = False

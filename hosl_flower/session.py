@@ -1,6 +1,7 @@
 """A run on the server: what was agreed, the server submodel, the ledger, who holds what."""
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -11,19 +12,21 @@ from torch import Tensor
 
 from hosl_flower.accountant import epsilon, most_uses
 from hosl_flower.adapted import AdaptedWeights
+from hosl_flower.aggregate import MEANS
 from hosl_flower.checkpoint import Checkpoint
 from hosl_flower.checks import Limits
 from hosl_flower.class_heads import class_names, with_classes
 from hosl_flower.client import new_state
 from hosl_flower.codec import encode
 from hosl_flower.config import RunConfig
-from hosl_flower.errors import ConfigError
+from hosl_flower.errors import ConfigError, DriftError
 from hosl_flower.head import attach_head
 from hosl_flower.history import History
 from hosl_flower.inputs import make_inputs
 from hosl_flower.messages import Described
 from hosl_flower.overlap import Overlap
 from hosl_flower.perturb import derive_seed, permutation
+from hosl_flower.reference import NO_REFERENCE, Reference, reference_of
 from hosl_flower.server import Server
 from hosl_flower.spec import (
     ClientSpec,
@@ -51,6 +54,8 @@ from hosl_flower.zo import clip
 
 log = logging.getLogger("hosl_flower")
 
+MOST_DROPS = 100  # of one client, whose reasons are kept, and written into every checkpoint
+
 
 class Place(NamedTuple):
     """Where a run was before a step: its counts, and by which its parameters can be known to be
@@ -59,6 +64,7 @@ class Place(NamedTuple):
     batches: Counter[int]
     unchecked: set[int]
     drops: int
+    drop_counts: Counter[int]
     clipped: Counter[int]
     clipped_at: dict[int, Counter[int]]
     position: int
@@ -73,11 +79,33 @@ class Drop(NamedTuple):
     reason: str
 
 
+class Drops(list[Drop]):
+    """Clients that were left out of steps: of each the first MOST_DROPS times, with the reason.
+    counts: how often in all, by partition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[int] = Counter()
+
+    def append(self, drop: Drop) -> None:
+        """Count one, and keep it unless there are many of this client."""
+        self.counts[drop.partition] += 1
+        if self.counts[drop.partition] <= MOST_DROPS:
+            super().append(drop)
+
+    def return_to(self, length: int, counts: Counter[int]) -> None:
+        """Take back those since there were so many."""
+        del self[length:]
+        self.counts = counts
+
+
 @dataclass
 class Session:
-    """State of a run. batches: mini-batches served so far, by partition; clients: those that
-    have described themselves; dropped: clients left out of a step, and why; clipped: scalars
-    beyond scalar-clip, by partition; clipped_at: the same of steps not reported yet."""
+    """State of a run. reference: by which clients' numbers are judged; batches: mini-batches
+    served so far, by partition; clients: those that have described themselves; dropped: clients
+    left out of a step, and why; expelled: those whose submodel is not the run's, left out of the
+    rest of it; clipped: scalars beyond scalar-clip, by partition; clipped_at: the same of steps not
+    reported yet."""
 
     config: RunConfig
     spec: ClientSpec
@@ -87,6 +115,7 @@ class Session:
     server: Server
     history: History
     required_clients: int
+    reference: Reference = NO_REFERENCE
     clients: dict[int, Described] = field(default_factory=dict)
     batches: Counter[int] = field(default_factory=Counter)
     took_part: Counter[int] = field(default_factory=Counter)  # steps completed, by partition
@@ -96,7 +125,8 @@ class Session:
     overlap: Overlap | None = None  # of that held-out part with its training part
     unchecked: set[int] = field(default_factory=set)  # took part since the last fingerprints
     checked_at: int = 0  # ledger position of the last fingerprints
-    dropped: list[Drop] = field(default_factory=list)
+    dropped: Drops = field(default_factory=Drops)
+    expelled: set[int] = field(default_factory=set)
     clipped: Counter[int] = field(default_factory=Counter)
     clipped_at: dict[int, Counter[int]] = field(default_factory=dict)
     resumed: Checkpoint | None = None  # what this session goes on from
@@ -125,8 +155,18 @@ class Session:
             private_labels=spec.labels == "client",
             label_counts=spec.tells_labels,
             update_codec=spec.update_codec,
+            activation=self.reference.activation * (1 + 10 * spec.activation_noise),
+            state_gradient=self.reference.head,
+            step=self.reference.weight,
+            scalar_step=math.inf if self._bounds_scalars else self.reference.weight,
+            rate=self.config.client_learning_rate,
             **({"held_out": min(held_out)} if held_out else {}),
         )
+
+    @property
+    def _bounds_scalars(self) -> bool:
+        """Whether a client's scalars are made harmless where they are merged."""
+        return self.config.scalar_clip > 0 or self.config.aggregation not in MEANS
 
     @property
     def activation_bytes_per_token(self) -> int:
@@ -139,6 +179,7 @@ class Session:
             Counter(self.batches),
             set(self.unchecked),
             len(self.dropped),
+            Counter(self.dropped.counts),
             Counter(self.clipped),
             {step: Counter(of) for step, of in self.clipped_at.items()},
             len(self.history.ledger),
@@ -152,7 +193,7 @@ class Session:
             return False
         self.batches, self.unchecked = place.batches, place.unchecked
         self.clipped, self.clipped_at = place.clipped, place.clipped_at
-        del self.dropped[place.drops :]
+        self.dropped.return_to(place.drops, place.drop_counts)
         return True
 
     def _versions(self) -> list[int]:
@@ -223,6 +264,15 @@ class Session:
             "uses": uses,
         }
 
+    def expel(self, step: int, partition: int, error: DriftError) -> None:
+        """Leave a client out of the rest of the run. Raises the error when too few are left."""
+        left = self.config.num_clients - len(self.expelled | {partition})
+        if left < self.required_clients:
+            raise error
+        self.expelled.add(partition)
+        self.dropped.append(Drop(step, partition, str(error)))
+        log.warning("the run goes on without client %d: %s", partition, error)
+
     def turn(self, step: int) -> int:
         """The partition that works at this step: clients take turns of turn-steps (relay)."""
         return (max(step, 1) - 1) // self.config.turn_steps % self.config.num_clients
@@ -232,7 +282,8 @@ class Session:
         step alone; the next in the draw stands in for one that is absent."""
         count = self.config.num_clients
         order = permutation(count, derive_seed(self.config.seed, "clients", step))
-        there = [partition for partition in order if partition not in absent]
+        away = {*absent, *self.expelled}
+        there = [partition for partition in order if partition not in away]
         return sorted(there[: self.config.sampled_clients])
 
     def client_counts(self) -> tuple[int, int]:
@@ -283,6 +334,7 @@ def open_session(
         config.server_learning_rate,
         config.server_trainable,
         own_head=config.labels == "server",
+        gradient_clip=config.server_gradient_clip,
     )
     if config.save_format == "adapters" and base.family.classes:
         raise ConfigError("save-format = adapters cannot hold the head of a classifier; use merged")
@@ -296,11 +348,15 @@ def open_session(
             f"save-format = adapters needs a base model that can be loaded again, {spec.model} has "
             "random weights; use merged"
         )
-    # only the trainable parameters outlive this line: the rest of the submodel is let go
-    history = History(new_state(_load_client(base, spec, encoder), spec), spec.genesis)
+    client = _load_client(base, spec, encoder)
+    reference = reference_of(client, submodel, encoder, base.config)
+    history = History(new_state(client, spec), spec.genesis)
+    del client  # but for its trainable parameters
     if not history.state.elements:
         raise ConfigError(
             f"client-trainable = {config.client_trainable} leaves the client nothing to train at "
             f"cut-layer = {spec.cut_layer}"
         )
-    return Session(config, spec, resolved.notice, base, encoder, server, history, required_clients)
+    return Session(
+        config, spec, resolved.notice, base, encoder, server, history, required_clients, reference
+    )

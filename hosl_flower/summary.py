@@ -83,8 +83,8 @@ def table(results: "Results", traffic: Traffic) -> str:
         "client peak memory": f"{results.client_peak_memory['bytes'] / 2**20:.0f} MiB, tensors: "
         + ", ".join(f"{p} {n / 2**20:.0f}" for p, n in peaks.items()),
     }
-    if results.clients["dropped"]:
-        rows["dropped"] = f"{len(results.clients['dropped'])} times a step went on without a client"
+    if dropped := results.clients["times_dropped"]:
+        rows["dropped"] = f"{sum(dropped.values())} times a step went on without a client"
     if clipped := results.clients["scalars_clipped"]:
         rows["clipped"] = f"{sum(clipped.values())} scalars of {len(clipped)} client(s)"
     if results.privacy:

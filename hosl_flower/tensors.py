@@ -23,11 +23,20 @@ DTYPES = {
 MAX_DIMENSIONS = 4
 _MOST_ELEMENTS = 2**40  # of a tensor on the wire
 LARGEST_SCALAR = 1e12  # its square, in Adam's second moment, is far from float32's end
+LARGEST_LOSS = 1e3  # nats, mean of a batch: a model that guesses has the log of the classes
 
 
 def dtype_name(tensor: Tensor) -> str:
     """The name a dtype travels under: "float32", "bfloat16" ..."""
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def largest(tensor: Tensor) -> float:
+    """The largest absolute value, without a copy; not a number if one element is none."""
+    if not tensor.numel():
+        return 0.0
+    low, high = map(float, torch.aminmax(tensor.detach()))
+    return max(-low, high)  # of two that are no numbers, the first
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

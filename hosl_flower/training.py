@@ -19,6 +19,7 @@ from hosl_flower.errors import (
     AbsentError,
     ClientError,
     DivergedError,
+    DriftError,
     HoslError,
     OutOfRangeError,
     ProtocolError,
@@ -39,6 +40,7 @@ from hosl_flower.results import Results
 from hosl_flower.resume import earlier_traffic
 from hosl_flower.session import Session
 from hosl_flower.split import trainable_parameters
+from hosl_flower.tensors import LARGEST_LOSS
 from hosl_flower.text_score import HeldOut
 
 log = logging.getLogger("hosl_flower")
@@ -134,14 +136,20 @@ def rescued(
     method: Method, session: Session, link: Link, report: Report, done: int, saved: int
 ) -> Iterator[None]:
     """A step that fails before it has changed anything, as most do that lack clients, loses none
-    of those before it: there is a checkpoint of the last one."""
+    of those before it: there is a checkpoint of the last one. But none of a run that has diverged:
+    what led there is in its state, finite as it may be, and the checkpoints before are better."""
     place = session.place()
     try:
         yield
-    except HoslError:
+    except (DivergedError, OutOfRangeError):
+        raise
+    except HoslError as error:
         wanted = session.config.checkpoint_every and done > saved
         if wanted and method.may_pause(done) and session.return_to(place):
-            report.checkpoint(done, session, method, link.traffic)
+            try:
+                report.checkpoint(done, session, method, link.traffic)
+            except DivergedError as diverged:
+                raise diverged from error
         raise
 
 
@@ -161,19 +169,21 @@ def _span(steps: Sequence[int]) -> str:
 def describe_all(session: Session, link: Link) -> None:
     """What every client has; they show by the way that they can load model, tokenizer and data.
 
-    A client that is there but cannot take part ends the run before it starts; one that is not
-    there may come later, if enough others are.
+    One that is not there, or cannot take part, may come later, if enough others are there; else
+    the run ends before it starts.
     """
     partitions = range(session.config.num_clients)
     if len(partitions) >= _MANY:
         log.info("waiting for %d clients to load their data", len(partitions))
     requests = {p: [Describe(**session.at(0, p))] for p in partitions}
-    absent: list[str] = []
+    failures: list[HoslError] = []
     for partition, replies in link.exchange(requests).items():
         try:
             (reply,) = replies
-        except AbsentError as error:
-            absent.append(str(error))
+        except (ClientError, ProtocolError, DriftError) as error:
+            failures.append(error)
+            if not isinstance(error, AbsentError):
+                log.warning("a client cannot take part yet: %s", error)
             continue
         assert isinstance(reply, Described)  # Link has checked it
         session.clients[partition] = reply
@@ -187,29 +197,38 @@ def describe_all(session: Session, link: Link) -> None:
             )
             session.train_examples[partition] = min(known, reply.train_examples)
     if len(session.clients) < session.required_clients:
-        raise ClientError(f"{len(session.clients)} client(s) are there; {'; '.join(absent[:3])}")
+        for failure in failures:
+            if not isinstance(failure, AbsentError):
+                raise failure
+        reasons = "; ".join(map(str, failures[:3]))
+        raise ClientError(f"{len(session.clients)} client(s) are there; {reasons}")
 
 
 def check_clients(session: Session, link: Link, partitions: Iterable[int], step: int) -> list[int]:
     """Compare clients' submodels with the history's; the partitions that were compared.
 
-    DriftError names a client that differs and the step at which it began. One that does not
-    answer is left out, if the run can do without it.
+    A client that differs is left out of the rest of the run, if enough others are left; else
+    DriftError names it and the step at which it began. One that does not answer is not compared,
+    if the run can do without it.
     """
     history, since = session.history, session.checked_at
     history.state.mark()
-    requests = {p: [Fingerprint(**session.at(step, p), since=since)] for p in sorted(partitions)}
+    wanted = sorted(set(partitions) - session.expelled)
+    requests = {p: [Fingerprint(**session.at(step, p), since=since)] for p in wanted}
     compared = []
     for partition, replies in link.exchange(requests).items():
         try:
             (reply,) = replies
+            assert isinstance(reply, Fingerprinted)  # Link has checked it
+            history.check(reply, link.describe_client(partition))
+        except DriftError as error:
+            session.expel(step, partition, error)
+            continue
         except (ClientError, ProtocolError) as error:
             if session.config.num_clients == 1:
                 raise
             log.warning("step %d: the submodel of a client is not checked: %s", step, error)
             continue
-        assert isinstance(reply, Fingerprinted)  # Link has checked it
-        history.check(reply, link.describe_client(partition))
         compared.append(partition)
     session.checked_at = len(history.ledger)
     return compared
@@ -219,7 +238,7 @@ def evaluate(session: Session, judge: Link, step: int) -> HeldOut:
     """Score the held-out part, through the split or centrally: always the same client's while it
     is there, so that the evaluations of a run are about the same examples where clients have
     their own."""
-    order = sorted(session.clients)
+    order = sorted(session.clients.keys() - session.expelled)
     if session.evaluator in order:
         order.remove(session.evaluator)
         order.insert(0, session.evaluator)
@@ -227,7 +246,7 @@ def evaluate(session: Session, judge: Link, step: int) -> HeldOut:
     for partition in order:
         try:
             score = _evaluate_on(session, judge, step, partition)
-        except (ClientError, ProtocolError, DivergedError) as error:
+        except (ClientError, ProtocolError, DivergedError, DriftError) as error:
             failures.append(error)
             log.warning("evaluation at step %d: %s; asking the next client", step, error)
             continue
@@ -237,11 +256,14 @@ def evaluate(session: Session, judge: Link, step: int) -> HeldOut:
         return score
     if failures and all(isinstance(e, DivergedError | OutOfRangeError) for e in failures):
         raise DivergedError(f"evaluation at step {step}: {failures[0]}; {_DIVERGED}")
+    if failures and all(isinstance(error, DriftError) for error in failures):
+        raise failures[0]
     reasons = "; ".join(map(str, failures[:3]))
     raise ClientError(f"no client could evaluate step {step}: {reasons}")
 
 
 def _evaluate_on(session: Session, judge: Link, step: int, partition: int) -> HeldOut:
+    """Raises DivergedError for a loss that is none any more, and what the link raises."""
     spec, at = session.spec, session.at(step, partition)
     described = session.clients[partition]
     if session.config.evaluation == "central":  # the server's own data, not the client's
@@ -250,7 +272,10 @@ def _evaluate_on(session: Session, judge: Link, step: int, partition: int) -> He
         described = own
     session.note_overlap(described)
     batches = range(math.ceil(described.held_out_examples / spec.eval_batch_size))
-    return score_batches(session, judge, step, partition, batches)
+    score = score_batches(session, judge, step, partition, batches)
+    if not score.loss <= LARGEST_LOSS:
+        raise DivergedError(f"the held-out loss is {score.loss:g}, beyond {LARGEST_LOSS:g}")
+    return score
 
 
 def finish(method: Method, session: Session, link: Link, report: Report) -> Results:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from hosl_flower.errors import OutOfRangeError, ProtocolError
 from hosl_flower.rounding import quantize
-from hosl_flower.tensors import LARGEST_SCALAR, check_vector, dtype_name
+from hosl_flower.tensors import LARGEST_SCALAR, check_vector, dtype_name, largest
 
 _ROWS_AT_A_TIME = 4096  # widened while a vector is put together
 _DTYPES = {"exact": torch.float32, "int8": torch.int8}
@@ -180,9 +180,11 @@ def pieces_of(rows: Rows, coded: Fields) -> Iterator[tuple[str, Piece]]:
         value, scale = value + values.numel(), scale + len(where)
 
 
-def check(widths: Tensor, coded: Fields, codec: str, what: str) -> None:
+def check(
+    widths: Tensor, coded: Fields, codec: str, what: str, most: float = LARGEST_SCALAR
+) -> None:
     """ProtocolError unless what has arrived is of rows of these widths, in this codec, and of
-    finite numbers."""
+    numbers of at most `most`."""
     present = coded.present
     if present.dtype != torch.bool or list(present.shape) != [len(widths)]:
         raise ProtocolError(
@@ -194,6 +196,6 @@ def check(widths: Tensor, coded: Fields, codec: str, what: str) -> None:
     check_vector(f"scales of the {what}", coded.scales, torch.float32, scales)
     if not (coded.scales >= 0).all():
         raise OutOfRangeError(f"scales of the {what}: expected 0 or more")
-    largest = coded.scales * 127.0 if scales else coded.values.abs()
-    if not (largest <= LARGEST_SCALAR).all():
-        raise OutOfRangeError(f"{what}: expected values of at most +-{LARGEST_SCALAR:g}")
+    found = largest(coded.scales) * 127.0 if scales else largest(coded.values)
+    if not found <= most:
+        raise OutOfRangeError(f"{what}: expected values of at most +-{most:.3g}, got {found:.3g}")

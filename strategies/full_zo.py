@@ -35,6 +35,7 @@ class FullZo(Heron):
         "server-trainable",
         "server-optimizer",
         "server-learning-rate",
+        "server-gradient-clip",
         "server-micro-batch",
         "activation-noise",
     )

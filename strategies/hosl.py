@@ -55,7 +55,7 @@ class Hosl(SplitStrategy):
     name = "hosl"
     uses: tuple[str, ...] = ("scalar-clip",)
     keeps_labels = True
-    unused = (
+    unused: tuple[str, ...] = (
         "clients-per-step",
         "min-clients",
         "client-seeds",

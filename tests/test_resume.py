@@ -92,8 +92,8 @@ def test_stopped_and_resumed_gives_the_same_bits(make, name):
         assert (directory / path.relative_to(whole_directory)).read_bytes() == path.read_bytes()
 
 
-def test_one_checkpoint_is_kept_and_none_is_made_of_the_end(make):
-    _, directory, _ = make(steps=6)
+def test_as_many_checkpoints_are_kept_as_wanted_and_none_is_made_of_the_end(make):
+    _, directory, _ = make(steps=6, checkpoints_kept=1)
     assert [p.name for p in directory.glob("*checkpoint*")] == ["checkpoint-4"]
     assert read(directory).step == 4
 

@@ -6,6 +6,7 @@ business; catching clients up, checking replies and counting bytes and seconds i
 once for all links.
 """
 
+import logging
 import math
 import time
 from abc import ABC, abstractmethod
@@ -23,12 +24,14 @@ from hosl_flower.checks import (
     check_fingerprints,
     check_graded,
     check_hidden_gradient,
+    check_measures,
     check_scalars,
     check_scored,
+    check_update,
     check_weights,
 )
 from hosl_flower.codec import decode
-from hosl_flower.errors import ClientError, DriftError, ProtocolError
+from hosl_flower.errors import MOST_TOLD, ClientError, DriftError, ProtocolError, printable
 from hosl_flower.history import History
 from hosl_flower.ledger import first_digest
 from hosl_flower.memory import PHASES
@@ -75,8 +78,9 @@ from hosl_flower.messages import (
     Weights,
 )
 from hosl_flower.tensors import DTYPES
-from hosl_flower.update_codec import check
 from hosl_flower.wire import wire_bytes
+
+log = logging.getLogger("hosl_flower")
 
 _ANSWERS: dict[type[Request], type[Reply]] = {
     Describe: Described,
@@ -105,6 +109,7 @@ _ANSWERS: dict[type[Request], type[Reply]] = {
 NOT_YET: Any = None  # in place of a reply that has not come by a link's `until`
 
 _ANYWHERE = (Describe, HiddenStates, HeldOutStates)  # answered at any position
+_CLOCKS_DIFFER = 1.0  # seconds, of one exchange
 _CATCH_UPS = 4  # resends per request, each of which may land in another process
 
 
@@ -147,6 +152,7 @@ class Link(ABC):
         self.traffic = Traffic()
         self._outbox: dict[int, list[Request]] = {}
         self._positions: dict[int, tuple[int, str]] = {}  # from each client's last receipt
+        self._overstated: set[int] = set()  # partitions that claimed more seconds than passed
 
     @abstractmethod
     def _deliver(self, requests: Mapping[int, Sequence[Request]]) -> dict[int, Iterator[Reply]]:
@@ -200,8 +206,9 @@ class Link(ABC):
                 lead = self._lead(partition, work)
                 leads[partition] = len(lead) + len(work) - len(own)
                 sent[partition] = [*lead, *work]
+        asked = time.perf_counter()
         return {
-            partition: self._checked(partition, sent[partition], leads[partition], stream)
+            partition: self._checked(partition, sent[partition], leads[partition], stream, asked)
             for partition, stream in self._send(sent).items()
         }
 
@@ -234,15 +241,21 @@ class Link(ABC):
         return streams
 
     def _checked(
-        self, partition: int, sent: Sequence[Request], lead: int, stream: Iterator[Reply]
+        self,
+        partition: int,
+        sent: Sequence[Request],
+        lead: int,
+        stream: Iterator[Reply],
+        asked: float,
     ) -> Generator[Reply, None, None]:
-        """Replies to what follows the first `lead` requests, all of them checked."""
+        """Replies to what follows the first `lead` requests, all of them checked. asked: when."""
         index = attempts = 0
         while index < len(sent):
             reply = self._next(partition, sent[index], stream)
             if reply is NOT_YET:
                 yield NOT_YET
                 continue
+            asked += self._note(partition, sent[index], reply, time.perf_counter() - asked)
             if isinstance(reply, Behind) and sent[index].local:
                 if not isinstance(sent[index], Adopt):
                     raise ClientError(
@@ -292,16 +305,34 @@ class Link(ABC):
         if reply is NOT_YET:
             return reply
         traffic.count(traffic.down, request.kind, request)
-        traffic.client_seconds += reply.seconds
-        traffic.peak_bytes = max(traffic.peak_bytes, reply.peak_bytes)
-        traffic.tensor_peaks = tuple(map(max, traffic.tensor_peaks, reply.tensor_peaks))
         traffic.count(traffic.up, request.kind, reply)
         return reply
+
+    def _note(self, partition: int, request: Request, reply: Reply, passed: float) -> float:
+        """Add what a client says it took to the traffic; the seconds of it that count: not more
+        than have passed since it was asked."""
+        try:
+            check_measures(reply)
+        except ProtocolError as error:
+            raise type(error)(f"{self._where(partition, request)}: {error}") from error
+        traffic, believed = self.traffic, min(reply.seconds, max(0.0, passed))
+        if reply.seconds > believed + _CLOCKS_DIFFER and partition not in self._overstated:
+            self._overstated.add(partition)
+            log.warning(
+                "%s says it computed for %.3g s, of which %.3g s can be: the rest does not count",
+                self._where(partition, request),
+                reply.seconds,
+                believed,
+            )
+        traffic.client_seconds += believed
+        traffic.peak_bytes = max(traffic.peak_bytes, reply.peak_bytes)
+        traffic.tensor_peaks = tuple(map(max, traffic.tensor_peaks, reply.tensor_peaks))
+        return believed
 
     def _check(self, partition: int, request: Request, reply: Reply) -> None:
         where = self._where(partition, request)
         if isinstance(reply, Failure):
-            raise ClientError(f"{where}: {reply.error}")
+            raise ClientError(f"{where}: {printable(reply.error, MOST_TOLD)}")
         expected = _ANSWERS[type(request)]
         if not isinstance(reply, expected) or reply.step != request.step:
             raise ProtocolError(
@@ -349,16 +380,15 @@ class Link(ABC):
             case Grade(), Graded():
                 check_graded(reply, request)
             case LocalProbe(), Scalars():
-                check_scalars(reply, request)
+                check_scalars(reply, request, self.limits.scalar_step)
             case _, Update():
-                rows = self.history.state.rows
-                check(rows.widths(), reply, self.limits.update_codec, reply.kind)
+                check_update(reply, self.history.state.rows, self.limits)
             case HiddenStates(), HiddenGradient():
-                check_hidden_gradient(reply, request)
+                check_hidden_gradient(reply, request, self.limits.state_gradient)
             case HeldOutStates(), Scored():
                 check_scored(reply, request)
             case _, Weights():
-                check_weights(reply, self.history.state)
+                check_weights(reply, self.history.state, self.limits.step)
             case _, Stepped() if reply.local != request.local + 1:
                 raise ProtocolError(
                     f"expected {request.local + 1} local steps, the client is at {reply.local}"

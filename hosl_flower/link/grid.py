@@ -12,7 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from flwr.app import Message
 
 from hosl_flower.checks import Limits
-from hosl_flower.errors import AbsentError, ClientError, HoslError, ProtocolError
+from hosl_flower.errors import (
+    MOST_TOLD,
+    AbsentError,
+    ClientError,
+    HoslError,
+    ProtocolError,
+    printable,
+)
 from hosl_flower.history import History
 from hosl_flower.link.announced import Node
 from hosl_flower.link.base import NOT_YET, Link
@@ -211,7 +218,8 @@ class _NodeExchange:
                 f"SuperNode alive? ({limit.key} allows more)"
             )
         if answer.has_error():
-            return ClientError(f"{who} failed: {answer.error.reason or answer.error.code}")
+            reason = printable(answer.error.reason or str(answer.error.code), MOST_TOLD)
+            return ClientError(f"{who} failed: {reason}")
         try:
             groups = unpack_replies(answer.content)
             if len(groups) == 1 and groups[0] and isinstance(groups[0][0], Failure):

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from flwr.app import Message
 
+from hosl_flower.errors import MOST_TOLD, printable
 from hosl_flower.link.announced import Node
 from hosl_flower.link.dial import Invitation
 from hosl_flower.link.records import pack_invitation
@@ -75,10 +76,11 @@ class Caller:
             line.message = ""
             said = ""
             if answer.has_error():
-                reason = answer.error.reason or str(answer.error.code)
+                reason = printable(answer.error.reason or str(answer.error.code), MOST_TOLD)
             else:
                 config = answer.content.config_records.get("config")
-                said = reason = str(config.get("error", "")) if config else "no record"
+                told = str(config.get("error", "")) if config else "no record"
+                said = reason = printable(told, MOST_TOLD)
             if closing:
                 continue
             if said and not line.session.ever_connected.is_set():
