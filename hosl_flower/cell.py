@@ -6,10 +6,11 @@ from pathlib import Path
 
 from hosl_flower.cells import DIVERGED
 from hosl_flower.config import parse_config
-from hosl_flower.errors import DivergedError, HoslError
+from hosl_flower.errors import DivergedError, HoslError, printable
 from hosl_flower.local_flower import run_flower_app
 from hosl_flower.server_app import load_strategy, log_to_stderr
 from hosl_flower.signals import exit_when_told
+from hosl_flower.whole import put
 
 
 def main() -> None:
@@ -23,10 +24,12 @@ def main() -> None:
             log_to_stderr()
             load_strategy(parse_config(keys)).run_in_process()
     except DivergedError as error:
-        (Path(keys["output-dir"]) / keys["run-name"] / DIVERGED).write_text(
-            f"{error}\n", encoding="utf-8"
-        )
         print(f"diverged: {error}", file=sys.stderr)
+        path = Path(keys["output-dir"]) / keys["run-name"] / DIVERGED
+        try:
+            put(path, printable(str(error)) + "\n")
+        except OSError as full:
+            raise SystemExit(f"{path} cannot be written: {full}") from None
     except HoslError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(1) from None

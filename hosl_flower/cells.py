@@ -64,7 +64,10 @@ def run_all(cells: Sequence[Cell], out: Path, processes: int, flower_app: str, w
             raise
         pool.shutdown(wait=False, cancel_futures=True)  # nothing more is begun
         for future in done:
-            future.result()
+            try:
+                future.result()
+            except OSError as error:
+                raise CellError(f"{out} cannot be written: {error}; make room there") from error
 
 
 def is_finished(cell: Cell, out: Path) -> bool:

@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hosl_flower.cells import choose, is_finished, run_all
+from hosl_flower.cells import CellError, choose, is_finished, run_all
 from hosl_flower.comparison import csv_text, markdown, rows
 from hosl_flower.comparison_plot import draw_comparison, draw_frontier
 from hosl_flower.directories import check_writable
 from hosl_flower.experiment import Keys, cells, read_experiment, trials
+from hosl_flower.whole import put
 
 
 def compare(path: Path, out: Path, processes: int, overrides: Mapping[str, Any]) -> str:
@@ -36,14 +37,20 @@ def compare(path: Path, out: Path, processes: int, overrides: Mapping[str, Any])
     run_all(own, out, processes, app, "runs")
     table = rows(experiment, own, out)
     text = markdown(experiment, table)
-    if record:
-        (out / "tuned.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    (out / "results.md").write_text(text, encoding="utf-8")
-    (out / "results.csv").write_text(csv_text(experiment, own, out), encoding="utf-8")
-    for variant in experiment.variants:
-        suffix = f"-{variant}.png" if variant else ".png"
-        title = f"{path.stem} {variant}".strip()
-        own_rows = [row for row in table if row.variant == variant]
-        draw_comparison(out / f"curves{suffix}", title, own_rows)
-        draw_frontier(out / f"frontier{suffix}", title, own_rows)
+    try:
+        if record:
+            put(out / "tuned.json", json.dumps(record, indent=1) + "\n")
+        put(out / "results.md", text)
+        put(out / "results.csv", csv_text(experiment, own, out))
+        for variant in experiment.variants:
+            suffix = f"-{variant}.png" if variant else ".png"
+            title = f"{path.stem} {variant}".strip()
+            own_rows = [row for row in table if row.variant == variant]
+            draw_comparison(out / f"curves{suffix}", title, own_rows)
+            draw_frontier(out / f"frontier{suffix}", title, own_rows)
+    except OSError as error:
+        raise CellError(
+            f"{out} cannot be written ({error}): all runs are done; make room and give the same "
+            "command again, which takes none of them again"
+        ) from error
     return text

@@ -12,6 +12,7 @@ from matplotlib import pyplot
 
 from hosl_flower.comparison import Row
 from hosl_flower.outcome import Outcome
+from hosl_flower.plot import write_picture
 
 _BYTES = "MB up and down"
 _AXES: tuple[tuple[str, Callable[[Outcome, int], float]], ...] = (
@@ -38,8 +39,10 @@ def draw_comparison(path: Path, title: str, rows: Sequence[Row]) -> None:
             axes.grid(alpha=0.3)
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    try:
+        write_picture(figure, path, dpi=110)
+    finally:
+        pyplot.close(figure)
 
 
 def _draw(
@@ -80,5 +83,7 @@ def draw_frontier(path: Path, title: str, rows: Sequence[Row]) -> None:
     )
     figure.legend(loc="outside right upper")  # methods that learn nothing lie on one another
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    try:
+        write_picture(figure, path, dpi=110)
+    finally:
+        pyplot.close(figure)

@@ -17,12 +17,12 @@ from typing import Any
 import numpy
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hosl_flower.errors import CheckpointError, ConfigError, first_line
 from hosl_flower.perturb import derive_seed
+from hosl_flower.whole import made_whole, save_tensors
 
 _NAME = re.compile(r"\.(lora_[AB])\.default\.")
 _ADAPTER = re.compile(r"\.lora_[AB]\.weight$")
@@ -151,24 +151,20 @@ def save_adapters(
     """Write both sides' adapters for `PeftModel.from_pretrained(base, directory)`.
 
     model: the base model they belong to. adapters: canonical name -> tensor. transposed: as in
-    `merged`.
+    `merged`. Raises OSError when it cannot be written; nothing is left of it then.
     """
     tensors = {
         f"{_PEFT}{name}": tensor.detach().cpu().contiguous() for name, tensor in adapters.items()
     }
-    part = directory.with_name(f".{directory.name}.part")  # half-written adapters have no name
-    part.mkdir(parents=True)
     config = _peft_config(lora, transposed, task_type="CAUSAL_LM", base_model_name_or_path=model)
     config.inference_mode = True
-    config.save_pretrained(part)
-    written = json.loads((part / "adapter_config.json").read_text(encoding="utf-8"))
-    written["target_modules"] = sorted(written["target_modules"])  # a set: no order of its own
-    (part / "adapter_config.json").write_text(
-        json.dumps(written, indent=2) + "\n", encoding="utf-8"
-    )
-    tokenizer.save_pretrained(part)
-    save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
-    part.rename(directory)
+    with made_whole(directory) as part:
+        config.save_pretrained(part)
+        written = json.loads((part / "adapter_config.json").read_text())
+        written["target_modules"] = sorted(written["target_modules"])  # a set has no order
+        (part / "adapter_config.json").write_text(json.dumps(written, indent=2) + "\n")
+        tokenizer.save_pretrained(part)
+        save_tensors(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 @torch.no_grad()

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hosl_flower.families import family_of
 from hosl_flower.split import Base
+from hosl_flower.whole import made_whole, save_tensors
 
 
 def save_merged(
@@ -24,6 +24,7 @@ def save_merged(
     client, server: canonical name -> tensor, together the whole model. The head is saved on
     its own and the configuration says untied, since client embedding and server head differ
     after training. A 16-bit client is saved in the server's float32, which holds it exactly.
+    Raises OSError when it cannot be written; nothing is left of it then.
     """
     both = {**client, **server}
     floating = [t.dtype for t in both.values() if t.is_floating_point()]
@@ -36,12 +37,10 @@ def save_merged(
     config.tie_word_embeddings = False
     config.dtype = widest
     config.architectures = [_architecture(config)]
-    part = directory.with_name(f".{directory.name}.part")  # a half-written model has no name
-    part.mkdir(parents=True)
-    config.save_pretrained(part)
-    processor.save_pretrained(part)
-    save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
-    part.rename(directory)
+    with made_whole(directory) as part:
+        config.save_pretrained(part)
+        processor.save_pretrained(part)
+        save_tensors(tensors, part / "model.safetensors", metadata={"format": "pt"})
 
 
 def _architecture(config: Any) -> str:

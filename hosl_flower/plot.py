@@ -1,10 +1,15 @@
 """The pictures of a run directory: its learning curve, and who holds which data."""
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hosl_flower.errors import printable
+from hosl_flower.whole import put
+
+_MOST_TEXT = 100  # characters
 _SMOOTH = 20  # steps in the moving average of the training loss
 _SCORES: dict[str, tuple[str, dict[str, str]]] = {
     "accuracy": ("accuracy", {"marker": "o", "color": "C1"}),
@@ -27,7 +32,7 @@ def draw_curve(directory: Path, title: str) -> Path:
     held_out = [(row["step"], row["held_out"]) for row in rows if "held_out" in row]
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    figure.suptitle(title)
+    figure.suptitle(printable(title, _MOST_TEXT), parse_math=False)
 
     steps = range(1, len(losses) + 1)
     if losses:  # with differential privacy nobody tells them
@@ -48,7 +53,7 @@ def draw_curve(directory: Path, title: str) -> Path:
     for axes in (left, right):
         axes.grid(alpha=0.3)
     path = directory / "curve.png"
-    figure.savefig(path, dpi=120)
+    write_picture(figure, path)
     return path
 
 
@@ -68,9 +73,10 @@ def draw_partition(
     bottom = [0] * len(label_counts)
     for label, name in enumerate(label_names):
         heights = [counts[label] for counts in label_counts]
+        shown = printable(str(name), _MOST_TEXT).replace("$", r"\$")  # no formulas
         # bars that touch: with many clients gaps would be all one sees
         width = 0.8 if len(label_counts) <= 50 else 1.0
-        axes.bar(clients, heights, bottom=bottom, width=width, label=name, linewidth=0)
+        axes.bar(clients, heights, bottom=bottom, width=width, label=shown, linewidth=0)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     axes.set(xlabel="client (partition)", ylabel="training examples")
     axes.set_title(f"{clients_with(totals)} examples")
@@ -79,7 +85,14 @@ def draw_partition(
     if len(totals) <= 10:
         axes.set_xticks(clients)
     figure.legend(title="label", loc="outside right upper")  # a place without bars
-    figure.savefig(path, dpi=120)
+    write_picture(figure, path)
+
+
+def write_picture(figure: Any, path: Path, dpi: int = 120) -> None:
+    """A figure as PNG. OSError when it cannot be written; a file that was there stays then."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=dpi)
+    put(path, content.getvalue())
 
 
 def clients_with(counts: Sequence[int]) -> str:
