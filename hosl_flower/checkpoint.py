@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hosl_flower.errors import CheckpointError, DivergedError
+from hosl_flower.inside import parse_json
 from hosl_flower.tensors import largest
+from hosl_flower.whole import save_tensors
 
 FORMAT = 1
 _NAME = "checkpoint-"
@@ -59,7 +61,7 @@ def write(run: Path, checkpoint: Checkpoint, kept: int = 1) -> Path:
     try:
         part.mkdir()
         tensors = {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}
-        _save(tensors, part / _TENSORS)
+        save_tensors(tensors, part / _TENSORS)
         record = {
             "format": FORMAT,
             "step": checkpoint.step,
@@ -76,7 +78,7 @@ def write(run: Path, checkpoint: Checkpoint, kept: int = 1) -> Path:
     except OSError:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    before = sorted(found for found in _found(run) if found[0] < checkpoint.step)
+    before = sorted(own for own in found(run) if own[0] < checkpoint.step)
     for _, other in before[: len(before) - kept + 1]:
         shutil.rmtree(other, ignore_errors=True)
     return path
@@ -88,20 +90,20 @@ def _not_finite(tensors: Mapping[str, Tensor]) -> str:
     return next(bad, "")
 
 
-def read(run: Path) -> Checkpoint:
-    """The latest checkpoint of a run directory. CheckpointError when there is none, or when it is
-    damaged or of another version."""
+def read(run: Path, step: int | None = None) -> Checkpoint:
+    """The checkpoint of a step in a run directory, by default the latest. CheckpointError when
+    there is none, or when it is damaged or of another version."""
     if not run.is_dir():
         raise CheckpointError(f"resume: there is no run directory {run}")
-    found = _found(run)
-    if not found:
+    own = {number: path for number, path in found(run) if step in (None, number)}
+    if not own:
         raise CheckpointError(
             f"{run} has no checkpoint to resume from: a run writes them every checkpoint-every "
             "steps, if that is not 0"
         )
-    step, path = max(found)
+    step, path = max(own.items())
     try:
-        record = json.loads((path / _VALUES).read_text(encoding="utf-8"))
+        record = parse_json((path / _VALUES).read_bytes())
         if record["format"] != FORMAT:
             raise CheckpointError(
                 f"{path} has format {record['format']}, this version of hosl-flower reads {FORMAT}"
@@ -113,7 +115,9 @@ def read(run: Path) -> Checkpoint:
         if name := _not_finite(tensors):
             raise ValueError(f"{name} has values that are not finite")
         return Checkpoint(step, record["values"], tensors)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (
+        OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError
+    ) as error:  # fmt: skip
         raise CheckpointError(
             f"{path} is damaged ({error}); remove it, and resume from another if there is one"
         ) from error
@@ -121,7 +125,7 @@ def read(run: Path) -> Checkpoint:
 
 def steps(run: Path) -> list[int]:
     """Steps of the checkpoints of a run directory, the latest first."""
-    return sorted((step for step, _ in _found(run)), reverse=True)
+    return sorted((step for step, _ in found(run)), reverse=True)
 
 
 def sync(path: Path) -> None:
@@ -133,14 +137,8 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:  # a full disk is one
-        raise OSError(str(error)) from error
-
-
-def _found(run: Path) -> list[tuple[int, Path]]:
+def found(run: Path) -> list[tuple[int, Path]]:
+    """(step, directory) of all checkpoints of a run directory, whole or not."""
     numbers = ((path.name.removeprefix(_NAME), path) for path in run.glob(f"{_NAME}*"))
     return [(int(number), path) for number, path in numbers if number.isdecimal()]
 

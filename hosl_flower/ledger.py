@@ -12,7 +12,6 @@ number of entries; its digest, a running hash, names the history up to there.
 import hashlib
 import json
 import math
-import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +21,9 @@ from typing import Any
 from torch import Tensor
 
 from hosl_flower.errors import CheckpointError
+from hosl_flower.inside import parse_json
 from hosl_flower.tensors import raw_bytes
+from hosl_flower.whole import Lines, put
 from hosl_flower.zo import to_float32
 
 
@@ -86,8 +87,7 @@ class Ledger:
         self.entries: list[Entry] = []
         self._digests = [first_digest(genesis)]
         self._bytes = 0
-        self._path: Path | None = None
-        self._unwritten: list[dict[str, Any]] = []
+        self._file: Lines | None = None
 
     def __len__(self) -> int:
         return self.start + len(self.entries)
@@ -137,46 +137,48 @@ class Ledger:
 
     def record(self, path: Path) -> None:
         """Keep the whole history in a file too: JSON lines, added to at every `seal`."""
-        path.write_text(json.dumps({"genesis": self.genesis}) + "\n", encoding="utf-8")
-        self._path, self._unwritten = path, [asdict(entry) for entry in self.entries]
+        put(path, json.dumps({"genesis": self.genesis}) + "\n")
+        self._file = Lines(path)
+        for entry in self.entries:
+            self._write(asdict(entry))
 
     def go_on(self, path: Path) -> None:
         """As `record`, with a file that has been sealed here already."""
-        self._path, self._unwritten = path, []
+        self._file = Lines(path)
 
     def seal(self) -> None:
-        """Write what is new to the file, and a line with the digest up to here. OSError when it
-        cannot be written; the file is as it was then."""
-        if self._path is None:
-            return
-        rows = [*self._unwritten, {"position": len(self), "digest": self.digest()}]
-        size = self._path.stat().st_size
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in rows))
-        except OSError:
-            os.truncate(self._path, size)  # all or nothing: the next attempt writes them again
-            raise
-        self._unwritten = []
+        """Write new updates to the file, and a line with the digest up to here. OSError when they
+        cannot be written; the file is as it was then, and the next attempt writes them again."""
+        if self._file is not None:
+            self._write({"position": len(self), "digest": self.digest()})
+            self._file.flush()
 
     def _write(self, row: dict[str, Any]) -> None:
-        if self._path is not None:
-            self._unwritten.append(row)
+        if self._file is not None:
+            self._file.hold(json.dumps(row))
 
     @classmethod
-    def read(cls, path: Path) -> "Ledger":
-        """The ledger of a run directory. CheckpointError when it is damaged or does not end with a
-        digest; that nothing is missing after it shows in the `ledger_digest` of results.json."""
+    def read(cls, path: Path, content: bytes | None = None) -> "Ledger":
+        """The ledger of a run directory, or of the content of its file. CheckpointError with the
+        line when it is damaged or does not end with a digest; that nothing is missing after it
+        shows in the `ledger_digest` of results.json."""
+        number, intact = 1, False
         try:
-            head, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-            ledger = cls(head["genesis"])
-            intact = False
+            head, *rows = (path.read_bytes() if content is None else content).splitlines() or [b""]
+            ledger = cls(parse_json(head)["genesis"])
             for row in rows:
-                intact = ledger._take(row)
-        except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
-            raise CheckpointError(f"{path} is not a complete ledger ({error!r})") from error
+                number += 1
+                intact = ledger._take(parse_json(row))
+        except (
+            OSError, ValueError, KeyError, TypeError, AttributeError, struct.error
+        ) as error:  # fmt: skip
+            raise CheckpointError(
+                f"{path}, line {number}: not a complete ledger ({error!r})"
+            ) from error
         if not intact:
-            raise CheckpointError(f"{path} is not a complete ledger: its end is missing")
+            raise CheckpointError(
+                f"{path}, line {number}: not a complete ledger, its end is missing"
+            )
         return ledger
 
     def _take(self, row: dict[str, Any]) -> bool:

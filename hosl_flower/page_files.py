@@ -1,10 +1,21 @@
 """The files of a run directory, as far as a page needs them: old runs and other versions too."""
 
-from typing import Any
+import math
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 _NAN = float("nan")
+
+Integer = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # a larger one is no count of anything
+
+
+def _drawable(value: float) -> float:
+    """No figure is larger, but for one that diverged; and none larger can be drawn."""
+    return math.copysign(math.inf, value) if abs(value) > 1e300 else value
+
+
+Number = Annotated[float, AfterValidator(_drawable)]
 
 
 class Read(BaseModel):
@@ -16,11 +27,13 @@ class Read(BaseModel):
 class Evaluation(Read):
     """Held-out figures after a step."""
 
-    step: int = 0
-    loss: float = _NAN
-    accuracy: float = _NAN
-    exact_match: float | None = None
-    f1: float | None = None
+    step: Integer = 0
+    loss: Number = _NAN
+    accuracy: Number = _NAN
+    balanced_accuracy: Number | None = None
+    majority_accuracy: Number | None = None
+    exact_match: Number | None = None
+    f1: Number | None = None
 
     @property
     def score(self) -> float:
@@ -31,38 +44,40 @@ class Evaluation(Read):
 class Sent(Read):
     """Of one kind of request, one way."""
 
-    messages: int = 0
-    bytes: int = 0
+    messages: Integer = 0
+    bytes: Integer = 0
 
 
 class Memory(Read):
-    """Peaks of the client that needed most: its process, its tensors by phase."""
+    """Peaks of the client that needed most: its process, its tensors by phase. note: about figures
+    that were not believed."""
 
-    bytes: int | None = None
-    tensor_bytes: dict[str, int] = {}
+    bytes: Integer | None = None
+    tensor_bytes: dict[str, Integer] = {}
+    note: str = ""
 
 
 class Dropped(Read):
     """A client that was left out of a step."""
 
-    step: int
-    partition: int
+    step: Integer
+    partition: Integer
     reason: str = ""
 
 
 class Clients(Read):
     """Who was there."""
 
-    number: int | None = None
-    steps_taken_part: dict[int, int] = {}
+    number: Integer | None = None
+    steps_taken_part: dict[Integer, Integer] = {}
     dropped: list[Dropped] = []
 
 
 class Privacy(Read):
     """What differential privacy has cost, by client."""
 
-    epsilon: dict[str, float] = {}
-    delta: float | None = None
+    epsilon: dict[str, Number] = {}
+    delta: Number | None = None
     simulated: bool = False
 
 
@@ -74,22 +89,22 @@ class ResultsFile(Read):
     task: str = ""
     pretrained: bool | None = None
     notice: str = ""
-    seed: int | None = None
-    steps: int | None = None
-    accuracy: float | None = None
-    balanced_accuracy: float | None = None
-    majority_accuracy: float | None = None
-    exact_match: float | None = None
-    f1: float | None = None
-    loss: float | None = None
-    held_out_examples: int | None = None
-    wall_seconds: float | None = None
+    seed: Integer | None = None
+    steps: Integer | None = None
+    accuracy: Number | None = None
+    balanced_accuracy: Number | None = None
+    majority_accuracy: Number | None = None
+    exact_match: Number | None = None
+    f1: Number | None = None
+    loss: Number | None = None
+    held_out_examples: Integer | None = None
+    wall_seconds: Number | None = None
     evaluations: list[Evaluation] = []
-    seconds_per_step: dict[str, float] = {}
+    seconds_per_step: dict[str, Number] = {}
     bytes_up: dict[str, Sent] = {}
     bytes_down: dict[str, Sent] = {}
     client_peak_memory: Memory = Memory()
-    client_parameters: dict[str, int] = {}
+    client_parameters: dict[str, Integer] = {}
     clients: Clients = Clients()
     privacy: Privacy | None = None
     fingerprint: str = ""
@@ -99,7 +114,7 @@ class ResultsFile(Read):
 class ConfigFile(Read):
     """config.json: keys, and where the run ran."""
 
-    config: dict[str, Any] = {}
+    config: dict[str, bool | int | float | str | None] = {}
     model_used: str = ""
     task_used: str = ""
     pretrained: bool | None = None
@@ -112,16 +127,16 @@ class ConfigFile(Read):
 class Measured(Read):
     """A line of metrics.jsonl: a step, or an evaluation."""
 
-    step: int
-    train_loss: float | None = None
+    step: Integer
+    train_loss: Number | None = None
     held_out: Evaluation | None = None
-    seconds: dict[str, float] = {}
-    dropped: dict[int, str] = {}
+    seconds: dict[str, Number] = {}
+    dropped: dict[Integer, str] = {}
 
 
 class Update(Read):
     """A line of ledger.jsonl; one without scalars is a digest, or weights sent whole."""
 
-    step: int | None = None
-    scalars: list[float] = []
+    step: Integer | None = None
+    scalars: list[Number] = []
     weights: str | None = None

@@ -7,7 +7,7 @@ they are brought up to date like any that was away. So a run that is stopped and
 same numbers, bit for bit, as one that was not.
 """
 
-import json
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -17,14 +17,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hosl_flower.checkpoint import Checkpoint, read
+from hosl_flower.checkpoint import Checkpoint, found, read
 from hosl_flower.config import RunConfig
 from hosl_flower.errors import CheckpointError, ConfigError
 from hosl_flower.history import History
+from hosl_flower.inside import read_json
 from hosl_flower.link.base import Traffic
+from hosl_flower.resumable import check_files, check_links, check_values
 from hosl_flower.server import Server
 from hosl_flower.session import Drop, Session
 from hosl_flower.state import Snapshot
+
+log = logging.getLogger("hosl_flower")
 
 # keys that may differ: they change how a run goes on, not what it computes (another device or
 # number of threads may round differently, as between any two machines)
@@ -53,13 +57,16 @@ def run_directory(config: RunConfig) -> Path:
 
 
 def find(config: RunConfig) -> Checkpoint:
-    """The checkpoint that a config wants to go on from. CheckpointError when it is not there,
-    ConfigError when the config is of another run or nothing is left to do."""
+    """The checkpoint that a config wants to go on from: the latest that is whole, as are the files
+    it is about. CheckpointError when there is none, ConfigError when the config is of another run
+    or nothing is left to do."""
     directory = run_directory(config)
-    checkpoint = read(directory)
+    checkpoint = _whole(directory)
     try:
-        record = json.loads((directory / "config.json").read_text(encoding="utf-8"))["config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        record = read_json(directory, directory / "config.json")["config"]
+        if not isinstance(record, dict):
+            raise TypeError("config is no object")
+    except (OSError, KeyError, TypeError) as error:
         raise CheckpointError(f"{directory}/config.json cannot be read ({error})") from error
     wanted = config.as_keys()
     # a rate that falls to zero at the end depends on where that is
@@ -77,8 +84,9 @@ def find(config: RunConfig) -> Checkpoint:
             f"resume: {directory} is a run with {'; '.join(differ)}; only what does not change "
             "what is computed may be another"
         )
-    _check_files(directory, checkpoint)
-    if config.steps <= checkpoint.step:
+    if config.steps < checkpoint.step or (
+        config.steps == checkpoint.step and not _lacks_files(config, checkpoint)
+    ):
         raise ConfigError(
             f"resume: {directory} has a checkpoint of step {checkpoint.step}, and steps = "
             f"{config.steps}: nothing is left to do"
@@ -86,14 +94,33 @@ def find(config: RunConfig) -> Checkpoint:
     return checkpoint
 
 
-def _check_files(directory: Path, checkpoint: Checkpoint) -> None:
-    for name, size in checkpoint.values["report"]["sizes"].items():
-        path = directory / name
-        if not path.is_file() or path.stat().st_size < size:
-            raise CheckpointError(
-                f"{path} is shorter than when the checkpoint of step {checkpoint.step} was "
-                "written: files of the run are damaged or missing"
-            )
+def _whole(directory: Path) -> Checkpoint:
+    """The latest checkpoint that can be used. CheckpointError of the latest if none can."""
+    if directory.is_dir():
+        check_links(directory)
+    first: CheckpointError | None = None
+    for step, path in sorted(found(directory), reverse=True):
+        try:
+            checkpoint = read(directory, step)
+            check_values(path, checkpoint.values)
+            check_files(directory, checkpoint)
+        except CheckpointError as error:
+            log.warning("the checkpoint of step %d cannot be used: %s", step, error)
+            first = first or error
+            continue
+        return checkpoint
+    if first:
+        raise first
+    return read(directory)  # says that there is none
+
+
+def _lacks_files(config: RunConfig, checkpoint: Checkpoint) -> bool:
+    """Whether a run came to its end at a checkpoint, and something of the end is not there."""
+    directory, scored = run_directory(config), checkpoint.values["report"]["evaluations"]
+    ended = bool(scored) and scored[-1]["step"] == checkpoint.step
+    model = directory / "model"
+    there = (directory / "results.json").is_file() and (model.is_dir() or not config.save_model)
+    return ended and not there
 
 
 def collect(
@@ -178,7 +205,12 @@ def _task(session: Session) -> str:
 def earlier_traffic(checkpoint: Checkpoint) -> Traffic:
     """What had been sent when the checkpoint was made."""
     values = dict(checkpoint.values["traffic"])
-    return Traffic(**{**values, "tensor_peaks": tuple(values["tensor_peaks"])})
+    try:
+        return Traffic(**{**values, "tensor_peaks": tuple(values["tensor_peaks"])})
+    except TypeError as error:
+        raise CheckpointError(
+            f"the checkpoint of step {checkpoint.step}, traffic: {error}; is it of another version?"
+        ) from error
 
 
 def _restore_history(history: History, place: Mapping[str, Any], checkpoint: Checkpoint) -> None:
