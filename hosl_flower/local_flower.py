@@ -66,7 +66,7 @@ def run_flower_app(
         with contextlib.suppress(OSError):
             directory.rmdir()  # it is empty if the run was refused
     written = results.is_file() and results.stat().st_mtime_ns != before
-    if code != 0 or not written:
+    if code != 0 or not written or reason:  # results may be there when other files are not
         why = reason or f"flwr exit code {code}, no {results}; the log above says why"
         raise RunFailedError(f"the run did not finish: {why}")
     return results

@@ -2,35 +2,42 @@
 
 config.json     every key, package versions, the machine
 metrics.jsonl   one line per training step and per evaluation
-results.json    the outcome; written last, so its absence means the run did not finish
+results.json    the outcome; its absence means that the run did not finish
 curve.png       loss and accuracy against steps
 partition.png   training examples per client and label
 ledger.jsonl    the client submodel's history
 log.txt         what was said while it ran (runlog.py)
 checkpoint-N/   the run after step N, to go on from (checkpoint.py), if wanted
 model/          the merged model, for transformers, or the LoRA adapters, for peft
+
+A file that cannot be written, on a full disk say, loses nothing that was computed: training goes
+on, lines are held until there is room, and in the end every other file is written all the same.
 """
 
+import hashlib
 import json
 import logging
 import math
 import os
 import platform
-import shutil
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hosl_flower.checkpoint import sync, write
+from filelock import FileLock
+
+from hosl_flower.checkpoint import found, sync, write
 from hosl_flower.config import RunConfig
-from hosl_flower.directories import check_writable, claimed
-from hosl_flower.errors import ConfigError, HoslError
+from hosl_flower.directories import check_writable
+from hosl_flower.ending import Ending
+from hosl_flower.errors import ConfigError
 from hosl_flower.link.base import Traffic
-from hosl_flower.lock import lock, unlock
+from hosl_flower.lock import claim, lock, refuse_used
 from hosl_flower.measures import headline
 from hosl_flower.plot import draw_curve, draw_partition
 from hosl_flower.results import Measured, Results, results_of
@@ -40,6 +47,7 @@ from hosl_flower.session import Session
 from hosl_flower.summary import plan, table
 from hosl_flower.text_score import HeldOut
 from hosl_flower.trackers import Trackers, check_trackers
+from hosl_flower.whole import Lines, put, remove
 
 log = logging.getLogger("hosl_flower")
 
@@ -48,38 +56,73 @@ _PACKAGES = ("hosl-flower", "flwr", "torch", "transformers", "datasets", "ray", 
 
 
 class Report:
-    """The run directory and the log of one run."""
+    """The run directory and the log of one run; a context that holds the directory's lock."""
 
     def __init__(self, config: RunConfig, kept: RunLog):
         self.config, self._kept = config, kept
+        self._lock: FileLock | None = None
+        if config.tracker_names != ("auto",):
+            check_trackers(config.tracker_names)
         name = config.run_name or time.strftime("%Y%m%d-%H%M%S")
         self.directory = (Path(config.output_dir).expanduser() / name).absolute()
         if config.resume:
             self.directory = run_directory(config)
-        check_writable(self.directory, "resume" if config.resume else "output-dir")
-        taken = self.directory.exists() and any(self.directory.iterdir())
-        if taken and config.run_name and not config.resume:
-            raise ConfigError(f"{self.directory} already holds a run; choose another run-name")
+            check_writable(self.directory, "resume")
+            if self.directory.is_dir():  # before its checkpoint is read: another run may go on
+                self._lock = lock(self.directory)
+        else:
+            check_writable(self.directory, "output-dir")
+            if config.run_name:
+                refuse_used(self.directory)  # before loading; once more when it is claimed
         self.trackers: Trackers | None = None
-        if config.tracker_names != ("auto",):
-            check_trackers(config.tracker_names)
         self.evaluations: list[dict[str, float | None]] = []
         self.final: HeldOut | None = None
+        self._metrics = Lines(self.directory / "metrics.jsonl")
+        self._behind = False  # metrics.jsonl lacks lines
+        self.ending = Ending()
         self._seconds: dict[str, float] = defaultdict(float)
-        self._started = self._last_line = time.perf_counter()
+        self._opened = self._started = self._last_line = time.perf_counter()
+        self._client_seconds, self._doubted = 0.0, False  # since then
         self._last_loss = float("nan")
         self._earlier = 0.0  # seconds before the checkpoint this run goes on from
 
+    def __enter__(self) -> "Report":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
     def open(self, method: Any, session: Session) -> None:
-        """Everything checked: make the directory and log the plan."""
+        """Everything checked: make the directory and log the plan. ConfigError when the directory
+        cannot be written or holds a run."""
         try:
-            if self.config.resume or self.config.run_name:
-                self.directory.mkdir(parents=True, exist_ok=True)
-            else:
-                self.directory = claimed(self.directory)
+            if self._lock is None:
+                self.directory, self._lock = claim(self.directory, bool(self.config.run_name))
+            self._metrics = Lines(self.directory / "metrics.jsonl")
+            self._start(session)
         except OSError as error:
-            raise ConfigError(f"output-dir: cannot make {self.directory}: {error}") from error
-        self._lock = lock(self.directory)
+            key = "resume" if self.config.resume else "output-dir"
+            raise ConfigError(
+                f"{key}: {self.directory} cannot be written ({error}); expected a directory with "
+                "room that this user can write"
+            ) from error
+        clients = [client for _, client in sorted(session.clients.items())]
+        counts = [client.label_counts for client in clients]
+        task = session.spec.task
+        names = task.label_names or task.verbalizers or ("examples",)
+        if not session.limits.label_counts:
+            names, counts = ("any",), [(client.train_examples,) for client in clients]
+        self.trackers = Trackers(self.config.tracker_names, self.directory, self.config.as_keys())
+        with self._warned("partition.png"):
+            draw_partition(self.directory / "partition.png", counts, names)
+        for line in plan(method, session):
+            log.info(line)
+        log.info("run directory: %s", self.directory)
+        self._started = self._last_line = time.perf_counter()
+
+    def _start(self, session: Session) -> None:
+        """The files that a run begins with, or goes on with."""
         self._kept.keep(self.directory)
         record = {
             "config": self.config.as_keys(),
@@ -92,35 +135,26 @@ class Report:
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             **({"resumed_after_step": session.done} if session.resumed else {}),
         }
+        put(self.directory / "config.json", json.dumps(record, indent=2) + "\n")
         if session.resumed is not None:
             self._go_on(session, session.resumed.values["report"])
-        self._write("config.json", json.dumps(record, indent=2))
-        if session.resumed is None:
-            (self.directory / "metrics.jsonl").write_text("", encoding="utf-8")
-            session.history.ledger.record(self.directory / "ledger.jsonl")
-        clients = [client for _, client in sorted(session.clients.items())]
-        counts = [client.label_counts for client in clients]
-        task = session.spec.task
-        names = task.label_names or task.verbalizers or ("examples",)
-        if not session.limits.label_counts:
-            names, counts = ("any",), [(client.train_examples,) for client in clients]
-        self.trackers = Trackers(self.config.tracker_names, self.directory, self.config.as_keys())
-        draw_partition(self.directory / "partition.png", counts, names)
-        for line in plan(method, session):
-            log.info(line)
-        log.info("run directory: %s", self.directory)
-        self._started = self._last_line = time.perf_counter()
+            return
+        put(self._metrics.path, "")
+        session.history.ledger.record(self.directory / "ledger.jsonl")
 
     def _go_on(self, session: Session, state: dict[str, Any]) -> None:
         """Take up the files where a checkpoint saw them; what came after it is made again."""
-        (self.directory / "results.json").unlink(missing_ok=True)
+        if session.done < self.config.steps:  # else only files of the end are missing
+            (self.directory / "results.json").unlink(missing_ok=True)
+            behind = self._steps_after(state["sizes"]["metrics.jsonl"])
+            session.retaken += behind * session.config.local_steps
         for left in ("model", ".model.part"):
-            shutil.rmtree(self.directory / left, ignore_errors=True)
-        session.retaken += self._steps_after(state["sizes"]["metrics.jsonl"]) * (
-            session.config.local_steps
-        )
-        for name, size in state["sizes"].items():
-            os.truncate(self.directory / name, size)
+            remove(self.directory / left)
+        for step, path in found(self.directory):
+            if step > session.done:  # damaged, or of steps that are taken again now
+                remove(path)
+        for name in ("metrics.jsonl", "ledger.jsonl"):
+            os.truncate(self.directory / name, state["sizes"][name])
         session.history.ledger.go_on(self.directory / "ledger.jsonl")
         self.evaluations = state["evaluations"]
         self._seconds.update(state["seconds"])
@@ -138,23 +172,31 @@ class Report:
     def checkpoint(self, step: int, session: Session, method: Resumable, traffic: Traffic) -> None:
         """Write a checkpoint. One that cannot be written ends no run: the last is still there.
         Raises DivergedError when there are values in it that are not finite."""
-        files = [self.directory / name for name in ("metrics.jsonl", "ledger.jsonl")]
         try:
-            session.history.ledger.seal()
-            for file in files:
-                sync(file)
-            state = {
-                "sizes": {file.name: file.stat().st_size for file in files},
-                "evaluations": self.evaluations,
-                "seconds": self._seconds,
-                "wall_seconds": self._wall_seconds(),
-            }
-            checkpoint = collect(step, session, method, traffic, state)
-            write(self.directory, checkpoint, self.config.checkpoints_kept)
+            self.write_checkpoint(step, session, method, traffic)
         except OSError as error:
             log.warning(
                 "the checkpoint of step %d cannot be written (%s); training goes on", step, error
             )
+
+    def write_checkpoint(
+        self, step: int, session: Session, method: Resumable, traffic: Traffic
+    ) -> None:
+        """As `checkpoint`; OSError when it cannot be written."""
+        files = [self.directory / name for name in ("metrics.jsonl", "ledger.jsonl")]
+        self._metrics.flush()
+        session.history.ledger.seal()
+        for file in files:
+            sync(file)
+        state = {
+            "sizes": {file.name: file.stat().st_size for file in files},
+            "metrics_sha256": hashlib.sha256(files[0].read_bytes()).hexdigest(),
+            "evaluations": self.evaluations,
+            "seconds": self._seconds,
+            "wall_seconds": self._wall_seconds(),
+        }
+        checkpoint = collect(step, session, method, traffic, state)
+        write(self.directory, checkpoint, self.config.checkpoints_kept)
 
     def _wall_seconds(self) -> float:
         return self._earlier + time.perf_counter() - self._started
@@ -170,6 +212,7 @@ class Report:
     ) -> None:
         """Record one training step. loss: not a number where nobody tells it. seconds: transport is
         what neither side computed."""
+        client = self._believed(client, session)
         seconds = {
             "client": client,
             "server": max(0.0, wall - waited),
@@ -192,6 +235,23 @@ class Report:
         if time.perf_counter() - self._last_line > _PROGRESS_SECONDS:
             self._progress(step)
 
+    def _believed(self, client: float, session: Session) -> float:
+        """Seconds that clients say they computed in a step, at most what all of them together have
+        had since the run began."""
+        had = session.config.num_clients * (time.perf_counter() - self._opened)
+        most = max(0.0, had - self._client_seconds)
+        if client > most:
+            if not self._doubted:
+                log.warning(
+                    "clients claim to have computed for %.3g s, %.3g s can be at most: their "
+                    "seconds are left out where they cannot be",
+                    client,
+                    most,
+                )
+            self._doubted, client = True, most
+        self._client_seconds += client
+        return client
+
     def evaluated(self, step: int, score: HeldOut, session: Session) -> None:
         """Record one evaluation, and the client submodel's history up to it."""
         try:
@@ -206,21 +266,34 @@ class Report:
         log.info("step %d/%d: held-out %s", step, self.config.steps, score)
         self._last_line = time.perf_counter()
 
-    def close(self, method: Any, session: Session, traffic: Traffic, checked: list[int]) -> Results:
-        """Write curve and, last, results; log the table. checked: clients whose fingerprint is
-        the one in the results."""
+    def results(
+        self, method: Any, session: Session, traffic: Traffic, checked: list[int]
+    ) -> Results:
+        """Write all that was measured; log the table. checked: clients whose fingerprint is the
+        one in the results."""
         assert self.final is not None
-        draw_curve(self.directory, f"{method.name}: {session.spec.model}, {session.spec.task.name}")
         measured = Measured(self.final, self.evaluations, self._seconds, self._wall_seconds())
         results = results_of(method.name, session, traffic, measured, checked)
-        self._write("results.json", json.dumps(asdict(results), indent=2))
-        if self.trackers is not None:
-            self.trackers.finish({**dict([headline(asdict(results))]), "loss": results.loss})
-        unlock(self._lock)
+        text = json.dumps(asdict(results), indent=2)
         for line in table(results, traffic).splitlines():
             log.info(line)
-        log.info("run directory: %s", self.directory)
+        path = self.directory / "results.json"
+        self.ending.attempt("metrics.jsonl", self._metrics.flush)
+        self.ending.attempt("ledger.jsonl", session.history.ledger.seal)
+        self.ending.attempt("results.json", lambda: put(path, text + "\n"))
+        if "results.json" in self.ending.failures:
+            log.error("results.json could not be written, it would be: %s", text)
+        with self._warned("curve.png"):
+            title = f"{method.name}: {session.spec.model}, {session.spec.task.name}"
+            draw_curve(self.directory, title)
+        if self.trackers is not None:
+            self.trackers.finish({**dict([headline(asdict(results))]), "loss": results.loss})
         return results
+
+    def close(self) -> None:
+        """HoslError when something of the end could not be written."""
+        log.info("run directory: %s", self.directory)
+        self.ending.check(self.directory, self.config.steps)
 
     def _track(
         self,
@@ -249,21 +322,28 @@ class Report:
         )
 
     def _append(self, row: dict[str, Any]) -> None:
-        path = self.directory / "metrics.jsonl"
+        """Add a line to metrics.jsonl, at the latest when there is room again."""
+        self._metrics.hold(json.dumps(row))
         try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            self._metrics.flush()
+            self._behind = False
         except OSError as error:
-            raise HoslError(
-                f"{path} cannot be written ({error}): make room, then go on from the last "
-                "checkpoint with resume"
-            ) from error
+            if not self._behind:
+                log.warning(
+                    "%s cannot be written (%s): make room; training goes on, and its lines are "
+                    "kept in memory until then",
+                    self._metrics.path,
+                    error,
+                )
+            self._behind = True
 
-    def _write(self, name: str, text: str) -> None:
-        """Whole or not at all."""
-        part = self.directory / f".{name}.part"
-        part.write_text(text + "\n", encoding="utf-8")
-        part.replace(self.directory / name)
+    @contextmanager
+    def _warned(self, name: str) -> Iterator[None]:
+        """A picture that cannot be written is no reason to end a run."""
+        try:
+            yield
+        except OSError as error:
+            log.warning("%s cannot be written (%s)", self.directory / name, error)
 
 
 def _version(package: str) -> str:

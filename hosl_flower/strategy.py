@@ -130,8 +130,11 @@ class SplitStrategy(Strategy):
         """Run on Flower. Model, steps and deadlines come from the run config; the weights stay
         in the run directory, so `initial_arrays` and `Result.arrays` are not used."""
         # `flwr stop` sends a signal, and so does Flower to a ServerApp whose SuperLink has ended
-        with RunLog() as kept, stop_announced(kept, "flwr stop, or SuperLink is gone"):
-            report = Report(self.config, kept)
+        with (
+            RunLog() as kept,
+            stop_announced(kept, "flwr stop, or SuperLink is gone"),
+            Report(self.config, kept) as report,
+        ):
             session = self._open(run)
             link = open_link(
                 grid,
@@ -154,8 +157,7 @@ class SplitStrategy(Strategy):
                 "step-deadline is about clients that work side by side; in process they do so one "
                 "after the other: leave it 0"
             )
-        with RunLog() as kept, stop_announced(kept):
-            report = Report(self.config, kept)
+        with RunLog() as kept, stop_announced(kept), Report(self.config, kept) as report:
             session = self._open("in-process")
             client = Client(session.spec, secret=simulated_secret(session.spec.seed))
             link = InProcessLink(client, session.history, session.limits)

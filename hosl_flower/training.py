@@ -15,6 +15,7 @@ from typing import Protocol
 from torch import Tensor
 
 from hosl_flower.client import Client
+from hosl_flower.ending import warn_of_room
 from hosl_flower.errors import (
     AbsentError,
     ClientError,
@@ -39,7 +40,7 @@ from hosl_flower.report import Report
 from hosl_flower.results import Results
 from hosl_flower.resume import earlier_traffic
 from hosl_flower.session import Session
-from hosl_flower.split import trainable_parameters
+from hosl_flower.split import count, trainable_parameters
 from hosl_flower.tensors import LARGEST_LOSS
 from hosl_flower.text_score import HeldOut
 
@@ -85,6 +86,8 @@ def train(method: Method, session: Session, link: Link, report: Report) -> Resul
     check_clients(session, link, session.clients, session.done)
     judge = judge_of(session, link)
     report.open(method, session)
+    if config.save_model:
+        warn_of_room(report.directory, bytes_needed(session))
     if not session.resumed:
         method.settle(session)
         report.evaluated(0, evaluate(session, judge, 0), session)
@@ -118,6 +121,9 @@ def train(method: Method, session: Session, link: Link, report: Report) -> Resul
         if due and step < config.steps and method.may_pause(step):
             report.checkpoint(step, session, method, link.traffic)
             saved = step
+    if report.final is None:  # resumed after the last step, for files that were not written
+        method.settle(session)
+        report.final = evaluate(session, judge, config.steps)
     return finish(method, session, link, report)
 
 
@@ -279,12 +285,31 @@ def _evaluate_on(session: Session, judge: Link, step: int, partition: int) -> He
 
 
 def finish(method: Method, session: Session, link: Link, report: Report) -> Results:
-    """Check the client submodels against the history, save, write what the run leaves behind."""
+    """Check the client submodels against the history, write the results, save the model.
+
+    HoslError when something could not be written, after everything else has been; what it needs is
+    in a checkpoint then, if that can be written.
+    """
     config = session.config
     checked = check_clients(session, link, range(config.num_clients), config.steps)
+    results = report.results(method, session, link.traffic, checked)
+    ending = report.ending
     if config.save_model:
-        save_model(report.directory / "model", session)
-    return report.close(method, session, link.traffic, checked)
+        what = f"model, {bytes_needed(session) / 1e6:.1f} MB"
+        ending.attempt(what, lambda: save_model(report.directory / "model", session))
+    if ending.failures and session.done < config.steps and method.may_pause(config.steps):
+        at_end = (config.steps, session, method, link.traffic)
+        ending.attempt("checkpoint", lambda: report.write_checkpoint(*at_end))
+    report.close()
+    return results
+
+
+def bytes_needed(session: Session) -> int:
+    """About how large the saved model will be."""
+    held, trained = session.client_counts()
+    if session.config.save_format == "adapters":
+        return 4 * (trained + session.server.trained_count())
+    return 4 * (held + count(dict(session.server.submodel.named_parameters())))
 
 
 def save_model(directory: Path, session: Session) -> None:

@@ -215,7 +215,7 @@ def test_files_shorter_than_the_checkpoint_saw_are_refused(make, stopped):
 
 
 def test_a_run_that_still_goes_on_is_not_resumed(make, stopped):
-    script = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, 2); print(flush=True)"
+    script = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, 2); print(flush=True)"
     command = [sys.executable, "-c", script + "; input()", str(stopped / ".lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()

@@ -1,0 +1,60 @@
+"""The files of a run's end: each is tried, whatever became of the others, so that a disk without
+room for one of them costs no other."""
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from hosl_flower.checkpoint import latest
+from hosl_flower.errors import HoslError
+
+log = logging.getLogger("hosl_flower")
+
+
+class Ending:
+    """What could not be written of a run that has taken all its steps. failures: by what was to be
+    written."""
+
+    def __init__(self) -> None:
+        self.failures: dict[str, OSError] = {}
+
+    def attempt(self, what: str, write: Callable[[], object]) -> None:
+        """Write something, or note that it could not be."""
+        try:
+            write()
+        except OSError as error:
+            self.failures[what] = error
+
+    def check(self, directory: Path, steps: int) -> None:
+        """HoslError unless everything of a run of so many steps has been written."""
+        if self.failures:
+            failed = "; ".join(f"{what} ({error})" for what, error in self.failures.items())
+            kept = "" if "results.json" in self.failures else "results.json is there; "
+            raise HoslError(
+                f"the run has taken all its steps, but some of {directory} could not be written: "
+                f"{failed}; {kept}make room there, {_way_on(directory, steps)}"
+            )
+
+
+def warn_of_room(directory: Path, needed: int) -> None:
+    """Warn where a model of so many bytes does not fit now."""
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        log.warning(
+            "%s has %.1f MB free and the model will need about %.1f MB: make room before the run "
+            "ends",
+            directory,
+            free / 1e6,
+            needed / 1e6,
+        )
+
+
+def _way_on(directory: Path, steps: int) -> str:
+    step = latest(directory)
+    if step is None:
+        return "and take the run again for what is missing: there is no checkpoint to make it from"
+    again = "without training" if step == steps else f"after it has taken the steps from {step}"
+    return (
+        f"then resume={directory} writes what is missing, {again}; what it writes can be exported"
+    )

@@ -1,0 +1,592 @@
+"""A run directory: its modes, a disk without room for one file or another, whom it belongs to, and
+files in it that no run wrote."""
+
+import json
+import os
+import re
+import shutil
+import stat
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from runs import metrics, run_factory
+from safetensors import SafetensorError
+
+from hosl_flower import checkpoint, finished, report, resumable, whole
+from hosl_flower.checkpoint import _digest, latest
+from hosl_flower.config import parse_config
+from hosl_flower.errors import CheckpointError, ConfigError, HoslError
+from hosl_flower.export import export
+from hosl_flower.finished import read_run
+from hosl_flower.inside import check_file, check_tree, parse_json, read_regular
+from hosl_flower.ledger import Entry, Ledger
+from hosl_flower.lock import claim, lock
+from hosl_flower.plot import draw_curve, draw_partition
+from hosl_flower.report import Report
+from hosl_flower.resume import find
+from hosl_flower.runlog import RunLog
+from hosl_flower.whole import Lines, made_whole, put, save_tensors
+from strategies.hosl import Hosl
+from strategies.split_fo import SplitFo
+
+FULL = "No space left on device (os error 28)"
+
+
+@pytest.fixture
+def make(tiny_opt, tmp_path):
+    own = {"steps": 4, "eval-every": 2, "checkpoint-every": 3, "directions": 1}
+    return run_factory(Hosl, tiny_opt, tmp_path, **own)
+
+
+@contextmanager
+def umask(mask):
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def modes(directory):
+    return {
+        str(path.relative_to(directory)): stat.S_IMODE(path.stat().st_mode)
+        for path in (directory, *directory.rglob("*"))
+    }
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """full(module, name, when): from now on this function fails where there is no room, that is
+    where `when` is in the path it writes to. Returns a function that makes room again."""
+
+    def at(module, name, when, error=OSError):
+        real = getattr(module, name)
+
+        def write(*arguments, **options):
+            if any(when in str(a) for a in arguments if isinstance(a, str | Path)):
+                raise error(FULL)
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(module, name, write)
+        return lambda: monkeypatch.setattr(module, name, real)
+
+    return at
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o007])
+def test_files_have_the_modes_that_the_umask_asks_for(make, tmp_path, mask):
+    with umask(mask):
+        _, run, _ = make(trackers="tensorboard", pictures=mask == 0o007)
+        out = export(run, tmp_path / "out")
+        half = export(run, tmp_path / "half", "client")
+    found = {}
+    for directory in (run, out, half):
+        found = modes(directory)
+        for name, mode in found.items():
+            wanted = 0o777 if (directory / name).is_dir() else 0o666
+            assert mode == wanted & ~mask, (name, oct(mode))
+    assert "model.safetensors" in found
+    assert "checkpoint-3/tensors.safetensors" in modes(run)
+
+
+def test_an_export_does_not_take_over_the_modes_of_the_files_it_copies(make, tmp_path):
+    _, run, _ = make()
+    for path in run.glob("model/*"):
+        path.chmod(0o600)
+    with umask(0o022):
+        out = export(run, tmp_path / "out")
+    assert set(modes(out).values()) == {0o755, 0o644}
+
+
+def test_a_model_without_room_costs_nothing_but_itself(make, full):
+    whole_results, undisturbed, _ = make()
+    room = full(whole, "save_file", "model.safetensors", SafetensorError)
+    with pytest.raises(HoslError, match=r"model, 6\.\d MB \(No space left") as raised:
+        make()
+    run = undisturbed.with_name("run1")
+    said = str(raised.value)
+    assert "results.json is there; make room there" in said
+    assert f"then resume={run} writes what is missing, without training" in said
+    assert not [p for p in run.iterdir() if "model" in p.name]
+    with pytest.raises(CheckpointError, match="not saved to the end"):
+        read_run(run)
+    assert json.loads((run / "results.json").read_text())["loss"] == whole_results.loss
+
+    again = (run / "results.json").read_bytes()
+    with pytest.raises(HoslError, match="without training"):
+        make(resume=str(run))  # there is still no room
+    room()
+    assert json.loads(again)["fingerprint"] == whole_results.fingerprint
+    resumed, _, _ = make(resume=str(run))
+    assert resumed.evaluations == whole_results.evaluations
+    assert metrics(run) == metrics(undisturbed)
+    models = [d / "model" / "model.safetensors" for d in (run, undisturbed)]
+    assert models[0].read_bytes() == models[1].read_bytes()
+    with pytest.raises(ConfigError, match="nothing is left to do"):
+        make(resume=str(run))
+
+
+def test_without_room_for_a_checkpoint_either_the_steps_after_the_last_are_taken_again(make, full):
+    _, undisturbed, _ = make(steps=5)
+    full(whole, "save_file", "model.safetensors", SafetensorError)
+    full(checkpoint, "save_tensors", "checkpoint-5")
+    with pytest.raises(HoslError, match="after it has taken the steps from 3") as raised:
+        make(steps=5)
+    assert "checkpoint (No space left" in str(raised.value)
+    assert latest(undisturbed.with_name("run1")) == 3
+    full(checkpoint, "save_tensors", "checkpoint-")
+    with pytest.raises(HoslError, match="there is no checkpoint to make it from"):
+        make()
+
+
+def test_adapters_without_room_leave_nothing_half_written(make, full):
+    lora = {"client_trainable": "lora", "server_trainable": "lora", "lora_rank": 2}
+    full(whole, "save_file", "adapter_model.safetensors", SafetensorError)
+    with pytest.raises(HoslError, match=r"model, 0\.0 MB"):
+        make(save_format="adapters", **lora)
+
+
+def test_results_without_room_are_in_the_log_and_are_written_later(make, full, caplog):
+    room = full(report, "put", "results.json")
+    with pytest.raises(
+        HoslError, match=r"could not be written: results\.json \(No space"
+    ) as raised:
+        make(save_model=False)
+    assert "results.json is there" not in str(raised.value)
+    (told,) = [r.getMessage() for r in caplog.records if "it would be: " in r.getMessage()]
+    results = json.loads(told.partition("it would be: ")[2])
+    run = Path(re.search(r"resume=(\S+)", str(raised.value))[1])
+    room()
+    resumed, _, _ = make(resume=str(run), save_model=False)
+    assert resumed.evaluations == results["evaluations"]
+    assert (run / "results.json").is_file()
+
+
+def test_lines_without_room_are_written_when_there_is_some(make, monkeypatch, caplog):
+    _, undisturbed, _ = make(save_model=False)
+    real, calls = Lines.flush, []
+
+    def flush(self):
+        calls.append(self.path.name)
+        if 2 <= len(calls) < 7:
+            raise OSError(FULL)
+        real(self)
+
+    monkeypatch.setattr(Lines, "flush", flush)
+    _, run, _ = make(save_model=False)
+    assert metrics(run) == metrics(undisturbed)
+    assert (run / "ledger.jsonl").read_bytes() == (undisturbed / "ledger.jsonl").read_bytes()
+    said = [r.getMessage() for r in caplog.records]
+    assert sum("metrics.jsonl cannot be written" in line for line in said) == 1
+
+
+def test_pictures_without_room_are_left_out(make, full, caplog):
+    full(report, "draw_partition", "partition.png")
+    full(report, "draw_curve", "run0")
+    results, _, _ = make(pictures=True, save_model=False)
+    assert results.steps == 4
+    assert "partition.png cannot be written" in caplog.text
+    assert "curve.png cannot be written" in caplog.text
+
+
+def test_a_run_without_room_to_begin_is_refused(make, full):
+    full(report, "put", "config.json")
+    with pytest.raises(ConfigError, match=r"output-dir: .* cannot be written \(No space left"):
+        make()
+
+
+def test_little_room_is_said_before_training(make, monkeypatch, caplog):
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    make()
+    assert "0.0 MB free and the model will need about 6." in caplog.text
+
+
+def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    put(path, "one")
+    (tmp_path / ".file.part").symlink_to(tmp_path / "elsewhere")
+    put(path, b"two")
+    assert path.read_text() == "two"
+    assert not (tmp_path / "elsewhere").exists(), "a link is not followed"
+
+    def replace(self, target):
+        raise OSError(FULL)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(OSError, match="No space"):
+        put(path, "three")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_text() == "two"
+
+
+def test_lines_that_do_not_fit_leave_the_file_as_it_was(tmp_path):
+    path = tmp_path / "lines"
+    path.write_text("")
+    lines = Lines(path)
+    lines.hold("one")
+    lines.flush()
+    lines.hold("two")
+    path.unlink()
+    path.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space|Invalid"):
+        lines.flush()
+    path.unlink()
+    path.write_text("one\n")
+    lines.hold("three")
+    lines.flush()
+    assert path.read_text() == "one\ntwo\nthree\n"
+
+
+@pytest.mark.parametrize("error", [OSError(FULL), SafetensorError(FULL), Exception(FULL)])
+def test_a_directory_appears_whole_or_not_at_all(tmp_path, error):
+    (tmp_path / ".made.part").mkdir()  # of a process that was killed
+
+    def make(*errors):
+        with made_whole(tmp_path / "made") as part:
+            (part / "file").touch()
+            for each in errors:
+                raise each
+
+    with pytest.raises(OSError, match="No space"):
+        make(error)
+    assert not list(tmp_path.iterdir())
+    make()
+    assert [p.name for p in tmp_path.rglob("*")] == ["made", "file"]
+
+
+def test_tensors_that_do_not_fit_are_an_os_error(tmp_path, full):
+    full(whole, "save_file", "x", SafetensorError)
+    with pytest.raises(OSError, match="No space"):
+        save_tensors({}, tmp_path / "x")
+
+
+def test_a_directory_belongs_to_one_run_in_this_process_too(tmp_path):
+    first = lock(tmp_path)
+    with pytest.raises(ConfigError, match="is being written by another process or run"):
+        lock(tmp_path)
+    first.release()
+    assert (tmp_path / ".lock").is_file(), "removing it would let two runs in"
+    lock(tmp_path).release()
+
+
+def test_a_lock_that_is_a_link_is_refused_and_not_followed(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("here")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".lock").symlink_to(precious)
+    with pytest.raises(ConfigError, match="no link of that name"):
+        lock(run)
+    assert precious.read_text() == "here"
+
+
+def test_a_default_name_that_is_taken_gets_a_number(tmp_path):
+    taken = [claim(tmp_path / "runs" / "20260101-000000", named=False) for _ in range(3)]
+    names = [path.name for path, _ in taken]
+    assert names == ["20260101-000000", "20260101-000000-2", "20260101-000000-3"]
+
+
+def test_of_two_runs_of_one_name_the_second_is_refused_when_it_begins(make, tmp_path):
+    """Both saw an empty directory before they loaded their models."""
+    config = parse_config({"output-dir": str(tmp_path / "runs"), "run-name": "run0"})
+    with RunLog() as kept, Report(config, kept) as late:
+        _, run, _ = make(save_model=False)
+        before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+        with pytest.raises(ConfigError, match="already holds a run"):
+            late.open(None, None)
+    assert {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()} == before
+
+
+def test_a_run_that_fails_gives_its_directory_back(make, tmp_path):
+    class Failing(Hosl):
+        def steps(self, session, link, steps):
+            with pytest.raises(ConfigError, match="another process or run"):
+                lock(tmp_path / "runs" / "run0")
+            raise HoslError("it fails")
+
+    with pytest.raises(HoslError, match="it fails"):
+        make(Failing)
+    lock(tmp_path / "runs" / "run0").release()
+
+
+# What others may have put in a run directory
+
+
+@pytest.fixture
+def stopped(make):
+    """A run directory with a checkpoint of step 3 of 4, and the config to go on from it."""
+    _, run, config = make(save_model=False)
+    return run, config.model_copy(update={"resume": str(run)})
+
+
+def rewrite(run, change):
+    """Change the values of the checkpoint and make its checksum fit."""
+    path = run / "checkpoint-3" / "checkpoint.json"
+    record = json.loads(path.read_text())
+    change(record["values"])
+    record["values_sha256"] = _digest(record["values"])
+    path.write_text(json.dumps(record))
+
+
+def test_only_the_files_of_a_run_are_ever_cut(make, stopped, tmp_path):
+    run, _ = stopped
+    precious = tmp_path / "precious"
+    precious.write_text("here")
+    rewrite(run, lambda values: values["report"]["sizes"].update({str(precious): 0}))
+    with pytest.raises(CheckpointError, match=r"report\.sizes\.\S*precious: Extra inputs"):
+        make(resume=str(run), save_model=False)
+    assert precious.read_text() == "here"
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ("report", {}),
+        ("report.sizes", {"metrics.jsonl": 1}),
+        ("report.evaluations", [{"step": 1}]),
+        ("report.evaluations", [3]),
+        ("report.wall_seconds", "long"),
+        ("client.position", -1),
+        ("client.position", 1e30),
+        ("session.batches", [[0, "many"]]),
+        ("session.dropped", [[1, 2]]),
+        ("traffic.tensor_peaks", [1]),
+        ("traffic", []),
+    ],
+)
+def test_values_that_no_run_wrote_are_refused_by_their_key(stopped, where, value):
+    run, config = stopped
+
+    def change(values):
+        *parts, last = where.split(".")
+        for part in parts:
+            values = values[part]
+        values[last] = value
+
+    rewrite(run, change)
+    with pytest.raises(CheckpointError, match=rf"checkpoint-3, {where}"):
+        find(config)
+
+
+@pytest.mark.parametrize("name", ["checkpoint-3/checkpoint.json", "config.json"])
+def test_json_nested_too_deeply_is_refused(stopped, name):
+    run, config = stopped
+    (run / name).write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="nested too deeply"):
+        find(config)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "metrics.jsonl", "ledger.jsonl", "log.txt", "checkpoint-3"]
+)
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_a_run_with_files_that_are_not_its_own_is_not_resumed(stopped, tmp_path, name, kind):
+    run, config = stopped
+    (run / "log.txt").touch()
+    (run / name).rename(tmp_path / "elsewhere")
+    if kind == "link":
+        (run / name).symlink_to(tmp_path / "elsewhere")
+    else:
+        os.mkfifo(run / name)
+    told = f"{name} is a link that leads out of" if kind == "link" else f"{name} is no regular file"
+    with pytest.raises(CheckpointError, match=told):
+        find(config)
+
+
+def test_a_link_within_the_directory_is_as_good_as_the_file(stopped):
+    run, config = stopped
+    (run / "config.json").rename(run / "keys.json")
+    (run / "config.json").symlink_to("keys.json")
+    assert find(config).step == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "told"),
+    [
+        ("metrics.jsonl", lambda lines: [lines[0], "{", *lines[2:]], r"metrics\.jsonl, line 2: "),
+        ("metrics.jsonl", lambda lines: [lines[0], "[]", *lines[2:]], r"metrics\.jsonl, line 2: "),
+        (
+            "metrics.jsonl",
+            lambda lines: [lines[0].replace("0.", "1.", 1), *lines[1:]],
+            r"metrics\.jsonl: its first \d+ bytes are not those",
+        ),
+        ("ledger.jsonl", lambda lines: [*lines[:2], *lines[3:]], r"ledger\.jsonl, line 4"),
+        ("ledger.jsonl", lambda lines: [*lines[:2], "{", *lines[3:]], r"ledger\.jsonl, line 3"),
+        ("ledger.jsonl", lambda lines: ["7", *lines[1:]], r"ledger\.jsonl, line 1"),
+    ],
+)
+def test_a_damaged_file_of_lines_is_refused_with_its_line(stopped, name, damage, told):
+    run, config = stopped
+    path = run / name
+    lines = damage(path.read_text().splitlines())
+    path.write_text("\n".join([*lines, " " * 10_000]) + "\n")  # as long as it was
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match=told):
+        find(config)
+    assert path.read_bytes() == before
+
+
+def test_a_ledger_of_another_run_is_refused(stopped, tmp_path):
+    run, config = stopped
+    ledger = Ledger("another")
+    ledger.record(run / "ledger.jsonl")
+    for step in range(1, 4):
+        ledger.append(Entry(step, (step,), (0.5,), 1e-3))
+    ledger.seal()
+    rewrite(run, lambda values: values["report"]["sizes"].update(_sizes(run)))
+    with pytest.raises(CheckpointError, match="position 3 of another ledger"):
+        find(config)
+
+
+def _sizes(run):
+    return {"ledger.jsonl": (run / "ledger.jsonl").stat().st_size}
+
+
+def test_of_several_checkpoints_the_latest_whole_one_is_taken(make, monkeypatch, caplog):
+    caplog.set_level("INFO", "hosl_flower")
+    monkeypatch.setattr(checkpoint, "found", lambda run: [])  # when it removes those before it
+    with pytest.raises(ConfigError, match="stop here"):
+        make(_dies_at(6), steps=8, checkpoint_every=2, save_model=False)
+    monkeypatch.undo()
+    _, undisturbed, _ = make(steps=8, checkpoint_every=2, save_model=False)
+    run = undisturbed.with_name("run0")
+    assert sorted(p.name for p in run.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    tensors = run / "checkpoint-4" / "tensors.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-10])
+    make(resume=str(run), steps=8, checkpoint_every=0, save_model=False)
+    assert "the checkpoint of step 4 cannot be used" in caplog.text
+    assert "resumed after step 2" in caplog.text
+    assert metrics(run) == metrics(undisturbed)
+    assert [p.name for p in run.glob("checkpoint-*")] == ["checkpoint-2"], "the damaged one is gone"
+
+
+def _dies_at(step):
+    class Dying(Hosl):
+        def steps(self, session, link, steps):
+            if step in steps:
+                raise ConfigError("stop here")
+            return super().steps(session, link, steps)
+
+        def may_pause(self, done):
+            return done < step - 1  # no checkpoint because of the error
+
+    return Dying
+
+
+def test_a_directory_that_cannot_be_written_is_one_error(make, stopped, monkeypatch):
+    run, _ = stopped
+
+    def refuse(*_):
+        raise PermissionError(13, "Read-only file system")
+
+    monkeypatch.setattr(report.os, "truncate", refuse)
+    with pytest.raises(ConfigError, match=rf"resume: {run} cannot be written .*Read-only"):
+        make(resume=str(run), steps=9, save_model=False)
+    monkeypatch.setattr("filelock._unix.os.open", refuse)
+    with pytest.raises(ConfigError, match=r"\.lock cannot be locked .*this user can write"):
+        make(resume=str(run), steps=9, save_model=False)
+
+
+def test_what_leads_out_of_a_model_is_not_exported(make, tmp_path):
+    _, run, _ = make()
+    key = tmp_path / "key"
+    key.write_text("secret")
+    linked = run / "model" / "notes.txt"
+    for target in (key, tmp_path, "../../../key"):
+        linked.symlink_to(target)
+        with pytest.raises(CheckpointError, match=r"notes\.txt is a link that leads out of"):
+            export(run, tmp_path / "out")
+        linked.unlink()
+    os.mkfifo(linked)
+    with pytest.raises(CheckpointError, match=r"notes\.txt is no regular file"):
+        export(run, tmp_path / "out")
+    linked.unlink()
+    (run / "model").rename(tmp_path / "model")
+    (run / "model").symlink_to(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="model is a link that leads out of"):
+        export(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_that_lead_to_each_other_and_files_that_never_end(tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises((CheckpointError, OSError), match=r"[Ll]oop|[Tt]oo many"):
+        check_file(tmp_path, tmp_path / "a")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "back").symlink_to(tmp_path)
+    with pytest.raises(CheckpointError, match=r"no regular file|leads out"):
+        check_tree(tmp_path, tmp_path / "own")
+    with pytest.raises(CheckpointError, match="no regular file"):
+        read_regular(Path("/dev/zero"))
+    (tmp_path / "long").write_text("long")
+    with pytest.raises(CheckpointError, match="has 4 bytes; expected at most 3"):
+        read_regular(tmp_path / "long", 3)
+    assert parse_json(b'{"a": [1]}') == {"a": [1]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("results.json", {"loss": "low"}, r"results\.json, loss: "),
+        ("results.json", {"seed": 10**30}, r"results\.json, seed: "),
+        ("results.json", [], r"results\.json, the whole: "),
+        ("results.json", {"evaluations": []}, "no evaluations for the card"),
+        ("config.json", {"config": {}, "model_used": 3}, r"config\.json, model_used: "),
+        ("config.json", {"config": {}, "task_used": "none"}, "no task 'none'; expected"),
+    ],
+)
+def test_files_that_no_run_wrote_are_refused_by_their_key(make, tmp_path, name, content, told):
+    _, run, _ = make()
+    (run / name).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=told):
+        export(run, tmp_path / "out")
+
+
+def test_a_model_directory_whose_config_is_a_link_is_no_run(tmp_path):
+    (tmp_path / "blob").write_text('{"model_type": "opt"}')
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").symlink_to(tmp_path / "blob")  # as in the hub's cache
+    assert not finished._is_run(model)
+
+
+# What clients claim
+
+
+def test_claims_that_cannot_be_are_left_out_of_the_results(make, monkeypatch, caplog):
+    real = SplitFo.steps
+
+    def steps(self, session, link, steps):
+        losses = real(self, session, link, steps)
+        link.traffic.client_seconds += 1e6
+        link.traffic.peak_bytes = 2**62
+        link.traffic.tensor_peaks = (2**62, *link.traffic.tensor_peaks[1:])
+        return losses
+
+    monkeypatch.setattr(SplitFo, "steps", steps)
+    caplog.set_level("INFO", "hosl_flower")
+    results, _, _ = make(SplitFo, client_trainable="blocks", save_model=False)
+    peaks = results.client_peak_memory
+    assert peaks["bytes"] is None
+    assert max(peaks["tensor_bytes"].values()) < 2**40
+    assert peaks["note"] == f"a client's claim of {2**62} bytes is left out"
+    assert results.seconds_per_step["client"] * 4 < 60
+    assert caplog.text.count("clients claim to have computed for 1e+06 s") == 1
+    assert "not known, tensors" in caplog.text
+
+
+def test_resumable_says_its_keys():
+    with pytest.raises(CheckpointError, match="somewhere, task: Field required"):
+        resumable.check_values(Path("somewhere"), {})
+
+
+def test_names_that_are_no_text_for_a_picture_are_drawn(tmp_path):
+    names = ["$\\frac{", "\ud800", "_hidden", "a\nb\x1b[31m" * 100]
+    draw_partition(tmp_path / "partition.png", [(1, 2, 3, 4)], names)
+    (tmp_path / "metrics.jsonl").write_text("")
+    draw_curve(tmp_path, "$\\frac{ \ud800\x00")
+    pictures = [path.read_bytes()[:4] for path in tmp_path.glob("*.png")]
+    assert pictures == [b"\x89PNG"] * 2
