@@ -5,23 +5,38 @@ things are or how they travelled.
 """
 
 import json
+import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, constants, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
+from hosl_flower import markdown
 from hosl_flower.class_heads import class_names
 from hosl_flower.config import RunConfig, Scalar, parse_config
+from hosl_flower.errors import CheckpointError, printable
 from hosl_flower.families import family_of
 from hosl_flower.finished import Finished
 from hosl_flower.image_tasks import IMAGE_TASKS
+from hosl_flower.inside import read_regular
+from hosl_flower.page_files import Evaluation
 from hosl_flower.resume import FREE
 from hosl_flower.split import RANDOM, load_model_config
 from hosl_flower.task_choice import task_from_config
 from hosl_flower.task_table import TASKS, Task
 
+_MOST_CARD = 1 << 20  # bytes of a base model's card
+# the fields of the header about terms, as the hub has them
+_TERMS = {
+    "license": re.compile(r"[A-Za-z0-9.+_-]{1,60}"),
+    "license_name": re.compile(r"[^\n]{1,100}"),
+    "license_link": re.compile(r"\S{1,500}"),
+}
 _ALWAYS = ("strategy", "model", "cut-layer", "task", "steps", "seed")  # also as by default
 _RELATIONS = {"model": "finetune", "adapters": "adapter"}  # in the hub's words
 _PIPELINES = {
@@ -40,21 +55,27 @@ WHAT = {
 
 
 def model_card(run: Finished, what: str) -> ModelCard:
-    """The card of a finished run's model; what: a key of WHAT."""
+    """The card of a finished run's model; what: a key of WHAT. CheckpointError when the run's files
+    do not say enough."""
+    if not run.results.evaluations:
+        raise CheckpointError(f"{run.directory / 'results.json'} has no evaluations for the card")
     terms, license_line = _license(run)
     header = ModelCardData(
         base_model=_hub_base(run),
         base_model_relation=_RELATIONS.get(what) if _hub_base(run) else None,
         library_name="peft" if what == "adapters" else "transformers",
         pipeline_tag=_PIPELINES[_auto(run)] if what in _RELATIONS else None,
-        tags=["hosl-flower", "split-learning", "federated-learning", run.results["method"]],
+        tags=["hosl-flower", "split-learning", "federated-learning", printable(run.results.method)],
         datasets=_hub_data(run),
         **terms,
     )
-    parts = [f"---\n{header.to_yaml()}\n---", f"# {_base(run)}, trained on {_task(run).name}"]
-    if run.results["notice"]:
-        parts.append(f"```\n{run.results['notice']}\n```")
-    if not run.results["pretrained"]:
+    parts = [
+        f"---\n{header.to_yaml()}\n---",
+        f"# {_base(run)}, trained on {markdown.plain(_task(run).name)}",
+    ]
+    if run.results.notice:
+        parts.append(markdown.block(run.results.notice))
+    if not run.results.pretrained:
         parts.append("**The base model had random weights: what is measured here is no result.**")
     parts += ["\n".join(_description(run, what)), "\n".join(_results(run)), _origin(run)]
     return ModelCard("\n\n".join([*parts, license_line]) + "\n")
@@ -67,15 +88,16 @@ def _description(run: Finished, what: str) -> Iterator[str]:
     yield f"- What is here: {here}."
     yield f"- Base model: {_base(run)}."
     yield (
-        f"- Method: {results['method']} (`{run.config.strategy}`) of hosl-flower: split federated "
-        f"fine-tuning, {results['steps']} steps, {clients} client{'s' * (clients > 1)}."
+        f"- Method: {markdown.plain(results.method)} ({markdown.code(run.config.strategy)}) of "
+        f"hosl-flower: split federated fine-tuning, {results.steps} steps, "
+        f"{clients} client{'s' * (clients > 1)}."
     )
     yield f"- Cut layer: {run.config.cut_layer}, the number of blocks that clients held."
-    yield f"- Task: {task.name}. Training data: {_data(run)}."
+    yield f"- Task: {markdown.plain(task.name)}. Training data: {_data(run)}."
     if _auto(run) == "AutoModelForCausalLM":
         answer = f", by label: {_quoted(task.verbalizers)}"
         follows = ": the answer, one line of text" if task.target else answer
-        yield f"- Prompt, as TOML: `{_toml(task.prompt)}`; what comes next{follows}."
+        yield f"- Prompt, as TOML: {markdown.code(_toml(task.prompt))}; what comes next{follows}."
         return
     if not task.image:
         pair = " as a pair" * (len(task.fields) > 1)
@@ -84,23 +106,30 @@ def _description(run: Finished, what: str) -> Iterator[str]:
 
 
 def _quoted(words: Iterable[str]) -> str:
-    return ", ".join(f"`{word}`" for word in words)
+    return ", ".join(map(markdown.code, words))
 
 
 def _results(run: Finished) -> Iterator[str]:
     """The table of held-out results, before and after training."""
-    first, last = run.results["evaluations"][0], run.results["evaluations"][-1]
-    yield f"## Results\n\nOn {run.results['held_out_examples']} held-out examples, in the run:\n"
-    yield f"| | step {first['step']} | step {last['step']} |"
+    first, last = run.results.evaluations[0], run.results.evaluations[-1]
+    yield f"## Results\n\nOn {run.results.held_out_examples} held-out examples, in the run:\n"
+    yield f"| | step {first.step} | step {last.step} |"
     yield "|---|---|---|"
     for key in ("accuracy", "balanced_accuracy", "f1", "exact_match", "loss"):
-        if last.get(key) is not None:
-            yield f"| {key.replace('_', ' ')} | {first[key]:.4f} | {last[key]:.4f} |"
-    if (majority := last.get("majority_accuracy")) is not None:
-        yield f"\nThe most frequent label, always answered: accuracy {majority:.4f}."
+        before, after = _figure(first, key), _figure(last, key)
+        if after:
+            yield f"| {key.replace('_', ' ')} | {before} | {after} |"
+    if majority := _figure(last, "majority_accuracy"):
+        yield f"\nThe most frequent label, always answered: accuracy {majority}."
     differences = list(_differences(run.config))
     if differences:
         yield f"\nWhat was evaluated there is not quite what is here: {'; '.join(differences)}."
+
+
+def _figure(evaluation: Evaluation, key: str) -> str:
+    """Of an evaluation; empty where it was not measured."""
+    value: float | None = getattr(evaluation, key)
+    return "" if value is None or math.isnan(value) else f"{value:.4f}"
 
 
 def _differences(config: RunConfig) -> Iterator[str]:
@@ -120,14 +149,16 @@ def _differences(config: RunConfig) -> Iterator[str]:
 def _origin(run: Finished) -> str:
     """How it was made: keys, command, versions."""
     keys = "\n".join(f"{key} = {_toml(value)}" for key, value in _keys(run).items())
-    versions = ", ".join(f"{name} {number}" for name, number in run.record["versions"].items())
+    versions = ", ".join(f"{name} {number}" for name, number in run.record.versions.items())
+    where = markdown.plain(f"{versions}, Python {run.record.python}; {run.record.machine}")
+    config = markdown.block(f"[tool.flwr.app.config]\n{keys}", "toml")
     return (
         "## How it was made\n\n"
         "The run's keys without most defaults and what does not change the numbers, for the "
         f"`pyproject.toml` of a Flower app `APP`{_bare(run)}:\n\n"
-        f"```toml\n[tool.flwr.app.config]\n{keys}\n```\n\n"
+        f"{config}\n\n"
         "```sh\npython -m hosl_flower run APP\n```\n\n"
-        f"Versions: {versions}, Python {run.record['python']}; {run.record['machine']}."
+        f"Versions: {where}."
     )
 
 
@@ -159,12 +190,14 @@ def _bare(run: Finished) -> str:
 
 
 def _toml(value: Scalar) -> str:
-    return json.dumps(value, ensure_ascii=False)  # of such scalars the same in TOML
+    """Of such scalars JSON is the same as TOML."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if text.isprintable() else json.dumps(value)
 
 
 def _is_local(run: Finished) -> bool:
     """Whether the base model was a directory: what a run used is an absolute path then."""
-    return Path(run.record["model_used"]).is_absolute()
+    return Path(run.record.model_used).is_absolute()
 
 
 def _auto(run: Finished) -> str:
@@ -176,22 +209,34 @@ def _auto(run: Finished) -> str:
 
 def _hub_base(run: Finished) -> str | None:
     """The base model's hub id, if it has one."""
-    model = run.record["model_used"]
-    return None if model.startswith(RANDOM) or _is_local(run) else model
+    model = run.record.model_used
+    try:
+        validate_repo_id(model)
+    except HFValidationError:  # a directory, or random weights
+        return None
+    return model
 
 
 def _base(run: Finished) -> str:
-    model = run.record["model_used"]
+    model = run.record.model_used
     if model.startswith(RANDOM):
-        return f"{model.removeprefix(RANDOM)} with random weights"
-    return f"{_last(model)} (a local directory)" if _is_local(run) else model
+        return f"{markdown.plain(model.removeprefix(RANDOM))} with random weights"
+    local = f"{markdown.plain(_last(model))} (a local directory)"
+    return local if _is_local(run) else markdown.plain(model)
 
 
 def _task(run: Finished) -> Task:
     """The task as it was used: another one than was asked for after a fallback."""
-    used = run.record["task_used"]
+    used = run.record.task_used
+    if used == run.config.task:
+        return task_from_config(run.config)
     known = {**TASKS, **IMAGE_TASKS}
-    return task_from_config(run.config) if used == run.config.task else known[used]
+    if used not in known:
+        raise CheckpointError(
+            f"{run.directory / 'config.json'}, task_used: no task {used!r}; expected "
+            f"{run.config.task!r} or one of {', '.join(known)}"
+        )
+    return known[used]
 
 
 def _source(run: Finished) -> str:
@@ -206,8 +251,9 @@ def _data(run: Finished) -> str:
     if source.startswith("bundled:"):
         return "the SMS Spam Collection (CC BY 4.0), bundled with hosl-flower"
     if source.startswith("hub:"):
-        return f"{source.removeprefix('hub:')} of the Hugging Face hub"
-    return f"`{_last(source)}`, a local file or directory" if source else "each node's own"
+        return f"{markdown.plain(source.removeprefix('hub:'))} of the Hugging Face hub"
+    local = f"{markdown.code(_last(source))}, a local file or directory"
+    return local if source else "each node's own"
 
 
 def _hub_data(run: Finished) -> list[str] | None:
@@ -225,28 +271,35 @@ def _license(run: Finished) -> tuple[dict[str, Any], str]:
     """(fields of the header, a line about them): what the base model's card says, if it is on
     this machine."""
     said = _base_header(run)
-    if said.get("license"):
-        names = ("license", "license_name", "license_link")
-        line = f"License: {said['license']}, that of the base model by its card."
-        return {name: said[name] for name in names if said.get(name)}, line
-    if run.record["model_used"].startswith(RANDOM):
+    terms = {
+        name: value
+        for name, allowed in _TERMS.items()
+        if isinstance(value := said.get(name), str)
+        and value.isprintable()
+        and allowed.fullmatch(value)
+    }
+    if "license" in terms:
+        known = markdown.plain(terms["license"])
+        return terms, f"License: {known}, that of the base model by its card."
+    if run.record.model_used.startswith(RANDOM):
         return {}, "License: not given here; there is no base model with a license of its own."
     return {}, (
-        "License: not given here, the base model's card was not found where this was exported. "
-        "See the base model for its terms."
+        "License: not given here, the base model's card was not found where this was exported, or "
+        "names none. See the base model for its terms."
     )
 
 
 def _base_header(run: Finished) -> dict[str, Any]:
     """What the YAML header of the base model's card says; empty where there is none."""
-    model = run.record["model_used"]
+    model = run.record.model_used
     if _is_local(run):
         path = Path(model, "README.md")
-    elif model.startswith(RANDOM):
+    elif _hub_base(run) is None:
         return {}
     else:
         path = Path(str(try_to_load_from_cache(model, "README.md", constants.HF_HUB_CACHE)))
     try:
-        return ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+        text = read_regular(path, _MOST_CARD).decode()
+        return ModelCard(text, ignore_metadata_errors=True).data.to_dict()
     except Exception:  # not there, or whatever yaml makes of a damaged header
         return {}

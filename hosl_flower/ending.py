@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from hosl_flower.checkpoint import latest
+from hosl_flower.checkpoint import steps as checkpoints
 from hosl_flower.errors import HoslError
 
 log = logging.getLogger("hosl_flower")
@@ -51,7 +51,7 @@ def warn_of_room(directory: Path, needed: int) -> None:
 
 
 def _way_on(directory: Path, steps: int) -> str:
-    step = latest(directory)
+    step = next(iter(checkpoints(directory)), None)
     if step is None:
         return "and take the run again for what is missing: there is no checkpoint to make it from"
     again = "without training" if step == steps else f"after it has taken the steps from {step}"

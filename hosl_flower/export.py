@@ -58,12 +58,22 @@ def _write(run: Finished, directory: Path, what: str) -> None:
     """All but the card."""
     if what == "adapters":
         _check_adapters(run)
-        shutil.copytree(run.model, directory)
+        _copy(run.model, directory)
     elif what == "model" and not run.has_adapters:
         open_base(str(run.model))  # a damaged one is not to be copied
-        shutil.copytree(run.model, directory)
+        _copy(run.model, directory)
     else:
         _write_sides(run, directory, ("client", "server") if what == "model" else (what,))
+
+
+def _copy(source: Path, directory: Path) -> None:
+    """Files alone, as new ones: not their modes, which may be of an owner who shares nothing."""
+    directory.mkdir(parents=True)
+    for entry in sorted(source.iterdir()):
+        if entry.is_dir():
+            _copy(entry, directory / entry.name)
+        else:
+            shutil.copyfile(entry, directory / entry.name)
 
 
 def _check_adapters(run: Finished) -> None:

@@ -4,16 +4,18 @@
 where the run found it (save-format). Either can be loaded as the two halves.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from pydantic import ValidationError
 
 from hosl_flower.config import RunConfig, parse_config
 from hosl_flower.errors import CheckpointError, ConfigError
+from hosl_flower.inside import check_tree, parse_json, read_json, read_regular
 from hosl_flower.lora import Lora, load_adapters
+from hosl_flower.page_files import ConfigFile, Read, ResultsFile
 from hosl_flower.spec import server_lora, torch_dtype
 from hosl_flower.split import (
     Base,
@@ -32,8 +34,8 @@ class Finished:
 
     directory: Path
     config: RunConfig
-    record: dict[str, Any]
-    results: dict[str, Any]
+    record: ConfigFile
+    results: ResultsFile
 
     @property
     def model(self) -> Path:
@@ -77,39 +79,59 @@ class Trained:
 
 
 def read_run(directory: Path) -> Finished:
-    """A finished run. Raises CheckpointError when the directory is none or has no model."""
-    record = _read(directory / "config.json")
-    if record is None or not isinstance(record.get("config"), dict):
+    """A finished run. Raises CheckpointError when the directory is none, has no model, or has one
+    with links that lead out of it."""
+    record = _read(directory, "config.json")
+    if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
         raise CheckpointError(
             f"{directory} is no run directory: expected a config.json that a run wrote; runs are "
             "under output-dir, each in a directory of its own"
         )
-    results = _read(directory / "results.json")
+    results = _read(directory, "results.json")
     if results is None:
         raise CheckpointError(
             f"{directory} is no finished run, it has no results.json: wait for its end, or let it "
             "go on with resume"
         )
-    run = Finished(directory, parse_config(record["config"], str(directory)), record, results)
+    config = parse_config(record["config"], str(directory))
+    run = Finished(
+        directory,
+        config,
+        _typed(directory / "config.json", ConfigFile, record),
+        _typed(directory / "results.json", ResultsFile, results),
+    )
     if not run.model.is_dir():
-        raise CheckpointError(
-            f"{directory} has no saved model, expected {run.model}: train with save-model = true "
-            f"(here it was {str(run.config.save_model).lower()})"
+        why = (
+            "it was not saved to the end, its log says why: resume writes it if there is a "
+            "checkpoint of the last step"
+            if config.save_model
+            else "train with save-model = true (here it was false)"
         )
+        raise CheckpointError(f"{directory} has no saved model, expected {run.model}: {why}")
+    check_tree(directory, run.model)
     return run
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None where there is no such file."""
+def _read(directory: Path, name: str) -> Any:
+    """What a JSON file holds; None where there is no such file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(directory, directory / name)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is no JSON object; expected a file that a run wrote")
-    return value
+
+
+_Model = TypeVar("_Model", bound=Read)
+
+
+def _typed(path: Path, model: type[_Model], value: Any) -> _Model:
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the whole"
+        raise CheckpointError(
+            f"{path}, {where}: {first['msg']}; expected a file that a run wrote"
+        ) from error
 
 
 def trained_model(run: Finished, cut: int | None = None) -> Trained:
@@ -118,7 +140,7 @@ def trained_model(run: Finished, cut: int | None = None) -> Trained:
     cut = config.cut_layer if cut is None else cut
     dtype = torch_dtype(config.dtype)
     if run.has_adapters:
-        base = open_base(run.record["model_used"])
+        base = open_base(run.record.model_used)
         trained = Trained(base, cut, str(run.model), dtype, server_lora(config), run.model)
     else:
         # merged in float32: 16 bits would not hold what the adapters add
@@ -132,7 +154,7 @@ def open_trained(source: str, cut: int | None = None) -> Trained:
     """A run directory's model; or that of a model directory, hub id or `random:<architecture>`,
     for which the cut must be given. Raises ConfigError or CheckpointError."""
     path = Path(source).expanduser()
-    if "config" in (_read(path / "config.json") or {}):  # a model's has no such key
+    if _is_run(path):
         return trained_model(read_run(path), cut)
     base = open_base(source)
     if cut is None:
@@ -142,3 +164,12 @@ def open_trained(source: str, cut: int | None = None) -> Trained:
         )
     check_cut(base.config, cut)
     return Trained(base, cut, source)
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a directory's config.json is of a run: a model's, which may be a link, has no key
+    "config"."""
+    try:
+        return "config" in parse_json(read_regular(path / "config.json"))
+    except (OSError, ValueError, TypeError, CheckpointError):
+        return False

@@ -1,12 +1,12 @@
 """What one finished run of an experiment says."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hosl_flower.cells import CellError, is_diverged
+from hosl_flower.inside import read_json
 from hosl_flower.measures import headline
 
 # A backward pass counts as two, and the forward is run again for its graph. Recomputing and
@@ -79,8 +79,8 @@ def outcome(directory: Path, target: float) -> Outcome:
     """Read a run directory."""
     if is_diverged(directory):
         raise CellError(f"{directory} diverged: choose another learning rate for it")
-    results = json.loads((directory / "results.json").read_text(encoding="utf-8"))
-    keys = json.loads((directory / "config.json").read_text(encoding="utf-8"))["config"]
+    results = read_json(directory, directory / "results.json")
+    keys = read_json(directory, directory / "config.json")["config"]
     steps = results["steps"]
     sent = {kind: way["messages"] for kind, way in results["bytes_up"].items()}
     training = [k for k in results["bytes_up"] if k in _FORWARDS or k in _UPDATES]

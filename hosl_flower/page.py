@@ -48,6 +48,7 @@ from hosl_flower.page_tables import (
     side_by_side,
 )
 from hosl_flower.page_who import clients, data
+from hosl_flower.whole import put
 
 
 def write_page(directories: Sequence[Path], out: Path) -> str:
@@ -56,7 +57,7 @@ def write_page(directories: Sequence[Path], out: Path) -> str:
     text = page(read_runs(directories))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text, encoding="utf-8")
+        put(out, text)
     except OSError as error:
         raise PageError(f"--out {out} cannot be written: {error}") from error
     return f"{out} ({len(text.encode()) / 1000:.0f} kB), opens in any browser"
@@ -162,6 +163,11 @@ def _memory(runs: Sequence[Run]) -> Html:
             "Peak of the live tensors of the client that needed most, weights included. Evaluation "
             "has batches of its own size, and exchange copies whole weights: neither is part of a "
             "training step."
+        ),
+        *(
+            note(r.name, ": ", m.note, ".")
+            for r in runs
+            if (m := r.results.client_peak_memory).note
         ),
     )
 

@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from matplotlib.colors import to_rgb
 from matplotlib.ticker import MaxNLocator
 
+from hosl_flower.errors import printable
 from hosl_flower.page_clients import Participation
 from hosl_flower.page_data import Run
 from hosl_flower.page_html import Html, megabytes
 from hosl_flower.page_svg import BAD, colour, figure, to_svg
 
 _BINS = 150  # columns of a timeline, at most
+_MOST_ROWS = 40  # phases or kinds of message that are drawn
+_MOST_LABEL = 40  # characters
 _WIDTH = 5.6  # inches, of which two stand side by side on a wide screen
 
 
@@ -52,7 +55,7 @@ def draw_bars(
                 va="center",
                 fontsize=7.5,
             )
-        axes.set_yticks(ticks, groups)
+        axes.set_yticks(ticks, [printable(group, _MOST_LABEL) for group in groups])
         axes.set(xlabel=label, ylim=(at - 1.2, -0.5 - 0.2))
         longest = max(bar.first + bar.second for _, _, bar in rows)
         axes.set_xlim(0, 1.45 * (longest or 1))  # room for the texts
@@ -65,7 +68,8 @@ def memory_phases(runs: Sequence[Run]) -> list[str]:
     """The phases that happened in any of the runs, in the order they are recorded."""
     peaks = [run.results.client_peak_memory.tensor_bytes for run in runs]
     phases = dict.fromkeys(phase for own in peaks for phase in own)
-    return [phase for phase in phases if any(own.get(phase, 0) > 0 for own in peaks)]
+    happened = [phase for phase in phases if any(own.get(phase, 0) > 0 for own in peaks)]
+    return happened[:_MOST_ROWS]
 
 
 def draw_memory(runs: Sequence[Run], phases: Sequence[str]) -> Html:
@@ -97,7 +101,7 @@ def message_kinds(runs: Sequence[Run]) -> list[str]:
         for way in (run.results.bytes_up, run.results.bytes_down):
             for kind, sent in way.items():
                 sizes[kind] = sizes.get(kind, 0) + sent.bytes
-    return sorted(sizes, key=lambda kind: -sizes[kind])
+    return sorted(sizes, key=lambda kind: -sizes[kind])[:_MOST_ROWS]
 
 
 def draw_bytes(runs: Sequence[Run], kinds: Sequence[str]) -> Html:
@@ -145,7 +149,7 @@ def draw_participation(title: str, place: int, found: Participation) -> Html:
             cells = [[(red, green, blue, share) for share in row] for row in shares(found)]
             extent = (0.5, found.steps + 0.5, found.number - 0.5, -0.5)
             left.imshow(cells, aspect="auto", interpolation="nearest", extent=extent)
-        crosses = sorted({(drop.step, drop.partition) for drop in found.drops})
+        crosses = sorted({(d.step, d.partition) for d in found.drops if d.partition < found.number})
         left.plot([s for s, _ in crosses], [c for _, c in crosses], "x", color=BAD)
         left.set(xlabel="steps", ylabel="client", xlim=(0.5, found.steps + 0.5))
         totals = [found.totals.get(client, 0) for client in range(found.number)]

@@ -15,6 +15,7 @@ from hosl_flower.page_svg import colour, dashes, figure, to_svg
 _SMOOTH = 20  # steps in the moving average of the training loss
 _POINTS = 250  # of a line, at most: more than a figure of this width shows
 _WINDOWS = 60  # in which projected gradients are counted
+_LARGEST = 3.5e38  # no scalar of a ledger, which are float32, is larger
 _SIZE = (5.4, 3.3)
 _MARGINS = {"left": 0.125, "right": 0.95, "bottom": 0.15, "top": 0.97}
 
@@ -166,7 +167,7 @@ def spreads(run: Run) -> list[Spread]:
     found = []
     for start in range(0, len(known), size):
         window = known[start : start + size]
-        values = [v for _, scalars in window for v in scalars if math.isfinite(v)]
+        values = [v for _, scalars in window for v in scalars if abs(v) <= _LARGEST]
         if not values:
             continue
         cuts = statistics.quantiles(values, n=20, method="inclusive") if len(values) > 1 else []

@@ -4,7 +4,6 @@ A run may be old, may have failed, may still be going on. What a file lacks is N
 and a file that cannot be read is a line in `problems`; only a directory that is no run is an error.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,11 +12,13 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from hosl_flower.cells import DIVERGED, CellError
-from hosl_flower.errors import HoslError
+from hosl_flower.cells import DIVERGED
+from hosl_flower.errors import CheckpointError, HoslError, printable
+from hosl_flower.inside import MOST_BYTES, parse_json, read_bytes
 from hosl_flower.outcome import Outcome, outcome
 from hosl_flower.page_files import ConfigFile, Evaluation, Measured, Read, ResultsFile, Sent, Update
 
+_MOST_PICTURE = 1 << 24  # bytes of partition.png: it goes into the page
 _MARKS = ("config.json", "metrics.jsonl", "results.json")  # what only run directories have
 
 
@@ -100,7 +101,7 @@ def read_runs(directories: Sequence[Path]) -> list[Run]:
     depth = 1
     while len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1
-    return [_read(path, "/".join(path.parts[-depth:])) for path in paths]
+    return [_read(path, printable("/".join(path.parts[-depth:]))) for path in paths]
 
 
 def _check(path: Path) -> None:
@@ -124,7 +125,8 @@ def _check(path: Path) -> None:
 def _is_run(path: Path) -> bool:
     marks = [name for name in _MARKS if (path / name).is_file()]
     if marks == ["config.json"]:  # a model has one too
-        return b'"model_type"' not in (path / "config.json").read_bytes()
+        problems: list[str] = []
+        return b'"model_type"' not in (_content(path / "config.json", problems) or b"")
     return bool(marks)
 
 
@@ -132,7 +134,7 @@ def _read(path: Path, name: str) -> Run:
     problems: list[str] = []
     results = _document(path / "results.json", ResultsFile, problems)
     settings = _document(path / "config.json", ConfigFile, problems)
-    diverged = path / DIVERGED
+    diverged = _content(path / DIVERGED, problems) if (path / DIVERGED).exists() else None
     picture = path / "partition.png"
     return Run(
         directory=path,
@@ -141,35 +143,53 @@ def _read(path: Path, name: str) -> Run:
         settings=settings or ConfigFile(),
         metrics=_lines(path / "metrics.jsonl", Measured, problems),
         ledger=_lines(path / "ledger.jsonl", Update, problems),
-        finished=results is not None and not diverged.is_file(),
-        diverged=diverged.read_text(encoding="utf-8", errors="replace").strip()
-        if diverged.is_file()
-        else "",
+        finished=results is not None and diverged is None,
+        diverged="" if diverged is None else diverged.decode(errors="replace").strip(),
         costs=_costs(path) if results and settings else None,
-        partition=picture.read_bytes() if picture.is_file() else None,
+        partition=_content(picture, problems, _MOST_PICTURE) if picture.exists() else None,
         problems=problems,
     )
+
+
+def _content(path: Path, problems: list[str], most: int = MOST_BYTES) -> bytes | None:
+    """A file's; None, and a line about it, where it cannot be read."""
+    try:
+        return read_bytes(path.parent, path, most)
+    except FileNotFoundError:
+        problems.append(f"There is no {path.name}.")
+    except (OSError, CheckpointError) as error:
+        problems.append(f"{path.name} cannot be read: {error}.")
+    return None
 
 
 def _costs(path: Path) -> Outcome | None:
     """What a step costs, as comparisons count it; results of other versions may not say."""
     try:
         found = outcome(path, target=0)
-    except (CellError, KeyError, TypeError, ValueError, ZeroDivisionError):
+        amounts = (found.bytes_up, found.bytes_down, found.forwards, found.peak_bytes)
+        return found if all(map(math.isfinite, amounts)) else None
+    except (
+        HoslError,
+        OSError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+    ):
         return None
-    amounts = (found.bytes_up, found.bytes_down, found.forwards)
-    return found if all(map(math.isfinite, amounts)) else None
 
 
 _Model = TypeVar("_Model", bound=Read)
 
 
 def _document(path: Path, model: type[_Model], problems: list[str]) -> _Model | None:
+    content = _content(path, problems)
+    if content is None:
+        return None
     try:
-        return model.model_validate(json.loads(path.read_bytes()))
-    except FileNotFoundError:
-        problems.append(f"There is no {path.name}.")
-    except (OSError, ValueError) as error:  # of json, and of pydantic
+        return model.model_validate(parse_json(content))
+    except ValueError as error:  # of json, and of pydantic
         problems.append(f"{path.name} cannot be read: {_reason(error)}.")
     return None
 
@@ -178,11 +198,9 @@ def _lines(path: Path, model: type[_Model], problems: list[str]) -> list[_Model]
     """The lines up to one that is damaged, as the last of a run that was killed may be."""
     rows: list[_Model] = []
     try:
-        for line in path.read_bytes().splitlines():
-            rows.append(model.model_validate(json.loads(line)))
-    except FileNotFoundError:
-        problems.append(f"There is no {path.name}.")
-    except (OSError, ValueError) as error:
+        for line in (_content(path, problems) or b"").splitlines():
+            rows.append(model.model_validate(parse_json(line)))
+    except ValueError as error:
         problems.append(f"{path.name} is read up to line {len(rows)} only: {_reason(error)}.")
     return rows
 

@@ -6,6 +6,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from hosl_flower.errors import printable
+
 CSS = Path(__file__).with_name("page.css")
 
 # Nothing is fetched, and nothing runs: there is no script to allow.
@@ -112,4 +114,6 @@ def document(title: str, *parts: Any) -> Html:
         tag("body", *parts),
         lang="en",
     )
-    return Html(f"<!DOCTYPE html>\n{page}\n")
+    # whatever the files of a run held: nothing that a terminal or an editor would obey
+    lines = f"<!DOCTYPE html>\n{page}\n".expandtabs(1).split("\n")
+    return Html("\n".join(map(printable, lines)))

@@ -141,7 +141,7 @@ def _epsilon(run: Run) -> object:
     cost = run.results.privacy
     if cost is None or not cost.epsilon:
         return None
-    said = f"{number(max(cost.epsilon.values()), 2)} at delta {cost.delta:g}"
+    said = f"{number(max(cost.epsilon.values()), 2)} at delta {number(cost.delta, 6)}"
     return f"{said}, simulated" if cost.simulated else said
 
 

@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Sequence
 
 from hosl_flower.page_bars import draw_participation
-from hosl_flower.page_clients import Participation, participation
+from hosl_flower.page_clients import MOST_CLIENTS, Participation, participation
 from hosl_flower.page_data import Run
 from hosl_flower.page_html import Html, html, note, section, table, tag
 
@@ -47,6 +47,8 @@ def clients(runs: Sequence[Run]) -> Html:
         same = next((places for known, places in groups if known == found), None)
         if same is not None:
             same.append(place)
+        elif found.number > MOST_CLIENTS:
+            lines.append(note(run.name, f": {found.number:,} clients, too many to be drawn."))
         elif found.number > 1:
             groups.append((found, [place]))
     figures = []

@@ -2,13 +2,17 @@
 
 import base64
 import json
+import os
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from huggingface_hub import ModelCard, constants
+from markdown_it import MarkdownIt
 from peft import PeftModel
 from runs import run_factory
 from safetensors.torch import load_file
@@ -156,6 +160,48 @@ def test_a_card_of_random_weights_says_so_and_one_of_a_hub_model_names_it(make, 
     assert header["base_model"] == "facebook/opt-125m"
     assert header["base_model_relation"] == "finetune"
     assert header["datasets"] == ["nyu-mll/glue"]
+
+
+EVIL = "\n---\n# Heading\n[here](https://evil.example) <img src=x> ```\x1b[31m\u202e`\ud800|*b*"
+
+
+def test_text_of_others_stays_text_in_a_card(make, tmp_path):
+    """Of the files of a run directory, and of the base model's card."""
+    _, run, _ = make()
+    record, results = (
+        json.loads((run / name).read_text()) for name in ("config.json", "results.json")
+    )
+    base = tmp_path / f"base{EVIL[:20].replace('/', '')}"
+    base.mkdir()
+    readme = {"license": "mit", "license_name": EVIL, "license_link": "javascript: x\n---\n"}
+    (base / "README.md").write_text(f"---\n{yaml.safe_dump(readme)}---\n")
+    record.update(model_used=str(base), python=EVIL, machine=EVIL, versions={EVIL: EVIL})
+    record["config"].update(prompt="{text}" + EVIL, verbalizers=f"a```{EVIL[10:30]},b`c")
+    results.update(method=EVIL, notice=EVIL)
+    (run / "config.json").write_text(json.dumps(record))
+    (run / "results.json").write_text(json.dumps(results))
+    text = (export(run, tmp_path / "out") / "README.md").read_text()
+    card = ModelCard(text)
+    assert card.data.license == "mit"
+    assert card.data.to_dict().keys().isdisjoint({"license_name", "license_link"})
+    assert card.data.tags[-1].startswith("\\n---\\n# Heading")
+    assert all(line.isprintable() for line in text.splitlines())
+    html = MarkdownIt().enable("table").render(card.text)
+    assert html.count("<h1>") == 1
+    assert not re.search("<a |<img|<em>|<strong>b", html.replace("<strong>The base", ""))
+    assert html.count("<pre>") == 3, "notice, keys, command"
+
+
+@pytest.mark.parametrize("terms", [{"license": ["mit", EVIL]}, {"license": EVIL}, {"license": 3}])
+def test_a_license_that_is_none_is_not_passed_on(make, tmp_path, terms):
+    _, run, _ = make()
+    (tmp_path / "opt0" / "README.md").write_text(f"---\n{yaml.safe_dump(terms)}---\n")
+    card = ModelCard.load(export(run, tmp_path / "out") / "README.md")
+    assert "license" not in card.data.to_dict()
+    assert "License: not given here" in card.text
+    (tmp_path / "opt0" / "README.md").unlink()
+    os.mkfifo(tmp_path / "opt0" / "README.md")  # which would be read for ever
+    export(run, tmp_path / "two")
 
 
 def test_mistakes_are_one_line_and_leave_nothing(make, tmp_path):
