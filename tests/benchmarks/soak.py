@@ -172,6 +172,7 @@ def soak(arguments: argparse.Namespace, folder: Path) -> dict:
     from hosl_flower.link.nodes import Nodes
     from hosl_flower.link.stream import StreamLink
     from hosl_flower.report import Report
+    from hosl_flower.runlog import RunLog
     from hosl_flower.training import check_clients, train
 
     for name in ("_run_id", "_node_id", "_task_id"):  # as in a ServerApp's process
@@ -190,8 +191,8 @@ def soak(arguments: argparse.Namespace, folder: Path) -> dict:
     started = time.monotonic()
     trouble.start()
     samples.start()
-    with contextlib.suppress(TimeIsUpError):
-        train(strategy, session, link, Report(config))
+    with contextlib.suppress(TimeIsUpError), RunLog() as kept, Report(config, kept) as report:
+        train(strategy, session, link, report)
     seconds = time.monotonic() - started
     for thread in (trouble, samples):
         thread.done.set()

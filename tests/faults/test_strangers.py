@@ -75,7 +75,7 @@ def test_a_disk_that_is_full(whole, small_disk, tmp_path, undisturbed):
     with pytest.raises(OSError, match="No space left"):
         fill(small_disk / "filler")
     said = whole.end(run)
-    assert "metrics.jsonl cannot be written ([Errno 28] No space left on device)" in run.log
+    assert "metrics.jsonl cannot be written ([Errno 28] No space left on device)" in said
     assert "results.json ([Errno 28] No space left on device)" in said, "it took all its steps"
     assert not (run.directory / "results.json").exists()
     assert read(run.directory).step >= 5, "whole: its checksums are right"
