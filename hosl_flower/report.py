@@ -68,7 +68,7 @@ class Report:
         if config.resume:
             self.directory = run_directory(config)
             check_writable(self.directory, "resume")
-            if self.directory.is_dir():  # before its checkpoint is read: another run may go on
+            if found(self.directory):  # locked before they are read: another run may go on
                 self._lock = lock(self.directory)
         else:
             check_writable(self.directory, "output-dir")
@@ -282,7 +282,8 @@ class Report:
         self.ending.attempt("ledger.jsonl", session.history.ledger.seal)
         self.ending.attempt("results.json", lambda: put(path, text + "\n"))
         if "results.json" in self.ending.failures:
-            log.error("results.json could not be written, it would be: %s", text)
+            one_line = json.dumps(asdict(results))
+            log.error("results.json could not be written, it would be: %s", one_line)
         with self._warned("curve.png"):
             title = f"{method.name}: {session.spec.model}, {session.spec.task.name}"
             draw_curve(self.directory, title)
