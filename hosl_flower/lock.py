@@ -62,7 +62,8 @@ def claim(directory: Path, named: bool) -> tuple[Path, FileLock]:
 def refuse_used(directory: Path) -> None:
     """ConfigError for a directory, or file, that holds anything."""
     if directory.is_dir():
-        used = any(path.name != _NAME for path in directory.iterdir())
+        # of another run that looks whether it can write here there may be a .hosl- directory
+        used = any(not p.name.startswith((_NAME, ".hosl-")) for p in directory.iterdir())
     else:
         used = directory.exists() or directory.is_symlink()
     if used:

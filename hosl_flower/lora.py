@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hosl_flower.errors import CheckpointError, ConfigError, first_line
 from hosl_flower.perturb import derive_seed
-from hosl_flower.whole import made_whole, save_tensors
+from hosl_flower.whole import made_whole, put, save_tensors
 
 _NAME = re.compile(r"\.(lora_[AB])\.default\.")
 _ADAPTER = re.compile(r"\.lora_[AB]\.weight$")
@@ -160,9 +160,9 @@ def save_adapters(
     config.inference_mode = True
     with made_whole(directory) as part:
         config.save_pretrained(part)
-        written = json.loads((part / "adapter_config.json").read_text())
+        written = json.loads((part / "adapter_config.json").read_text(encoding="utf-8"))
         written["target_modules"] = sorted(written["target_modules"])  # a set has no order
-        (part / "adapter_config.json").write_text(json.dumps(written, indent=2) + "\n")
+        put(part / "adapter_config.json", json.dumps(written, indent=2) + "\n")
         tokenizer.save_pretrained(part)
         save_tensors(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
 

@@ -44,6 +44,7 @@ class _Session(_Part):
     unchecked: list[Count]
     checked_at: Count
     dropped: list[tuple[Count, Count, str]]
+    drop_counts: Pairs = []
     clipped: Pairs = []
     train_examples: Pairs = []
     retaken: Count = 0

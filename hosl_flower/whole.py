@@ -84,7 +84,7 @@ class Lines:
         """Write the lines that are held. OSError when that fails: the file is as it was then."""
         size = self.path.stat().st_size
         try:
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write("".join(self._held))
         except OSError:
             os.truncate(self.path, size)

@@ -13,7 +13,6 @@ from runs import metrics, run_factory
 from safetensors import SafetensorError
 
 from hosl_flower import checkpoint, report, whole
-from hosl_flower.checkpoint import latest
 from hosl_flower.errors import CheckpointError, ConfigError, HoslError
 from hosl_flower.export import export
 from hosl_flower.finished import read_run
