@@ -186,6 +186,7 @@ def test_a_directory_that_is_not_there_is_named(make, tmp_path):
 @pytest.mark.parametrize("part", ["tensors.safetensors", "checkpoint.json"])
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
 def test_a_damaged_checkpoint_is_not_used(make, stopped, part, damage):
+    shutil.rmtree(stopped / "checkpoint-2")  # else the run goes on from there
     path = stopped / "checkpoint-4" / part
     content = path.read_bytes()
     if damage == "gone":
@@ -200,6 +201,7 @@ def test_a_damaged_checkpoint_is_not_used(make, stopped, part, damage):
 
 
 def test_another_format_is_named(make, stopped):
+    shutil.rmtree(stopped / "checkpoint-2")
     path = stopped / "checkpoint-4" / "checkpoint.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
     with pytest.raises(CheckpointError, match=r"has format 99, this version .* reads 1"):
