@@ -251,7 +251,7 @@ class Nodes:
         return f"{len(served)} client(s) on {count} SuperNode(s){spread}{missing}"
 
     def _why_missing(self, required: int) -> str:
-        wanted, connected = self.count, len(self._seen)
+        wanted, connected = self.count, len(self._there)
         if connected < wanted:
             return (
                 f"num-clients = {self.clients} needs {wanted} SuperNodes, {connected} are "
