@@ -151,6 +151,11 @@ class Ledger:
         cannot be written; the file is as it was then, and the next attempt writes them again."""
         if self._file is not None:
             self._write({"position": len(self), "digest": self.digest()})
+            self.flush()
+
+    def flush(self) -> None:
+        """Write to the file what a `seal` could not. Raises OSError as that does."""
+        if self._file is not None:
             self._file.flush()
 
     def _write(self, row: dict[str, Any]) -> None:

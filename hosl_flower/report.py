@@ -279,7 +279,7 @@ class Report:
             log.info(line)
         path = self.directory / "results.json"
         self.ending.attempt("metrics.jsonl", self._metrics.flush)
-        self.ending.attempt("ledger.jsonl", session.history.ledger.seal)
+        self.ending.attempt("ledger.jsonl", session.history.ledger.flush)
         self.ending.attempt("results.json", lambda: put(path, text + "\n"))
         if "results.json" in self.ending.failures:
             one_line = json.dumps(asdict(results))

@@ -162,7 +162,7 @@ def test_a_card_of_random_weights_says_so_and_one_of_a_hub_model_names_it(make, 
     assert header["datasets"] == ["nyu-mll/glue"]
 
 
-EVIL = "\n---\n# Heading\n[here](https://evil.example) <img src=x> ```\x1b[31m\u202e`\ud800|*b*"
+EVIL = "\n---\n# Heading\n[here](https://evil.example) <img src=x> ```\x1b[31m\u202e`|*b*"
 
 
 def test_text_of_others_stays_text_in_a_card(make, tmp_path):
