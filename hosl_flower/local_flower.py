@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,8 +33,8 @@ from hosl_flower.processes import (
     wait_until_healthy,
 )
 from hosl_flower.proxies import without_loopback
-from hosl_flower.runlog import way_on
-from hosl_flower.signals import exiting_when_told
+from hosl_flower.runlog import say_stopped
+from hosl_flower.signals import Told, exiting_when_told
 
 _FAILED = "run failed: "  # what the ServerApp says before the reason
 
@@ -59,8 +60,8 @@ def run_flower_app(
     before = results.stat().st_mtime_ns if results.is_file() else None
     try:
         code, reason = _submitted(app, given, federation)
-    except (KeyboardInterrupt, SystemExit):
-        print(f"run stopped; {way_on(directory)}", file=sys.stderr)
+    except (KeyboardInterrupt, Told) as stopped:
+        say_stopped(directory, stopped.number if isinstance(stopped, Told) else signal.SIGINT)
         raise
     finally:
         with contextlib.suppress(OSError):

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -135,6 +136,17 @@ def stop_announced(kept: RunLog, cause: str = "") -> Iterator[None]:
     finally:
         for number in before:
             signal.signal(number, before[number] or signal.SIG_DFL)
+
+
+def say_stopped(directory: Path, number: int) -> None:
+    """Announce that a run in other processes was stopped: on stderr, and in its log if there is
+    one. In a simulation, Flower runs the ServerApp in a thread, which gets no signals."""
+    line = f"run stopped: signal {number} ({signal.Signals(number).name}); {way_on(directory)}"
+    print(line, file=sys.stderr)
+    if (directory / NAME).is_file():
+        with RunLog() as kept:
+            kept.keep(directory)
+            log.error("%s", line)
 
 
 class _Holding(logging.Handler):

@@ -2,10 +2,18 @@
 
 import contextlib
 import signal
-import sys
 from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
+
+
+class Told(SystemExit):
+    """A signal has told this process to end."""
+
+    def __init__(self, number: int):
+        super().__init__(128 + number)
+        self.number = number
+
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Python has a handler of the first
 
@@ -31,4 +39,4 @@ def exiting_when_told() -> Iterator[None]:
 
 
 def _exit(number: int, frame: FrameType | None) -> NoReturn:
-    sys.exit(128 + number)
+    raise Told(number)

@@ -326,14 +326,17 @@ def test_a_simulation_that_is_refused_leaves_no_directory_and_a_stopped_one_says
 
     def stopped(*_):
         (tmp_path / "runs" / "one" / "checkpoint-4").mkdir(parents=True)
+        (tmp_path / "runs" / "one" / "log.txt").write_text("earlier\n")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(local_flower, "_submitted", stopped)
     with pytest.raises(KeyboardInterrupt):
         local_flower.run_flower_app(ROOT, {"run-name": "one"}, "", tmp_path / "runs")
-    assert f"resume={tmp_path}/runs/one goes on from the checkpoint of step 4" in (
-        capsys.readouterr().err
-    )
+    way = f"resume={tmp_path}/runs/one goes on from the checkpoint of step 4"
+    assert f"run stopped: signal 2 (SIGINT); {way}\n" in capsys.readouterr().err
+    earlier, line = (tmp_path / "runs" / "one" / "log.txt").read_text().splitlines()
+    assert earlier == "earlier"
+    assert line.endswith(f"run stopped: signal 2 (SIGINT); {way}")
 
 
 POSIX = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # Python's encoding is ASCII
