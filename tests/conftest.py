@@ -9,6 +9,7 @@ import itertools
 import json
 import re
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,21 @@ def one_thread() -> Iterator[None]:
 
 
 TinyOpt = Callable[..., tuple[Path, OPTForCausalLM]]
+
+
+@pytest.fixture
+def heeded_signals() -> Iterator[None]:
+    """Signals that end a process have the handlers of a process in the foreground: a job in the
+    background, as tests may be, ignores SIGINT, and so would the processes it starts."""
+    usual = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -380,6 +380,7 @@ Argument = Option = lambda *_, **__: None
     assert (done.stdout, done.stderr) == ("caf\\xe9\n", "")
 
 
+@pytest.mark.usefixtures("heeded_signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_during_the_first_imports_is_an_exit_code_and_no_traceback(tmp_path, number):
     (tmp_path / "typer.py").write_text(

@@ -82,6 +82,7 @@ class Stopped(Hosl):
         return super().steps(session, link, steps)
 
 
+@pytest.mark.usefixtures("heeded_signals")
 def test_a_run_in_process_that_is_stopped_says_how_to_resume(tiny_opt, tmp_path):
     run = run_factory(Stopped, tiny_opt, tmp_path)
     with pytest.raises(KeyboardInterrupt):
