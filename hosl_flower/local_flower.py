@@ -47,6 +47,7 @@ def run_flower_app(
     federation: for --federation-config, e.g. "num-supernodes=4". Raises RunFailedError.
     """
     output = output_directory.expanduser().absolute()
+    made = not output.exists()
     given = {**overrides, "output-dir": str(output)}
     if overrides.get("resume"):
         directory = Path(str(overrides["resume"])).expanduser().absolute()
@@ -66,6 +67,8 @@ def run_flower_app(
     finally:
         with contextlib.suppress(OSError):
             directory.rmdir()  # it is empty if the run was refused
+            if made:
+                output.rmdir()
     written = results.is_file() and results.stat().st_mtime_ns != before
     if code != 0 or not written or reason:  # results may be there when other files are not
         why = reason or f"flwr exit code {code}, no {results}; the log above says why"
