@@ -13,7 +13,7 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-MOST_TOLD = 200  # characters of another machine's own words that are kept
+MOST_TOLD = 500  # characters of another machine's own words that are kept; our own messages fit
 
 
 def printable(text: str, most: int = 0) -> str:

@@ -62,6 +62,6 @@ def _inputs(encoder: Inputs, config: Any) -> tuple[Tensor, Tensor]:
     inputs, mask = batch.inputs[:1], batch.attention_mask[:1]
     if inputs.is_floating_point():
         return torch.arange(float(inputs.numel())).cos().view(inputs.shape), mask
-    count = min(_POSITIONS, inputs.shape[1])
+    count = min(_POSITIONS, inputs.shape[-1])
     tokens = torch.arange(count) * (config.vocab_size // count)
     return tokens.unsqueeze(0), mask[:, :count]

@@ -56,7 +56,7 @@ class Run:
     def log(self) -> str:
         """What it has said."""
         with contextlib.suppress(OSError):
-            return (self.directory / "log.txt").read_text().removeprefix(self._past)
+            return (self.directory / "log.txt").read_text(errors="replace").removeprefix(self._past)
         return ""
 
     @property
