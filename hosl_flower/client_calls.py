@@ -9,6 +9,7 @@ import logging
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
+from hosl_flower.adapted import find_adapters
 from hosl_flower.client import Client
 from hosl_flower.errors import HoslError, public_reason
 from hosl_flower.link.dial import serve
@@ -62,6 +63,9 @@ def _client(spec: ClientSpec, context: Context) -> Client:
     node, remote = NodeConfig.read(context.node_config), not is_simulated()
     if remote:
         node.check(spec.source, spec.model)
+        adapters = None if node.model_path else find_adapters(spec.model)
+        if adapters is not None:  # their publisher names the base, which is opened too
+            node.check("", adapters.base)
     secret = None
     if spec.dp_noise or spec.activation_noise:
         secret = device_secret(node.noise_secret) if remote else simulated_secret(spec.seed)

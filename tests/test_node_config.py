@@ -166,6 +166,16 @@ def test_in_a_simulation_all_is_one_machine_and_errors_are_whole(tmp_path, monke
     assert "/no/model" in ask(client_spec(model="/no/model"), {}).error
 
 
+def test_the_base_of_allowed_adapters_must_be_allowed_too(monkeypatch):
+    monkeypatch.setattr(
+        client_calls, "find_adapters", lambda model: SimpleNamespace(base="stranger/base")
+    )
+    spec, config = client_spec(model="org/adapters"), {"allow-models": "org/*"}
+    error = ask(spec, config).error
+    assert error.startswith("RefusedError: this SuperNode does not allow the model 'stranger/base'")
+    assert 'allow-models="stranger/base"' in error
+
+
 ROWS = "good,ham\nbad,spam\n" * 5
 
 

@@ -117,7 +117,7 @@ def test_the_reason_of_a_node_that_fails_is_one_short_line():
     said = str(refused.value)
     assert "SuperNode 40 failed: gone\\nrun failed: \\x1b[31mforgedx" in said
     assert said.isprintable()
-    assert len(said) < 900
+    assert len(said) < 700
 
 
 def test_a_node_that_fails_at_first_is_asked_again_before_clients_are_shared_out():
