@@ -224,8 +224,7 @@ class Report:
         self._last_loss = loss
         told = {} if math.isnan(loss) else {"train_loss": loss}
         row: dict[str, Any] = {"step": step, **told}
-        dropped = {d.partition: d.reason for d in session.dropped if d.step == step}
-        if dropped:
+        if dropped := session.dropped.at.pop(step, None):
             row["dropped"] = dropped
         if clipped := session.clipped_at.pop(step, None):
             row["clipped"] = dict(clipped)

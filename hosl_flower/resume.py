@@ -184,6 +184,7 @@ def restore(checkpoint: Checkpoint, session: Session, method: Resumable) -> None
         session.unchecked = set(own["unchecked"])
         for drop in own["dropped"]:
             session.dropped.append(Drop(*drop))
+        session.dropped.at.clear()  # reported before
         if "drop_counts" in own:
             session.dropped.counts = Counter(dict(own["drop_counts"]))
         session.clipped = Counter(dict(own.get("clipped", ())))

@@ -81,22 +81,25 @@ class Drop(NamedTuple):
 
 class Drops(list[Drop]):
     """Clients that were left out of steps: of each the first MOST_DROPS times, with the reason.
-    counts: how often in all, by partition."""
+    counts: how often in all, by partition. at: the reasons by partition, by step not reported yet.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[int] = Counter()
+        self.at: dict[int, dict[int, str]] = {}
 
     def append(self, drop: Drop) -> None:
         """Count one, and keep it unless there are many of this client."""
         self.counts[drop.partition] += 1
+        self.at.setdefault(drop.step, {})[drop.partition] = drop.reason
         if self.counts[drop.partition] <= MOST_DROPS:
             super().append(drop)
 
     def return_to(self, length: int, counts: Counter[int]) -> None:
         """Take back those since there were so many."""
         del self[length:]
-        self.counts = counts
+        self.counts, self.at = counts, {}
 
 
 @dataclass

@@ -429,6 +429,8 @@ def test_only_so_many_failures_of_a_client_are_kept():
     drops.append(Drop(5, 2, "gone"))
     assert len(drops) == MOST_DROPS + 1
     assert drops.counts == {1: 3 * MOST_DROPS, 2: 1}
+    assert drops.at[3 * MOST_DROPS - 1] == {1: "gone"}, "each step's line names who was left out"
+    assert drops.at[5] == {1: "gone", 2: "gone"}
 
 
 @pytest.fixture(scope="module")
