@@ -32,7 +32,7 @@ from hosl_flower.processes import (
     stop,
     wait_until_healthy,
 )
-from hosl_flower.proxies import without_loopback
+from hosl_flower.system.proxies import without_loopback
 
 HERE = Path(__file__).parent
 NODES = 3

@@ -2,7 +2,7 @@
 
 import sys
 
-from hosl_flower.signals import exit_when_told
+from hosl_flower.system.signals import exit_when_told
 
 try:
     if __name__ == "__main__":

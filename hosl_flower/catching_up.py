@@ -12,8 +12,8 @@ from hosl_flower.ledger import Entry, Ledger, entries_from_columns
 from hosl_flower.requests import STRICT, Count, Counts, Digests, Finites, Request
 from hosl_flower.shifts import Passage
 from hosl_flower.state import Snapshot
-from hosl_flower.tensors import dtype_name
-from hosl_flower.update_codec import Coded, Rows, check
+from hosl_flower.tensors.raw_bytes import dtype_name
+from hosl_flower.tensors.update_codec import Coded, Rows, check
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -9,8 +9,8 @@ from hosl_flower.config import parse_config
 from hosl_flower.errors import DivergedError, HoslError, printable
 from hosl_flower.local_flower import run_flower_app
 from hosl_flower.server_app import load_strategy, log_to_stderr
-from hosl_flower.signals import exit_when_told
-from hosl_flower.whole import put
+from hosl_flower.system.signals import exit_when_told
+from hosl_flower.system.whole_files import put
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from hosl_flower.errors import ConfigError, HoslError
 from hosl_flower.experiment import Cell, Experiment, Keys, grid, trials
 from hosl_flower.measures import headline
 from hosl_flower.own_task import completed
-from hosl_flower.signals import exiting_when_told
+from hosl_flower.system.signals import exiting_when_told
 
 DIVERGED = "diverged.txt"  # in the run directory of a run that did
 

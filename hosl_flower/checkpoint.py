@@ -26,9 +26,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hosl_flower.errors import CheckpointError, DivergedError
-from hosl_flower.inside import parse_json
-from hosl_flower.tensors import largest
-from hosl_flower.whole import save_tensors
+from hosl_flower.system.untrusted_files import parse_json
+from hosl_flower.system.whole_files import save_tensors
+from hosl_flower.tensors.raw_bytes import largest
 
 FORMAT = 1
 _NAME = "checkpoint-"

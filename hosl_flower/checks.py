@@ -8,7 +8,6 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from hosl_flower.codec import has_scales, wire_dtype
 from hosl_flower.completion import IGNORED
 from hosl_flower.errors import OutOfRangeError, ProtocolError
 from hosl_flower.messages import (
@@ -32,7 +31,8 @@ from hosl_flower.messages import (
     Weights,
 )
 from hosl_flower.state import ClientState
-from hosl_flower.tensors import (
+from hosl_flower.tensors.activation_codec import has_scales, wire_dtype
+from hosl_flower.tensors.raw_bytes import (
     DTYPES,
     LARGEST_LOSS,
     LARGEST_SCALAR,
@@ -41,7 +41,7 @@ from hosl_flower.tensors import (
     largest,
     raw_bytes,
 )
-from hosl_flower.update_codec import Rows, check
+from hosl_flower.tensors.update_codec import Rows, check
 
 _MOST_EXAMPLES = 10**9
 _MOST_HELD_OUT = 10**6  # each of their batches is a request of the server's, at every evaluation

@@ -50,8 +50,8 @@ def simulate(
         load_strategy(checked)  # what it refuses, it refuses before anything is started
         keys = checked.as_keys()
         overrides |= {key: keys[key] for key in ("run-name", "resume") if keys[key]}
-        from hosl_flower.directories import check_writable
         from hosl_flower.local_flower import run_flower_app
+        from hosl_flower.system.directories import check_writable
 
         check_writable(Path(checked.output_dir).expanduser().absolute(), "output-dir")
         results = run_flower_app(app, overrides, federation, Path(checked.output_dir))

@@ -19,7 +19,6 @@ from hosl_flower.errors import IN_THE_LOG, DataError, HoslError, ProtocolError, 
 from hosl_flower.follower import UNKNOWN, Answer, Follower
 from hosl_flower.head import attach_head
 from hosl_flower.inputs import make_inputs
-from hosl_flower.memory import Meter, peak_rss_bytes
 from hosl_flower.messages import (
     Activations,
     Adopt,
@@ -72,6 +71,7 @@ from hosl_flower.split import (
     trainable_parameters,
 )
 from hosl_flower.state import ClientState
+from hosl_flower.tensors.memory import Meter, peak_rss_bytes
 from hosl_flower.veil import veil_of
 
 log = logging.getLogger("hosl_flower")

@@ -8,9 +8,9 @@ from typing import Any
 from hosl_flower.cells import CellError, choose, is_finished, run_all
 from hosl_flower.comparison import csv_text, markdown, rows
 from hosl_flower.comparison_plot import draw_comparison, draw_frontier
-from hosl_flower.directories import check_writable
 from hosl_flower.experiment import Keys, cells, read_experiment, trials
-from hosl_flower.whole import put
+from hosl_flower.system.directories import check_writable
+from hosl_flower.system.whole_files import put
 
 
 def compare(path: Path, out: Path, processes: int, overrides: Mapping[str, Any]) -> str:

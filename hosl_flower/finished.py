@@ -13,7 +13,6 @@ from pydantic import ValidationError
 
 from hosl_flower.config import RunConfig, parse_config
 from hosl_flower.errors import CheckpointError, ConfigError
-from hosl_flower.inside import check_tree, parse_json, read_json, read_regular
 from hosl_flower.lora import Lora, load_adapters
 from hosl_flower.page_files import ConfigFile, Read, ResultsFile
 from hosl_flower.spec import server_lora, torch_dtype
@@ -26,6 +25,7 @@ from hosl_flower.split import (
     load_server,
     open_base,
 )
+from hosl_flower.system.untrusted_files import check_tree, parse_json, read_json, read_regular
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 
-from hosl_flower import proxies
 from hosl_flower.errors import CheckpointError, ConfigError, HoslError, first_line
+from hosl_flower.system import proxies
 
 PROBE_SECONDS = 4.0
 _LFS = b"version https://git-lfs.github.com/spec/"  # what a pointer begins with

@@ -21,9 +21,9 @@ from typing import Any
 from torch import Tensor
 
 from hosl_flower.errors import CheckpointError
-from hosl_flower.inside import parse_json
-from hosl_flower.tensors import raw_bytes
-from hosl_flower.whole import Lines, put
+from hosl_flower.system.untrusted_files import parse_json
+from hosl_flower.system.whole_files import Lines, put
+from hosl_flower.tensors.raw_bytes import raw_bytes
 from hosl_flower.zo import to_float32
 
 

@@ -22,7 +22,6 @@ from typing import Any
 
 import tomli_w
 
-from hosl_flower.directories import claimed
 from hosl_flower.errors import ConfigError
 from hosl_flower.processes import (
     MARK,
@@ -32,9 +31,10 @@ from hosl_flower.processes import (
     stop,
     wait_until_healthy,
 )
-from hosl_flower.proxies import without_loopback
 from hosl_flower.runlog import say_stopped
-from hosl_flower.signals import Told, exiting_when_told
+from hosl_flower.system.directories import claimed
+from hosl_flower.system.proxies import without_loopback
+from hosl_flower.system.signals import Told, exiting_when_told
 
 _FAILED = "run failed: "  # what the ServerApp says before the reason
 

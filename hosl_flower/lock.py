@@ -10,8 +10,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from hosl_flower.directories import claimed
 from hosl_flower.errors import ConfigError
+from hosl_flower.system.directories import claimed
 
 log = logging.getLogger("hosl_flower")
 

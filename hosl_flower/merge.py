@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hosl_flower.families import family_of
 from hosl_flower.split import Base
-from hosl_flower.whole import made_whole, save_tensors
+from hosl_flower.system.whole_files import made_whole, save_tensors
 
 
 def save_merged(

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from hosl_flower.gradient import Gradient, Term
 from hosl_flower.perturb import as_matrix_shape, row_chunks
-from hosl_flower.rounding import store
+from hosl_flower.tensors.rounding import store
 from hosl_flower.zo import to_float32
 
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from hosl_flower.cells import CellError, is_diverged
-from hosl_flower.inside import read_json
 from hosl_flower.measures import headline
+from hosl_flower.system.untrusted_files import read_json
 
 # A backward pass counts as two, and the forward is run again for its graph. Recomputing and
 # residual feedback are booked at the most that was measured, operations over those of one forward:

@@ -48,7 +48,7 @@ from hosl_flower.page_tables import (
     side_by_side,
 )
 from hosl_flower.page_who import clients, data
-from hosl_flower.whole import put
+from hosl_flower.system.whole_files import put
 
 
 def write_page(directories: Sequence[Path], out: Path) -> str:

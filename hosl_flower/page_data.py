@@ -14,9 +14,9 @@ from pydantic import ValidationError
 
 from hosl_flower.cells import DIVERGED
 from hosl_flower.errors import CheckpointError, HoslError, printable
-from hosl_flower.inside import MOST_BYTES, parse_json, read_bytes
 from hosl_flower.outcome import Outcome, outcome
 from hosl_flower.page_files import ConfigFile, Evaluation, Measured, Read, ResultsFile, Sent, Update
+from hosl_flower.system.untrusted_files import MOST_BYTES, parse_json, read_bytes
 
 _MOST_PICTURE = 1 << 24  # bytes of partition.png: it goes into the page
 _MARKS = ("config.json", "metrics.jsonl", "results.json")  # what only run directories have

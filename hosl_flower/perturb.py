@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from hosl_flower.streams import NORMALS, SIGNS, counters_of, philox
+from hosl_flower.tensors.philox import NORMALS, SIGNS, counters_of, philox
 
 DISTRIBUTIONS = ("rank1", "signs", "gaussian")
 

@@ -21,14 +21,14 @@ from hosl_flower.held_out import score_batches
 from hosl_flower.labels import STATES_BYTES
 from hosl_flower.link.base import Link
 from hosl_flower.link.inprocess import InProcessLink
-from hosl_flower.memory import PHASES, Meter
 from hosl_flower.requests import HeldOutStates
 from hosl_flower.secret import simulated_secret
 from hosl_flower.server_app import load_strategy
 from hosl_flower.session import Session
 from hosl_flower.spec import torch_dtype
 from hosl_flower.strategy import SplitStrategy
-from hosl_flower.traced import shapes_only
+from hosl_flower.tensors.memory import PHASES, Meter
+from hosl_flower.tensors.shapes_only import shapes_only
 from hosl_flower.training import describe_all, judge_of
 
 log = logging.getLogger("hosl_flower")

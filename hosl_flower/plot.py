@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hosl_flower.errors import printable
-from hosl_flower.whole import put
+from hosl_flower.system.whole_files import put
 
 _MOST_TEXT = 100  # characters
 _SMOOTH = 20  # steps in the moving average of the training loss

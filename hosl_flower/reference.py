@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hosl_flower.split import ClientSubmodel, ServerSubmodel
 from hosl_flower.tasks import Inputs
-from hosl_flower.tensors import largest
+from hosl_flower.tensors.raw_bytes import largest
 
 _ACTIVATIONS, _WEIGHTS = 1e3, 1e2  # times the reference's
 _POSITIONS = 16  # of the reference's tokens

@@ -33,7 +33,6 @@ from filelock import FileLock
 
 from hosl_flower.checkpoint import found, sync, write
 from hosl_flower.config import RunConfig
-from hosl_flower.directories import check_writable
 from hosl_flower.ending import Ending
 from hosl_flower.errors import ConfigError
 from hosl_flower.link.base import Traffic
@@ -45,9 +44,10 @@ from hosl_flower.resume import Resumable, collect, run_directory
 from hosl_flower.runlog import RunLog
 from hosl_flower.session import Session
 from hosl_flower.summary import plan, table
+from hosl_flower.system.directories import check_writable
+from hosl_flower.system.whole_files import Lines, put, remove
 from hosl_flower.text_score import HeldOut
 from hosl_flower.trackers import Trackers, check_trackers
-from hosl_flower.whole import Lines, put, remove
 
 log = logging.getLogger("hosl_flower")
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from hosl_flower.link.base import Traffic
-from hosl_flower.memory import PHASES
 from hosl_flower.session import Session
+from hosl_flower.tensors.memory import PHASES
 from hosl_flower.text_score import HeldOut
 
 

@@ -12,10 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from hosl_flower.checkpoint import Checkpoint
 from hosl_flower.errors import CheckpointError
-from hosl_flower.inside import check_file, check_tree, parse_json, read_bytes
 from hosl_flower.ledger import Ledger
-from hosl_flower.memory import PHASES
 from hosl_flower.page_files import Measured
+from hosl_flower.system.untrusted_files import check_file, check_tree, parse_json, read_bytes
+from hosl_flower.tensors.memory import PHASES
 
 _KEPT = ("config.json", "metrics.jsonl", "ledger.jsonl", "log.txt")
 _MOST_LOG = 1 << 40  # bytes of a file of lines

@@ -21,12 +21,12 @@ from hosl_flower.checkpoint import Checkpoint, found, read
 from hosl_flower.config import RunConfig
 from hosl_flower.errors import CheckpointError, ConfigError
 from hosl_flower.history import History
-from hosl_flower.inside import read_json
 from hosl_flower.link.base import Traffic
 from hosl_flower.resumable import check_files, check_links, check_values
 from hosl_flower.server import Server
 from hosl_flower.session import Drop, Session
 from hosl_flower.state import Snapshot
+from hosl_flower.system.untrusted_files import read_json
 
 log = logging.getLogger("hosl_flower")
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from hosl_flower.checkpoint import steps
 from hosl_flower.errors import HoslError, printable
-from hosl_flower.signals import ENDING
+from hosl_flower.system.signals import ENDING
 
 log = logging.getLogger("hosl_flower")
 

@@ -22,7 +22,7 @@ from hosl_flower.labels import Labels, Piece, SentLabels
 from hosl_flower.messages import Activations
 from hosl_flower.score import Addable
 from hosl_flower.split import AUXILIARY, ServerSubmodel, trainable_parameters
-from hosl_flower.tensors import LARGEST_LOSS, largest
+from hosl_flower.tensors.raw_bytes import LARGEST_LOSS, largest
 
 ANSWERS = "answer_rows"  # the answer words' rows of the LM head, among the trained parameters
 

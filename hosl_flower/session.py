@@ -17,7 +17,6 @@ from hosl_flower.checkpoint import Checkpoint
 from hosl_flower.checks import Limits
 from hosl_flower.class_heads import class_names, with_classes
 from hosl_flower.client import new_state
-from hosl_flower.codec import encode
 from hosl_flower.config import RunConfig
 from hosl_flower.errors import ConfigError, DriftError
 from hosl_flower.head import attach_head
@@ -50,6 +49,7 @@ from hosl_flower.split import (
     open_base,
 )
 from hosl_flower.tasks import Inputs
+from hosl_flower.tensors.activation_codec import encode
 from hosl_flower.zo import clip
 
 log = logging.getLogger("hosl_flower")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hosl_flower.update_codec import Coded, Rows, decode, encode
+from hosl_flower.tensors.update_codec import Coded, Rows, decode, encode
 
 
 @dataclass(frozen=True)

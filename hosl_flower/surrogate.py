@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hosl_flower.codec import decode
+from hosl_flower.tensors.activation_codec import decode
 from hosl_flower.zo import Point
 
 _CHUNK_ELEMENTS = 1 << 16  # multiplied in float64 at a time: small enough to stay in cache

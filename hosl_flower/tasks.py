@@ -34,7 +34,7 @@ from hosl_flower.special_tokens import (
 )
 from hosl_flower.task_table import Task
 
-BUNDLED = Path(__file__).parent / "bundled"
+BUNDLED = Path(__file__).parent / "system" / "bundled"
 
 
 def load_tokenizer(model: str) -> Any:

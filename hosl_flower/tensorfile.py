@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from hosl_flower.tensors import raw_bytes
+from hosl_flower.tensors.raw_bytes import raw_bytes
 
 CHUNK_ELEMENTS = 1 << 20  # read and converted at a time
 _FLOATS = {

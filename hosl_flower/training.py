@@ -41,7 +41,7 @@ from hosl_flower.results import Results
 from hosl_flower.resume import earlier_traffic
 from hosl_flower.session import Session
 from hosl_flower.split import count, trainable_parameters
-from hosl_flower.tensors import LARGEST_LOSS
+from hosl_flower.tensors.raw_bytes import LARGEST_LOSS
 from hosl_flower.text_score import HeldOut
 
 log = logging.getLogger("hosl_flower")

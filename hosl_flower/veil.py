@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hosl_flower.secret import given
 from hosl_flower.spec import ClientSpec
-from hosl_flower.streams import NORMALS
+from hosl_flower.tensors.philox import NORMALS
 
 
 @dataclass(frozen=True)

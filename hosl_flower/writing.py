@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hosl_flower.codec import encode
 from hosl_flower.decoding import Prompts, checked
 from hosl_flower.errors import ProtocolError
 from hosl_flower.forward import put_together
@@ -17,6 +16,7 @@ from hosl_flower.requests import Continue, Evaluate, Grade
 from hosl_flower.spec import ClientSpec
 from hosl_flower.split import ClientSubmodel
 from hosl_flower.squad import graded
+from hosl_flower.tensors.activation_codec import encode
 
 
 class Writing:

@@ -22,7 +22,7 @@ from hosl_flower.cohort import Cohort
 from hosl_flower.config import RunConfig
 from hosl_flower.messages import LocalTrain
 from hosl_flower.session import Session
-from hosl_flower.update_codec import decode
+from hosl_flower.tensors.update_codec import decode
 from strategies.ho_sfl import HoSfl
 
 

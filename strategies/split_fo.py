@@ -45,7 +45,7 @@ from hosl_flower.messages import Adopt, Backward, Fetch, LocalStep, Request, Wei
 from hosl_flower.perturb import derive_seed
 from hosl_flower.schedule import client_rate
 from hosl_flower.session import Session
-from hosl_flower.update_codec import decode
+from hosl_flower.tensors.update_codec import decode
 from strategies.ho_sfl import HoSfl
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hosl_flower.messages import REPLIES, REQUESTS
-from hosl_flower.tensors import DTYPES
+from hosl_flower.tensors.raw_bytes import DTYPES
 
 NASTY = [
     None, True, -1, 0, 1, 2**31, 2**40, 2**63 - 1, 2**64, 10**400, -(2**63), 1e-320, 1e308,

@@ -21,7 +21,6 @@ from damage import Damage, parts
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from specs import client_spec
 
-from hosl_flower import update_codec
 from hosl_flower.checks import (
     BatchKey,
     Limits,
@@ -61,6 +60,7 @@ from hosl_flower.messages import (
     Restore,
 )
 from hosl_flower.state import ClientState
+from hosl_flower.tensors import update_codec
 
 ALLOWED_BYTES = 1 << 20  # beyond a few copies of the frame: parsing and messages of errors
 ALLOWED_SECONDS = 5.0

@@ -10,7 +10,7 @@ from hosl_flower.adafactor import Adafactor, state_size
 from hosl_flower.adafactor_momentum import AdafactorMomentum
 from hosl_flower.gradient import Dense, sparse_rows
 from hosl_flower.optimizers import make_optimizer, state_shape
-from hosl_flower.rounding import quantize
+from hosl_flower.tensors.rounding import quantize
 
 RATE = 0.1
 

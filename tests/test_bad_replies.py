@@ -26,7 +26,6 @@ from hosl_flower.errors import (
     printable,
 )
 from hosl_flower.link.inprocess import InProcessLink
-from hosl_flower.memory import PHASES
 from hosl_flower.messages import (
     Activations,
     Applied,
@@ -43,6 +42,7 @@ from hosl_flower.messages import (
 from hosl_flower.reference import NO_REFERENCE
 from hosl_flower.server import Server
 from hosl_flower.session import MOST_DROPS, Drop, Drops
+from hosl_flower.tensors.memory import PHASES
 from strategies.fedavg_zo import FedAvgZo
 from strategies.frozen_client import FrozenClient
 from strategies.heron import Heron

@@ -22,7 +22,7 @@ from hosl_flower.link.stream import longest_frame
 from hosl_flower.messages import HeldOutStates, HiddenStates, Scored
 from hosl_flower.output_head import OutputHead, load_output_head
 from hosl_flower.split import load_client, load_server, open_base
-from hosl_flower.tensors import raw_bytes
+from hosl_flower.tensors.raw_bytes import raw_bytes
 from hosl_flower.wire import to_wire
 from strategies.frozen_client import FrozenClient
 from strategies.heron import Heron

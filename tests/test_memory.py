@@ -6,12 +6,12 @@ import sys
 import torch
 from torch import nn
 
-from hosl_flower.memory import LiveTensors, Meter
+from hosl_flower.tensors.memory import LiveTensors, Meter
 
 MIB = 1 << 20
 SCRIPT = """
 import torch
-from hosl_flower.memory import peak_rss_bytes
+from hosl_flower.tensors.memory import peak_rss_bytes
 imports, first = peak_rss_bytes(), []
 while peak_rss_bytes() == imports:  # up to the peak of the imports, and beyond
     first.append(torch.ones(50 << 20, dtype=torch.uint8))

@@ -60,8 +60,8 @@ from hosl_flower.messages import (
     Stepped,
     Weights,
 )
-from hosl_flower.tensors import DTYPES, raw_bytes, tensor_from_bytes
-from hosl_flower.update_codec import Rows, check
+from hosl_flower.tensors.raw_bytes import DTYPES, raw_bytes, tensor_from_bytes
+from hosl_flower.tensors.update_codec import Rows, check
 from hosl_flower.wire import from_wire, to_wire, wire_bytes
 
 D = "0123456789abcdef"

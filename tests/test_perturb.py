@@ -13,7 +13,7 @@ from hosl_flower.perturb import (
     derive_seed,
     permutation,
 )
-from hosl_flower.streams import NORMALS, SIGNS, philox
+from hosl_flower.tensors.philox import NORMALS, SIGNS, philox
 
 MASK = 0xFFFFFFFF
 NAME = "model.decoder.layers.0.fc1.weight"
@@ -105,8 +105,8 @@ def test_a_stream_does_not_depend_on_how_it_is_cut(stream):
 @pytest.mark.parametrize(("drawn", "piece"), [(1, 1), (3, 256), (1 << 14, 1 << 18)])
 def test_pieces_are_the_sequence_scaled(stream, drawn, piece, monkeypatch):
     whole = stream.span(7, "w", 0, 3000)
-    monkeypatch.setattr("hosl_flower.streams._DRAWN_BLOCKS", drawn)
-    monkeypatch.setattr("hosl_flower.streams._PIECE_ELEMENTS", piece)
+    monkeypatch.setattr("hosl_flower.tensors.philox._DRAWN_BLOCKS", drawn)
+    monkeypatch.setattr("hosl_flower.tensors.philox._PIECE_ELEMENTS", piece)
     pieces = list(stream.pieces(7, "w", 77, 2999, scale=0.3))
     assert torch.equal(torch.cat([numbers for _, numbers in pieces]), whole[77:2999] * 0.3)
     begins = [begin for begin, _ in pieces]

@@ -13,13 +13,13 @@ from hosl_flower.checkpoint import _digest
 from hosl_flower.config import parse_config
 from hosl_flower.errors import CheckpointError, ConfigError, HoslError
 from hosl_flower.export import export
-from hosl_flower.inside import check_file, check_tree, parse_json, read_regular
 from hosl_flower.ledger import Entry, Ledger
 from hosl_flower.lock import claim, lock
 from hosl_flower.plot import draw_curve, draw_partition
 from hosl_flower.report import Report
 from hosl_flower.resume import find
 from hosl_flower.runlog import RunLog
+from hosl_flower.system.untrusted_files import check_file, check_tree, parse_json, read_regular
 from strategies.hosl import Hosl
 from strategies.split_fo import SplitFo
 

@@ -8,7 +8,7 @@ from runs import run_factory
 
 from hosl_flower.errors import ClientError
 from hosl_flower.runlog import NAME, RunLog, stop_announced
-from hosl_flower.signals import exiting_when_told
+from hosl_flower.system.signals import exiting_when_told
 from strategies.hosl import Hosl
 
 log = logging.getLogger("hosl_flower")

@@ -13,7 +13,7 @@ from hosl_flower.ledger import fingerprint
 from hosl_flower.messages import Applied, Behind, Failure, Fingerprint, Move, Restore
 from hosl_flower.shifts import Shifts
 from hosl_flower.state import ClientState
-from hosl_flower.update_codec import Rows, decode
+from hosl_flower.tensors.update_codec import Rows, decode
 
 ROWS = Rows({"w": torch.Size([2, 2])})
 SPEC = client_spec(client_trainable="blocks", update_codec="int8")

@@ -18,7 +18,6 @@ from specs import client_spec, history_for
 from hosl_flower import client_calls
 from hosl_flower.checks import Limits, check_activations
 from hosl_flower.client import Client
-from hosl_flower.codec import encode as codec_encode
 from hosl_flower.errors import AbsentError, ClientError, ConfigError, ProtocolError, RefusedError
 from hosl_flower.history import History
 from hosl_flower.ledger import Entry
@@ -43,8 +42,9 @@ from hosl_flower.messages import (
 )
 from hosl_flower.processes import free_port
 from hosl_flower.state import ClientState
-from hosl_flower.tensors import DTYPES
-from hosl_flower.update_codec import encode as encode_update
+from hosl_flower.tensors.activation_codec import encode as codec_encode
+from hosl_flower.tensors.raw_bytes import DTYPES
+from hosl_flower.tensors.update_codec import encode as encode_update
 from hosl_flower.wire import LONGEST_REPLY
 from strategies.ho_sfl import HoSfl
 

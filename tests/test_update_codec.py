@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hosl_flower.gradient import sparse_rows
-from hosl_flower.memory import Meter
-from hosl_flower.update_codec import Rows, decode, encode
+from hosl_flower.tensors.memory import Meter
+from hosl_flower.tensors.update_codec import Rows, decode, encode
 
 SHAPES = {"a": torch.Size([3, 4]), "b": torch.Size([5]), "c": torch.Size([2, 2, 2])}
 ROWS = Rows(SHAPES)

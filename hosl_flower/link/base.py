@@ -30,11 +30,9 @@ from hosl_flower.checks import (
     check_update,
     check_weights,
 )
-from hosl_flower.codec import decode
 from hosl_flower.errors import MOST_TOLD, ClientError, DriftError, ProtocolError, printable
 from hosl_flower.history import History
 from hosl_flower.ledger import first_digest
-from hosl_flower.memory import PHASES
 from hosl_flower.messages import (
     Activations,
     Adopt,
@@ -77,7 +75,9 @@ from hosl_flower.messages import (
     Update,
     Weights,
 )
-from hosl_flower.tensors import DTYPES
+from hosl_flower.tensors.activation_codec import decode
+from hosl_flower.tensors.memory import PHASES
+from hosl_flower.tensors.raw_bytes import DTYPES
 from hosl_flower.wire import wire_bytes
 
 log = logging.getLogger("hosl_flower")

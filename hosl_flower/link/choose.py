@@ -13,8 +13,8 @@ from hosl_flower.link.grid import GridLink
 from hosl_flower.link.nodes import Nodes
 from hosl_flower.link.stream import StreamLink
 from hosl_flower.link.superlink import SuperLink
-from hosl_flower.proxies import is_loopback
 from hosl_flower.spec import ClientSpec
+from hosl_flower.system.proxies import is_loopback
 
 
 def open_link(

@@ -39,7 +39,7 @@ from hosl_flower.messages import (
     Request,
 )
 from hosl_flower.spec import ClientSpec
-from hosl_flower.tensors import DTYPES
+from hosl_flower.tensors.raw_bytes import DTYPES
 from hosl_flower.wire import to_wire
 
 EXCHANGE = "train.exchange"

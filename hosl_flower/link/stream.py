@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from hosl_flower.checks import Limits
-from hosl_flower.codec import has_scales
 from hosl_flower.errors import AbsentError, ClientError, ConfigError, ProtocolError, SuperLinkError
 from hosl_flower.history import History
 from hosl_flower.labels import STATES_BYTES
@@ -24,7 +23,8 @@ from hosl_flower.link.sessions import StreamServer
 from hosl_flower.link.superlink import AnyGrid
 from hosl_flower.messages import Behind, Failure, Reply, Request
 from hosl_flower.spec import ClientSpec
-from hosl_flower.tensors import DTYPES
+from hosl_flower.tensors.activation_codec import has_scales
+from hosl_flower.tensors.raw_bytes import DTYPES
 
 log = logging.getLogger("hosl_flower")
 

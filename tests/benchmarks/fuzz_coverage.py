@@ -35,7 +35,8 @@ from types import CodeType, FrameType, ModuleType
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 MODULES = [
-    "hosl_flower.wire", "hosl_flower.tensors", "hosl_flower.checks", "hosl_flower.requests",
+    "hosl_flower.wire", "hosl_flower.tensors.raw_bytes", "hosl_flower.checks",
+    "hosl_flower.requests",
     "hosl_flower.replies", "hosl_flower.link.frames", "hosl_flower.link.records",
 ]  # fmt: skip
 BESIDES = ["hosl_flower.ledger", "hosl_flower.link.sessions"]  # of which little is reached

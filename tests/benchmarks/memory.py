@@ -12,8 +12,8 @@ with adafactor, whose state is in the peak, updating in place. Every cell is a p
 so that its peak resident set is too. Peaks are of tensors, weights and cut gradient included, on
 CUDA from the allocator, on the CPU from memory.LiveTensors; loading is not in them. Seconds are of
 one watched step. A cell that would not fit into --limit-gib is skipped and named. A traced cell is
-the same code on tensors without data (hosl_flower/traced.py): bytes, no seconds and no resident
-set, a batch of tokens that all differ.
+the same code on tensors without data (hosl_flower/tensors/shapes_only.py): bytes, no seconds and
+no resident set, a batch of tokens that all differ.
 """
 
 import argparse
@@ -51,8 +51,8 @@ SHAPES = [  # the telling ones first: a run may end before the last
 
 def measure(shape: tuple, column: str, device: str) -> dict[str, Any]:
     """One cell, in this process: peak bytes by phase, seconds of the step, peak resident set."""
-    from hosl_flower.memory import peak_rss_bytes
     from hosl_flower.spec import use_threads
+    from hosl_flower.tensors.memory import peak_rss_bytes
 
     use_threads(0)
     work = _first_order if column.startswith("fo") else _client
@@ -61,7 +61,7 @@ def measure(shape: tuple, column: str, device: str) -> dict[str, Any]:
 
 def trace(shape: tuple, column: str) -> dict[str, Any]:
     """The bytes of a cell, from its shapes."""
-    from hosl_flower.traced import shapes_only
+    from hosl_flower.tensors.shapes_only import shapes_only
 
     work = _first_order if column.startswith("fo") else _client
     with shapes_only():
@@ -87,10 +87,10 @@ def _client(shape: tuple, column: str, device: str) -> dict[str, Any]:
 
     from hosl_flower.client import Client
     from hosl_flower.ledger import Entry
-    from hosl_flower.memory import Meter
     from hosl_flower.messages import CutGradient, Failure, Forward, LocalStep, Probe
     from hosl_flower.spec import torch_dtype
     from hosl_flower.tasks import Batch
+    from hosl_flower.tensors.memory import Meter
 
     model, size, length, dtype, trainable = shape
     method = column.removesuffix("_micro")
@@ -174,9 +174,9 @@ def _first_order(shape: tuple, column: str, device: str) -> dict[str, Any]:
     import torch
 
     from hosl_flower.lora import Lora
-    from hosl_flower.memory import Meter
     from hosl_flower.spec import pick_device, torch_dtype
     from hosl_flower.split import load_client, open_base
+    from hosl_flower.tensors.memory import Meter
 
     sys.path.insert(0, str(Path(__file__).parent))
     from rivals import RIVALS
@@ -319,7 +319,7 @@ def process() -> dict[str, Any]:
     its imports, with the model and the bundled data, and at its peak in a forward and a probe."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     import hosl_flower.client_calls  # noqa: F401
-    from hosl_flower.memory import peak_rss_bytes
+    from hosl_flower.tensors.memory import peak_rss_bytes
 
     found = {"imports": peak_rss_bytes() >> 20}
     from specs import client_spec

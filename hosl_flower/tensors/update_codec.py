@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from hosl_flower.errors import OutOfRangeError, ProtocolError
-from hosl_flower.rounding import quantize
-from hosl_flower.tensors import LARGEST_SCALAR, check_vector, dtype_name, largest
+from hosl_flower.tensors.raw_bytes import LARGEST_SCALAR, check_vector, dtype_name, largest
+from hosl_flower.tensors.rounding import quantize
 
 _ROWS_AT_A_TIME = 4096  # widened while a vector is put together
 _DTYPES = {"exact": torch.float32, "int8": torch.int8}

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hosl_flower.streams import HALVES
+from hosl_flower.tensors.philox import HALVES
 
 _SMALLEST_NORMAL = 2.0**-14  # of float16; below it numbers are 2^-24 apart
 _TINY, _PERIOD = 1e-38, 4096  # r of 8 bits repeats after so many rows and columns
