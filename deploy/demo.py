@@ -23,7 +23,7 @@ from pathlib import Path
 
 import tomli_w
 
-from hosl_flower.data import BUNDLED
+from hosl_flower.data.sources import BUNDLED
 from hosl_flower.processes import (
     MARK,
     RunFailedError,

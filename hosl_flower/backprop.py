@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.split import ClientSubmodel
 from hosl_flower.surrogate import Cotangent
-from hosl_flower.tasks import Batch
 
 
 def gradients(

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.families import Absent
 from hosl_flower.split import ClientSubmodel
-from hosl_flower.tasks import Batch
 
 _PIECE_TOKENS = 2048  # what a block makes of them is small beside the weights
 

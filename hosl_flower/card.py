@@ -22,13 +22,13 @@ from hosl_flower.config import RunConfig, Scalar, parse_config
 from hosl_flower.errors import CheckpointError, printable
 from hosl_flower.families import family_of
 from hosl_flower.finished import Finished
-from hosl_flower.image_tasks import IMAGE_TASKS
 from hosl_flower.page_files import Evaluation
 from hosl_flower.resume import FREE
 from hosl_flower.split import RANDOM, load_model_config
 from hosl_flower.system.untrusted_files import read_regular
 from hosl_flower.task_choice import task_from_config
-from hosl_flower.task_table import TASKS, Task
+from hosl_flower.tasks.known import TASKS, Task
+from hosl_flower.tasks.known_images import IMAGE_TASKS
 
 _MOST_CARD = 1 << 20  # bytes of a base model's card
 # the fields of the header about terms, as the hub has them

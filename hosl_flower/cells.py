@@ -15,10 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.progress import TimeRemainingColumn as Eta
 
 from hosl_flower.config import parse_config
+from hosl_flower.data.infer_task import completed
 from hosl_flower.errors import ConfigError, HoslError
 from hosl_flower.experiment import Cell, Experiment, Keys, grid, trials
 from hosl_flower.measures import headline
-from hosl_flower.own_task import completed
 from hosl_flower.system.signals import exiting_when_told
 
 DIVERGED = "diverged.txt"  # in the run directory of a run that did

@@ -8,7 +8,6 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from hosl_flower.completion import IGNORED
 from hosl_flower.errors import OutOfRangeError, ProtocolError
 from hosl_flower.messages import (
     Activations,
@@ -31,6 +30,7 @@ from hosl_flower.messages import (
     Weights,
 )
 from hosl_flower.state import ClientState
+from hosl_flower.tasks.generated_answers import IGNORED
 from hosl_flower.tensors.activation_codec import has_scales, wire_dtype
 from hosl_flower.tensors.raw_bytes import (
     DTYPES,

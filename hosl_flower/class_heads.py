@@ -14,7 +14,7 @@ from torch import Tensor
 from hosl_flower.errors import ConfigError
 from hosl_flower.families import Family, InitStd, family_of
 from hosl_flower.split import Base
-from hosl_flower.task_table import Task
+from hosl_flower.tasks.known import Task
 from hosl_flower.weights import RandomWeights, WeightSource
 
 log = logging.getLogger("hosl_flower")

@@ -12,13 +12,13 @@ from typing import ClassVar
 
 import torch
 
-from hosl_flower.answers import Answers
 from hosl_flower.branches import Branches
 from hosl_flower.compute import Compute
+from hosl_flower.data.encoders.make import make_inputs
+from hosl_flower.data.partition import DataPool
 from hosl_flower.errors import IN_THE_LOG, DataError, HoslError, ProtocolError, public_reason
 from hosl_flower.follower import UNKNOWN, Answer, Follower
 from hosl_flower.head import attach_head
-from hosl_flower.inputs import make_inputs
 from hosl_flower.messages import (
     Activations,
     Adopt,
@@ -58,7 +58,6 @@ from hosl_flower.messages import (
     Weights,
 )
 from hosl_flower.output_head import OutputHead, load_output_head
-from hosl_flower.partition import DataPool
 from hosl_flower.privacy import mechanism_of
 from hosl_flower.residual import fed_back
 from hosl_flower.secret import simulated_secret
@@ -71,6 +70,7 @@ from hosl_flower.split import (
     trainable_parameters,
 )
 from hosl_flower.state import ClientState
+from hosl_flower.tasks.answer_words import Answers
 from hosl_flower.tensors.memory import Meter, peak_rss_bytes
 from hosl_flower.veil import veil_of
 

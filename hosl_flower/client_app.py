@@ -17,8 +17,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from hosl_flower.data.node_path import is_simulated, shared_between_partitions
 from hosl_flower.errors import ClientError, public_reason
-from hosl_flower.node_config import is_simulated, shared_between_partitions
 
 log = logging.getLogger("hosl_flower")
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from hosl_flower.backprop import gradients, unflat
+from hosl_flower.data.encoders.prompts import Batch
+from hosl_flower.data.partition import DataPool
 from hosl_flower.errors import ProtocolError
 from hosl_flower.forward import HERE, Forwards, put_together
 from hosl_flower.head_probe import Batches, plain, private
 from hosl_flower.local import local_steps
 from hosl_flower.output_head import Judged, OutputHead
-from hosl_flower.partition import DataPool
 from hosl_flower.perturb import derive_seed
 from hosl_flower.privacy import Mechanism
 from hosl_flower.recompute import recomputed_gradients
@@ -37,7 +38,6 @@ from hosl_flower.spec import ClientSpec
 from hosl_flower.split import ClientSubmodel
 from hosl_flower.state import ClientState
 from hosl_flower.surrogate import Cotangent, Pieces, linear
-from hosl_flower.tasks import Batch
 from hosl_flower.tensors.activation_codec import encode, has_scales
 from hosl_flower.tensors.memory import Meter
 from hosl_flower.tensors.raw_bytes import dtype_name

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
+from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.errors import ProtocolError
 from hosl_flower.families import Absent
 from hosl_flower.split import ClientSubmodel, ServerSubmodel, Submodel
-from hosl_flower.tasks import Batch
 
 # tokens [B, t] that follow the prompts -> activations and mask of the last, or of the prompts
 Ask = Callable[[Tensor], tuple[Tensor, Tensor]]

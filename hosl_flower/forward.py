@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.errors import ProtocolError
 from hosl_flower.probe import perturbed
 from hosl_flower.split import ClientSubmodel
 from hosl_flower.state import ClientState
 from hosl_flower.tangent import along, derivative
-from hosl_flower.tasks import Batch
 from hosl_flower.zo import Point
 
 HERE = Point(0, 0.0)  # theta itself

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hosl_flower.answers import Answers, Scoring
 from hosl_flower.errors import ConfigError
 from hosl_flower.families import HEAD, embedding_name
 from hosl_flower.materialise import fill_buffers
 from hosl_flower.split import AUXILIARY, Base, ClientSubmodel, server_skeleton
+from hosl_flower.tasks.answer_words import Answers, Scoring
 
 ROWS = f"{AUXILIARY}rows"
 

@@ -4,12 +4,12 @@ are (HERON-SFL, DeComFL), or differentially private (privacy.py)."""
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.forward import Forwards
 from hosl_flower.local import Estimator
 from hosl_flower.privacy import Mechanism, example_gradients
 from hosl_flower.requests import HeadProbe
 from hosl_flower.surrogate import head_loss
-from hosl_flower.tasks import Batch
 from hosl_flower.zo import estimate
 
 

@@ -16,8 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hosl_flower.answers import Answers, Scoring
-from hosl_flower.completion import targets
 from hosl_flower.errors import (
     AbsentError,
     ClientError,
@@ -34,6 +32,8 @@ from hosl_flower.messages import (
     HiddenStates,
     Scored,
 )
+from hosl_flower.tasks.answer_words import Answers, Scoring
+from hosl_flower.tasks.generated_answers import targets
 
 if TYPE_CHECKING:
     from hosl_flower.session import Session

@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hosl_flower.answers import Answers
 from hosl_flower.families import HEAD, embedding_name
 from hosl_flower.split import Base, ClientSubmodel
+from hosl_flower.tasks.answer_words import Answers
 
 _SLOPE = torch.ops.aten._log_softmax_backward_data.default
 _CHUNK_ELEMENTS = 1 << 22  # of the LM head at a time, in float32

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from hosl_flower.blockwise import Blocks, pieces
+from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.split import ClientSubmodel
 from hosl_flower.surrogate import Cotangent
-from hosl_flower.tasks import Batch
 
 
 def recomputed_gradients(

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from hosl_flower.blockwise import Blocks, pieces
+from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.errors import ConfigError
 from hosl_flower.feedback import Feedback, residual_parts, trained_parts
 from hosl_flower.gradient import sparse_rows
 from hosl_flower.split import ClientSubmodel
 from hosl_flower.surrogate import Cotangent
-from hosl_flower.tasks import Batch
 
 _KINDS = ("weight", "bias", "lora_A.weight", "lora_B.weight")
 _PIECE_TOKENS = 128  # of each its queries, keys, values and g' are held beside its MLP's inside

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hosl_flower.answers import Scoring
 from hosl_flower.errors import ConfigError, DivergedError, UnusableBatchError
 from hosl_flower.labels import Labels, Piece, SentLabels
 from hosl_flower.messages import Activations
 from hosl_flower.score import Addable
 from hosl_flower.split import AUXILIARY, ServerSubmodel, trainable_parameters
+from hosl_flower.tasks.answer_words import Scoring
 from hosl_flower.tensors.raw_bytes import LARGEST_LOSS, largest
 
 ANSWERS = "answer_rows"  # the answer words' rows of the LM head, among the trained parameters

@@ -18,12 +18,13 @@ from hosl_flower.checks import Limits
 from hosl_flower.class_heads import class_names, with_classes
 from hosl_flower.client import new_state
 from hosl_flower.config import RunConfig
+from hosl_flower.data.encoders.make import make_inputs
+from hosl_flower.data.encoders.prompts import Inputs
+from hosl_flower.data.overlap import Overlap
 from hosl_flower.errors import ConfigError, DriftError
 from hosl_flower.head import attach_head
 from hosl_flower.history import History
-from hosl_flower.inputs import make_inputs
 from hosl_flower.messages import Described
-from hosl_flower.overlap import Overlap
 from hosl_flower.perturb import derive_seed, permutation
 from hosl_flower.reference import NO_REFERENCE, Reference, reference_of
 from hosl_flower.server import Server
@@ -48,7 +49,6 @@ from hosl_flower.split import (
     load_server,
     open_base,
 )
-from hosl_flower.tasks import Inputs
 from hosl_flower.tensors.activation_codec import encode
 from hosl_flower.zo import clip
 

@@ -32,11 +32,11 @@ from hosl_flower.config import (
     split_words,
 )
 from hosl_flower.errors import CheckpointError, ConfigError, ProtocolError, RefusedError
-from hosl_flower.image_tasks import IMAGE_TASKS
 from hosl_flower.lora import Lora
 from hosl_flower.split import RANDOM, check_cut, open_base
 from hosl_flower.task_choice import task_from_config
-from hosl_flower.task_table import BUNDLED_TASK, TASKS, Task
+from hosl_flower.tasks.known import BUNDLED_TASK, TASKS, Task
+from hosl_flower.tasks.known_images import IMAGE_TASKS
 
 FALLBACK_IMAGE_TASK = "digits"
 

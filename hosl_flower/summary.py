@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from hosl_flower.answers import Answers
 from hosl_flower.link.base import Traffic
 from hosl_flower.plot import clients_with
 from hosl_flower.session import Session
+from hosl_flower.tasks.answer_words import Answers
 
 if TYPE_CHECKING:
     from hosl_flower.plan import Plan

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 from hosl_flower.config import DEFAULT_LENGTH, RunConfig
 from hosl_flower.errors import ConfigError
-from hosl_flower.image_tasks import IMAGE_TASKS, image_task
-from hosl_flower.label_values import same_labels
-from hosl_flower.task_table import TASKS, Task
+from hosl_flower.tasks.known import TASKS, Task
+from hosl_flower.tasks.known_images import IMAGE_TASKS, image_task
+from hosl_flower.tasks.labels import same_labels
 
 
 def task_from_config(config: RunConfig) -> Task:

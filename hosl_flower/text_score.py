@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hosl_flower.completion import targets
 from hosl_flower.labels import Tally
 from hosl_flower.score import Score
-from hosl_flower.task_table import Task
+from hosl_flower.tasks.generated_answers import targets
+from hosl_flower.tasks.known import Task
 
 
 @dataclass

@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
-from hosl_flower import hub, tasks
-from hosl_flower.tasks import BUNDLED
+from hosl_flower import hub
+from hosl_flower.data.encoders import prompts as tasks
+from hosl_flower.data.encoders.prompts import BUNDLED
 
 torch.set_num_threads(1)  # a process per core runs them (pytest-xdist): threads would fight
 

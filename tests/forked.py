@@ -11,8 +11,8 @@ from grids import LocalGrid
 
 from hosl_flower.client import Client
 from hosl_flower.link.dial import Invitation, serve
-from hosl_flower.link.records import unpack_invitation
 from hosl_flower.link.lines import SESSION
+from hosl_flower.link.records import unpack_invitation
 
 FORK = multiprocessing.get_context("fork")
 

@@ -35,7 +35,6 @@ from hosl_flower.checks import (
     check_scored,
     check_weights,
 )
-from hosl_flower.completion import IGNORED
 from hosl_flower.errors import ProtocolError
 from hosl_flower.ledger import chain_entries
 from hosl_flower.link.dial import Invitation
@@ -60,6 +59,7 @@ from hosl_flower.messages import (
     Restore,
 )
 from hosl_flower.state import ClientState
+from hosl_flower.tasks.generated_answers import IGNORED
 from hosl_flower.tensors import update_codec
 
 ALLOWED_BYTES = 1 << 20  # beyond a few copies of the frame: parsing and messages of errors

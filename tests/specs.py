@@ -8,7 +8,7 @@ from hosl_flower.client import new_state
 from hosl_flower.history import History
 from hosl_flower.spec import ClientSpec
 from hosl_flower.split import load_client, open_base
-from hosl_flower.task_table import TASKS
+from hosl_flower.tasks.known import TASKS
 
 _DEFAULTS: dict[str, Any] = {
     "run": "r", "model": "random:opt-tiny", "cut_layer": 1, "dtype": "float32", "device": "cpu",

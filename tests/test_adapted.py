@@ -14,11 +14,11 @@ from test_families import saved as saved  # a fixture
 from transformers import AutoModelForCausalLM
 
 from hosl_flower import hub
+from hosl_flower.data.encoders.prompts import load_tokenizer
 from hosl_flower.errors import CheckpointError, ConfigError
 from hosl_flower.families import HEAD
 from hosl_flower.generate import chooser, continuation
 from hosl_flower.split import load_client, open_base
-from hosl_flower.tasks import load_tokenizer
 from strategies.ho_sfl import HoSfl
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

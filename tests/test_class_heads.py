@@ -17,14 +17,14 @@ from transformers import (
 
 from hosl_flower.class_heads import with_classes
 from hosl_flower.config import parse_config
+from hosl_flower.data.encoders.images import load_image_processor
+from hosl_flower.data.encoders.prompts import load_tokenizer
 from hosl_flower.errors import ConfigError
-from hosl_flower.image_inputs import load_image_processor
-from hosl_flower.image_tasks import image_task
 from hosl_flower.merge import save_merged
 from hosl_flower.session import open_session
 from hosl_flower.split import load_client, load_server, open_base
-from hosl_flower.task_table import Task
-from hosl_flower.tasks import load_tokenizer
+from hosl_flower.tasks.known import Task
+from hosl_flower.tasks.known_images import image_task
 
 saved_images = test_image_families.saved  # a fixture
 OWN = ["positive", "negative", "neutral", "mixed", "none"]  # of the checkpoint, by row

@@ -14,16 +14,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hosl_flower.checks import Limits, check_activations, check_continued, check_graded
 from hosl_flower.client import Client
-from hosl_flower.completion import IGNORED, Completion
 from hosl_flower.config import parse_config
+from hosl_flower.data.encoders.prompts import Batch
+from hosl_flower.data.readers.squad import graded
 from hosl_flower.decoding import Prompts, Writer, greedy
 from hosl_flower.errors import ClientError, ConfigError, ProtocolError
 from hosl_flower.messages import Activations, Continue, Continued, Failure, Grade, Graded
 from hosl_flower.plan import plan
 from hosl_flower.server import Server
-from hosl_flower.squad import graded
-from hosl_flower.task_table import TASKS
-from hosl_flower.tasks import Batch
+from hosl_flower.tasks.generated_answers import IGNORED, Completion
+from hosl_flower.tasks.known import TASKS
 from strategies.heron import Heron
 from strategies.ho_sfl import HoSfl
 from strategies.hosl import Hosl

@@ -14,7 +14,7 @@ from hosl_flower.config import RunConfig, help_table, parse_config
 from hosl_flower.errors import CheckpointError, ConfigError, HoslError, ProtocolError
 from hosl_flower.server_app import load_strategy
 from hosl_flower.spec import ClientSpec, banner, resolve
-from hosl_flower.task_table import TASKS
+from hosl_flower.tasks.known import TASKS
 
 KEYS = [field.alias for field in RunConfig.model_fields.values()]
 SIMULATIONS = sorted(Path(__file__).parents[1].glob("simulations/*/pyproject.toml"))

@@ -10,13 +10,13 @@ from datasets import ClassLabel, Dataset, Features, Value
 from specs import client_spec
 
 from hosl_flower.config import parse_config
-from hosl_flower.data import load_source, take
+from hosl_flower.data.encoders.prompts import Encoder, load_tokenizer
+from hosl_flower.data.partition import DataPool
+from hosl_flower.data.sources import load_source, take
 from hosl_flower.errors import DataError
-from hosl_flower.partition import DataPool
 from hosl_flower.perturb import derive_seed, permutation
 from hosl_flower.task_choice import task_from_config
-from hosl_flower.task_table import TASKS, Task
-from hosl_flower.tasks import Encoder, load_tokenizer
+from hosl_flower.tasks.known import TASKS, Task
 
 TASK = Task("own", "{text} It was", ("terrible", "great"), ("no", "yes"))
 FRAME = pandas.DataFrame({"label": [0, 1, 1], "text": ["one", "two", "three"]})

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from hosl_flower.cli import cli
-from hosl_flower.data import load_source
+from hosl_flower.data.sources import load_source
 from hosl_flower.errors import CheckpointError
 from hosl_flower.export import export
 from hosl_flower.families import HEAD

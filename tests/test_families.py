@@ -10,6 +10,7 @@ from test_client_gradients import both
 from transformers import AutoConfig, AutoModelForCausalLM, PhiConfig
 
 from hosl_flower.architectures import ARCHITECTURES, architecture
+from hosl_flower.data.encoders.prompts import Batch, load_tokenizer
 from hosl_flower.errors import ConfigError
 from hosl_flower.families import FAMILIES, HEAD, embedding_name, family_of
 from hosl_flower.lora import Lora, save_adapters
@@ -26,7 +27,6 @@ from hosl_flower.split import (
     trainable_parameters,
 )
 from hosl_flower.surrogate import Cotangent
-from hosl_flower.tasks import Batch, load_tokenizer
 from strategies.ho_sfl import HoSfl
 
 TINY = [name for name in ARCHITECTURES if name.endswith("-tiny")]

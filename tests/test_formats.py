@@ -8,9 +8,9 @@ import datasets
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 
-from hosl_flower.data import load_source
+from hosl_flower.data.sources import load_source
 from hosl_flower.errors import DataError
-from hosl_flower.task_table import TASKS
+from hosl_flower.tasks.known import TASKS
 
 
 def lines(*rows):

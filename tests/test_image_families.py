@@ -8,9 +8,10 @@ from transformers import AutoConfig, AutoModelForImageClassification, ViTModel
 
 from hosl_flower.architectures import IMAGE_ARCHITECTURES, architecture
 from hosl_flower.class_heads import with_classes
+from hosl_flower.data.encoders.images import load_image_processor
+from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.errors import CheckpointError, ConfigError
 from hosl_flower.image_families import IMAGE_FAMILIES
-from hosl_flower.image_inputs import load_image_processor
 from hosl_flower.merge import save_merged
 from hosl_flower.recompute import recomputed_gradients
 from hosl_flower.residual import fed_back, residual_gradients
@@ -24,7 +25,6 @@ from hosl_flower.split import (
     trainable_parameters,
 )
 from hosl_flower.surrogate import Cotangent
-from hosl_flower.tasks import Batch
 
 SIZE = 16
 PIXELS = torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))

@@ -7,10 +7,10 @@ import pyarrow.parquet
 import pytest
 from image_data import BRIGHT_AND_DARK, idx_bytes, images, write_folder, write_idx, write_npz
 
-from hosl_flower.data import load_source
+from hosl_flower.data.readers.images import decode
+from hosl_flower.data.sources import load_source
 from hosl_flower.errors import DataError
-from hosl_flower.image_files import decode
-from hosl_flower.image_tasks import IMAGE_TASKS, image_task
+from hosl_flower.tasks.known_images import IMAGE_TASKS, image_task
 
 TASK = image_task("mine", BRIGHT_AND_DARK, "image")
 

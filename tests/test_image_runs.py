@@ -17,9 +17,9 @@ from hosl_flower.architectures import IMAGE_ARCHITECTURES
 from hosl_flower.cli import cli
 from hosl_flower.client import Client
 from hosl_flower.config import parse_config
-from hosl_flower.data import load_source
+from hosl_flower.data.readers.images import decode
+from hosl_flower.data.sources import load_source
 from hosl_flower.errors import ConfigError
-from hosl_flower.image_files import decode
 from hosl_flower.ledger import Ledger, fingerprint
 from hosl_flower.messages import CutGradient, Forward, Probe
 from hosl_flower.plan import plan

@@ -4,9 +4,9 @@ import pytest
 
 from hosl_flower.config import parse_config
 from hosl_flower.errors import ConfigError, DataError
-from hosl_flower.label_values import parse_label
 from hosl_flower.task_choice import task_from_config
-from hosl_flower.task_table import TASKS
+from hosl_flower.tasks.known import TASKS
+from hosl_flower.tasks.labels import parse_label
 
 SST2 = TASKS["sst2"]
 

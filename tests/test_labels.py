@@ -11,7 +11,6 @@ from runs import metrics, run_factory
 from safetensors.torch import load_file
 from specs import client_spec, history_for
 
-from hosl_flower.answers import Answers
 from hosl_flower.checks import Limits
 from hosl_flower.client import Client
 from hosl_flower.errors import ClientError, ConfigError
@@ -22,6 +21,7 @@ from hosl_flower.link.stream import longest_frame
 from hosl_flower.messages import HeldOutStates, HiddenStates, Scored
 from hosl_flower.output_head import OutputHead, load_output_head
 from hosl_flower.split import load_client, load_server, open_base
+from hosl_flower.tasks.answer_words import Answers
 from hosl_flower.tensors.raw_bytes import raw_bytes
 from hosl_flower.wire import to_wire
 from strategies.frozen_client import FrozenClient

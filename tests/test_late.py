@@ -17,7 +17,6 @@ from grids import LocalGrid, ThreadGrid
 from specs import client_spec, history_for
 
 from hosl_flower import client_calls
-from hosl_flower.answers import Answers
 from hosl_flower.checks import Limits
 from hosl_flower.client import Client
 from hosl_flower.cohort import Cohort, Question, absent
@@ -38,6 +37,7 @@ from hosl_flower.link.stream import StreamLink
 from hosl_flower.link.superlink import SuperLink
 from hosl_flower.messages import Describe, Fetch, Fingerprint, Forward
 from hosl_flower.server_app import load_strategy
+from hosl_flower.tasks.answer_words import Answers
 
 SPEC = client_spec(num_clients=3)
 LIMITS = Limits(batch=8, length=32, hidden=64, dtype="float32", classes=2)

@@ -10,7 +10,7 @@ import pytest
 from runs import run_factory, write_questions
 
 from hosl_flower.client import Client
-from hosl_flower.partition import DataPool
+from hosl_flower.data.partition import DataPool
 from hosl_flower.server import Server
 from hosl_flower.session import Session
 from hosl_flower.spec import resolve

@@ -10,8 +10,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from hosl_flower.answers import Answers
 from hosl_flower.architectures import architecture
+from hosl_flower.data.encoders.prompts import load_tokenizer
 from hosl_flower.errors import ConfigError
 from hosl_flower.lora import Lora, save_adapters
 from hosl_flower.merge import save_merged
@@ -26,7 +26,7 @@ from hosl_flower.split import (
     open_base,
     trainable_parameters,
 )
-from hosl_flower.tasks import load_tokenizer
+from hosl_flower.tasks.answer_words import Answers
 
 LORA = Lora(rank=2, alpha=8.0, targets=("q_proj", "v_proj"), seed=5)
 EVERYWHERE = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")

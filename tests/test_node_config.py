@@ -15,14 +15,14 @@ from flwr.supercore.task_identity import TaskIdentity
 from specs import client_spec
 
 from hosl_flower import client_app, client_calls
+from hosl_flower.data.node_path import NodeConfig
 from hosl_flower.errors import ClientError, DataError, RefusedError, public_reason
 from hosl_flower.link import dial
 from hosl_flower.link.grid import EXCHANGE
 from hosl_flower.link.lines import SESSION
 from hosl_flower.link.records import pack, pack_invitation, unpack_replies
 from hosl_flower.messages import Describe, Described, Failure
-from hosl_flower.node_config import NodeConfig
-from hosl_flower.task_table import Task
+from hosl_flower.tasks.known import Task
 
 SECRET = "hunter2"
 ANYTHING = {"allow-data": "*,hub:*,bundled:*", "allow-models": "*"}

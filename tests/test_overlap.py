@@ -7,10 +7,10 @@ import re
 import pytest
 from runs import run_factory, write_reviews
 
-from hosl_flower.data import load_source, taken
-from hosl_flower.overlap import Overlap, Split, find_overlap
+from hosl_flower.data.overlap import Overlap, Split, find_overlap
+from hosl_flower.data.sources import load_source, taken
 from hosl_flower.perturb import derive_seed, permutation
-from hosl_flower.task_table import Task
+from hosl_flower.tasks.known import Task
 from strategies.hosl import Hosl
 
 TASK = Task("own", "{text} It was", ("terrible", "great"), ("no", "yes"))

@@ -10,9 +10,9 @@ from image_data import images, write_folder
 
 from hosl_flower.class_heads import class_names
 from hosl_flower.config import parse_config
-from hosl_flower.data import load_source
+from hosl_flower.data.infer_task import completed
+from hosl_flower.data.sources import load_source
 from hosl_flower.errors import ConfigError, DataError, HoslError
-from hosl_flower.own_task import completed
 from hosl_flower.task_choice import task_from_config
 
 CLASSIFIER = {"model": "random:bert-tiny"}

@@ -7,12 +7,12 @@ import numpy
 import pytest
 from specs import client_spec
 
+from hosl_flower.data.encoders.prompts import Encoder, load_tokenizer
+from hosl_flower.data.node_path import shared_between_partitions
+from hosl_flower.data.partition import ClientData, DataPool, make_partitioner
 from hosl_flower.errors import DataError, ProtocolError
-from hosl_flower.node_config import shared_between_partitions
-from hosl_flower.partition import ClientData, DataPool, make_partitioner
 from hosl_flower.plot import clients_with, draw_partition
-from hosl_flower.task_table import Task
-from hosl_flower.tasks import Encoder, load_tokenizer
+from hosl_flower.tasks.known import Task
 
 TASK = Task("own", "{text} It was", ("terrible", "great"), ("no", "yes"))
 
@@ -91,7 +91,7 @@ def test_natural_ids_are_whole_and_in_order():
 def test_few_clients_and_a_small_alpha_are_drawn_until_it_fits(monkeypatch):
     uneven = {"num_clients": 10, "partitioner": "dirichlet", "dirichlet_alpha": 0.1, "seed": 0}
     with monkeypatch.context() as once:
-        once.setattr("hosl_flower.partition._DRAWS", 1)
+        once.setattr("hosl_flower.data.partition._DRAWS", 1)
         with pytest.raises(DataError, match="leaves one of 10 clients"):
             shares(numbered(400), **uneven)
     own = shares(numbered(400), **uneven)
@@ -234,7 +234,7 @@ def test_held_out_batches_cover_everything_once(encoder):
 
 
 def test_a_thousand_clients_load_once_and_few_are_kept(encoder, monkeypatch):
-    from hosl_flower import data
+    from hosl_flower.data import sources as data
 
     loads = []
     original = data.load_source

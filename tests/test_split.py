@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hosl_flower.architectures import ARCHITECTURES, architecture
+from hosl_flower.data.encoders.prompts import load_tokenizer
 from hosl_flower.errors import ConfigError
 from hosl_flower.families import HEAD
 from hosl_flower.merge import save_merged
@@ -17,7 +18,6 @@ from hosl_flower.split import (
     server_skeleton,
     trainable_parameters,
 )
-from hosl_flower.tasks import load_tokenizer
 
 VARIANTS = {
     "opt-125m-like": {},

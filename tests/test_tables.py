@@ -10,9 +10,9 @@ import pyarrow.parquet
 import pytest
 from datasets import Dataset
 
-from hosl_flower.data import load_source
+from hosl_flower.data.sources import load_source
 from hosl_flower.errors import DataError
-from hosl_flower.task_table import TASKS, Task
+from hosl_flower.tasks.known import TASKS, Task
 
 TASK = Task("own", "{text} It was", ("terrible", "great"), ("neg", "pos"))
 ROWS = [("bad", 0), ("good", 1)]

@@ -7,10 +7,10 @@ import torch
 from conftest import TOKENIZER_SIZE, put_into_hub_cache
 
 from hosl_flower.config import parse_config
+from hosl_flower.data.encoders.prompts import Encoder, cut_longest, load_tokenizer
 from hosl_flower.errors import CheckpointError, ConfigError, DataError
 from hosl_flower.task_choice import task_from_config
-from hosl_flower.task_table import TASKS, Task
-from hosl_flower.tasks import Encoder, cut_longest, load_tokenizer
+from hosl_flower.tasks.known import TASKS, Task
 
 SST2 = TASKS["sst2"]
 PREFIX, PAD = 2, 1  # OPT's </s>, which starts every text, and <pad>

@@ -15,6 +15,7 @@ from transformers import (
 
 from hosl_flower.architectures import TEXT_ARCHITECTURES, architecture
 from hosl_flower.class_heads import with_classes
+from hosl_flower.data.encoders.prompts import Batch, load_tokenizer
 from hosl_flower.errors import ConfigError
 from hosl_flower.lora import Lora
 from hosl_flower.merge import save_merged
@@ -32,7 +33,6 @@ from hosl_flower.split import (
     trainable_parameters,
 )
 from hosl_flower.surrogate import Cotangent
-from hosl_flower.tasks import Batch, load_tokenizer
 from hosl_flower.text_families import TEXT_FAMILIES
 
 TINY = [name for name in TEXT_ARCHITECTURES if name.endswith("-tiny")]

@@ -20,17 +20,17 @@ from hosl_flower.architectures import TEXT_ARCHITECTURES
 from hosl_flower.cli import cli
 from hosl_flower.client import Client
 from hosl_flower.config import parse_config
-from hosl_flower.data import load_source
+from hosl_flower.data.encoders.classifier_text import TextInputs
+from hosl_flower.data.encoders.make import make_inputs
+from hosl_flower.data.sources import load_source
 from hosl_flower.errors import CheckpointError, ConfigError, DataError
-from hosl_flower.inputs import make_inputs
 from hosl_flower.ledger import Ledger, fingerprint
 from hosl_flower.messages import Forward, Probe
 from hosl_flower.plan import plan
 from hosl_flower.spec import resolve
 from hosl_flower.split import model_config, open_base
 from hosl_flower.task_choice import task_from_config
-from hosl_flower.task_table import TASKS
-from hosl_flower.text_inputs import TextInputs
+from hosl_flower.tasks.known import TASKS
 from strategies.heron import Heron
 from strategies.ho_sfl import HoSfl
 from strategies.hosl import Hosl

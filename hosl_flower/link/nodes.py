@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from hosl_flower.data.node_path import is_simulated
 from hosl_flower.errors import ClientError, ConfigError
 from hosl_flower.link.announced import Node, check_agreement, question, read_answer, some
 from hosl_flower.link.superlink import AnyGrid
 from hosl_flower.messages import Describe, Request
-from hosl_flower.node_config import is_simulated
 
 log = logging.getLogger("hosl_flower")
 

@@ -19,12 +19,12 @@ from hosl_flower.backprop import gradients
 from hosl_flower.cli import key_value
 from hosl_flower.client import Client
 from hosl_flower.config import parse_config
+from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.messages import Activations, Forward
 from hosl_flower.residual import fed_back, residual_gradients
 from hosl_flower.session import open_session
 from hosl_flower.split import trainable_parameters
 from hosl_flower.surrogate import Cotangent
-from hosl_flower.tasks import Batch
 
 
 def plain(client: Any, batch: Batch, gradient: Tensor) -> dict[str, Tensor]:

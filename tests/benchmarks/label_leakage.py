@@ -28,13 +28,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hosl_flower.answers import Answers
 from hosl_flower.cli import key_value
 from hosl_flower.client import Client
 from hosl_flower.config import parse_config
 from hosl_flower.messages import Activations, Forward
 from hosl_flower.output_head import Judged, OutputHead, load_output_head
 from hosl_flower.session import open_session
+from hosl_flower.tasks.answer_words import Answers
 from strategies.frozen_client import FrozenClient
 
 NOISES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)

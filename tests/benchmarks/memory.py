@@ -86,10 +86,10 @@ def _client(shape: tuple, column: str, device: str) -> dict[str, Any]:
     from specs import client_spec
 
     from hosl_flower.client import Client
+    from hosl_flower.data.encoders.prompts import Batch
     from hosl_flower.ledger import Entry
     from hosl_flower.messages import CutGradient, Failure, Forward, LocalStep, Probe
     from hosl_flower.spec import torch_dtype
-    from hosl_flower.tasks import Batch
     from hosl_flower.tensors.memory import Meter
 
     model, size, length, dtype, trainable = shape

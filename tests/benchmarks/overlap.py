@@ -7,17 +7,17 @@
 
 Takes the keys of a run. Prints for each seed the share of all held-out examples with the text of
 a training example, with its words (in lower case, without punctuation), and those that
-hosl_flower/overlap.py counts, in all examples instead of a sample.
+hosl_flower/data/overlap.py counts, in all examples instead of a sample.
 """
 
 from typing import Annotated
 
 import typer
 
-from hosl_flower import overlap
 from hosl_flower.cli import key_value
 from hosl_flower.config import parse_config
-from hosl_flower.data import load_source
+from hosl_flower.data import overlap
+from hosl_flower.data.sources import load_source
 from hosl_flower.spec import resolve
 
 

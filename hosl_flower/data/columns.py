@@ -6,11 +6,11 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
+from hosl_flower.data.tables import Table
 from hosl_flower.errors import DataError
-from hosl_flower.image_tasks import IMAGE_TASKS
-from hosl_flower.label_values import is_missing, label_key, listed, same_labels
-from hosl_flower.tables import Table
-from hosl_flower.task_table import TASKS, Task
+from hosl_flower.tasks.known import TASKS, Task
+from hosl_flower.tasks.known_images import IMAGE_TASKS
+from hosl_flower.tasks.labels import is_missing, label_key, listed, same_labels
 
 
 def find_column(data: Table, wanted: str, task: Task) -> tuple[str, list[Any]] | None:

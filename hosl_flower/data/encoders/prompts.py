@@ -19,10 +19,7 @@ from transformers import AutoTokenizer
 
 from hosl_flower import hub
 from hosl_flower.adapted import holder
-from hosl_flower.answers import Answers, Scoring
-from hosl_flower.completion import Completion
 from hosl_flower.errors import CheckpointError, ConfigError, first_line
-from hosl_flower.prompts import pieces
 from hosl_flower.special_tokens import (
     Unknown,
     check_has_vocabulary,
@@ -32,9 +29,12 @@ from hosl_flower.special_tokens import (
     prefix,
     tokenizer_files,
 )
-from hosl_flower.task_table import Task
+from hosl_flower.tasks.answer_words import Answers, Scoring
+from hosl_flower.tasks.generated_answers import Completion
+from hosl_flower.tasks.known import Task
+from hosl_flower.tasks.prompt_template import pieces
 
-BUNDLED = Path(__file__).parent / "system" / "bundled"
+BUNDLED = Path(__file__).parents[2] / "system" / "bundled"
 
 
 def load_tokenizer(model: str) -> Any:

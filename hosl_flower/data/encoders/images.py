@@ -11,12 +11,12 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from hosl_flower import hub
 from hosl_flower.adapted import holder
-from hosl_flower.answers import Answers
+from hosl_flower.data.encoders.prompts import Batch
+from hosl_flower.data.readers.images import decode
 from hosl_flower.errors import CheckpointError, ConfigError, first_line
 from hosl_flower.image_families import IMAGE_FAMILIES, ImageFamily
-from hosl_flower.image_files import decode
-from hosl_flower.task_table import Task
-from hosl_flower.tasks import Batch
+from hosl_flower.tasks.answer_words import Answers
+from hosl_flower.tasks.known import Task
 
 _LARGEST = 4096  # height and width
 

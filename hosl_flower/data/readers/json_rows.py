@@ -5,9 +5,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from hosl_flower.data.readers.squad import is_squad, squad_rows
+from hosl_flower.data.tables import TWICE, Objects
 from hosl_flower.errors import DataError
-from hosl_flower.squad import is_squad, squad_rows
-from hosl_flower.tables import TWICE, Objects
 
 
 def read_json(path: Path) -> Objects:

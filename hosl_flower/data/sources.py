@@ -14,16 +14,16 @@ import datasets
 from datasets import Dataset
 
 from hosl_flower import hub
-from hosl_flower.columns import find_column
+from hosl_flower.data.columns import find_column
+from hosl_flower.data.encoders.prompts import BUNDLED
+from hosl_flower.data.examples import is_without_labels, normalised
+from hosl_flower.data.overlap import Split
+from hosl_flower.data.readers.files import SUFFIXES, is_table, read_file
+from hosl_flower.data.readers.images import holds_images, read_images
+from hosl_flower.data.tables import Arrow, Chosen, Joined, Table
 from hosl_flower.errors import DataError, first_line
-from hosl_flower.examples import is_without_labels, normalised
-from hosl_flower.formats import SUFFIXES, is_table, read_file
-from hosl_flower.image_files import holds_images, read_images
-from hosl_flower.overlap import Split
 from hosl_flower.perturb import derive_seed, permutation
-from hosl_flower.tables import Arrow, Chosen, Joined, Table
-from hosl_flower.task_table import Task
-from hosl_flower.tasks import BUNDLED
+from hosl_flower.tasks.known import Task
 
 log = logging.getLogger("hosl_flower")
 

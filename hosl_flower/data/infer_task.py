@@ -15,9 +15,9 @@ from typing import Any
 
 from hosl_flower.config import RunConfig, parse_config
 from hosl_flower.errors import CheckpointError, ConfigError, DataError
-from hosl_flower.image_tasks import IMAGE_TASKS, image_task
-from hosl_flower.label_values import MOST_LABELS, is_no_label, label_key, label_text, same_labels
-from hosl_flower.task_table import BUNDLED_TASK, TASKS, Task
+from hosl_flower.tasks.known import BUNDLED_TASK, TASKS, Task
+from hosl_flower.tasks.known_images import IMAGE_TASKS, image_task
+from hosl_flower.tasks.labels import MOST_LABELS, is_no_label, label_key, label_text, same_labels
 
 log = logging.getLogger("hosl_flower")
 
@@ -99,8 +99,8 @@ def _words(config: RunConfig) -> dict[str, str]:
 
 def _labels(config: RunConfig, task: Task) -> tuple[str, list[list[str]]]:
     """The column of the labels, for messages, and the labels of each part as they are written."""
-    from hosl_flower.columns import find_column, suggestion
-    from hosl_flower.data import labelled_parts  # needs seconds
+    from hosl_flower.data.columns import find_column, suggestion
+    from hosl_flower.data.sources import labelled_parts  # needs seconds
 
     found, labels = "", []
     parts = labelled_parts(config.data_path, task)

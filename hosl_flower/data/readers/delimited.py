@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from hosl_flower.columns import matching
+from hosl_flower.data.columns import matching
+from hosl_flower.data.tables import Records
 from hosl_flower.errors import DataError
-from hosl_flower.label_values import MOST_LABELS, label_key, parse_label
-from hosl_flower.tables import Records
-from hosl_flower.task_table import Task
+from hosl_flower.tasks.known import Task
+from hosl_flower.tasks.labels import MOST_LABELS, label_key, parse_label
 
 Rows = list[list[str]]
 

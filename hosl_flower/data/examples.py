@@ -7,14 +7,14 @@ from typing import Any
 
 from datasets import Dataset
 
-from hosl_flower.columns import find_column, plain_name, suggestion
+from hosl_flower.data.columns import find_column, plain_name, suggestion
+from hosl_flower.data.readers.images import image_columns
+from hosl_flower.data.readers.squad import right_answers
+from hosl_flower.data.tables import Table
 from hosl_flower.errors import DataError
-from hosl_flower.image_files import image_columns
-from hosl_flower.label_values import is_missing, parse_label
-from hosl_flower.prompts import braces_as_text
-from hosl_flower.squad import right_answers
-from hosl_flower.tables import Table
-from hosl_flower.task_table import TASKS, Task
+from hosl_flower.tasks.known import TASKS, Task
+from hosl_flower.tasks.labels import is_missing, parse_label
+from hosl_flower.tasks.prompt_template import braces_as_text
 
 log = logging.getLogger("hosl_flower")
 

@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hosl_flower.data.encoders.prompts import Batch, Encoder, Inputs
+from hosl_flower.data.node_path import PLACEHOLDER, shared_between_partitions
 from hosl_flower.errors import DataError, ProtocolError
-from hosl_flower.node_config import PLACEHOLDER, shared_between_partitions
 from hosl_flower.perturb import derive_seed, permutation
 from hosl_flower.spec import ClientSpec
-from hosl_flower.tasks import Batch, Encoder, Inputs
 
 if TYPE_CHECKING:  # heavy; flwr_datasets brings matplotlib, which a node with its own data spares
     from datasets import Dataset
     from flwr_datasets.partitioner import Partitioner
 
-    from hosl_flower.overlap import Overlap, Split
+    from hosl_flower.data.overlap import Overlap, Split
 else:
     Dataset = Partitioner = Any
 
@@ -262,7 +262,7 @@ class DataPool:
     def _load(
         self, source: str, partition_column: str = ""
     ) -> "tuple[Dataset, Dataset, Overlap | None]":
-        from hosl_flower.data import load_source, take
+        from hosl_flower.data.sources import load_source, take
 
         spec = self.spec
         splits: list[Split] = []
@@ -282,7 +282,7 @@ class DataPool:
         return train, self.encoder.by_length(held_out), overlap
 
     def _overlap(self, split: "Split", train_seed: int, eval_seed: int) -> "Overlap":
-        from hosl_flower.data import taken
+        from hosl_flower.data.sources import taken
 
         spec = self.spec
         found = split._replace(

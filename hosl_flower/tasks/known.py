@@ -8,7 +8,7 @@ write for them.
 
 from dataclasses import dataclass, field
 
-from hosl_flower.prompts import fields_of
+from hosl_flower.tasks.prompt_template import fields_of
 
 Columns = dict[str, tuple[str, ...]]
 

@@ -4,11 +4,11 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from hosl_flower.data.encoders.classifier_text import TextInputs
+from hosl_flower.data.encoders.prompts import Encoder, Inputs, load_tokenizer
 from hosl_flower.errors import ConfigError
 from hosl_flower.families import family_of
 from hosl_flower.spec import ClientSpec
-from hosl_flower.tasks import Encoder, Inputs, load_tokenizer
-from hosl_flower.text_inputs import TextInputs
 
 
 def make_inputs(spec: ClientSpec, model: str, config: PretrainedConfig) -> Inputs:
@@ -21,7 +21,7 @@ def make_inputs(spec: ClientSpec, model: str, config: PretrainedConfig) -> Input
         if family.classes:
             return TextInputs(spec.task, tokenizer, config, spec.max_length)
         return Encoder(spec.task, tokenizer, spec.max_length, spec.max_new_tokens)
-    from hosl_flower.image_inputs import ImageInputs, load_image_processor  # brings Pillow
+    from hosl_flower.data.encoders.images import ImageInputs, load_image_processor  # brings Pillow
 
     processor = load_image_processor(model, config, spec.image_size)
     return ImageInputs(spec.task, processor, config, spec.cut_layer)
@@ -61,6 +61,6 @@ def load_processor(model: str, config: PretrainedConfig) -> Any:
     directory that has it, which may be one of adapters. config: the model's."""
     if family_of(config).modality == "text":
         return load_tokenizer(model)
-    from hosl_flower.image_inputs import load_image_processor
+    from hosl_flower.data.encoders.images import load_image_processor
 
     return load_image_processor(model, config)
