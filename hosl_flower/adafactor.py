@@ -29,8 +29,8 @@ from torch import Tensor
 
 from hosl_flower.gradient import Dense
 from hosl_flower.optimizer import Optimizer, Terms, matrix_of
-from hosl_flower.perturb import as_matrix_shape, row_chunks
 from hosl_flower.tensors.rounding import store
+from hosl_flower.zo.directions import as_matrix_shape, row_chunks
 
 _BETA2, _TINY, _CLIP = 0.999, 1e-30, 1.0
 

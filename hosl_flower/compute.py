@@ -17,7 +17,6 @@ from hosl_flower.forward import HERE, Forwards, put_together
 from hosl_flower.head_probe import Batches, plain, private
 from hosl_flower.local import local_steps
 from hosl_flower.output_head import Judged, OutputHead
-from hosl_flower.perturb import derive_seed
 from hosl_flower.privacy import Mechanism
 from hosl_flower.recompute import recomputed_gradients
 from hosl_flower.requests import (
@@ -37,7 +36,6 @@ from hosl_flower.residual import residual_gradients
 from hosl_flower.spec import ClientSpec
 from hosl_flower.split import ClientSubmodel
 from hosl_flower.state import ClientState
-from hosl_flower.surrogate import Cotangent, Pieces, linear
 from hosl_flower.tensors.activation_codec import encode, has_scales
 from hosl_flower.tensors.memory import Meter
 from hosl_flower.tensors.raw_bytes import dtype_name
@@ -45,7 +43,9 @@ from hosl_flower.tensors.update_codec import Coded
 from hosl_flower.tensors.update_codec import encode as encode_update
 from hosl_flower.veil import Veil
 from hosl_flower.writing import Writing
-from hosl_flower.zo import Point, directional, estimate
+from hosl_flower.zo.directions import derive_seed
+from hosl_flower.zo.estimator import Point, directional, estimate
+from hosl_flower.zo.surrogates import Cotangent, Pieces, linear
 
 # phase that is measured, and how the gradient comes about, by client-gradient
 _GRADIENTS: dict[str, tuple[str, Callable[..., Iterator[tuple[str, Tensor]]]]] = {

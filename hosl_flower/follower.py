@@ -19,9 +19,9 @@ from hosl_flower.messages import (
     Reply,
     Restore,
 )
-from hosl_flower.perturb import derive_seed
 from hosl_flower.state import ClientState
-from hosl_flower.zo import clip, projected_gradients
+from hosl_flower.zo.directions import derive_seed
+from hosl_flower.zo.estimator import clip, projected_gradients
 
 UNKNOWN = "0" * 16  # a digest that no ledger has
 Answer = tuple[type[Reply], dict[str, Any]]  # kind of reply and its own fields

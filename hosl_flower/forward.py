@@ -10,11 +10,11 @@ from torch import Tensor
 
 from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.errors import ProtocolError
-from hosl_flower.probe import perturbed
 from hosl_flower.split import ClientSubmodel
 from hosl_flower.state import ClientState
-from hosl_flower.tangent import along, derivative
-from hosl_flower.zo import Point
+from hosl_flower.zo.estimator import Point
+from hosl_flower.zo.forward_mode import along, derivative
+from hosl_flower.zo.perturbed import perturbed
 
 HERE = Point(0, 0.0)  # theta itself
 

@@ -7,8 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hosl_flower.perturb import Layout, as_matrix_shape
 from hosl_flower.tensors.rounding import rounding_seed
+from hosl_flower.zo.directions import Layout, as_matrix_shape
 
 
 class Term(Protocol):

@@ -9,8 +9,8 @@ from hosl_flower.forward import Forwards
 from hosl_flower.local import Estimator
 from hosl_flower.privacy import Mechanism, example_gradients
 from hosl_flower.requests import HeadProbe
-from hosl_flower.surrogate import head_loss
-from hosl_flower.zo import estimate
+from hosl_flower.zo.estimator import estimate
+from hosl_flower.zo.surrogates import head_loss
 
 
 class Batches(NamedTuple):

@@ -12,10 +12,10 @@ from hosl_flower.errors import DivergedError, DriftError
 from hosl_flower.gradient import Dense
 from hosl_flower.ledger import Entry, Ledger, fingerprint
 from hosl_flower.messages import CatchUp, Fingerprinted, Move, Request, Restore
-from hosl_flower.perturb import derive_seed
 from hosl_flower.shifts import Shift, Shifts
 from hosl_flower.state import ClientState, Snapshot
 from hosl_flower.wire import wire_bytes
+from hosl_flower.zo.directions import derive_seed
 
 _REQUEST_BYTES = 400  # header of a Restore, roughly
 

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from hosl_flower.gradient import Gradient, Term
-from hosl_flower.perturb import as_matrix_shape, row_chunks
 from hosl_flower.tensors.rounding import store
-from hosl_flower.zo import to_float32
+from hosl_flower.zo.directions import as_matrix_shape, row_chunks
+from hosl_flower.zo.estimator import to_float32
 
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from hosl_flower.page_data import Run
 from hosl_flower.page_files import Dropped
-from hosl_flower.perturb import derive_seed, permutation
+from hosl_flower.zo.directions import derive_seed, permutation
 
 MOST_CLIENTS = 2000  # in a figure
 _MOST_DRAWS = 1_000_000  # steps x clients; beyond it a page would take minutes

@@ -25,7 +25,7 @@ from typing import Any
 from hosl_flower.discrete_gaussian import Bits, discrete_gaussian
 from hosl_flower.secret import given
 from hosl_flower.spec import ClientSpec
-from hosl_flower.zo import Point, probe_points, to_float32
+from hosl_flower.zo.estimator import Point, probe_points, to_float32
 
 UNITS = 1 << 16  # whole numbers that C is
 _BELOW = 1 - 2**-40  # of C, so that rounding of float64 leaves no norm above it

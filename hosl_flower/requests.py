@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from hosl_flower.errors import ProtocolError
-from hosl_flower.zo import Point
+from hosl_flower.zo.estimator import Point
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]

@@ -27,7 +27,7 @@ from hosl_flower.errors import ConfigError
 from hosl_flower.feedback import Feedback, residual_parts, trained_parts
 from hosl_flower.gradient import sparse_rows
 from hosl_flower.split import ClientSubmodel
-from hosl_flower.surrogate import Cotangent
+from hosl_flower.zo.surrogates import Cotangent
 
 _KINDS = ("weight", "bias", "lora_A.weight", "lora_B.weight")
 _PIECE_TOKENS = 128  # of each its queries, keys, values and g' are held beside its MLP's inside

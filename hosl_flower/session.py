@@ -25,7 +25,6 @@ from hosl_flower.errors import ConfigError, DriftError
 from hosl_flower.head import attach_head
 from hosl_flower.history import History
 from hosl_flower.messages import Described
-from hosl_flower.perturb import derive_seed, permutation
 from hosl_flower.reference import NO_REFERENCE, Reference, reference_of
 from hosl_flower.server import Server
 from hosl_flower.spec import (
@@ -50,7 +49,8 @@ from hosl_flower.split import (
     open_base,
 )
 from hosl_flower.tensors.activation_codec import encode
-from hosl_flower.zo import clip
+from hosl_flower.zo.directions import derive_seed, permutation
+from hosl_flower.zo.estimator import clip
 
 log = logging.getLogger("hosl_flower")
 

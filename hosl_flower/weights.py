@@ -24,7 +24,6 @@ from hosl_flower.errors import CheckpointError
 from hosl_flower.families import InitStd, Rename
 from hosl_flower.legacy import converted, damaged, legacy_keys
 from hosl_flower.model_kind import other_weights, quantised
-from hosl_flower.perturb import derive_seed
 from hosl_flower.ranged import RemoteFile
 from hosl_flower.tensor_names import plain_names
 from hosl_flower.tensorfile import (
@@ -35,6 +34,7 @@ from hosl_flower.tensorfile import (
     copy_rows,
     find,
 )
+from hosl_flower.zo.directions import derive_seed
 
 
 class WeightSource(Protocol):

@@ -9,10 +9,10 @@ from hosl_flower.config import RunConfig
 from hosl_flower.gradient import Seeded
 from hosl_flower.messages import Activations
 from hosl_flower.optimizers import make_optimizer
-from hosl_flower.perturb import Layout
-from hosl_flower.probe import perturbed
 from hosl_flower.server import Server
-from hosl_flower.zo import Point, estimate
+from hosl_flower.zo.directions import Layout
+from hosl_flower.zo.estimator import Point, estimate
+from hosl_flower.zo.perturbed import perturbed
 
 
 class ZoServer:

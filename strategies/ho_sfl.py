@@ -41,11 +41,11 @@ from hosl_flower.cohort import Cohort, Question, absent
 from hosl_flower.ledger import Entry
 from hosl_flower.link.base import Link
 from hosl_flower.messages import CutGradient, Forward, Request
-from hosl_flower.perturb import derive_seed
 from hosl_flower.schedule import client_rate
 from hosl_flower.session import Session
 from hosl_flower.strategy import SplitStrategy
-from hosl_flower.zo import to_float32
+from hosl_flower.zo.directions import derive_seed
+from hosl_flower.zo.estimator import to_float32
 
 
 class HoSfl(SplitStrategy):

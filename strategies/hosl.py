@@ -28,11 +28,11 @@ from hosl_flower.labels import KeptLabels, kept
 from hosl_flower.ledger import Entry
 from hosl_flower.link.base import Link
 from hosl_flower.messages import Forward, Losses, Probe, Request
-from hosl_flower.perturb import derive_seed
 from hosl_flower.schedule import client_rate, rate_factor
 from hosl_flower.session import Session
 from hosl_flower.strategy import SplitStrategy
-from hosl_flower.zo import Point, estimate, probe_points
+from hosl_flower.zo.directions import derive_seed
+from hosl_flower.zo.estimator import Point, estimate, probe_points
 
 
 class Probed(NamedTuple):

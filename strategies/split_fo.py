@@ -42,10 +42,10 @@ from hosl_flower.errors import ConfigError
 from hosl_flower.gradient import Dense
 from hosl_flower.link.base import Link
 from hosl_flower.messages import Adopt, Backward, Fetch, LocalStep, Request, Weights
-from hosl_flower.perturb import derive_seed
 from hosl_flower.schedule import client_rate
 from hosl_flower.session import Session
 from hosl_flower.tensors.update_codec import decode
+from hosl_flower.zo.directions import derive_seed
 from strategies.ho_sfl import HoSfl
 
 

@@ -22,10 +22,10 @@ from torch import Tensor
 from hosl_flower.checks import BatchKey, check_same_batch
 from hosl_flower.labels import KeptLabels
 from hosl_flower.messages import Forward, Probe, Request
-from hosl_flower.perturb import derive_seed
 from hosl_flower.schedule import rate_factor
 from hosl_flower.session import Session
-from hosl_flower.zo import probe_points, projected_gradients
+from hosl_flower.zo.directions import derive_seed
+from hosl_flower.zo.estimator import probe_points, projected_gradients
 from hosl_flower.zo_server import ZoServer
 from strategies.hosl import Hosl, Probed
 

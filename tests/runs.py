@@ -6,7 +6,7 @@ import json
 from unittest import mock
 
 from hosl_flower.config import parse_config
-from hosl_flower.perturb import permutation
+from hosl_flower.zo.directions import permutation
 
 PROMPT = "{text} It was"
 WORDS = {0: ["awful", "dull", "bad", "boring"], 1: ["lovely", "great", "fine", "superb"]}

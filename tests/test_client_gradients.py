@@ -15,7 +15,7 @@ from hosl_flower.lora import Lora
 from hosl_flower.recompute import recomputed_gradients
 from hosl_flower.residual import fed_back, residual_gradients
 from hosl_flower.split import Base, client_skeleton, load_client, open_base, trainable_parameters
-from hosl_flower.surrogate import Cotangent
+from hosl_flower.zo.surrogates import Cotangent
 
 LORA = Lora(4, 8.0, ("q_proj", "v_proj"), 0)
 LAST = "model.decoder.layers.2."

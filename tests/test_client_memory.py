@@ -11,9 +11,9 @@ from hosl_flower.client import Client
 from hosl_flower.forward import put_together
 from hosl_flower.ledger import Entry
 from hosl_flower.messages import CatchUp, CutGradient, Forward, LocalStep, LocalTrain, Probe
-from hosl_flower.surrogate import Cotangent
 from hosl_flower.tensors.memory import Meter
 from hosl_flower.tensors.update_codec import decode
+from hosl_flower.zo.surrogates import Cotangent
 
 SPEC = client_spec(
     model="random:opt-tiny", cut_layer=2, batch_size=32, max_length=64, client_trainable="full"

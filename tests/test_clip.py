@@ -14,7 +14,7 @@ from hosl_flower.config import parse_config
 from hosl_flower.errors import ConfigError, DivergedError
 from hosl_flower.messages import Activations, Scalars
 from hosl_flower.session import Session
-from hosl_flower.zo import clip
+from hosl_flower.zo.estimator import clip
 from strategies.full_zo import FullZo
 from strategies.ho_sfl import HoSfl
 from strategies.hosl import Hosl

@@ -9,9 +9,9 @@ from hosl_flower.adafactor_momentum import AdafactorMomentum
 from hosl_flower.client import Client
 from hosl_flower.gradient import Dense, sparse_rows
 from hosl_flower.ledger import Ledger
-from hosl_flower.perturb import DISTRIBUTIONS
 from hosl_flower.shifts import Shifts
 from hosl_flower.state import ClientState, fingerprint
+from hosl_flower.zo.directions import DISTRIBUTIONS
 from strategies.fedavg_zo import FedAvgZo
 from strategies.ho_sfl import HoSfl
 from strategies.split_fo import SplitFo

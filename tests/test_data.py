@@ -14,9 +14,9 @@ from hosl_flower.data.encoders.prompts import Encoder, load_tokenizer
 from hosl_flower.data.partition import DataPool
 from hosl_flower.data.sources import load_source, take
 from hosl_flower.errors import DataError
-from hosl_flower.perturb import derive_seed, permutation
 from hosl_flower.task_choice import task_from_config
 from hosl_flower.tasks.known import TASKS, Task
+from hosl_flower.zo.directions import derive_seed, permutation
 
 TASK = Task("own", "{text} It was", ("terrible", "great"), ("no", "yes"))
 FRAME = pandas.DataFrame({"label": [0, 1, 1], "text": ["one", "two", "three"]})

@@ -26,7 +26,7 @@ from hosl_flower.split import (
     server_skeleton,
     trainable_parameters,
 )
-from hosl_flower.surrogate import Cotangent
+from hosl_flower.zo.surrogates import Cotangent
 from strategies.ho_sfl import HoSfl
 
 TINY = [name for name in ARCHITECTURES if name.endswith("-tiny")]

@@ -24,7 +24,7 @@ from hosl_flower.split import (
     server_skeleton,
     trainable_parameters,
 )
-from hosl_flower.surrogate import Cotangent
+from hosl_flower.zo.surrogates import Cotangent
 
 SIZE = 16
 PIXELS = torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))

@@ -36,7 +36,7 @@ from hosl_flower.messages import (
     Losses,
     Probe,
 )
-from hosl_flower.zo import projected_gradients
+from hosl_flower.zo.estimator import projected_gradients
 
 SPEC = client_spec()
 LIMITS = Limits(batch=8, length=32, hidden=64, dtype="float32", classes=2)

@@ -15,8 +15,6 @@ from hosl_flower.data.encoders.prompts import load_tokenizer
 from hosl_flower.errors import ConfigError
 from hosl_flower.lora import Lora, save_adapters
 from hosl_flower.merge import save_merged
-from hosl_flower.perturb import DISTRIBUTIONS, Layout
-from hosl_flower.probe import perturbed
 from hosl_flower.server import Server
 from hosl_flower.split import (
     client_skeleton,
@@ -27,6 +25,8 @@ from hosl_flower.split import (
     trainable_parameters,
 )
 from hosl_flower.tasks.answer_words import Answers
+from hosl_flower.zo.directions import DISTRIBUTIONS, Layout
+from hosl_flower.zo.perturbed import perturbed
 
 LORA = Lora(rank=2, alpha=8.0, targets=("q_proj", "v_proj"), seed=5)
 EVERYWHERE = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from hosl_flower.perturb import (
+from hosl_flower.tensors.philox import NORMALS, SIGNS, philox
+from hosl_flower.zo.directions import (
     DISTRIBUTIONS,
     Layout,
     derive_seed,
     permutation,
 )
-from hosl_flower.tensors.philox import NORMALS, SIGNS, philox
 
 MASK = 0xFFFFFFFF
 NAME = "model.decoder.layers.0.fc1.weight"

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hosl_flower.gradient import Seeded
 from hosl_flower.optimizer import Sgd
-from hosl_flower.perturb import DISTRIBUTIONS, Layout
-from hosl_flower.probe import perturbed
+from hosl_flower.zo.directions import DISTRIBUTIONS, Layout
+from hosl_flower.zo.perturbed import perturbed
 
 C = 1e-2
 

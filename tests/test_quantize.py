@@ -12,10 +12,10 @@ from hosl_flower.config import parse_config
 from hosl_flower.errors import ConfigError
 from hosl_flower.ledger import Entry
 from hosl_flower.lora import Lora, is_adapter
-from hosl_flower.probe import perturbed
 from hosl_flower.quantize import to_int8
 from hosl_flower.split import load_client, open_base, trainable_parameters
 from hosl_flower.tensors.memory import LiveTensors
+from hosl_flower.zo.perturbed import perturbed
 
 LORA = Lora(rank=4, alpha=16.0, targets=("q_proj", "v_proj"), seed=0)
 SPEC = client_spec(client_trainable="lora", client_quantization="int8")

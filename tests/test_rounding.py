@@ -6,9 +6,9 @@ import torch
 
 from hosl_flower.gradient import Seeded
 from hosl_flower.optimizer import Sgd
-from hosl_flower.perturb import Layout
 from hosl_flower.tensors.philox import HALVES
 from hosl_flower.tensors.rounding import store
+from hosl_flower.zo.directions import Layout
 
 SIXTEEN = [torch.bfloat16, torch.float16]
 

@@ -12,10 +12,10 @@ from hosl_flower.history import History
 from hosl_flower.ledger import Entry
 from hosl_flower.messages import CatchUp, Fingerprinted, Forward, Restore
 from hosl_flower.optimizer import AdamW, square_root
-from hosl_flower.perturb import DISTRIBUTIONS, Layout
 from hosl_flower.state import ClientState
 from hosl_flower.wire import wire_bytes
-from hosl_flower.zo import to_float32
+from hosl_flower.zo.directions import DISTRIBUTIONS, Layout
+from hosl_flower.zo.estimator import to_float32
 
 ENTRIES = [
     Entry(1, (11, 12), (0.5, -0.25), 1e-2),
@@ -86,7 +86,7 @@ def test_one_adam_step_by_hand():
 def test_an_adam_step_does_not_depend_on_its_chunks(monkeypatch):
     whole, chunked = state("adamw", "signs"), state("adamw", "signs")
     whole.apply(ENTRIES)
-    monkeypatch.setattr("hosl_flower.perturb._CHUNK_ELEMENTS", 7)
+    monkeypatch.setattr("hosl_flower.zo.directions._CHUNK_ELEMENTS", 7)
     chunked.apply(ENTRIES)
     assert torch.equal(whole.weights(), chunked.weights())
 

@@ -19,8 +19,6 @@ from hosl_flower.data.encoders.prompts import Batch, load_tokenizer
 from hosl_flower.errors import ConfigError
 from hosl_flower.lora import Lora
 from hosl_flower.merge import save_merged
-from hosl_flower.perturb import Layout
-from hosl_flower.probe import perturbed
 from hosl_flower.recompute import recomputed_gradients
 from hosl_flower.residual import fed_back
 from hosl_flower.split import (
@@ -32,8 +30,10 @@ from hosl_flower.split import (
     server_skeleton,
     trainable_parameters,
 )
-from hosl_flower.surrogate import Cotangent
 from hosl_flower.text_families import TEXT_FAMILIES
+from hosl_flower.zo.directions import Layout
+from hosl_flower.zo.perturbed import perturbed
+from hosl_flower.zo.surrogates import Cotangent
 
 TINY = [name for name in TEXT_ARCHITECTURES if name.endswith("-tiny")]
 PAD = 1

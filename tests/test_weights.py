@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from hosl_flower.architectures import architecture
 from hosl_flower.errors import CheckpointError
 from hosl_flower.families import HEAD
-from hosl_flower.perturb import derive_seed
 from hosl_flower.split import client_skeleton, load_client, load_server, open_base
 from hosl_flower.tensors.memory import Meter
 from hosl_flower.weights import RandomWeights
+from hosl_flower.zo.directions import derive_seed
 
 SINGLE, BIN = "model.safetensors", "pytorch_model.bin"
 INDEX = f"{SINGLE}.index.json"

@@ -8,15 +8,15 @@ from torch import nn
 
 from hosl_flower.gradient import Seeded
 from hosl_flower.optimizer import Sgd
-from hosl_flower.perturb import DISTRIBUTIONS, Layout
-from hosl_flower.probe import perturbed
-from hosl_flower.zo import (
+from hosl_flower.zo.directions import DISTRIBUTIONS, Layout
+from hosl_flower.zo.estimator import (
     Point,
     estimate,
     probe_points,
     projected_gradients,
     to_float32,
 )
+from hosl_flower.zo.perturbed import perturbed
 
 
 def test_points_two_sided_and_one_sided():
@@ -142,7 +142,7 @@ def test_an_update_does_not_depend_on_its_chunks(dtype, monkeypatch):
     layout = Layout({"w": weight.shape}, "signs")
     whole, chunked = {"w": weight.clone()}, {"w": weight.clone()}
     Sgd().step(whole, Seeded(layout, [1, 2], [0.3, -1.7]), 1e-2)
-    monkeypatch.setattr("hosl_flower.perturb._CHUNK_ELEMENTS", 70)
+    monkeypatch.setattr("hosl_flower.zo.directions._CHUNK_ELEMENTS", 70)
     Sgd().step(chunked, Seeded(layout, [1, 2], [0.3, -1.7]), 1e-2)
     assert torch.equal(whole["w"], chunked["w"])
 

@@ -22,8 +22,8 @@ from hosl_flower.data.readers.files import SUFFIXES, is_table, read_file
 from hosl_flower.data.readers.images import holds_images, read_images
 from hosl_flower.data.tables import Arrow, Chosen, Joined, Table
 from hosl_flower.errors import DataError, first_line
-from hosl_flower.perturb import derive_seed, permutation
 from hosl_flower.tasks.known import Task
+from hosl_flower.zo.directions import derive_seed, permutation
 
 log = logging.getLogger("hosl_flower")
 

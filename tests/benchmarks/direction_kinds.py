@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hosl_flower.perturb import DISTRIBUTIONS, Layout, as_matrix_shape
+from hosl_flower.zo.directions import DISTRIBUTIONS, Layout, as_matrix_shape
 
 Parts = dict[str, Tensor]
 RANK_LOZO, RANK_SUBZERO, LEARNING = 2, 8, 200

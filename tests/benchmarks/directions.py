@@ -46,11 +46,11 @@ from hosl_flower.cli import key_value
 from hosl_flower.client import Client
 from hosl_flower.config import parse_config
 from hosl_flower.messages import Activations, Forward
-from hosl_flower.perturb import DISTRIBUTIONS
 from hosl_flower.residual import residual_gradients
 from hosl_flower.session import open_session
 from hosl_flower.split import trainable_parameters
-from hosl_flower.surrogate import Cotangent
+from hosl_flower.zo.directions import DISTRIBUTIONS
+from hosl_flower.zo.surrogates import Cotangent
 
 BETA = 0.9  # of momentum
 

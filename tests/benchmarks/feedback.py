@@ -24,7 +24,7 @@ from hosl_flower.messages import Activations, Forward
 from hosl_flower.residual import fed_back, residual_gradients
 from hosl_flower.session import open_session
 from hosl_flower.split import trainable_parameters
-from hosl_flower.surrogate import Cotangent
+from hosl_flower.zo.surrogates import Cotangent
 
 
 def plain(client: Any, batch: Batch, gradient: Tensor) -> dict[str, Tensor]:

@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hosl_flower.perturb import DISTRIBUTIONS, Layout
-from hosl_flower.probe import perturbed
 from hosl_flower.spec import torch_dtype, use_threads
 from hosl_flower.split import ClientSubmodel, ServerSubmodel, load_client, load_server, open_base
-from hosl_flower.tangent import along, derivative
-from hosl_flower.zo import Point, estimate
+from hosl_flower.zo.directions import DISTRIBUTIONS, Layout
+from hosl_flower.zo.estimator import Point, estimate
+from hosl_flower.zo.forward_mode import along, derivative
+from hosl_flower.zo.perturbed import perturbed
 
 EPSILONS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 DTYPES = ("float32", "bfloat16", "float16")

@@ -20,11 +20,11 @@ import torch
 
 from hosl_flower.gradient import Seeded
 from hosl_flower.optimizer import Sgd
-from hosl_flower.perturb import DISTRIBUTIONS, Layout
-from hosl_flower.probe import perturbed
 from hosl_flower.spec import use_threads
 from hosl_flower.split import ClientSubmodel, load_client, open_base
-from hosl_flower.tangent import along, derivative
+from hosl_flower.zo.directions import DISTRIBUTIONS, Layout
+from hosl_flower.zo.forward_mode import along, derivative
+from hosl_flower.zo.perturbed import perturbed
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)  # of 64 tokens
 

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hosl_flower.perturb import Direction
-from hosl_flower.probe import ParameterUses
+from hosl_flower.zo.directions import Direction
+from hosl_flower.zo.perturbed import ParameterUses
 
 
 class _Tangents(ParameterUses):

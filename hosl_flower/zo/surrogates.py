@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hosl_flower.tensors.activation_codec import decode
-from hosl_flower.zo import Point
+from hosl_flower.zo.estimator import Point
 
 _CHUNK_ELEMENTS = 1 << 16  # multiplied in float64 at a time: small enough to stay in cache
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hosl_flower.perturb import Direction
+from hosl_flower.zo.directions import Direction
 
 # Reading these from a parameter reveals no value, so they need no other one.
 _METADATA = {
