@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hosl_flower.data.encoders.prompts import Batch
-from hosl_flower.split import ClientSubmodel
+from hosl_flower.models.split import ClientSubmodel
 from hosl_flower.zo.surrogates import Cotangent
 
 

@@ -17,14 +17,14 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from hosl_flower import markdown
-from hosl_flower.class_heads import class_names
 from hosl_flower.config import RunConfig, Scalar, parse_config
 from hosl_flower.errors import CheckpointError, printable
-from hosl_flower.families import family_of
 from hosl_flower.finished import Finished
+from hosl_flower.models.class_head import class_names
+from hosl_flower.models.families.decoders import family_of
+from hosl_flower.models.split import RANDOM, load_model_config
 from hosl_flower.page_files import Evaluation
 from hosl_flower.resume import FREE
-from hosl_flower.split import RANDOM, load_model_config
 from hosl_flower.system.untrusted_files import read_regular
 from hosl_flower.task_choice import task_from_config
 from hosl_flower.tasks.known import TASKS, Task
@@ -48,9 +48,9 @@ WHAT = {
     "model": "the whole model, merged: for `{auto}.from_pretrained`",
     "adapters": "LoRA adapters of both halves: for `PeftModel.from_pretrained`, over the base",
     "client": "HALF a model: embeddings and the first {cut} blocks. Give this directory as "
-    "`model-path` to a SuperNode or to `hosl_flower.split.open_base`; `load_client` loads it",
+    "`model-path` to a SuperNode or to `hosl_flower.models.split.open_base`; `load_client` loads it",
     "server": "HALF a model: the blocks after the first {cut}, final norm and LM head. Give this "
-    "directory to `hosl_flower.split.open_base`; `load_server` loads it",
+    "directory to `hosl_flower.models.split.open_base`; `load_server` loads it",
 }
 
 

@@ -134,8 +134,8 @@ def export(
     private: Annotated[bool, typer.Option("--private", help="make that repository so")] = False,
 ) -> None:
     """A trained model as a directory of its own: merged, adapters, or one half; with a card."""
-    from hosl_flower import hub
     from hosl_flower.export import export as export_run
+    from hosl_flower.models.checkpoints import hub
 
     try:
         if push:

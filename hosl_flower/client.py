@@ -18,7 +18,6 @@ from hosl_flower.data.encoders.make import make_inputs
 from hosl_flower.data.partition import DataPool
 from hosl_flower.errors import IN_THE_LOG, DataError, HoslError, ProtocolError, public_reason
 from hosl_flower.follower import UNKNOWN, Answer, Follower
-from hosl_flower.head import attach_head
 from hosl_flower.messages import (
     Activations,
     Adopt,
@@ -57,18 +56,19 @@ from hosl_flower.messages import (
     Stepped,
     Weights,
 )
-from hosl_flower.output_head import OutputHead, load_output_head
-from hosl_flower.privacy import mechanism_of
-from hosl_flower.residual import fed_back
-from hosl_flower.secret import simulated_secret
-from hosl_flower.spec import ClientSpec, pick_device, torch_dtype
-from hosl_flower.split import (
+from hosl_flower.models.auxiliary_head import attach_head
+from hosl_flower.models.label_head import OutputHead, load_output_head
+from hosl_flower.models.split import (
     ClientSubmodel,
     load_client,
     model_config,
     open_base,
     trainable_parameters,
 )
+from hosl_flower.privacy import mechanism_of
+from hosl_flower.residual import fed_back
+from hosl_flower.secret import simulated_secret
+from hosl_flower.spec import ClientSpec, pick_device, torch_dtype
 from hosl_flower.state import ClientState
 from hosl_flower.tasks.answer_words import Answers
 from hosl_flower.tensors.memory import Meter, peak_rss_bytes

@@ -20,8 +20,8 @@ from hosl_flower.card import WHAT, model_card
 from hosl_flower.data.encoders.make import load_processor
 from hosl_flower.errors import ConfigError, HoslError
 from hosl_flower.finished import Finished, read_run, trained_model
-from hosl_flower.merge import save_merged
-from hosl_flower.split import open_base
+from hosl_flower.models.save_merged import save_merged
+from hosl_flower.models.split import open_base
 
 
 def export(run: Path, directory: Path, what: str = "model") -> Path:

@@ -13,10 +13,8 @@ from pydantic import ValidationError
 
 from hosl_flower.config import RunConfig, parse_config
 from hosl_flower.errors import CheckpointError, ConfigError
-from hosl_flower.lora import Lora, load_adapters
-from hosl_flower.page_files import ConfigFile, Read, ResultsFile
-from hosl_flower.spec import server_lora, torch_dtype
-from hosl_flower.split import (
+from hosl_flower.models.lora import Lora, load_adapters
+from hosl_flower.models.split import (
     Base,
     ClientSubmodel,
     ServerSubmodel,
@@ -25,6 +23,8 @@ from hosl_flower.split import (
     load_server,
     open_base,
 )
+from hosl_flower.page_files import ConfigFile, Read, ResultsFile
+from hosl_flower.spec import server_lora, torch_dtype
 from hosl_flower.system.untrusted_files import check_tree, parse_json, read_json, read_regular
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hosl_flower.quantize import dequantised
+from hosl_flower.models.int8_weights import dequantised
 
 
 class Sums:

@@ -21,12 +21,12 @@ from collections.abc import Collection, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from hosl_flower.blockwise import Blocks, pieces
 from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.errors import ConfigError
 from hosl_flower.feedback import Feedback, residual_parts, trained_parts
 from hosl_flower.gradient import sparse_rows
-from hosl_flower.split import ClientSubmodel
+from hosl_flower.models.blockwise import Blocks, pieces
+from hosl_flower.models.split import ClientSubmodel
 from hosl_flower.zo.surrogates import Cotangent
 
 _KINDS = ("weight", "bias", "lora_A.weight", "lora_B.weight")

@@ -11,20 +11,31 @@ import torch
 from torch import Tensor
 
 from hosl_flower.accountant import epsilon, most_uses
-from hosl_flower.adapted import AdaptedWeights
 from hosl_flower.aggregate import MEANS
 from hosl_flower.checkpoint import Checkpoint
 from hosl_flower.checks import Limits
-from hosl_flower.class_heads import class_names, with_classes
 from hosl_flower.client import new_state
 from hosl_flower.config import RunConfig
 from hosl_flower.data.encoders.make import make_inputs
 from hosl_flower.data.encoders.prompts import Inputs
 from hosl_flower.data.overlap import Overlap
 from hosl_flower.errors import ConfigError, DriftError
-from hosl_flower.head import attach_head
 from hosl_flower.history import History
 from hosl_flower.messages import Described
+from hosl_flower.models.auxiliary_head import attach_head
+from hosl_flower.models.checkpoints.adapters import AdaptedWeights
+from hosl_flower.models.class_head import class_names, with_classes
+from hosl_flower.models.split import (
+    AUXILIARY,
+    Base,
+    ClientSubmodel,
+    check_cut,
+    client_skeleton,
+    count,
+    load_client,
+    load_server,
+    open_base,
+)
 from hosl_flower.reference import NO_REFERENCE, Reference, reference_of
 from hosl_flower.server import Server
 from hosl_flower.spec import (
@@ -36,17 +47,6 @@ from hosl_flower.spec import (
     server_lora,
     torch_dtype,
     use_threads,
-)
-from hosl_flower.split import (
-    AUXILIARY,
-    Base,
-    ClientSubmodel,
-    check_cut,
-    client_skeleton,
-    count,
-    load_client,
-    load_server,
-    open_base,
 )
 from hosl_flower.tensors.activation_codec import encode
 from hosl_flower.zo.directions import derive_seed, permutation

@@ -28,19 +28,19 @@ from hosl_flower.errors import (
 from hosl_flower.held_out import score_batches
 from hosl_flower.link.base import Link
 from hosl_flower.link.inprocess import InProcessLink
-from hosl_flower.lora import save_adapters
-from hosl_flower.merge import save_merged
 from hosl_flower.messages import (
     Describe,
     Described,
     Fingerprint,
     Fingerprinted,
 )
+from hosl_flower.models.lora import save_adapters
+from hosl_flower.models.save_merged import save_merged
+from hosl_flower.models.split import count, trainable_parameters
 from hosl_flower.report import Report
 from hosl_flower.results import Results
 from hosl_flower.resume import earlier_traffic
 from hosl_flower.session import Session
-from hosl_flower.split import count, trainable_parameters
 from hosl_flower.tensors.raw_bytes import LARGEST_LOSS
 from hosl_flower.text_score import HeldOut
 

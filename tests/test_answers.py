@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hosl_flower.checks import Limits, check_activations
 from hosl_flower.errors import ProtocolError
 from hosl_flower.messages import Activations
+from hosl_flower.models.split import load_client, load_server, open_base
 from hosl_flower.score import Score
 from hosl_flower.server import Server
-from hosl_flower.split import load_client, load_server, open_base
 from hosl_flower.tasks.answer_words import Answers
 from strategies.fedavg_zo import FedAvgZo
 from strategies.ho_sfl import HoSfl

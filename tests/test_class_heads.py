@@ -15,14 +15,14 @@ from transformers import (
     BertForTokenClassification,
 )
 
-from hosl_flower.class_heads import with_classes
 from hosl_flower.config import parse_config
 from hosl_flower.data.encoders.images import load_image_processor
 from hosl_flower.data.encoders.prompts import load_tokenizer
 from hosl_flower.errors import ConfigError
-from hosl_flower.merge import save_merged
+from hosl_flower.models.class_head import with_classes
+from hosl_flower.models.save_merged import save_merged
+from hosl_flower.models.split import load_client, load_server, open_base
 from hosl_flower.session import open_session
-from hosl_flower.split import load_client, load_server, open_base
 from hosl_flower.tasks.known import Task
 from hosl_flower.tasks.known_images import image_task
 

@@ -4,17 +4,23 @@ import pytest
 import torch
 from specs import client_spec
 
-from hosl_flower.architectures import architecture
 from hosl_flower.attention_rule import listening, through_attention
 from hosl_flower.backprop import gradients
-from hosl_flower.blockwise import Blocks
 from hosl_flower.client import new_state
 from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.errors import ConfigError
-from hosl_flower.lora import Lora
+from hosl_flower.models.architectures import architecture
+from hosl_flower.models.blockwise import Blocks
+from hosl_flower.models.lora import Lora
+from hosl_flower.models.split import (
+    Base,
+    client_skeleton,
+    load_client,
+    open_base,
+    trainable_parameters,
+)
 from hosl_flower.recompute import recomputed_gradients
 from hosl_flower.residual import fed_back, residual_gradients
-from hosl_flower.split import Base, client_skeleton, load_client, open_base, trainable_parameters
 from hosl_flower.zo.surrogates import Cotangent
 
 LORA = Lora(4, 8.0, ("q_proj", "v_proj"), 0)

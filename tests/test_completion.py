@@ -17,9 +17,9 @@ from hosl_flower.client import Client
 from hosl_flower.config import parse_config
 from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.data.readers.squad import graded
-from hosl_flower.decoding import Prompts, Writer, greedy
 from hosl_flower.errors import ClientError, ConfigError, ProtocolError
 from hosl_flower.messages import Activations, Continue, Continued, Failure, Grade, Graded
+from hosl_flower.models.decoding import Prompts, Writer, greedy
 from hosl_flower.plan import plan
 from hosl_flower.server import Server
 from hosl_flower.tasks.generated_answers import IGNORED, Completion

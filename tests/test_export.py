@@ -23,8 +23,8 @@ from hosl_flower.cli import cli
 from hosl_flower.data.sources import load_source
 from hosl_flower.errors import CheckpointError
 from hosl_flower.export import export
-from hosl_flower.families import HEAD
-from hosl_flower.split import load_client, load_server, open_base
+from hosl_flower.models.families.decoders import HEAD
+from hosl_flower.models.split import load_client, load_server, open_base
 from hosl_flower.task_choice import task_from_config
 from strategies.ho_sfl import HoSfl
 

@@ -9,15 +9,13 @@ from runs import run_factory
 from test_client_gradients import both
 from transformers import AutoConfig, AutoModelForCausalLM, PhiConfig
 
-from hosl_flower.architectures import ARCHITECTURES, architecture
 from hosl_flower.data.encoders.prompts import Batch, load_tokenizer
 from hosl_flower.errors import ConfigError
-from hosl_flower.families import FAMILIES, HEAD, embedding_name, family_of
-from hosl_flower.lora import Lora, save_adapters
-from hosl_flower.merge import save_merged
-from hosl_flower.recompute import recomputed_gradients
-from hosl_flower.residual import fed_back
-from hosl_flower.split import (
+from hosl_flower.models.architectures import ARCHITECTURES, architecture
+from hosl_flower.models.families.decoders import FAMILIES, HEAD, embedding_name, family_of
+from hosl_flower.models.lora import Lora, save_adapters
+from hosl_flower.models.save_merged import save_merged
+from hosl_flower.models.split import (
     client_skeleton,
     count,
     load_client,
@@ -26,6 +24,8 @@ from hosl_flower.split import (
     server_skeleton,
     trainable_parameters,
 )
+from hosl_flower.recompute import recomputed_gradients
+from hosl_flower.residual import fed_back
 from hosl_flower.zo.surrogates import Cotangent
 from strategies.ho_sfl import HoSfl
 

@@ -396,7 +396,7 @@ def test_hub_data_sets_load_under_their_published_columns(name, monkeypatch):
         data = hub_data(name)
         return DatasetDict({"train": data, "validation": data, "test": data.select([0])})
 
-    monkeypatch.setattr("hosl_flower.hub.is_reachable", lambda: True)
+    monkeypatch.setattr("hosl_flower.models.checkpoints.hub.is_reachable", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: builder_of(None))
     task, _, _, rows = HUB[name]
@@ -417,7 +417,7 @@ def test_a_hub_data_set_that_is_a_script_is_taken_from_its_tables(monkeypatch):
         data = hub_data("CogComp/trec/default")
         return DatasetDict({"train": data, "test": data})
 
-    monkeypatch.setattr("hosl_flower.hub.is_reachable", lambda: True)
+    monkeypatch.setattr("hosl_flower.models.checkpoints.hub.is_reachable", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: builder_of(None))
     assert len(load_source("hub:CogComp/trec/default", TASKS["trec"], 0)[1]) == 2

@@ -6,16 +6,14 @@ from safetensors.torch import load_file
 from test_client_gradients import both
 from transformers import AutoConfig, AutoModelForImageClassification, ViTModel
 
-from hosl_flower.architectures import IMAGE_ARCHITECTURES, architecture
-from hosl_flower.class_heads import with_classes
 from hosl_flower.data.encoders.images import load_image_processor
 from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.errors import CheckpointError, ConfigError
-from hosl_flower.image_families import IMAGE_FAMILIES
-from hosl_flower.merge import save_merged
-from hosl_flower.recompute import recomputed_gradients
-from hosl_flower.residual import fed_back, residual_gradients
-from hosl_flower.split import (
+from hosl_flower.models.architectures import IMAGE_ARCHITECTURES, architecture
+from hosl_flower.models.class_head import with_classes
+from hosl_flower.models.families.images import IMAGE_FAMILIES
+from hosl_flower.models.save_merged import save_merged
+from hosl_flower.models.split import (
     client_skeleton,
     count,
     load_client,
@@ -24,6 +22,8 @@ from hosl_flower.split import (
     server_skeleton,
     trainable_parameters,
 )
+from hosl_flower.recompute import recomputed_gradients
+from hosl_flower.residual import fed_back, residual_gradients
 from hosl_flower.zo.surrogates import Cotangent
 
 SIZE = 16

@@ -13,7 +13,6 @@ from runs import metrics
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 from typer.testing import CliRunner
 
-from hosl_flower.architectures import IMAGE_ARCHITECTURES
 from hosl_flower.cli import cli
 from hosl_flower.client import Client
 from hosl_flower.config import parse_config
@@ -22,8 +21,9 @@ from hosl_flower.data.sources import load_source
 from hosl_flower.errors import ConfigError
 from hosl_flower.ledger import Ledger, fingerprint
 from hosl_flower.messages import CutGradient, Forward, Probe
+from hosl_flower.models.architectures import IMAGE_ARCHITECTURES
+from hosl_flower.models.split import open_base
 from hosl_flower.plan import plan
-from hosl_flower.split import open_base
 from hosl_flower.task_choice import task_from_config
 from strategies.heron import Heron
 from strategies.ho_sfl import HoSfl

@@ -14,13 +14,13 @@ from specs import client_spec, history_for
 from hosl_flower.checks import Limits
 from hosl_flower.client import Client
 from hosl_flower.errors import ClientError, ConfigError
-from hosl_flower.families import embedding_name
 from hosl_flower.labels import score_by_client
 from hosl_flower.link.base import Link
 from hosl_flower.link.stream import longest_frame
 from hosl_flower.messages import HeldOutStates, HiddenStates, Scored
-from hosl_flower.output_head import OutputHead, load_output_head
-from hosl_flower.split import load_client, load_server, open_base
+from hosl_flower.models.families.decoders import embedding_name
+from hosl_flower.models.label_head import OutputHead, load_output_head
+from hosl_flower.models.split import load_client, load_server, open_base
 from hosl_flower.tasks.answer_words import Answers
 from hosl_flower.tensors.raw_bytes import raw_bytes
 from hosl_flower.wire import to_wire
@@ -65,7 +65,7 @@ def test_one_token_answers_have_the_bits_of_autograd(words):
 @pytest.mark.parametrize("chunk", [1 << 22, 16 * 7])
 def test_answers_of_several_tokens_have_autograds_gradient(monkeypatch, chunk):
     """The head in one piece, or in pieces of 7 rows."""
-    monkeypatch.setattr("hosl_flower.output_head._CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr("hosl_flower.models.label_head._CHUNK_ELEMENTS", chunk)
     answers, generator = Answers(SEVERAL), torch.Generator().manual_seed(0)
     head = torch.randn(40, 16, generator=generator)
     states = torch.randn(5, 6, 16, generator=generator).requires_grad_()

@@ -10,13 +10,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from hosl_flower.architectures import architecture
 from hosl_flower.data.encoders.prompts import load_tokenizer
 from hosl_flower.errors import ConfigError
-from hosl_flower.lora import Lora, save_adapters
-from hosl_flower.merge import save_merged
-from hosl_flower.server import Server
-from hosl_flower.split import (
+from hosl_flower.models.architectures import architecture
+from hosl_flower.models.lora import Lora, save_adapters
+from hosl_flower.models.save_merged import save_merged
+from hosl_flower.models.split import (
     client_skeleton,
     count,
     load_client,
@@ -24,6 +23,7 @@ from hosl_flower.split import (
     open_base,
     trainable_parameters,
 )
+from hosl_flower.server import Server
 from hosl_flower.tasks.answer_words import Answers
 from hosl_flower.zo.directions import DISTRIBUTIONS, Layout
 from hosl_flower.zo.perturbed import perturbed
@@ -95,7 +95,7 @@ def test_only_adapters_get_a_gradient(tiny_opt):
 
 
 def test_peft_is_imported_only_where_adapters_are():
-    code = "import sys, hosl_flower.split; sys.exit('peft' in sys.modules)"
+    code = "import sys, hosl_flower.models.split; sys.exit('peft' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -10,7 +10,7 @@ from test_weights import BIN, INDEX, SINGLE, assert_same, configure, store, stor
 
 from hosl_flower.data.encoders.prompts import load_tokenizer
 from hosl_flower.errors import CheckpointError
-from hosl_flower.split import load_client, load_model_config, open_base
+from hosl_flower.models.split import load_client, load_model_config, open_base
 
 POINTER = (
     b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"ab" * 32 + b"\nsize 250540281\n"

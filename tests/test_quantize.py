@@ -11,9 +11,9 @@ from hosl_flower.client import Client, new_state
 from hosl_flower.config import parse_config
 from hosl_flower.errors import ConfigError
 from hosl_flower.ledger import Entry
-from hosl_flower.lora import Lora, is_adapter
-from hosl_flower.quantize import to_int8
-from hosl_flower.split import load_client, open_base, trainable_parameters
+from hosl_flower.models.int8_weights import to_int8
+from hosl_flower.models.lora import Lora, is_adapter
+from hosl_flower.models.split import load_client, open_base, trainable_parameters
 from hosl_flower.tensors.memory import LiveTensors
 from hosl_flower.zo.perturbed import perturbed
 
@@ -41,7 +41,7 @@ def test_a_matrix_is_near_in_every_row_whatever_the_chunks(monkeypatch):
     # one of 255 levels over +-max: never further than half a level
     level = weight.abs().amax(1, keepdim=True) / 127
     assert ((whole.dequantize() - weight).abs() <= 0.51 * level).all()
-    monkeypatch.setattr("hosl_flower.quantize._ROWS_ELEMENTS", 70)
+    monkeypatch.setattr("hosl_flower.models.int8_weights._ROWS_ELEMENTS", 70)
     chunked = to_int8(weight, torch.float32, "cpu")
     assert torch.equal(chunked.dequantize(), whole.dequantize())
 

@@ -11,10 +11,10 @@ from huggingface_hub import constants
 from safetensors import safe_open
 from test_hub import Hub
 
-from hosl_flower import hub as hub_module
-from hosl_flower import ranged
 from hosl_flower.errors import CheckpointError
-from hosl_flower.split import client_skeleton, count, load_client, open_base
+from hosl_flower.models.checkpoints import hub as hub_module
+from hosl_flower.models.checkpoints import partial_download as ranged
+from hosl_flower.models.split import client_skeleton, count, load_client, open_base
 
 MODEL = "org/opt-test"
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hosl_flower.lora import Lora
-from hosl_flower.split import load_client, open_base
+from hosl_flower.models.lora import Lora
+from hosl_flower.models.split import load_client, open_base
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 

@@ -16,12 +16,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hosl_flower import special_tokens
 from hosl_flower.data.encoders.classifier_text import TextInputs
 from hosl_flower.data.encoders.prompts import Encoder, load_tokenizer
 from hosl_flower.errors import CheckpointError, ConfigError, DataError
 from hosl_flower.generate import _prompt_ids
-from hosl_flower.special_tokens import empty_text, padding, prefix
+from hosl_flower.models import special_tokens
+from hosl_flower.models.special_tokens import empty_text, padding, prefix
 from hosl_flower.tasks.known import Task
 
 OWN = Task("own", "{text} It was", ("bad", "good"))

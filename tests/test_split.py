@@ -4,12 +4,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hosl_flower.architectures import ARCHITECTURES, architecture
 from hosl_flower.data.encoders.prompts import load_tokenizer
 from hosl_flower.errors import ConfigError
-from hosl_flower.families import HEAD
-from hosl_flower.merge import save_merged
-from hosl_flower.split import (
+from hosl_flower.models.architectures import ARCHITECTURES, architecture
+from hosl_flower.models.families.decoders import HEAD
+from hosl_flower.models.save_merged import save_merged
+from hosl_flower.models.split import (
     client_skeleton,
     count,
     load_client,

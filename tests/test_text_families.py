@@ -13,15 +13,14 @@ from transformers import (
     DistilBertConfig,
 )
 
-from hosl_flower.architectures import TEXT_ARCHITECTURES, architecture
-from hosl_flower.class_heads import with_classes
 from hosl_flower.data.encoders.prompts import Batch, load_tokenizer
 from hosl_flower.errors import ConfigError
-from hosl_flower.lora import Lora
-from hosl_flower.merge import save_merged
-from hosl_flower.recompute import recomputed_gradients
-from hosl_flower.residual import fed_back
-from hosl_flower.split import (
+from hosl_flower.models.architectures import TEXT_ARCHITECTURES, architecture
+from hosl_flower.models.class_head import with_classes
+from hosl_flower.models.families.encoders import TEXT_FAMILIES
+from hosl_flower.models.lora import Lora
+from hosl_flower.models.save_merged import save_merged
+from hosl_flower.models.split import (
     client_skeleton,
     count,
     load_client,
@@ -30,7 +29,8 @@ from hosl_flower.split import (
     server_skeleton,
     trainable_parameters,
 )
-from hosl_flower.text_families import TEXT_FAMILIES
+from hosl_flower.recompute import recomputed_gradients
+from hosl_flower.residual import fed_back
 from hosl_flower.zo.directions import Layout
 from hosl_flower.zo.perturbed import perturbed
 from hosl_flower.zo.surrogates import Cotangent

@@ -16,7 +16,6 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from hosl_flower.architectures import TEXT_ARCHITECTURES
 from hosl_flower.cli import cli
 from hosl_flower.client import Client
 from hosl_flower.config import parse_config
@@ -26,9 +25,10 @@ from hosl_flower.data.sources import load_source
 from hosl_flower.errors import CheckpointError, ConfigError, DataError
 from hosl_flower.ledger import Ledger, fingerprint
 from hosl_flower.messages import Forward, Probe
+from hosl_flower.models.architectures import TEXT_ARCHITECTURES
+from hosl_flower.models.split import model_config, open_base
 from hosl_flower.plan import plan
 from hosl_flower.spec import resolve
-from hosl_flower.split import model_config, open_base
 from hosl_flower.task_choice import task_from_config
 from hosl_flower.tasks.known import TASKS
 from strategies.heron import Heron

@@ -13,12 +13,12 @@ import torch
 from conftest import put_into_hub_cache, store_shards
 from safetensors.torch import load_file, save_file
 
-from hosl_flower.architectures import architecture
 from hosl_flower.errors import CheckpointError
-from hosl_flower.families import HEAD
-from hosl_flower.split import client_skeleton, load_client, load_server, open_base
+from hosl_flower.models.architectures import architecture
+from hosl_flower.models.checkpoints.source import RandomWeights
+from hosl_flower.models.families.decoders import HEAD
+from hosl_flower.models.split import client_skeleton, load_client, load_server, open_base
 from hosl_flower.tensors.memory import Meter
-from hosl_flower.weights import RandomWeights
 from hosl_flower.zo.directions import derive_seed
 
 SINGLE, BIN = "model.safetensors", "pytorch_model.bin"
@@ -267,7 +267,7 @@ def test_random_weights_do_not_depend_on_how_many_are_drawn_at_a_time(monkeypatc
     whole = numpy.random.default_rng(derive_seed(3, "init", "a")).random(shape, dtype=numpy.float32)
     expected = torch.from_numpy(whole).sub_(0.5).mul_(math.sqrt(12) * 0.02)
     for chunk in (7, 1000, 1 << 20):
-        monkeypatch.setattr("hosl_flower.weights.CHUNK_ELEMENTS", chunk)
+        monkeypatch.setattr("hosl_flower.models.checkpoints.source.CHUNK_ELEMENTS", chunk)
         out = torch.empty(shape)
         RandomWeights(3, 0.02).fill("a", out)
         assert torch.equal(out, expected)

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import datasets
 from datasets import Dataset
 
-from hosl_flower import hub
 from hosl_flower.data.columns import find_column
 from hosl_flower.data.encoders.prompts import BUNDLED
 from hosl_flower.data.examples import is_without_labels, normalised
@@ -22,6 +21,7 @@ from hosl_flower.data.readers.files import SUFFIXES, is_table, read_file
 from hosl_flower.data.readers.images import holds_images, read_images
 from hosl_flower.data.tables import Arrow, Chosen, Joined, Table
 from hosl_flower.errors import DataError, first_line
+from hosl_flower.models.checkpoints import hub
 from hosl_flower.tasks.known import Task
 from hosl_flower.zo.directions import derive_seed, permutation
 

@@ -46,9 +46,9 @@ from hosl_flower.cli import key_value
 from hosl_flower.client import Client
 from hosl_flower.config import parse_config
 from hosl_flower.messages import Activations, Forward
+from hosl_flower.models.split import trainable_parameters
 from hosl_flower.residual import residual_gradients
 from hosl_flower.session import open_session
-from hosl_flower.split import trainable_parameters
 from hosl_flower.zo.directions import DISTRIBUTIONS
 from hosl_flower.zo.surrogates import Cotangent
 

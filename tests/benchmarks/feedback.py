@@ -21,9 +21,9 @@ from hosl_flower.client import Client
 from hosl_flower.config import parse_config
 from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.messages import Activations, Forward
+from hosl_flower.models.split import trainable_parameters
 from hosl_flower.residual import fed_back, residual_gradients
 from hosl_flower.session import open_session
-from hosl_flower.split import trainable_parameters
 from hosl_flower.zo.surrogates import Cotangent
 
 

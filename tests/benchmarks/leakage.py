@@ -23,9 +23,9 @@ from hosl_flower.cli import key_value
 from hosl_flower.config import parse_config
 from hosl_flower.data.encoders.prompts import Batch, Encoder
 from hosl_flower.data.partition import DataPool
-from hosl_flower.families import embedding_name
+from hosl_flower.models.families.decoders import embedding_name
+from hosl_flower.models.split import ClientSubmodel, load_client
 from hosl_flower.session import open_session
-from hosl_flower.split import ClientSubmodel, load_client
 from hosl_flower.tensors.activation_codec import decode, encode
 from hosl_flower.veil import Veil
 

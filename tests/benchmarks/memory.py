@@ -173,9 +173,9 @@ def _client(shape: tuple, column: str, device: str) -> dict[str, Any]:
 def _first_order(shape: tuple, column: str, device: str) -> dict[str, Any]:
     import torch
 
-    from hosl_flower.lora import Lora
+    from hosl_flower.models.lora import Lora
+    from hosl_flower.models.split import load_client, open_base
     from hosl_flower.spec import pick_device, torch_dtype
-    from hosl_flower.split import load_client, open_base
     from hosl_flower.tensors.memory import Meter
 
     sys.path.insert(0, str(Path(__file__).parent))

@@ -19,8 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hosl_flower.models.split import (
+    ClientSubmodel,
+    ServerSubmodel,
+    load_client,
+    load_server,
+    open_base,
+)
 from hosl_flower.spec import torch_dtype, use_threads
-from hosl_flower.split import ClientSubmodel, ServerSubmodel, load_client, load_server, open_base
 from hosl_flower.zo.directions import DISTRIBUTIONS, Layout
 from hosl_flower.zo.estimator import Point, estimate
 from hosl_flower.zo.forward_mode import along, derivative

@@ -13,10 +13,10 @@ from transformers import PretrainedConfig
 
 from hosl_flower.data.encoders.prompts import Batch, by_length, left_padded
 from hosl_flower.errors import CheckpointError, ConfigError
-from hosl_flower.special_tokens import Unknown, empty_text, padding
+from hosl_flower.models.families.encoders import TEXT_FAMILIES
+from hosl_flower.models.special_tokens import Unknown, empty_text, padding
 from hosl_flower.tasks.answer_words import Answers
 from hosl_flower.tasks.known import Task
-from hosl_flower.text_families import TEXT_FAMILIES
 
 
 class TextInputs:

@@ -9,12 +9,12 @@ import torch
 from transformers import PretrainedConfig
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from hosl_flower import hub
-from hosl_flower.adapted import holder
 from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.data.readers.images import decode
 from hosl_flower.errors import CheckpointError, ConfigError, first_line
-from hosl_flower.image_families import IMAGE_FAMILIES, ImageFamily
+from hosl_flower.models.checkpoints import hub
+from hosl_flower.models.checkpoints.adapters import holder
+from hosl_flower.models.families.images import IMAGE_FAMILIES, ImageFamily
 from hosl_flower.tasks.answer_words import Answers
 from hosl_flower.tasks.known import Task
 

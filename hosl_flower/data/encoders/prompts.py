@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from hosl_flower import hub
-from hosl_flower.adapted import holder
 from hosl_flower.errors import CheckpointError, ConfigError, first_line
-from hosl_flower.special_tokens import (
+from hosl_flower.models.checkpoints import hub
+from hosl_flower.models.checkpoints.adapters import holder
+from hosl_flower.models.special_tokens import (
     Unknown,
     check_has_vocabulary,
     check_sentencepiece,

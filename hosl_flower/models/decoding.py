@@ -17,8 +17,8 @@ from transformers import DynamicCache
 
 from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.errors import ProtocolError
-from hosl_flower.families import Absent
-from hosl_flower.split import ClientSubmodel, ServerSubmodel, Submodel
+from hosl_flower.models.families.decoders import Absent
+from hosl_flower.models.split import ClientSubmodel, ServerSubmodel, Submodel
 
 # tokens [B, t] that follow the prompts -> activations and mask of the last, or of the prompts
 Ask = Callable[[Tensor], tuple[Tensor, Tensor]]

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hosl_flower import hub
 from hosl_flower.errors import CheckpointError, DataError, first_line
+from hosl_flower.models.checkpoints import hub
 
 _SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _FILES = (

@@ -7,7 +7,7 @@ something before the names, or between their parts.
 from collections.abc import Iterable, Sequence
 
 from hosl_flower.errors import CheckpointError
-from hosl_flower.model_kind import quantised
+from hosl_flower.models.checkpoints.model_kind import quantised
 
 _BEFORE = ("module.", "_orig_mod.", "base_model.model.")
 _BETWEEN = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hosl_flower.errors import ConfigError
-from hosl_flower.families import HEAD, embedding_name
-from hosl_flower.materialise import fill_buffers
-from hosl_flower.split import AUXILIARY, Base, ClientSubmodel, server_skeleton
+from hosl_flower.models.families.decoders import HEAD, embedding_name
+from hosl_flower.models.materialise import fill_buffers
+from hosl_flower.models.split import AUXILIARY, Base, ClientSubmodel, server_skeleton
 from hosl_flower.tasks.answer_words import Answers, Scoring
 
 ROWS = f"{AUXILIARY}rows"

@@ -330,8 +330,8 @@ def _cache_argument(decoder: type) -> str:
 
 def family_of(config: PretrainedConfig) -> Family:
     """The family of a configuration; ConfigError names the supported ones."""
-    from hosl_flower.image_families import IMAGE_FAMILIES  # they build on this module
-    from hosl_flower.text_families import TEXT_FAMILIES
+    from hosl_flower.models.families.encoders import TEXT_FAMILIES
+    from hosl_flower.models.families.images import IMAGE_FAMILIES  # they build on this module
 
     families = {**FAMILIES, **IMAGE_FAMILIES, **TEXT_FAMILIES}
     if config.model_type not in families:
@@ -340,7 +340,7 @@ def family_of(config: PretrainedConfig) -> Family:
             f"{', '.join(sorted(FAMILIES))}, classifiers of text "
             f"{', '.join(sorted(TEXT_FAMILIES))}, and of images "
             f"{', '.join(sorted(IMAGE_FAMILIES))}. "
-            "A family is one adapter in hosl_flower/families.py: "
+            "A family is one adapter in hosl_flower/models/families/decoders.py: "
             "the names of its modules and how to take out those of the other side"
         )
     if getattr(config, "final_logit_softcapping", None):

@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from hosl_flower import hub
 from hosl_flower.errors import CheckpointError
+from hosl_flower.models.checkpoints import hub
 
 # weights of other formats, by the end of the file's name
 _FORMATS = {

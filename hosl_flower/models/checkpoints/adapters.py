@@ -18,10 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hosl_flower import hub
 from hosl_flower.errors import CheckpointError
-from hosl_flower.legacy import damaged
-from hosl_flower.weights import Checkpoint
+from hosl_flower.models.checkpoints import hub
+from hosl_flower.models.checkpoints.source import Checkpoint
+from hosl_flower.models.checkpoints.torch_bin import damaged
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # what peft's names start with

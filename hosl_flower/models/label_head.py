@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hosl_flower.families import HEAD, embedding_name
-from hosl_flower.split import Base, ClientSubmodel
+from hosl_flower.models.families.decoders import HEAD, embedding_name
+from hosl_flower.models.split import Base, ClientSubmodel
 from hosl_flower.tasks.answer_words import Answers
 
 _SLOPE = torch.ops.aten._log_softmax_backward_data.default

@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from hosl_flower.errors import ConfigError
-from hosl_flower.families import Family, InitStd, family_of
-from hosl_flower.split import Base
+from hosl_flower.models.checkpoints.source import RandomWeights, WeightSource
+from hosl_flower.models.families.decoders import Family, InitStd, family_of
+from hosl_flower.models.split import Base
 from hosl_flower.tasks.known import Task
-from hosl_flower.weights import RandomWeights, WeightSource
 
 log = logging.getLogger("hosl_flower")
 

@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from hosl_flower.errors import ConfigError
-from hosl_flower.families import HEAD, embedding_name
-from hosl_flower.lora import is_adapter
-from hosl_flower.quantize import is_quantised, place, to_int8
+from hosl_flower.models.families.decoders import HEAD, embedding_name
+from hosl_flower.models.int8_weights import is_quantised, place, to_int8
+from hosl_flower.models.lora import is_adapter
 
 if TYPE_CHECKING:
-    from hosl_flower.split import Base, Submodel
+    from hosl_flower.models.split import Base, Submodel
 else:
     Base = Submodel = Any
 

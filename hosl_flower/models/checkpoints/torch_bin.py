@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hosl_flower import hub
 from hosl_flower.errors import CheckpointError, first_line
+from hosl_flower.models.checkpoints import hub
 
 
 def damaged(path: Path, error: Exception) -> CheckpointError:

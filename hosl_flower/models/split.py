@@ -21,16 +21,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, DynamicCache, PretrainedConfig
 
-from hosl_flower import hub
-from hosl_flower.adapted import AdaptedWeights, base_of, find_adapters
-from hosl_flower.architectures import architecture
 from hosl_flower.errors import CheckpointError, ConfigError, first_line
-from hosl_flower.families import FAMILIES, HEAD, Absent, Family, family_of
-from hosl_flower.lora import Lora, attach, check_targets, is_adapter, merged
-from hosl_flower.lora import canonical as lora_canonical
-from hosl_flower.materialise import materialise
-from hosl_flower.model_kind import check_head, check_plain, not_a_config, without_config
-from hosl_flower.weights import Checkpoint, RandomWeights, WeightSource
+from hosl_flower.models.architectures import architecture
+from hosl_flower.models.checkpoints import hub
+from hosl_flower.models.checkpoints.adapters import AdaptedWeights, base_of, find_adapters
+from hosl_flower.models.checkpoints.model_kind import (
+    check_head,
+    check_plain,
+    not_a_config,
+    without_config,
+)
+from hosl_flower.models.checkpoints.source import Checkpoint, RandomWeights, WeightSource
+from hosl_flower.models.families.decoders import FAMILIES, HEAD, Absent, Family, family_of
+from hosl_flower.models.lora import Lora, attach, check_targets, is_adapter, merged
+from hosl_flower.models.lora import canonical as lora_canonical
+from hosl_flower.models.materialise import materialise
 
 _HEAD = "lm_head."  # what own names of the head start with
 AUXILIARY = "head."  # what names of a client's auxiliary head start with (head.py)

@@ -22,8 +22,8 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-from hosl_flower import hub
 from hosl_flower.errors import CheckpointError, first_line
+from hosl_flower.models.checkpoints import hub
 
 _MOST_HEADER = 100 << 20  # bytes: the format's own limit
 _ATTEMPTS = 5  # that bring nothing new, one after another

@@ -19,14 +19,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hosl_flower import hub, ranged
 from hosl_flower.errors import CheckpointError
-from hosl_flower.families import InitStd, Rename
-from hosl_flower.legacy import converted, damaged, legacy_keys
-from hosl_flower.model_kind import other_weights, quantised
-from hosl_flower.ranged import RemoteFile
-from hosl_flower.tensor_names import plain_names
-from hosl_flower.tensorfile import (
+from hosl_flower.models.checkpoints import hub
+from hosl_flower.models.checkpoints import partial_download as ranged
+from hosl_flower.models.checkpoints.model_kind import other_weights, quantised
+from hosl_flower.models.checkpoints.partial_download import RemoteFile
+from hosl_flower.models.checkpoints.safetensors_file import (
     CHUNK_ELEMENTS,
     NotFiniteError,
     Stored,
@@ -34,6 +32,9 @@ from hosl_flower.tensorfile import (
     copy_rows,
     find,
 )
+from hosl_flower.models.checkpoints.tensor_names import plain_names
+from hosl_flower.models.checkpoints.torch_bin import converted, damaged, legacy_keys
+from hosl_flower.models.families.decoders import InitStd, Rename
 from hosl_flower.zo.directions import derive_seed
 
 
