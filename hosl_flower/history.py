@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from hosl_flower.errors import DivergedError, DriftError
-from hosl_flower.gradient import Dense
 from hosl_flower.ledger import Entry, Ledger, fingerprint
 from hosl_flower.messages import CatchUp, Fingerprinted, Move, Request, Restore
+from hosl_flower.optim.gradient import Dense
 from hosl_flower.shifts import Shift, Shifts
 from hosl_flower.state import ClientState, Snapshot
 from hosl_flower.wire import wire_bytes

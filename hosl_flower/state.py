@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hosl_flower.gradient import Dense, Gradient, Seeded
 from hosl_flower.ledger import Entry, chain, fingerprint, first_digest
-from hosl_flower.optimizers import make_optimizer, second_moments, state_shape
+from hosl_flower.optim.by_name import make_optimizer, second_moments, state_shape
+from hosl_flower.optim.gradient import Dense, Gradient, Seeded
 from hosl_flower.tensors.rounding import store
 from hosl_flower.tensors.update_codec import Coded, Rows, pieces_of
 from hosl_flower.zo.directions import Layout, as_matrix_shape, row_chunks

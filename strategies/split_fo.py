@@ -39,9 +39,9 @@ from hosl_flower.backprop import unflat
 from hosl_flower.cohort import Cohort, Question, absent
 from hosl_flower.config import RunConfig
 from hosl_flower.errors import ConfigError
-from hosl_flower.gradient import Dense
 from hosl_flower.link.base import Link
 from hosl_flower.messages import Adopt, Backward, Fetch, LocalStep, Request, Weights
+from hosl_flower.optim.gradient import Dense
 from hosl_flower.schedule import client_rate
 from hosl_flower.session import Session
 from hosl_flower.tensors.update_codec import decode

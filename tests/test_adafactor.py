@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers.optimization import Adafactor as Published
 
-from hosl_flower.adafactor import Adafactor, state_size
-from hosl_flower.adafactor_momentum import AdafactorMomentum
-from hosl_flower.gradient import Dense, sparse_rows
-from hosl_flower.optimizers import make_optimizer, state_shape
+from hosl_flower.optim.adafactor import Adafactor, state_size
+from hosl_flower.optim.adafactor_momentum import AdafactorMomentum
+from hosl_flower.optim.by_name import make_optimizer, state_shape
+from hosl_flower.optim.gradient import Dense, sparse_rows
 from hosl_flower.tensors.rounding import quantize
 
 RATE = 0.1

@@ -5,10 +5,10 @@ import torch
 from runs import metrics, run_factory
 from test_state import ENTRIES
 
-from hosl_flower.adafactor_momentum import AdafactorMomentum
 from hosl_flower.client import Client
-from hosl_flower.gradient import Dense, sparse_rows
 from hosl_flower.ledger import Ledger
+from hosl_flower.optim.adafactor_momentum import AdafactorMomentum
+from hosl_flower.optim.gradient import Dense, sparse_rows
 from hosl_flower.shifts import Shifts
 from hosl_flower.state import ClientState, fingerprint
 from hosl_flower.zo.directions import DISTRIBUTIONS

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hosl_flower.gradient import Seeded
-from hosl_flower.optimizer import Sgd
+from hosl_flower.optim.gradient import Seeded
+from hosl_flower.optim.optimizer import Sgd
 from hosl_flower.zo.directions import DISTRIBUTIONS, Layout
 from hosl_flower.zo.perturbed import perturbed
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from hosl_flower.gradient import Seeded
-from hosl_flower.optimizer import Sgd
+from hosl_flower.optim.gradient import Seeded
+from hosl_flower.optim.optimizer import Sgd
 from hosl_flower.tensors.philox import HALVES
 from hosl_flower.tensors.rounding import store
 from hosl_flower.zo.directions import Layout

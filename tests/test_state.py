@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from hosl_flower.errors import DriftError
-from hosl_flower.gradient import Seeded
 from hosl_flower.history import History
 from hosl_flower.ledger import Entry
 from hosl_flower.messages import CatchUp, Fingerprinted, Forward, Restore
-from hosl_flower.optimizer import AdamW, square_root
+from hosl_flower.optim.gradient import Seeded
+from hosl_flower.optim.optimizer import AdamW, square_root
 from hosl_flower.state import ClientState
 from hosl_flower.wire import wire_bytes
 from hosl_flower.zo.directions import DISTRIBUTIONS, Layout

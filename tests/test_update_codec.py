@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hosl_flower.gradient import sparse_rows
+from hosl_flower.optim.gradient import sparse_rows
 from hosl_flower.tensors.memory import Meter
 from hosl_flower.tensors.update_codec import Rows, decode, encode
 

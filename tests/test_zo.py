@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from hosl_flower.gradient import Seeded
-from hosl_flower.optimizer import Sgd
+from hosl_flower.optim.gradient import Seeded
+from hosl_flower.optim.optimizer import Sgd
 from hosl_flower.zo.directions import DISTRIBUTIONS, Layout
 from hosl_flower.zo.estimator import (
     Point,

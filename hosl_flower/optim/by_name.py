@@ -5,9 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hosl_flower.adafactor import Adafactor, state_size
-from hosl_flower.adafactor_momentum import AdafactorMomentum, momentum_size, second_moments_size
-from hosl_flower.optimizer import AdamW, Optimizer, Sgd
+from hosl_flower.optim.adafactor import Adafactor, state_size
+from hosl_flower.optim.adafactor_momentum import (
+    AdafactorMomentum,
+    momentum_size,
+    second_moments_size,
+)
+from hosl_flower.optim.optimizer import AdamW, Optimizer, Sgd
 
 _OPTIMIZERS: dict[str, type[Optimizer]] = {
     "sgd": Sgd,

@@ -27,8 +27,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hosl_flower.gradient import Dense
-from hosl_flower.optimizer import Optimizer, Terms, matrix_of
+from hosl_flower.optim.gradient import Dense
+from hosl_flower.optim.optimizer import Optimizer, Terms, matrix_of
 from hosl_flower.tensors.rounding import store
 from hosl_flower.zo.directions import as_matrix_shape, row_chunks
 

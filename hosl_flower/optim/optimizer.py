@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hosl_flower.gradient import Gradient, Term
+from hosl_flower.optim.gradient import Gradient, Term
 from hosl_flower.tensors.rounding import store
 from hosl_flower.zo.directions import as_matrix_shape, row_chunks
 from hosl_flower.zo.estimator import to_float32

@@ -18,8 +18,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hosl_flower.adafactor import Adafactor, Rows, Seen, Updates, state_size
-from hosl_flower.optimizer import matrix_of
+from hosl_flower.optim.adafactor import Adafactor, Rows, Seen, Updates, state_size
+from hosl_flower.optim.optimizer import matrix_of
 from hosl_flower.tensors.rounding import OTHER_ROWS, quantize
 from hosl_flower.zo.directions import as_matrix_shape, row_chunks
 
