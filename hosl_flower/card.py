@@ -17,7 +17,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from hosl_flower import markdown
-from hosl_flower.config import RunConfig, Scalar, parse_config
+from hosl_flower.config.run_config import RunConfig, Scalar, parse_config
+from hosl_flower.config.task_from_config import task_from_config
 from hosl_flower.errors import CheckpointError, printable
 from hosl_flower.finished import Finished
 from hosl_flower.models.class_head import class_names
@@ -26,7 +27,6 @@ from hosl_flower.models.split import RANDOM, load_model_config
 from hosl_flower.page_files import Evaluation
 from hosl_flower.resume import FREE
 from hosl_flower.system.untrusted_files import read_regular
-from hosl_flower.task_choice import task_from_config
 from hosl_flower.tasks.known import TASKS, Task
 from hosl_flower.tasks.known_images import IMAGE_TASKS
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from hosl_flower.cells import DIVERGED
-from hosl_flower.config import parse_config
+from hosl_flower.config.run_config import parse_config
 from hosl_flower.errors import DivergedError, HoslError, printable
 from hosl_flower.local_flower import run_flower_app
 from hosl_flower.server_app import load_strategy, log_to_stderr

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as Eta
 
-from hosl_flower.config import parse_config
+from hosl_flower.config.run_config import parse_config
 from hosl_flower.data.infer_task import completed
 from hosl_flower.errors import ConfigError, HoslError
 from hosl_flower.experiment import Cell, Experiment, Keys, grid, trials

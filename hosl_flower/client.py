@@ -14,6 +14,7 @@ import torch
 
 from hosl_flower.branches import Branches
 from hosl_flower.compute import Compute
+from hosl_flower.config.resolve import ClientSpec, pick_device, torch_dtype
 from hosl_flower.data.encoders.make import make_inputs
 from hosl_flower.data.partition import DataPool
 from hosl_flower.errors import IN_THE_LOG, DataError, HoslError, ProtocolError, public_reason
@@ -68,7 +69,6 @@ from hosl_flower.models.split import (
 from hosl_flower.privacy import mechanism_of
 from hosl_flower.residual import fed_back
 from hosl_flower.secret import simulated_secret
-from hosl_flower.spec import ClientSpec, pick_device, torch_dtype
 from hosl_flower.state import ClientState
 from hosl_flower.tasks.answer_words import Answers
 from hosl_flower.tensors.memory import Meter, peak_rss_bytes

@@ -10,6 +10,7 @@ import logging
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from hosl_flower.client import Client
+from hosl_flower.config.resolve import ClientSpec, use_threads
 from hosl_flower.data.node_path import NodeConfig, is_simulated
 from hosl_flower.errors import HoslError, public_reason
 from hosl_flower.link.dial import serve
@@ -17,7 +18,6 @@ from hosl_flower.link.records import pack, unpack_invitation, unpack_requests
 from hosl_flower.messages import Failure
 from hosl_flower.models.checkpoints.adapters import find_adapters
 from hosl_flower.secret import device_secret, simulated_secret
-from hosl_flower.spec import ClientSpec, use_threads
 
 log = logging.getLogger("hosl_flower")
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hosl_flower.backprop import gradients, unflat
+from hosl_flower.config.resolve import ClientSpec
 from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.data.partition import DataPool
 from hosl_flower.errors import ProtocolError
@@ -34,7 +35,6 @@ from hosl_flower.requests import (
     Request,
 )
 from hosl_flower.residual import residual_gradients
-from hosl_flower.spec import ClientSpec
 from hosl_flower.state import ClientState
 from hosl_flower.tensors.activation_codec import encode, has_scales
 from hosl_flower.tensors.memory import Meter

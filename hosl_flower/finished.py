@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import torch
 from pydantic import ValidationError
 
-from hosl_flower.config import RunConfig, parse_config
+from hosl_flower.config.resolve import server_lora, torch_dtype
+from hosl_flower.config.run_config import RunConfig, parse_config
 from hosl_flower.errors import CheckpointError, ConfigError
 from hosl_flower.models.lora import Lora, load_adapters
 from hosl_flower.models.split import (
@@ -24,7 +25,6 @@ from hosl_flower.models.split import (
     open_base,
 )
 from hosl_flower.page_files import ConfigFile, Read, ResultsFile
-from hosl_flower.spec import server_lora, torch_dtype
 from hosl_flower.system.untrusted_files import check_tree, parse_json, read_json, read_regular
 
 

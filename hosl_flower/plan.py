@@ -15,7 +15,8 @@ import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from hosl_flower.client import Client
-from hosl_flower.config import RunConfig
+from hosl_flower.config.resolve import torch_dtype
+from hosl_flower.config.run_config import RunConfig
 from hosl_flower.errors import ConfigError
 from hosl_flower.held_out import score_batches
 from hosl_flower.labels import STATES_BYTES
@@ -25,7 +26,6 @@ from hosl_flower.requests import HeldOutStates
 from hosl_flower.secret import simulated_secret
 from hosl_flower.server_app import load_strategy
 from hosl_flower.session import Session
-from hosl_flower.spec import torch_dtype
 from hosl_flower.strategy import SplitStrategy
 from hosl_flower.tensors.memory import PHASES, Meter
 from hosl_flower.tensors.shapes_only import shapes_only

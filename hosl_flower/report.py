@@ -32,7 +32,7 @@ from typing import Any
 from filelock import FileLock
 
 from hosl_flower.checkpoint import found, sync, write
-from hosl_flower.config import RunConfig
+from hosl_flower.config.run_config import RunConfig
 from hosl_flower.ending import Ending
 from hosl_flower.errors import ConfigError
 from hosl_flower.link.base import Traffic

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hosl_flower.checkpoint import Checkpoint, found, read
-from hosl_flower.config import RunConfig
+from hosl_flower.config.run_config import RunConfig
 from hosl_flower.errors import CheckpointError, ConfigError
 from hosl_flower.history import History
 from hosl_flower.link.base import Traffic

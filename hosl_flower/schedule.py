@@ -13,7 +13,7 @@ each update, and the ledger records it: they need not know the schedule.
 
 import math
 
-from hosl_flower.config import RunConfig
+from hosl_flower.config.run_config import RunConfig
 
 
 def rate_factor(config: RunConfig, step: int) -> float:

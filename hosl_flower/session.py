@@ -15,7 +15,17 @@ from hosl_flower.aggregate import MEANS
 from hosl_flower.checkpoint import Checkpoint
 from hosl_flower.checks import Limits
 from hosl_flower.client import new_state
-from hosl_flower.config import RunConfig
+from hosl_flower.config.resolve import (
+    ClientSpec,
+    Resolved,
+    banner,
+    pick_device,
+    resolve,
+    server_lora,
+    torch_dtype,
+    use_threads,
+)
+from hosl_flower.config.run_config import RunConfig
 from hosl_flower.data.encoders.make import make_inputs
 from hosl_flower.data.encoders.prompts import Inputs
 from hosl_flower.data.overlap import Overlap
@@ -38,16 +48,6 @@ from hosl_flower.models.split import (
 )
 from hosl_flower.reference import NO_REFERENCE, Reference, reference_of
 from hosl_flower.server import Server
-from hosl_flower.spec import (
-    ClientSpec,
-    Resolved,
-    banner,
-    pick_device,
-    resolve,
-    server_lora,
-    torch_dtype,
-    use_threads,
-)
 from hosl_flower.tensors.activation_codec import encode
 from hosl_flower.zo.directions import derive_seed, permutation
 from hosl_flower.zo.estimator import clip

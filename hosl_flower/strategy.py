@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
 from hosl_flower.client import Client
-from hosl_flower.config import RunConfig, parse_config
+from hosl_flower.config.run_config import RunConfig, parse_config
 from hosl_flower.errors import ConfigError, HoslError
 from hosl_flower.link.base import Link
 from hosl_flower.link.choose import open_link

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hosl_flower.config.resolve import ClientSpec
 from hosl_flower.secret import given
-from hosl_flower.spec import ClientSpec
 from hosl_flower.tensors.philox import NORMALS
 
 

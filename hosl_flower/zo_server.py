@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hosl_flower.config import RunConfig
+from hosl_flower.config.run_config import RunConfig
 from hosl_flower.messages import Activations
 from hosl_flower.optim.by_name import make_optimizer
 from hosl_flower.optim.gradient import Seeded

@@ -37,7 +37,7 @@ from torch import Tensor
 from hosl_flower.aggregate import check_is_mean
 from hosl_flower.backprop import unflat
 from hosl_flower.cohort import Cohort, Question, absent
-from hosl_flower.config import RunConfig
+from hosl_flower.config.run_config import RunConfig
 from hosl_flower.errors import ConfigError
 from hosl_flower.link.base import Link
 from hosl_flower.messages import Adopt, Backward, Fetch, LocalStep, Request, Weights

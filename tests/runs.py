@@ -5,7 +5,7 @@ import csv
 import json
 from unittest import mock
 
-from hosl_flower.config import parse_config
+from hosl_flower.config.run_config import parse_config
 from hosl_flower.zo.directions import permutation
 
 PROMPT = "{text} It was"

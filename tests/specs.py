@@ -5,9 +5,9 @@ from typing import Any
 import torch
 
 from hosl_flower.client import new_state
+from hosl_flower.config.resolve import ClientSpec
 from hosl_flower.history import History
 from hosl_flower.models.split import load_client, open_base
-from hosl_flower.spec import ClientSpec
 from hosl_flower.tasks.known import TASKS
 
 _DEFAULTS: dict[str, Any] = {

@@ -7,7 +7,7 @@ from grids import LocalGrid
 from specs import client_spec, history_for
 
 from hosl_flower.checks import Limits
-from hosl_flower.config import parse_config
+from hosl_flower.config.run_config import parse_config
 from hosl_flower.errors import ConfigError
 from hosl_flower.link.choose import _bind, _certificates, check_stream, open_link
 from hosl_flower.link.grid import GridLink

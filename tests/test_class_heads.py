@@ -15,7 +15,7 @@ from transformers import (
     BertForTokenClassification,
 )
 
-from hosl_flower.config import parse_config
+from hosl_flower.config.run_config import parse_config
 from hosl_flower.data.encoders.images import load_image_processor
 from hosl_flower.data.encoders.prompts import load_tokenizer
 from hosl_flower.errors import ConfigError

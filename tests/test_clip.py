@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from test_ho_sfl import link_that, scalars_of
 
 from hosl_flower.cohort import Cohort
-from hosl_flower.config import parse_config
+from hosl_flower.config.run_config import parse_config
 from hosl_flower.errors import ConfigError, DivergedError
 from hosl_flower.messages import Activations, Scalars
 from hosl_flower.session import Session

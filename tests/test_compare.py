@@ -19,7 +19,7 @@ from hosl_flower.cells import CellError, choose, is_diverged, is_finished, run_a
 from hosl_flower.cli import cli
 from hosl_flower.comparison import Row, _gap, markdown
 from hosl_flower.comparison_plot import draw_frontier
-from hosl_flower.config import parse_config
+from hosl_flower.config.run_config import parse_config
 from hosl_flower.errors import ConfigError
 from hosl_flower.experiment import Cell, cells, read_experiment, trials
 from hosl_flower.outcome import Outcome, outcome

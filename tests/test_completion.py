@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hosl_flower.checks import Limits, check_activations, check_continued, check_graded
 from hosl_flower.client import Client
-from hosl_flower.config import parse_config
+from hosl_flower.config.run_config import parse_config
 from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.data.readers.squad import graded
 from hosl_flower.errors import ClientError, ConfigError, ProtocolError

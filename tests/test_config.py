@@ -10,10 +10,10 @@ import pytest
 from conftest import put_into_hub_cache
 from datasets import ClassLabel, Dataset, Features, Value
 
-from hosl_flower.config import RunConfig, help_table, parse_config
+from hosl_flower.config.resolve import ClientSpec, banner, resolve
+from hosl_flower.config.run_config import RunConfig, help_table, parse_config
 from hosl_flower.errors import CheckpointError, ConfigError, HoslError, ProtocolError
 from hosl_flower.server_app import load_strategy
-from hosl_flower.spec import ClientSpec, banner, resolve
 from hosl_flower.tasks.known import TASKS
 
 KEYS = [field.alias for field in RunConfig.model_fields.values()]

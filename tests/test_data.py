@@ -9,12 +9,12 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from specs import client_spec
 
-from hosl_flower.config import parse_config
+from hosl_flower.config.run_config import parse_config
+from hosl_flower.config.task_from_config import task_from_config
 from hosl_flower.data.encoders.prompts import Encoder, load_tokenizer
 from hosl_flower.data.partition import DataPool
 from hosl_flower.data.sources import load_source, take
 from hosl_flower.errors import DataError
-from hosl_flower.task_choice import task_from_config
 from hosl_flower.tasks.known import TASKS, Task
 from hosl_flower.zo.directions import derive_seed, permutation
 

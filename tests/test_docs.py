@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from hosl_flower.cli import cli
-from hosl_flower.config import RunConfig
+from hosl_flower.config.run_config import RunConfig
 
 ROOT = Path(__file__).parents[1]
 KEYS = {field.alias for field in RunConfig.model_fields.values()}

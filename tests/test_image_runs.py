@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from hosl_flower.cli import cli
 from hosl_flower.client import Client
-from hosl_flower.config import parse_config
+from hosl_flower.config.run_config import parse_config
+from hosl_flower.config.task_from_config import task_from_config
 from hosl_flower.data.readers.images import decode
 from hosl_flower.data.sources import load_source
 from hosl_flower.errors import ConfigError
@@ -24,7 +25,6 @@ from hosl_flower.messages import CutGradient, Forward, Probe
 from hosl_flower.models.architectures import IMAGE_ARCHITECTURES
 from hosl_flower.models.split import open_base
 from hosl_flower.plan import plan
-from hosl_flower.task_choice import task_from_config
 from strategies.heron import Heron
 from strategies.ho_sfl import HoSfl
 from strategies.hosl import Hosl

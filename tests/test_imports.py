@@ -43,6 +43,6 @@ def test_the_command_line_starts_without_torch():
     """It says what is wrong at once; and server_app settles how torch's threads wait, which must
     be before torch is loaded."""
     loaded = loaded_with("hosl_flower.cli")
-    assert "hosl_flower.config" in loaded
+    assert "hosl_flower.config.run_config" in loaded
     slow = ("torch", "transformers", "flwr", "matplotlib", "datasets")
     assert not {name for name in slow if name in loaded}

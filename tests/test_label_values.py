@@ -2,9 +2,9 @@
 
 import pytest
 
-from hosl_flower.config import parse_config
+from hosl_flower.config.run_config import parse_config
+from hosl_flower.config.task_from_config import task_from_config
 from hosl_flower.errors import ConfigError, DataError
-from hosl_flower.task_choice import task_from_config
 from hosl_flower.tasks.known import TASKS
 from hosl_flower.tasks.labels import parse_label
 

@@ -20,7 +20,7 @@ from hosl_flower import client_calls
 from hosl_flower.checks import Limits
 from hosl_flower.client import Client
 from hosl_flower.cohort import Cohort, Question, absent
-from hosl_flower.config import parse_config
+from hosl_flower.config.run_config import parse_config
 from hosl_flower.errors import (
     AbsentError,
     ClientError,

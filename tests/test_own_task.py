@@ -8,12 +8,12 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from image_data import images, write_folder
 
-from hosl_flower.config import parse_config
+from hosl_flower.config.run_config import parse_config
+from hosl_flower.config.task_from_config import task_from_config
 from hosl_flower.data.infer_task import completed
 from hosl_flower.data.sources import load_source
 from hosl_flower.errors import ConfigError, DataError, HoslError
 from hosl_flower.models.class_head import class_names
-from hosl_flower.task_choice import task_from_config
 
 CLASSIFIER = {"model": "random:bert-tiny"}
 

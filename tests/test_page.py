@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hosl_flower.cli import cli
-from hosl_flower.config import parse_config
+from hosl_flower.config.run_config import parse_config
 from hosl_flower.page import page, write_page
 from hosl_flower.page_bars import shares
 from hosl_flower.page_clients import participation

@@ -19,7 +19,7 @@ from test_messages import ALL
 from hosl_flower import client_calls, privacy
 from hosl_flower.accountant import epsilon, most_uses
 from hosl_flower.client import Client
-from hosl_flower.config import parse_config
+from hosl_flower.config.run_config import parse_config
 from hosl_flower.discrete_gaussian import Bits, discrete_gaussian, discrete_laplace
 from hosl_flower.errors import ConfigError
 from hosl_flower.messages import (

@@ -10,7 +10,7 @@ from runs import metrics, run_factory
 
 from hosl_flower import finished, report, resumable
 from hosl_flower.checkpoint import _digest
-from hosl_flower.config import parse_config
+from hosl_flower.config.run_config import parse_config
 from hosl_flower.errors import CheckpointError, ConfigError, HoslError
 from hosl_flower.export import export
 from hosl_flower.ledger import Entry, Ledger

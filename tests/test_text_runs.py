@@ -18,7 +18,9 @@ from typer.testing import CliRunner
 
 from hosl_flower.cli import cli
 from hosl_flower.client import Client
-from hosl_flower.config import parse_config
+from hosl_flower.config.resolve import resolve
+from hosl_flower.config.run_config import parse_config
+from hosl_flower.config.task_from_config import task_from_config
 from hosl_flower.data.encoders.classifier_text import TextInputs
 from hosl_flower.data.encoders.make import make_inputs
 from hosl_flower.data.sources import load_source
@@ -28,8 +30,6 @@ from hosl_flower.messages import Forward, Probe
 from hosl_flower.models.architectures import TEXT_ARCHITECTURES
 from hosl_flower.models.split import model_config, open_base
 from hosl_flower.plan import plan
-from hosl_flower.spec import resolve
-from hosl_flower.task_choice import task_from_config
 from hosl_flower.tasks.known import TASKS
 from strategies.heron import Heron
 from strategies.ho_sfl import HoSfl

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hosl_flower.config.resolve import ClientSpec
 from hosl_flower.data.encoders.prompts import Batch, Encoder, Inputs
 from hosl_flower.data.node_path import PLACEHOLDER, shared_between_partitions
 from hosl_flower.errors import DataError, ProtocolError
-from hosl_flower.spec import ClientSpec
 from hosl_flower.zo.directions import derive_seed, permutation
 
 if TYPE_CHECKING:  # heavy; flwr_datasets brings matplotlib, which a node with its own data spares

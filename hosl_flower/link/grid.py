@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from flwr.app import Message
 
 from hosl_flower.checks import Limits
+from hosl_flower.config.resolve import ClientSpec
 from hosl_flower.errors import (
     MOST_TOLD,
     AbsentError,
@@ -38,7 +39,6 @@ from hosl_flower.messages import (
     Reply,
     Request,
 )
-from hosl_flower.spec import ClientSpec
 from hosl_flower.tensors.raw_bytes import DTYPES
 from hosl_flower.wire import to_wire
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 from flwr.app import Message
 
+from hosl_flower.config.resolve import ClientSpec
 from hosl_flower.errors import MOST_TOLD, printable
 from hosl_flower.link.announced import Node
 from hosl_flower.link.dial import Invitation
 from hosl_flower.link.records import pack_invitation
 from hosl_flower.link.sessions import Session
 from hosl_flower.link.superlink import AnyGrid
-from hosl_flower.spec import ClientSpec
 
 log = logging.getLogger("hosl_flower")
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from hosl_flower.checks import Limits
+from hosl_flower.config.resolve import ClientSpec
 from hosl_flower.errors import AbsentError, ClientError, ConfigError, ProtocolError, SuperLinkError
 from hosl_flower.history import History
 from hosl_flower.labels import STATES_BYTES
@@ -22,7 +23,6 @@ from hosl_flower.link.nodes import Limit, Nodes
 from hosl_flower.link.sessions import StreamServer
 from hosl_flower.link.superlink import AnyGrid
 from hosl_flower.messages import Behind, Failure, Reply, Request
-from hosl_flower.spec import ClientSpec
 from hosl_flower.tensors.activation_codec import has_scales
 from hosl_flower.tensors.raw_bytes import DTYPES
 

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from hosl_flower.backprop import gradients
 from hosl_flower.cli import key_value
 from hosl_flower.client import Client
-from hosl_flower.config import parse_config
+from hosl_flower.config.run_config import parse_config
 from hosl_flower.messages import Activations, Forward
 from hosl_flower.models.split import trainable_parameters
 from hosl_flower.residual import residual_gradients

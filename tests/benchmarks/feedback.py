@@ -18,7 +18,7 @@ from torch import Tensor
 from hosl_flower.backprop import gradients
 from hosl_flower.cli import key_value
 from hosl_flower.client import Client
-from hosl_flower.config import parse_config
+from hosl_flower.config.run_config import parse_config
 from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.messages import Activations, Forward
 from hosl_flower.models.split import trainable_parameters

@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from deployments import deployment, run_deployed
 
 from hosl_flower.client import Client
-from hosl_flower.config import parse_config
+from hosl_flower.config.resolve import resolve
+from hosl_flower.config.run_config import parse_config
 from hosl_flower.link.dial import Invitation, serve
 from hosl_flower.link.frames import Key
 from hosl_flower.link.sessions import StreamServer
@@ -36,7 +37,6 @@ from hosl_flower.local_flower import run_flower_app
 from hosl_flower.messages import Applied, Change, Describe, LocalTrain
 from hosl_flower.processes import free_port
 from hosl_flower.server_app import load_strategy, log_to_stderr
-from hosl_flower.spec import resolve
 
 TRAINING = ("forward", "probe", "losses", "cut-gradient", "catch-up", "move", "restore")
 APP = Path(__file__).parents[2] / "simulations" / "opt125m_hosl"

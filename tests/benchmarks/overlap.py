@@ -15,10 +15,10 @@ from typing import Annotated
 import typer
 
 from hosl_flower.cli import key_value
-from hosl_flower.config import parse_config
+from hosl_flower.config.resolve import resolve
+from hosl_flower.config.run_config import parse_config
 from hosl_flower.data import overlap
 from hosl_flower.data.sources import load_source
-from hosl_flower.spec import resolve
 
 
 def repeated(train: list[str], held_out: list[str]) -> float:

@@ -168,7 +168,7 @@ def soak(arguments: argparse.Namespace, folder: Path) -> dict:
     from forked import ForkedGrid, Nursery
     from runs import write_reviews
 
-    from hosl_flower.config import parse_config
+    from hosl_flower.config.run_config import parse_config
     from hosl_flower.link.nodes import Nodes
     from hosl_flower.link.stream import StreamLink
     from hosl_flower.report import Report

@@ -4,11 +4,11 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from hosl_flower.config.resolve import ClientSpec
 from hosl_flower.data.encoders.classifier_text import TextInputs
 from hosl_flower.data.encoders.prompts import Encoder, Inputs, load_tokenizer
 from hosl_flower.errors import ConfigError
 from hosl_flower.models.families.decoders import family_of
-from hosl_flower.spec import ClientSpec
 
 
 def make_inputs(spec: ClientSpec, model: str, config: PretrainedConfig) -> Inputs:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hosl_flower.config import RunConfig
+    from hosl_flower.config.run_config import RunConfig
 
 
 def split_words(text: str) -> tuple[str, ...]:

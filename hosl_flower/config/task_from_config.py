@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from hosl_flower.config import DEFAULT_LENGTH, RunConfig
+from hosl_flower.config.run_config import DEFAULT_LENGTH, RunConfig
 from hosl_flower.errors import ConfigError
 from hosl_flower.tasks.known import TASKS, Task
 from hosl_flower.tasks.known_images import IMAGE_TASKS, image_task

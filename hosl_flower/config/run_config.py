@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from hosl_flower.config_rules import contradictions, split_words, text_problem
+from hosl_flower.config.rules import contradictions, split_words, text_problem
 from hosl_flower.errors import ConfigError
 
 Scalar = bool | int | float | str

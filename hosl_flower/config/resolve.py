@@ -8,7 +8,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from hosl_flower.config import (
+from hosl_flower.config.run_config import (
     Alpha,
     ClientGradient,
     ClientOptimizer,
@@ -29,12 +29,12 @@ from hosl_flower.config import (
     UpdateCodec,
     split_words,
 )
+from hosl_flower.config.task_from_config import task_from_config
 from hosl_flower.errors import CheckpointError, ConfigError, ProtocolError, RefusedError
 from hosl_flower.models.architectures import known_architectures
 from hosl_flower.models.checkpoints import hub
 from hosl_flower.models.lora import Lora
 from hosl_flower.models.split import RANDOM, check_cut, open_base
-from hosl_flower.task_choice import task_from_config
 from hosl_flower.tasks.known import BUNDLED_TASK, TASKS, Task
 from hosl_flower.tasks.known_images import IMAGE_TASKS
 
