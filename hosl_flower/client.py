@@ -19,6 +19,7 @@ from hosl_flower.data.encoders.make import make_inputs
 from hosl_flower.data.partition import DataPool
 from hosl_flower.errors import IN_THE_LOG, DataError, HoslError, ProtocolError, public_reason
 from hosl_flower.follower import UNKNOWN, Answer, Follower
+from hosl_flower.gradients.residual.gradients import fed_back
 from hosl_flower.messages import (
     Activations,
     Adopt,
@@ -67,7 +68,6 @@ from hosl_flower.models.split import (
     trainable_parameters,
 )
 from hosl_flower.privacy import mechanism_of
-from hosl_flower.residual import fed_back
 from hosl_flower.secret import simulated_secret
 from hosl_flower.state import ClientState
 from hosl_flower.tasks.answer_words import Answers

@@ -9,18 +9,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hosl_flower.backprop import gradients, unflat
 from hosl_flower.config.resolve import ClientSpec
 from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.data.partition import DataPool
 from hosl_flower.errors import ProtocolError
 from hosl_flower.forward import HERE, Forwards, put_together
+from hosl_flower.gradients.backprop import gradients, unflat
+from hosl_flower.gradients.recompute import recomputed_gradients
+from hosl_flower.gradients.residual.gradients import residual_gradients
 from hosl_flower.head_probe import Batches, plain, private
 from hosl_flower.local import local_steps
 from hosl_flower.models.label_head import Judged, OutputHead
 from hosl_flower.models.split import ClientSubmodel
 from hosl_flower.privacy import Mechanism
-from hosl_flower.recompute import recomputed_gradients
 from hosl_flower.requests import (
     Backward,
     CutGradient,
@@ -34,7 +35,6 @@ from hosl_flower.requests import (
     Probe,
     Request,
 )
-from hosl_flower.residual import residual_gradients
 from hosl_flower.state import ClientState
 from hosl_flower.tensors.activation_codec import encode, has_scales
 from hosl_flower.tensors.memory import Meter

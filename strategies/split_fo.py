@@ -18,9 +18,9 @@ How a client comes by g_m is client-gradient:
 
     backprop    the chain rule with the whole graph: memory is that of training, which is what the
                 zeroth-order methods spare
-    recompute   the same gradient, one block at a time (hosl_flower/recompute.py)
+    recompute   the same gradient, one block at a time (hosl_flower/gradients/recompute.py)
     residual    an approximation in forward order, without a backward pass between blocks, of what
-                is added to the residual stream (hosl_flower/residual.py)
+                is added to the residual stream (hosl_flower/gradients/residual/gradients.py)
 
 With the last two and E > 1 a client updates each parameter as soon as its gradient is there, and
 client-optimizer = adafactor has almost no state: a step then takes about the memory of inference;
@@ -35,10 +35,10 @@ import torch
 from torch import Tensor
 
 from hosl_flower.aggregate import check_is_mean
-from hosl_flower.backprop import unflat
 from hosl_flower.cohort import Cohort, Question, absent
 from hosl_flower.config.run_config import RunConfig
 from hosl_flower.errors import ConfigError
+from hosl_flower.gradients.backprop import unflat
 from hosl_flower.link.base import Link
 from hosl_flower.messages import Adopt, Backward, Fetch, LocalStep, Request, Weights
 from hosl_flower.optim.gradient import Dense

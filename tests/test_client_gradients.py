@@ -4,11 +4,13 @@ import pytest
 import torch
 from specs import client_spec
 
-from hosl_flower.attention_rule import listening, through_attention
-from hosl_flower.backprop import gradients
 from hosl_flower.client import new_state
 from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.errors import ConfigError
+from hosl_flower.gradients.backprop import gradients
+from hosl_flower.gradients.recompute import recomputed_gradients
+from hosl_flower.gradients.residual.attention import listening, through_attention
+from hosl_flower.gradients.residual.gradients import fed_back, residual_gradients
 from hosl_flower.models.architectures import architecture
 from hosl_flower.models.blockwise import Blocks
 from hosl_flower.models.lora import Lora
@@ -19,8 +21,6 @@ from hosl_flower.models.split import (
     open_base,
     trainable_parameters,
 )
-from hosl_flower.recompute import recomputed_gradients
-from hosl_flower.residual import fed_back, residual_gradients
 from hosl_flower.zo.surrogates import Cotangent
 
 LORA = Lora(4, 8.0, ("q_proj", "v_proj"), 0)
@@ -174,7 +174,7 @@ def test_every_block_takes_the_gradient_at_the_cut_for_its_own(model):
 @pytest.mark.parametrize("masked", ["causal", "boolean", "added"])
 def test_attention_back_by_hand(monkeypatch, most, masked):
     """Against autograd of torch's own, however few sequences and heads are in work at a time."""
-    monkeypatch.setattr("hosl_flower.attention_rule._SCORES", most)
+    monkeypatch.setattr("hosl_flower.gradients.residual.attention._SCORES", most)
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(3, 6, 7, 4, generator=generator).requires_grad_()
     key, value = (torch.randn(3, 2, 7, 4, generator=generator).requires_grad_() for _ in "kv")

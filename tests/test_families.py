@@ -11,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PhiConfig
 
 from hosl_flower.data.encoders.prompts import Batch, load_tokenizer
 from hosl_flower.errors import ConfigError
+from hosl_flower.gradients.recompute import recomputed_gradients
+from hosl_flower.gradients.residual.gradients import fed_back
 from hosl_flower.models.architectures import ARCHITECTURES, architecture
 from hosl_flower.models.families.decoders import FAMILIES, HEAD, embedding_name, family_of
 from hosl_flower.models.lora import Lora, save_adapters
@@ -24,8 +26,6 @@ from hosl_flower.models.split import (
     server_skeleton,
     trainable_parameters,
 )
-from hosl_flower.recompute import recomputed_gradients
-from hosl_flower.residual import fed_back
 from hosl_flower.zo.surrogates import Cotangent
 from strategies.ho_sfl import HoSfl
 

@@ -9,6 +9,8 @@ from transformers import AutoConfig, AutoModelForImageClassification, ViTModel
 from hosl_flower.data.encoders.images import load_image_processor
 from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.errors import CheckpointError, ConfigError
+from hosl_flower.gradients.recompute import recomputed_gradients
+from hosl_flower.gradients.residual.gradients import fed_back, residual_gradients
 from hosl_flower.models.architectures import IMAGE_ARCHITECTURES, architecture
 from hosl_flower.models.class_head import with_classes
 from hosl_flower.models.families.images import IMAGE_FAMILIES
@@ -22,8 +24,6 @@ from hosl_flower.models.split import (
     server_skeleton,
     trainable_parameters,
 )
-from hosl_flower.recompute import recomputed_gradients
-from hosl_flower.residual import fed_back, residual_gradients
 from hosl_flower.zo.surrogates import Cotangent
 
 SIZE = 16

@@ -15,6 +15,8 @@ from transformers import (
 
 from hosl_flower.data.encoders.prompts import Batch, load_tokenizer
 from hosl_flower.errors import ConfigError
+from hosl_flower.gradients.recompute import recomputed_gradients
+from hosl_flower.gradients.residual.gradients import fed_back
 from hosl_flower.models.architectures import TEXT_ARCHITECTURES, architecture
 from hosl_flower.models.class_head import with_classes
 from hosl_flower.models.families.encoders import TEXT_FAMILIES
@@ -29,8 +31,6 @@ from hosl_flower.models.split import (
     server_skeleton,
     trainable_parameters,
 )
-from hosl_flower.recompute import recomputed_gradients
-from hosl_flower.residual import fed_back
 from hosl_flower.zo.directions import Layout
 from hosl_flower.zo.perturbed import perturbed
 from hosl_flower.zo.surrogates import Cotangent

@@ -41,13 +41,13 @@ import torch
 from direction_kinds import Drawn, Parts, cosine, learned, only, probed, rms
 from torch import Tensor, nn
 
-from hosl_flower.backprop import gradients
 from hosl_flower.cli import key_value
 from hosl_flower.client import Client
 from hosl_flower.config.run_config import parse_config
+from hosl_flower.gradients.backprop import gradients
+from hosl_flower.gradients.residual.gradients import residual_gradients
 from hosl_flower.messages import Activations, Forward
 from hosl_flower.models.split import trainable_parameters
-from hosl_flower.residual import residual_gradients
 from hosl_flower.session import open_session
 from hosl_flower.zo.directions import DISTRIBUTIONS
 from hosl_flower.zo.surrogates import Cotangent

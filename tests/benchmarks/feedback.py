@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hosl_flower.backprop import gradients
 from hosl_flower.cli import key_value
 from hosl_flower.client import Client
 from hosl_flower.config.run_config import parse_config
 from hosl_flower.data.encoders.prompts import Batch
+from hosl_flower.gradients.backprop import gradients
+from hosl_flower.gradients.residual.gradients import fed_back, residual_gradients
 from hosl_flower.messages import Activations, Forward
 from hosl_flower.models.split import trainable_parameters
-from hosl_flower.residual import fed_back, residual_gradients
 from hosl_flower.session import open_session
 from hosl_flower.zo.surrogates import Cotangent
 

@@ -23,12 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hosl_flower.attention_rule import Attended, listening, through_attention, unrotate
 from hosl_flower.errors import ConfigError
-from hosl_flower.linear_rule import LinearMap, Sums, at_hand
+from hosl_flower.gradients.residual.attention import (
+    Attended,
+    listening,
+    through_attention,
+    unrotate,
+)
+from hosl_flower.gradients.residual.linear import LinearMap, Sums, at_hand
+from hosl_flower.gradients.residual.norm import Norm
 from hosl_flower.models.families.decoders import Parts
 from hosl_flower.models.split import ClientSubmodel
-from hosl_flower.norm_rule import Norm
 
 _CHUNK_TOKENS = 128  # whose feedback is worked out at a time: small beside what a block makes
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.errors import ConfigError
-from hosl_flower.feedback import Feedback, residual_parts, trained_parts
+from hosl_flower.gradients.residual.block import Feedback, residual_parts, trained_parts
 from hosl_flower.models.blockwise import Blocks, pieces
 from hosl_flower.models.split import ClientSubmodel
 from hosl_flower.optim.gradient import sparse_rows
