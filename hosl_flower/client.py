@@ -67,12 +67,12 @@ from hosl_flower.models.split import (
     open_base,
     trainable_parameters,
 )
-from hosl_flower.privacy import mechanism_of
-from hosl_flower.secret import simulated_secret
+from hosl_flower.privacy.activation_noise import veil_of
+from hosl_flower.privacy.dp_scalars import mechanism_of
+from hosl_flower.privacy.noise_secret import simulated_secret
 from hosl_flower.state import ClientState
 from hosl_flower.tasks.answer_words import Answers
 from hosl_flower.tensors.memory import Meter, peak_rss_bytes
-from hosl_flower.veil import veil_of
 
 log = logging.getLogger("hosl_flower")
 

@@ -17,7 +17,7 @@ from hosl_flower.link.dial import serve
 from hosl_flower.link.records import pack, unpack_invitation, unpack_requests
 from hosl_flower.messages import Failure
 from hosl_flower.models.checkpoints.adapters import find_adapters
-from hosl_flower.secret import device_secret, simulated_secret
+from hosl_flower.privacy.noise_secret import device_secret, simulated_secret
 
 log = logging.getLogger("hosl_flower")
 

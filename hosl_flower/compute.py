@@ -21,7 +21,8 @@ from hosl_flower.head_probe import Batches, plain, private
 from hosl_flower.local import local_steps
 from hosl_flower.models.label_head import Judged, OutputHead
 from hosl_flower.models.split import ClientSubmodel
-from hosl_flower.privacy import Mechanism
+from hosl_flower.privacy.activation_noise import Veil
+from hosl_flower.privacy.dp_scalars import Mechanism
 from hosl_flower.requests import (
     Backward,
     CutGradient,
@@ -41,7 +42,6 @@ from hosl_flower.tensors.memory import Meter
 from hosl_flower.tensors.raw_bytes import dtype_name
 from hosl_flower.tensors.update_codec import Coded
 from hosl_flower.tensors.update_codec import encode as encode_update
-from hosl_flower.veil import Veil
 from hosl_flower.writing import Writing
 from hosl_flower.zo.directions import derive_seed
 from hosl_flower.zo.estimator import Point, directional, estimate

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hosl_flower.accountant import epsilon, most_uses
 from hosl_flower.aggregate import MEANS
 from hosl_flower.checkpoint import Checkpoint
 from hosl_flower.checks import Limits
@@ -46,6 +45,7 @@ from hosl_flower.models.split import (
     load_server,
     open_base,
 )
+from hosl_flower.privacy.accountant import epsilon, most_uses
 from hosl_flower.reference import NO_REFERENCE, Reference, reference_of
 from hosl_flower.server import Server
 from hosl_flower.tensors.activation_codec import encode

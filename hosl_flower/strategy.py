@@ -19,11 +19,11 @@ from hosl_flower.errors import ConfigError, HoslError
 from hosl_flower.link.base import Link
 from hosl_flower.link.choose import open_link
 from hosl_flower.link.inprocess import InProcessLink
+from hosl_flower.privacy.noise_secret import simulated_secret
 from hosl_flower.report import Report, log
 from hosl_flower.results import Results
 from hosl_flower.resume import find, restore
 from hosl_flower.runlog import RunLog, stop_announced
-from hosl_flower.secret import simulated_secret
 from hosl_flower.session import Session, open_session
 from hosl_flower.training import train
 

@@ -15,8 +15,8 @@ and answer words that the ledger says. Of the LM head the answer words' rows are
 from the embedding they may be tied to.
 """
 
-from hosl_flower.accountant import epsilon
 from hosl_flower.errors import ConfigError
+from hosl_flower.privacy.accountant import epsilon
 from hosl_flower.session import Session
 from strategies.heron import Heron
 

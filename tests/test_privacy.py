@@ -16,11 +16,9 @@ from specs import client_spec
 from test_ho_sfl import link_that
 from test_messages import ALL
 
-from hosl_flower import client_calls, privacy
-from hosl_flower.accountant import epsilon, most_uses
+from hosl_flower import client_calls
 from hosl_flower.client import Client
 from hosl_flower.config.run_config import parse_config
-from hosl_flower.discrete_gaussian import Bits, discrete_gaussian, discrete_laplace
 from hosl_flower.errors import ConfigError
 from hosl_flower.messages import (
     Describe,
@@ -33,13 +31,16 @@ from hosl_flower.messages import (
     Scalars,
 )
 from hosl_flower.plan import plan
-from hosl_flower.privacy import (
+from hosl_flower.privacy import dp_scalars as privacy
+from hosl_flower.privacy.accountant import epsilon, most_uses
+from hosl_flower.privacy.discrete_gaussian import Bits, discrete_gaussian, discrete_laplace
+from hosl_flower.privacy.dp_scalars import (
     UNITS,
     Mechanism,
     example_gradients,
     in_units,
 )
-from hosl_flower.secret import device_secret, simulated_secret
+from hosl_flower.privacy.noise_secret import device_secret, simulated_secret
 from strategies.full_zo import FullZo
 from strategies.heron import Heron
 from strategies.ho_sfl import HoSfl

@@ -25,9 +25,9 @@ from hosl_flower.data.encoders.prompts import Batch, Encoder
 from hosl_flower.data.partition import DataPool
 from hosl_flower.models.families.decoders import embedding_name
 from hosl_flower.models.split import ClientSubmodel, load_client
+from hosl_flower.privacy.activation_noise import Veil
 from hosl_flower.session import open_session
 from hosl_flower.tensors.activation_codec import decode, encode
-from hosl_flower.veil import Veil
 
 NOISES = (0.0, 0.3, 1.0, 3.0)
 RIDGE = 1e-3  # of the mean square of an activation

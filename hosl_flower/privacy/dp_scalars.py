@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hosl_flower.config.resolve import ClientSpec
-from hosl_flower.discrete_gaussian import Bits, discrete_gaussian
-from hosl_flower.secret import given
+from hosl_flower.privacy.discrete_gaussian import Bits, discrete_gaussian
+from hosl_flower.privacy.noise_secret import given
 from hosl_flower.zo.estimator import Point, probe_points, to_float32
 
 UNITS = 1 << 16  # whole numbers that C is

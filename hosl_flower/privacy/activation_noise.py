@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hosl_flower.config.resolve import ClientSpec
-from hosl_flower.secret import given
+from hosl_flower.privacy.noise_secret import given
 from hosl_flower.tensors.philox import NORMALS
 
 
