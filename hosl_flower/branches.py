@@ -5,8 +5,8 @@ client holds no second copy for that: its weights are simply further on. A proce
 several keeps the others' weights, and those they all started from, while it works for one.
 """
 
+from hosl_flower.ledger.client_state import ClientState, Snapshot
 from hosl_flower.requests import Request
-from hosl_flower.state import ClientState, Snapshot
 
 _Key = tuple[int, int]  # partition and its local steps
 _TRUNK: _Key = (-1, 0)  # what all clients share: the ledger's weights

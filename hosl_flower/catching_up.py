@@ -8,10 +8,10 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from hosl_flower.errors import ProtocolError
-from hosl_flower.ledger import Entry, Ledger, entries_from_columns
+from hosl_flower.ledger.client_state import Snapshot
+from hosl_flower.ledger.ledger import Entry, Ledger, entries_from_columns
+from hosl_flower.ledger.weight_deltas import Passage
 from hosl_flower.requests import STRICT, Count, Counts, Digests, Finites, Request
-from hosl_flower.shifts import Passage
-from hosl_flower.state import Snapshot
 from hosl_flower.tensors.raw_bytes import dtype_name
 from hosl_flower.tensors.update_codec import Coded, Rows, check
 

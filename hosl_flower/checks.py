@@ -9,6 +9,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from hosl_flower.errors import OutOfRangeError, ProtocolError
+from hosl_flower.ledger.client_state import ClientState
 from hosl_flower.messages import (
     Activations,
     Continue,
@@ -29,7 +30,6 @@ from hosl_flower.messages import (
     Update,
     Weights,
 )
-from hosl_flower.state import ClientState
 from hosl_flower.tasks.generated_answers import IGNORED
 from hosl_flower.tensors.activation_codec import has_scales, wire_dtype
 from hosl_flower.tensors.raw_bytes import (

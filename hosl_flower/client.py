@@ -20,6 +20,7 @@ from hosl_flower.data.partition import DataPool
 from hosl_flower.errors import IN_THE_LOG, DataError, HoslError, ProtocolError, public_reason
 from hosl_flower.follower import UNKNOWN, Answer, Follower
 from hosl_flower.gradients.residual.gradients import fed_back
+from hosl_flower.ledger.client_state import ClientState
 from hosl_flower.messages import (
     Activations,
     Adopt,
@@ -70,7 +71,6 @@ from hosl_flower.models.split import (
 from hosl_flower.privacy.activation_noise import veil_of
 from hosl_flower.privacy.dp_scalars import mechanism_of
 from hosl_flower.privacy.noise_secret import simulated_secret
-from hosl_flower.state import ClientState
 from hosl_flower.tasks.answer_words import Answers
 from hosl_flower.tensors.memory import Meter, peak_rss_bytes
 

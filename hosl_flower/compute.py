@@ -18,6 +18,7 @@ from hosl_flower.gradients.backprop import gradients, unflat
 from hosl_flower.gradients.recompute import recomputed_gradients
 from hosl_flower.gradients.residual.gradients import residual_gradients
 from hosl_flower.head_probe import Batches, plain, private
+from hosl_flower.ledger.client_state import ClientState
 from hosl_flower.local import local_steps
 from hosl_flower.models.label_head import Judged, OutputHead
 from hosl_flower.models.split import ClientSubmodel
@@ -36,7 +37,6 @@ from hosl_flower.requests import (
     Probe,
     Request,
 )
-from hosl_flower.state import ClientState
 from hosl_flower.tensors.activation_codec import encode, has_scales
 from hosl_flower.tensors.memory import Meter
 from hosl_flower.tensors.raw_bytes import dtype_name

@@ -8,7 +8,8 @@ import torch
 from hosl_flower.branches import Branches
 from hosl_flower.compute import Compute
 from hosl_flower.errors import DriftError, ProtocolError
-from hosl_flower.ledger import Entry, chain, chain_entries, fingerprint
+from hosl_flower.ledger.client_state import ClientState
+from hosl_flower.ledger.ledger import Entry, chain, chain_entries, fingerprint
 from hosl_flower.messages import (
     Adopt,
     Applied,
@@ -19,7 +20,6 @@ from hosl_flower.messages import (
     Reply,
     Restore,
 )
-from hosl_flower.state import ClientState
 from hosl_flower.zo.directions import derive_seed
 from hosl_flower.zo.estimator import clip, projected_gradients
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from hosl_flower.ledger.client_state import ClientState
 from hosl_flower.requests import LocalProbe, LocalTrain
-from hosl_flower.state import ClientState
 
 # Projected gradients [P] of a local step, by its number, along the directions of seeds [P].
 Estimator = Callable[[int, Sequence[int]], list[float]]

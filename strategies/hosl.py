@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hosl_flower.checks import BatchKey, check_same_batch
 from hosl_flower.labels import KeptLabels, kept
-from hosl_flower.ledger import Entry
+from hosl_flower.ledger.ledger import Entry
 from hosl_flower.link.base import Link
 from hosl_flower.messages import Forward, Losses, Probe, Request
 from hosl_flower.schedule import client_rate, rate_factor

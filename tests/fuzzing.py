@@ -36,7 +36,8 @@ from hosl_flower.checks import (
     check_weights,
 )
 from hosl_flower.errors import ProtocolError
-from hosl_flower.ledger import chain_entries
+from hosl_flower.ledger.client_state import ClientState
+from hosl_flower.ledger.ledger import chain_entries
 from hosl_flower.link.dial import Invitation
 from hosl_flower.link.frames import Key, decode, encode, encode_word, read_word
 from hosl_flower.link.records import unpack_invitation, unpack_replies, unpack_requests
@@ -58,7 +59,6 @@ from hosl_flower.messages import (
     Reply,
     Restore,
 )
-from hosl_flower.state import ClientState
 from hosl_flower.tasks.generated_answers import IGNORED
 from hosl_flower.tensors import update_codec
 

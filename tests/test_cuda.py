@@ -6,11 +6,11 @@ from runs import metrics, run_factory
 from test_state import ENTRIES
 
 from hosl_flower.client import Client
-from hosl_flower.ledger import Ledger
+from hosl_flower.ledger.client_state import ClientState, fingerprint
+from hosl_flower.ledger.ledger import Ledger
+from hosl_flower.ledger.weight_deltas import Shifts
 from hosl_flower.optim.adafactor_momentum import AdafactorMomentum
 from hosl_flower.optim.gradient import Dense, sparse_rows
-from hosl_flower.shifts import Shifts
-from hosl_flower.state import ClientState, fingerprint
 from hosl_flower.zo.directions import DISTRIBUTIONS
 from strategies.fedavg_zo import FedAvgZo
 from strategies.ho_sfl import HoSfl

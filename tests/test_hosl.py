@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hosl_flower.errors import ConfigError, DivergedError, DriftError
-from hosl_flower.ledger import Ledger, fingerprint
+from hosl_flower.ledger.ledger import Ledger, fingerprint
 from hosl_flower.link.inprocess import InProcessLink
 from hosl_flower.messages import Evaluate
 from strategies.hosl import Hosl

@@ -20,7 +20,7 @@ from hosl_flower.config.task_from_config import task_from_config
 from hosl_flower.data.readers.images import decode
 from hosl_flower.data.sources import load_source
 from hosl_flower.errors import ConfigError
-from hosl_flower.ledger import Ledger, fingerprint
+from hosl_flower.ledger.ledger import Ledger, fingerprint
 from hosl_flower.messages import CutGradient, Forward, Probe
 from hosl_flower.models.architectures import IMAGE_ARCHITECTURES
 from hosl_flower.models.split import open_base

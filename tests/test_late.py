@@ -29,7 +29,7 @@ from hosl_flower.errors import (
     SuperLinkError,
 )
 from hosl_flower.labels import Piece, kept
-from hosl_flower.ledger import Entry
+from hosl_flower.ledger.ledger import Entry
 from hosl_flower.link.grid import EXCHANGE, GridLink
 from hosl_flower.link.lines import SESSION
 from hosl_flower.link.nodes import Nodes

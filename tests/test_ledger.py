@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hosl_flower.errors import CheckpointError
-from hosl_flower.ledger import Entry, Ledger, chain_entries, fingerprint
+from hosl_flower.ledger.ledger import Entry, Ledger, chain_entries, fingerprint
 from hosl_flower.zo.estimator import to_float32
 
 ENTRIES = [

@@ -20,7 +20,7 @@ from hosl_flower.errors import (
     DriftError,
     ProtocolError,
 )
-from hosl_flower.ledger import Entry
+from hosl_flower.ledger.ledger import Entry
 from hosl_flower.link.grid import EXCHANGE, GridLink
 from hosl_flower.link.inprocess import InProcessLink
 from hosl_flower.link.nodes import Nodes

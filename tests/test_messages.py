@@ -19,7 +19,7 @@ from hosl_flower.checks import (
     check_scored,
 )
 from hosl_flower.errors import ProtocolError
-from hosl_flower.ledger import Entry, Ledger
+from hosl_flower.ledger.ledger import Entry, Ledger
 from hosl_flower.link.records import pack, unpack_replies, unpack_requests
 from hosl_flower.messages import (
     REPLIES,

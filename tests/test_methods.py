@@ -16,7 +16,7 @@ from hosl_flower.checks import check_weights
 from hosl_flower.client import Client
 from hosl_flower.errors import ClientError, ConfigError, ProtocolError
 from hosl_flower.gradients.backprop import unflat
-from hosl_flower.ledger import Ledger
+from hosl_flower.ledger.ledger import Ledger
 from hosl_flower.link.inprocess import InProcessLink
 from hosl_flower.messages import Activations, Adopt, Behind, Fetch, Forward, LocalStep, Restore
 from hosl_flower.optim.adafactor import Adafactor

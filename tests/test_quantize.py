@@ -10,7 +10,7 @@ from specs import client_spec
 from hosl_flower.client import Client, new_state
 from hosl_flower.config.run_config import parse_config
 from hosl_flower.errors import ConfigError
-from hosl_flower.ledger import Entry
+from hosl_flower.ledger.ledger import Entry
 from hosl_flower.models.int8_weights import to_int8
 from hosl_flower.models.lora import Lora, is_adapter
 from hosl_flower.models.split import load_client, open_base, trainable_parameters

@@ -13,7 +13,7 @@ from hosl_flower.checkpoint import _digest
 from hosl_flower.config.run_config import parse_config
 from hosl_flower.errors import CheckpointError, ConfigError, HoslError
 from hosl_flower.export import export
-from hosl_flower.ledger import Entry, Ledger
+from hosl_flower.ledger.ledger import Entry, Ledger
 from hosl_flower.lock import claim, lock
 from hosl_flower.plot import draw_curve, draw_partition
 from hosl_flower.report import Report

@@ -9,10 +9,10 @@ from specs import client_spec, history_for
 from hosl_flower.client import Client
 from hosl_flower.errors import ProtocolError
 from hosl_flower.history import History
-from hosl_flower.ledger import fingerprint
+from hosl_flower.ledger.client_state import ClientState
+from hosl_flower.ledger.ledger import fingerprint
+from hosl_flower.ledger.weight_deltas import Shifts
 from hosl_flower.messages import Applied, Behind, Failure, Fingerprint, Move, Restore
-from hosl_flower.shifts import Shifts
-from hosl_flower.state import ClientState
 from hosl_flower.tensors.update_codec import Rows, decode
 
 ROWS = Rows({"w": torch.Size([2, 2])})

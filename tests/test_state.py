@@ -8,11 +8,11 @@ from torch import nn
 
 from hosl_flower.errors import DriftError
 from hosl_flower.history import History
-from hosl_flower.ledger import Entry
+from hosl_flower.ledger.client_state import ClientState
+from hosl_flower.ledger.ledger import Entry
 from hosl_flower.messages import CatchUp, Fingerprinted, Forward, Restore
 from hosl_flower.optim.gradient import Seeded
 from hosl_flower.optim.optimizer import AdamW, square_root
-from hosl_flower.state import ClientState
 from hosl_flower.wire import wire_bytes
 from hosl_flower.zo.directions import DISTRIBUTIONS, Layout
 from hosl_flower.zo.estimator import to_float32
@@ -214,7 +214,7 @@ def test_drift_names_the_client_and_the_step_where_it_began():
 
 
 def test_large_models_are_fingerprinted_when_asked_only(monkeypatch):
-    monkeypatch.setattr("hosl_flower.state._TRAIL_ELEMENTS", 10)
+    monkeypatch.setattr("hosl_flower.ledger.client_state._TRAIL_ELEMENTS", 10)
     one = state()
     one.apply(ENTRIES)
     assert one.trail == {}
@@ -222,7 +222,7 @@ def test_large_models_are_fingerprinted_when_asked_only(monkeypatch):
 
 
 def test_the_trail_is_bounded(monkeypatch):
-    monkeypatch.setattr("hosl_flower.state._TRAIL_LENGTH", 2)
+    monkeypatch.setattr("hosl_flower.ledger.client_state._TRAIL_LENGTH", 2)
     one = state()
     one.apply(ENTRIES)
     assert list(one.trail) == [3, 4]

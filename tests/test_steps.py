@@ -5,7 +5,7 @@ import pytest
 import torch
 from runs import metrics, run_factory
 
-from hosl_flower.ledger import Ledger
+from hosl_flower.ledger.ledger import Ledger
 from hosl_flower.link.inprocess import InProcessLink
 from hosl_flower.messages import CutGradient, Forward, Losses, Probe
 from hosl_flower.training import grouped

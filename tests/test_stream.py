@@ -20,7 +20,8 @@ from hosl_flower.checks import Limits, check_activations
 from hosl_flower.client import Client
 from hosl_flower.errors import AbsentError, ClientError, ConfigError, ProtocolError, RefusedError
 from hosl_flower.history import History
-from hosl_flower.ledger import Entry
+from hosl_flower.ledger.client_state import ClientState
+from hosl_flower.ledger.ledger import Entry
 from hosl_flower.link import dial as dialling
 from hosl_flower.link.frames import Key, decode, encode, encode_word, read_word
 from hosl_flower.link.inprocess import InProcessLink
@@ -41,7 +42,6 @@ from hosl_flower.messages import (
     Probe,
 )
 from hosl_flower.processes import free_port
-from hosl_flower.state import ClientState
 from hosl_flower.tensors.activation_codec import encode as codec_encode
 from hosl_flower.tensors.raw_bytes import DTYPES
 from hosl_flower.tensors.update_codec import encode as encode_update

@@ -25,7 +25,7 @@ from hosl_flower.data.encoders.classifier_text import TextInputs
 from hosl_flower.data.encoders.make import make_inputs
 from hosl_flower.data.sources import load_source
 from hosl_flower.errors import CheckpointError, ConfigError, DataError
-from hosl_flower.ledger import Ledger, fingerprint
+from hosl_flower.ledger.ledger import Ledger, fingerprint
 from hosl_flower.messages import Forward, Probe
 from hosl_flower.models.architectures import TEXT_ARCHITECTURES
 from hosl_flower.models.split import model_config, open_base

@@ -32,7 +32,7 @@ from hosl_flower.checks import (
 )
 from hosl_flower.errors import MOST_TOLD, ClientError, DriftError, ProtocolError, printable
 from hosl_flower.history import History
-from hosl_flower.ledger import first_digest
+from hosl_flower.ledger.ledger import first_digest
 from hosl_flower.messages import (
     Activations,
     Adopt,

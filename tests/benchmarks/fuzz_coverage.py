@@ -39,7 +39,7 @@ MODULES = [
     "hosl_flower.requests",
     "hosl_flower.replies", "hosl_flower.link.frames", "hosl_flower.link.records",
 ]  # fmt: skip
-BESIDES = ["hosl_flower.ledger", "hosl_flower.link.sessions"]  # of which little is reached
+BESIDES = ["hosl_flower.ledger.ledger", "hosl_flower.link.sessions"]  # of which little is reached
 MARKS = 1024
 LONGEST = 16384  # bytes of an input
 FUNCTION = 0x1  # CO_OPTIMIZED: the code of a function, not of a module or a class

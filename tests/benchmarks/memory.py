@@ -88,7 +88,7 @@ def _client(shape: tuple, column: str, device: str) -> dict[str, Any]:
     from hosl_flower.client import Client
     from hosl_flower.config.resolve import torch_dtype
     from hosl_flower.data.encoders.prompts import Batch
-    from hosl_flower.ledger import Entry
+    from hosl_flower.ledger.ledger import Entry
     from hosl_flower.messages import CutGradient, Failure, Forward, LocalStep, Probe
     from hosl_flower.tensors.memory import Meter
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hosl_flower.ledger import Entry, chain, fingerprint, first_digest
+from hosl_flower.ledger.ledger import Entry, chain, fingerprint, first_digest
 from hosl_flower.optim.by_name import make_optimizer, second_moments, state_shape
 from hosl_flower.optim.gradient import Dense, Gradient, Seeded
 from hosl_flower.tensors.rounding import store
