@@ -21,7 +21,19 @@ from hosl_flower.errors import IN_THE_LOG, DataError, HoslError, ProtocolError, 
 from hosl_flower.follower import UNKNOWN, Answer, Follower
 from hosl_flower.gradients.residual.gradients import fed_back
 from hosl_flower.ledger.client_state import ClientState
-from hosl_flower.messages import (
+from hosl_flower.models.auxiliary_head import attach_head
+from hosl_flower.models.label_head import OutputHead, load_output_head
+from hosl_flower.models.split import (
+    ClientSubmodel,
+    load_client,
+    model_config,
+    open_base,
+    trainable_parameters,
+)
+from hosl_flower.privacy.activation_noise import veil_of
+from hosl_flower.privacy.dp_scalars import mechanism_of
+from hosl_flower.privacy.noise_secret import simulated_secret
+from hosl_flower.protocol.messages.registry import (
     Activations,
     Adopt,
     Backward,
@@ -59,18 +71,6 @@ from hosl_flower.messages import (
     Stepped,
     Weights,
 )
-from hosl_flower.models.auxiliary_head import attach_head
-from hosl_flower.models.label_head import OutputHead, load_output_head
-from hosl_flower.models.split import (
-    ClientSubmodel,
-    load_client,
-    model_config,
-    open_base,
-    trainable_parameters,
-)
-from hosl_flower.privacy.activation_noise import veil_of
-from hosl_flower.privacy.dp_scalars import mechanism_of
-from hosl_flower.privacy.noise_secret import simulated_secret
 from hosl_flower.tasks.answer_words import Answers
 from hosl_flower.tensors.memory import Meter, peak_rss_bytes
 

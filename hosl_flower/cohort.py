@@ -19,7 +19,13 @@ from hosl_flower.errors import (
 )
 from hosl_flower.labels import KeptLabels, kept, too_late
 from hosl_flower.link.base import NOT_YET, Link
-from hosl_flower.messages import Activations, Describe, Described, Forward, Request
+from hosl_flower.protocol.messages.registry import (
+    Activations,
+    Describe,
+    Described,
+    Forward,
+    Request,
+)
 from hosl_flower.schedule import rate_factor
 from hosl_flower.session import Drop, Session
 

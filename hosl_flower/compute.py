@@ -24,7 +24,7 @@ from hosl_flower.models.label_head import Judged, OutputHead
 from hosl_flower.models.split import ClientSubmodel
 from hosl_flower.privacy.activation_noise import Veil
 from hosl_flower.privacy.dp_scalars import Mechanism
-from hosl_flower.requests import (
+from hosl_flower.protocol.messages.requests import (
     Backward,
     CutGradient,
     Evaluate,

@@ -10,7 +10,7 @@ from hosl_flower.compute import Compute
 from hosl_flower.errors import DriftError, ProtocolError
 from hosl_flower.ledger.client_state import ClientState
 from hosl_flower.ledger.ledger import Entry, chain, chain_entries, fingerprint
-from hosl_flower.messages import (
+from hosl_flower.protocol.messages.registry import (
     Adopt,
     Applied,
     Behind,

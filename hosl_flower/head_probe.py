@@ -8,7 +8,7 @@ from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.forward import Forwards
 from hosl_flower.local import Estimator
 from hosl_flower.privacy.dp_scalars import Mechanism, example_gradients
-from hosl_flower.requests import HeadProbe
+from hosl_flower.protocol.messages.requests import HeadProbe
 from hosl_flower.zo.estimator import estimate
 from hosl_flower.zo.surrogates import head_loss
 

@@ -13,8 +13,16 @@ from torch import Tensor
 from hosl_flower.errors import ProtocolError
 from hosl_flower.labels import score_by_client
 from hosl_flower.link.base import Link
-from hosl_flower.messages import Activations, Continue, Continued, Evaluate, Grade, Graded, Request
 from hosl_flower.models.decoding import Writer, greedy
+from hosl_flower.protocol.messages.registry import (
+    Activations,
+    Continue,
+    Continued,
+    Evaluate,
+    Grade,
+    Graded,
+    Request,
+)
 from hosl_flower.session import Session
 from hosl_flower.tasks.generated_answers import Completion
 from hosl_flower.text_score import HeldOut, TextScore, new_score

@@ -12,9 +12,9 @@ from hosl_flower.errors import DivergedError, DriftError
 from hosl_flower.ledger.client_state import ClientState, Snapshot
 from hosl_flower.ledger.ledger import Entry, Ledger, fingerprint
 from hosl_flower.ledger.weight_deltas import Shift, Shifts
-from hosl_flower.messages import CatchUp, Fingerprinted, Move, Request, Restore
 from hosl_flower.optim.gradient import Dense
-from hosl_flower.wire import wire_bytes
+from hosl_flower.protocol.messages.registry import CatchUp, Fingerprinted, Move, Request, Restore
+from hosl_flower.protocol.wire import wire_bytes
 from hosl_flower.zo.directions import derive_seed
 
 _REQUEST_BYTES = 400  # header of a Restore, roughly

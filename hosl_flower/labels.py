@@ -24,7 +24,7 @@ from hosl_flower.errors import (
     ProtocolError,
 )
 from hosl_flower.link.base import NOT_YET, Link
-from hosl_flower.messages import (
+from hosl_flower.protocol.messages.registry import (
     Activations,
     Forward,
     HeldOutStates,

@@ -23,7 +23,7 @@ from hosl_flower.labels import STATES_BYTES
 from hosl_flower.link.base import Link
 from hosl_flower.link.inprocess import InProcessLink
 from hosl_flower.privacy.noise_secret import simulated_secret
-from hosl_flower.requests import HeldOutStates
+from hosl_flower.protocol.messages.requests import HeldOutStates
 from hosl_flower.server_app import load_strategy
 from hosl_flower.session import Session
 from hosl_flower.strategy import SplitStrategy

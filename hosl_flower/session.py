@@ -12,7 +12,6 @@ from torch import Tensor
 
 from hosl_flower.aggregate import MEANS
 from hosl_flower.checkpoint import Checkpoint
-from hosl_flower.checks import Limits
 from hosl_flower.client import new_state
 from hosl_flower.config.resolve import (
     ClientSpec,
@@ -30,7 +29,6 @@ from hosl_flower.data.encoders.prompts import Inputs
 from hosl_flower.data.overlap import Overlap
 from hosl_flower.errors import ConfigError, DriftError
 from hosl_flower.history import History
-from hosl_flower.messages import Described
 from hosl_flower.models.auxiliary_head import attach_head
 from hosl_flower.models.checkpoints.adapters import AdaptedWeights
 from hosl_flower.models.class_head import class_names, with_classes
@@ -46,6 +44,8 @@ from hosl_flower.models.split import (
     open_base,
 )
 from hosl_flower.privacy.accountant import epsilon, most_uses
+from hosl_flower.protocol.checks import Limits
+from hosl_flower.protocol.messages.registry import Described
 from hosl_flower.reference import NO_REFERENCE, Reference, reference_of
 from hosl_flower.server import Server
 from hosl_flower.tensors.activation_codec import encode

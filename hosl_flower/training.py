@@ -28,15 +28,15 @@ from hosl_flower.errors import (
 from hosl_flower.held_out import score_batches
 from hosl_flower.link.base import Link
 from hosl_flower.link.inprocess import InProcessLink
-from hosl_flower.messages import (
+from hosl_flower.models.lora import save_adapters
+from hosl_flower.models.save_merged import save_merged
+from hosl_flower.models.split import count, trainable_parameters
+from hosl_flower.protocol.messages.registry import (
     Describe,
     Described,
     Fingerprint,
     Fingerprinted,
 )
-from hosl_flower.models.lora import save_adapters
-from hosl_flower.models.save_merged import save_merged
-from hosl_flower.models.split import count, trainable_parameters
 from hosl_flower.report import Report
 from hosl_flower.results import Results
 from hosl_flower.resume import earlier_traffic

@@ -15,7 +15,7 @@ from hosl_flower.errors import ProtocolError
 from hosl_flower.forward import put_together
 from hosl_flower.models.decoding import Prompts, checked
 from hosl_flower.models.split import ClientSubmodel
-from hosl_flower.requests import Continue, Evaluate, Grade
+from hosl_flower.protocol.messages.requests import Continue, Evaluate, Grade
 from hosl_flower.tensors.activation_codec import encode
 
 

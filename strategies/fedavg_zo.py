@@ -20,7 +20,7 @@ import torch
 from hosl_flower.aggregate import check_is_mean
 from hosl_flower.cohort import Cohort
 from hosl_flower.config.run_config import RunConfig
-from hosl_flower.messages import LocalTrain
+from hosl_flower.protocol.messages.registry import LocalTrain
 from hosl_flower.session import Session
 from hosl_flower.tensors.update_codec import decode
 from strategies.ho_sfl import HoSfl

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from hosl_flower.cohort import Cohort, Question, absent
 from hosl_flower.link.base import Link
-from hosl_flower.messages import Forward
+from hosl_flower.protocol.messages.registry import Forward
 from hosl_flower.session import Session
 from hosl_flower.strategy import SplitStrategy
 

@@ -23,7 +23,7 @@ from math import nan
 
 from hosl_flower.cohort import Cohort, Question, absent
 from hosl_flower.link.base import Link
-from hosl_flower.messages import Forward, HeadProbe
+from hosl_flower.protocol.messages.registry import Forward, HeadProbe
 from hosl_flower.schedule import client_rate
 from hosl_flower.session import Session
 from strategies.ho_sfl import HoSfl

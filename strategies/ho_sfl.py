@@ -40,7 +40,7 @@ from hosl_flower.aggregate import make_aggregate
 from hosl_flower.cohort import Cohort, Question, absent
 from hosl_flower.ledger.ledger import Entry
 from hosl_flower.link.base import Link
-from hosl_flower.messages import CutGradient, Forward, Request
+from hosl_flower.protocol.messages.registry import CutGradient, Forward, Request
 from hosl_flower.schedule import client_rate
 from hosl_flower.session import Session
 from hosl_flower.strategy import SplitStrategy

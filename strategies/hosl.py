@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hosl_flower.checks import BatchKey, check_same_batch
 from hosl_flower.labels import KeptLabels, kept
 from hosl_flower.ledger.ledger import Entry
 from hosl_flower.link.base import Link
-from hosl_flower.messages import Forward, Losses, Probe, Request
+from hosl_flower.protocol.checks import BatchKey, check_same_batch
+from hosl_flower.protocol.messages.registry import Forward, Losses, Probe, Request
 from hosl_flower.schedule import client_rate, rate_factor
 from hosl_flower.session import Session
 from hosl_flower.strategy import SplitStrategy

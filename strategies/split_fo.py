@@ -40,8 +40,15 @@ from hosl_flower.config.run_config import RunConfig
 from hosl_flower.errors import ConfigError
 from hosl_flower.gradients.backprop import unflat
 from hosl_flower.link.base import Link
-from hosl_flower.messages import Adopt, Backward, Fetch, LocalStep, Request, Weights
 from hosl_flower.optim.gradient import Dense
+from hosl_flower.protocol.messages.registry import (
+    Adopt,
+    Backward,
+    Fetch,
+    LocalStep,
+    Request,
+    Weights,
+)
 from hosl_flower.schedule import client_rate
 from hosl_flower.session import Session
 from hosl_flower.tensors.update_codec import decode

@@ -19,9 +19,9 @@ from typing import Any
 
 from torch import Tensor
 
-from hosl_flower.checks import BatchKey, check_same_batch
 from hosl_flower.labels import KeptLabels
-from hosl_flower.messages import Forward, Probe, Request
+from hosl_flower.protocol.checks import BatchKey, check_same_batch
+from hosl_flower.protocol.messages.registry import Forward, Probe, Request
 from hosl_flower.schedule import rate_factor
 from hosl_flower.session import Session
 from hosl_flower.zo.directions import derive_seed

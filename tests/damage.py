@@ -8,7 +8,7 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from hosl_flower.messages import REPLIES, REQUESTS
+from hosl_flower.protocol.messages.registry import REPLIES, REQUESTS
 from hosl_flower.tensors.raw_bytes import DTYPES
 
 NASTY = [

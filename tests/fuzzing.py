@@ -21,7 +21,14 @@ from damage import Damage, parts
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from specs import client_spec
 
-from hosl_flower.checks import (
+from hosl_flower.errors import ProtocolError
+from hosl_flower.ledger.client_state import ClientState
+from hosl_flower.ledger.ledger import chain_entries
+from hosl_flower.link.dial import Invitation
+from hosl_flower.link.frames import Key, decode, encode, encode_word, read_word
+from hosl_flower.link.records import unpack_invitation, unpack_replies, unpack_requests
+from hosl_flower.link.sessions import Session, StreamServer
+from hosl_flower.protocol.checks import (
     BatchKey,
     Limits,
     check_activations,
@@ -35,14 +42,7 @@ from hosl_flower.checks import (
     check_scored,
     check_weights,
 )
-from hosl_flower.errors import ProtocolError
-from hosl_flower.ledger.client_state import ClientState
-from hosl_flower.ledger.ledger import chain_entries
-from hosl_flower.link.dial import Invitation
-from hosl_flower.link.frames import Key, decode, encode, encode_word, read_word
-from hosl_flower.link.records import unpack_invitation, unpack_replies, unpack_requests
-from hosl_flower.link.sessions import Session, StreamServer
-from hosl_flower.messages import (
+from hosl_flower.protocol.messages.registry import (
     REPLIES,
     REQUESTS,
     Activations,

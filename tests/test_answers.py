@@ -10,10 +10,10 @@ from runs import PROMPT, metrics, run_factory
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hosl_flower.checks import Limits, check_activations
 from hosl_flower.errors import ProtocolError
-from hosl_flower.messages import Activations
 from hosl_flower.models.split import load_client, load_server, open_base
+from hosl_flower.protocol.checks import Limits, check_activations
+from hosl_flower.protocol.messages.registry import Activations
 from hosl_flower.score import Score
 from hosl_flower.server import Server
 from hosl_flower.tasks.answer_words import Answers

@@ -14,7 +14,6 @@ from specs import client_spec, history_for
 from hosl_flower import session as sessions
 from hosl_flower import training
 from hosl_flower.checkpoint import Checkpoint, _sha256, read, write
-from hosl_flower.checks import Limits, check_update
 from hosl_flower.client import Client
 from hosl_flower.errors import (
     CheckpointError,
@@ -26,7 +25,8 @@ from hosl_flower.errors import (
     printable,
 )
 from hosl_flower.link.inprocess import InProcessLink
-from hosl_flower.messages import (
+from hosl_flower.protocol.checks import Limits, check_update
+from hosl_flower.protocol.messages.registry import (
     Activations,
     Applied,
     Change,

@@ -6,12 +6,12 @@ from flwr.supercore.task_identity import TaskIdentity
 from grids import LocalGrid
 from specs import client_spec, history_for
 
-from hosl_flower.checks import Limits
 from hosl_flower.config.run_config import parse_config
 from hosl_flower.errors import ConfigError
 from hosl_flower.link.choose import _bind, _certificates, check_stream, open_link
 from hosl_flower.link.grid import GridLink
 from hosl_flower.link.nodes import Nodes
+from hosl_flower.protocol.checks import Limits
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,14 @@ from specs import client_spec
 from hosl_flower.client import Client
 from hosl_flower.forward import put_together
 from hosl_flower.ledger.ledger import Entry
-from hosl_flower.messages import CatchUp, CutGradient, Forward, LocalStep, LocalTrain, Probe
+from hosl_flower.protocol.messages.registry import (
+    CatchUp,
+    CutGradient,
+    Forward,
+    LocalStep,
+    LocalTrain,
+    Probe,
+)
 from hosl_flower.tensors.memory import Meter
 from hosl_flower.tensors.update_codec import decode
 from hosl_flower.zo.surrogates import Cotangent

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from hosl_flower.checks import Limits, check_activations
 from hosl_flower.errors import ProtocolError
-from hosl_flower.messages import Activations
+from hosl_flower.protocol.checks import Limits, check_activations
+from hosl_flower.protocol.messages.registry import Activations
 from hosl_flower.tensors.activation_codec import decode, encode
 
 H = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)) * 3

@@ -12,15 +12,22 @@ from test_families import saved as saved  # a fixture
 from test_ho_sfl import link_that
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hosl_flower.checks import Limits, check_activations, check_continued, check_graded
 from hosl_flower.client import Client
 from hosl_flower.config.run_config import parse_config
 from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.data.readers.squad import graded
 from hosl_flower.errors import ClientError, ConfigError, ProtocolError
-from hosl_flower.messages import Activations, Continue, Continued, Failure, Grade, Graded
 from hosl_flower.models.decoding import Prompts, Writer, greedy
 from hosl_flower.plan import plan
+from hosl_flower.protocol.checks import Limits, check_activations, check_continued, check_graded
+from hosl_flower.protocol.messages.registry import (
+    Activations,
+    Continue,
+    Continued,
+    Failure,
+    Grade,
+    Graded,
+)
 from hosl_flower.server import Server
 from hosl_flower.tasks.generated_answers import IGNORED, Completion
 from hosl_flower.tasks.known import TASKS

@@ -18,7 +18,7 @@ from hosl_flower.errors import (
     ProtocolError,
 )
 from hosl_flower.ledger.ledger import Ledger
-from hosl_flower.messages import Activations, Described, Failure, Scalars
+from hosl_flower.protocol.messages.registry import Activations, Described, Failure, Scalars
 from strategies.fedavg_zo import FedAvgZo
 from strategies.ho_sfl import HoSfl
 

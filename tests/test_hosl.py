@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hosl_flower.errors import ConfigError, DivergedError, DriftError
 from hosl_flower.ledger.ledger import Ledger, fingerprint
 from hosl_flower.link.inprocess import InProcessLink
-from hosl_flower.messages import Evaluate
+from hosl_flower.protocol.messages.registry import Evaluate
 from strategies.hosl import Hosl
 
 

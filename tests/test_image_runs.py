@@ -21,10 +21,10 @@ from hosl_flower.data.readers.images import decode
 from hosl_flower.data.sources import load_source
 from hosl_flower.errors import ConfigError
 from hosl_flower.ledger.ledger import Ledger, fingerprint
-from hosl_flower.messages import CutGradient, Forward, Probe
 from hosl_flower.models.architectures import IMAGE_ARCHITECTURES
 from hosl_flower.models.split import open_base
 from hosl_flower.plan import plan
+from hosl_flower.protocol.messages.registry import CutGradient, Forward, Probe
 from strategies.heron import Heron
 from strategies.ho_sfl import HoSfl
 from strategies.hosl import Hosl

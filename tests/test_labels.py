@@ -11,19 +11,19 @@ from runs import metrics, run_factory
 from safetensors.torch import load_file
 from specs import client_spec, history_for
 
-from hosl_flower.checks import Limits
 from hosl_flower.client import Client
 from hosl_flower.errors import ClientError, ConfigError
 from hosl_flower.labels import score_by_client
 from hosl_flower.link.base import Link
 from hosl_flower.link.stream import longest_frame
-from hosl_flower.messages import HeldOutStates, HiddenStates, Scored
 from hosl_flower.models.families.decoders import embedding_name
 from hosl_flower.models.label_head import OutputHead, load_output_head
 from hosl_flower.models.split import load_client, load_server, open_base
+from hosl_flower.protocol.checks import Limits
+from hosl_flower.protocol.messages.registry import HeldOutStates, HiddenStates, Scored
+from hosl_flower.protocol.wire import to_wire
 from hosl_flower.tasks.answer_words import Answers
 from hosl_flower.tensors.raw_bytes import raw_bytes
-from hosl_flower.wire import to_wire
 from strategies.frozen_client import FrozenClient
 from strategies.heron import Heron
 from strategies.ho_sfl import HoSfl

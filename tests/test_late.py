@@ -17,7 +17,6 @@ from grids import LocalGrid, ThreadGrid
 from specs import client_spec, history_for
 
 from hosl_flower import client_calls
-from hosl_flower.checks import Limits
 from hosl_flower.client import Client
 from hosl_flower.cohort import Cohort, Question, absent
 from hosl_flower.config.run_config import parse_config
@@ -35,7 +34,8 @@ from hosl_flower.link.lines import SESSION
 from hosl_flower.link.nodes import Nodes
 from hosl_flower.link.stream import StreamLink
 from hosl_flower.link.superlink import SuperLink
-from hosl_flower.messages import Describe, Fetch, Fingerprint, Forward
+from hosl_flower.protocol.checks import Limits
+from hosl_flower.protocol.messages.registry import Describe, Fetch, Fingerprint, Forward
 from hosl_flower.server_app import load_strategy
 from hosl_flower.tasks.answer_words import Answers
 

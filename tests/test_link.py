@@ -11,7 +11,6 @@ from grids import LocalGrid
 from specs import client_spec, history_for
 
 from hosl_flower import client_calls
-from hosl_flower.checks import Limits
 from hosl_flower.client import Client
 from hosl_flower.errors import (
     AbsentError,
@@ -25,7 +24,8 @@ from hosl_flower.link.grid import EXCHANGE, GridLink
 from hosl_flower.link.inprocess import InProcessLink
 from hosl_flower.link.nodes import Nodes
 from hosl_flower.link.records import pack
-from hosl_flower.messages import (
+from hosl_flower.protocol.checks import Limits
+from hosl_flower.protocol.messages.registry import (
     Activations,
     Applied,
     Behind,

@@ -7,7 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from specs import client_spec
 
-from hosl_flower.checks import (
+from hosl_flower.errors import ProtocolError
+from hosl_flower.ledger.ledger import Entry, Ledger
+from hosl_flower.link.records import pack, unpack_replies, unpack_requests
+from hosl_flower.protocol.checks import (
     BatchKey,
     Limits,
     check_activations,
@@ -18,10 +21,7 @@ from hosl_flower.checks import (
     check_scalars,
     check_scored,
 )
-from hosl_flower.errors import ProtocolError
-from hosl_flower.ledger.ledger import Entry, Ledger
-from hosl_flower.link.records import pack, unpack_replies, unpack_requests
-from hosl_flower.messages import (
+from hosl_flower.protocol.messages.registry import (
     REPLIES,
     REQUESTS,
     Activations,
@@ -60,9 +60,9 @@ from hosl_flower.messages import (
     Stepped,
     Weights,
 )
+from hosl_flower.protocol.wire import from_wire, to_wire, wire_bytes
 from hosl_flower.tensors.raw_bytes import DTYPES, raw_bytes, tensor_from_bytes
 from hosl_flower.tensors.update_codec import Rows, check
-from hosl_flower.wire import from_wire, to_wire, wire_bytes
 
 D = "0123456789abcdef"
 AT = {"step": 3, "partition": 1, "position": 2, "digest": D}

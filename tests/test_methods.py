@@ -12,15 +12,23 @@ from safetensors.torch import load_file
 from test_steps import losses
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hosl_flower.checks import check_weights
 from hosl_flower.client import Client
 from hosl_flower.errors import ClientError, ConfigError, ProtocolError
 from hosl_flower.gradients.backprop import unflat
 from hosl_flower.ledger.ledger import Ledger
 from hosl_flower.link.inprocess import InProcessLink
-from hosl_flower.messages import Activations, Adopt, Behind, Fetch, Forward, LocalStep, Restore
 from hosl_flower.optim.adafactor import Adafactor
 from hosl_flower.optim.gradient import Dense
+from hosl_flower.protocol.checks import check_weights
+from hosl_flower.protocol.messages.registry import (
+    Activations,
+    Adopt,
+    Behind,
+    Fetch,
+    Forward,
+    LocalStep,
+    Restore,
+)
 from hosl_flower.server import Server
 from hosl_flower.session import open_session
 from hosl_flower.zo_server import ZoServer

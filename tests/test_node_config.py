@@ -21,7 +21,7 @@ from hosl_flower.link import dial
 from hosl_flower.link.grid import EXCHANGE
 from hosl_flower.link.lines import SESSION
 from hosl_flower.link.records import pack, pack_invitation, unpack_replies
-from hosl_flower.messages import Describe, Described, Failure
+from hosl_flower.protocol.messages.registry import Describe, Described, Failure
 from hosl_flower.tasks.known import Task
 
 SECRET = "hunter2"

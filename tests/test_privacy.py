@@ -20,16 +20,6 @@ from hosl_flower import client_calls
 from hosl_flower.client import Client
 from hosl_flower.config.run_config import parse_config
 from hosl_flower.errors import ConfigError
-from hosl_flower.messages import (
-    Describe,
-    Described,
-    Failure,
-    Fetch,
-    Fingerprint,
-    HeadProbe,
-    Request,
-    Scalars,
-)
 from hosl_flower.plan import plan
 from hosl_flower.privacy import dp_scalars as privacy
 from hosl_flower.privacy.accountant import epsilon, most_uses
@@ -41,6 +31,16 @@ from hosl_flower.privacy.dp_scalars import (
     in_units,
 )
 from hosl_flower.privacy.noise_secret import device_secret, simulated_secret
+from hosl_flower.protocol.messages.registry import (
+    Describe,
+    Described,
+    Failure,
+    Fetch,
+    Fingerprint,
+    HeadProbe,
+    Request,
+    Scalars,
+)
 from strategies.full_zo import FullZo
 from strategies.heron import Heron
 from strategies.ho_sfl import HoSfl

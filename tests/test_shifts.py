@@ -12,7 +12,14 @@ from hosl_flower.history import History
 from hosl_flower.ledger.client_state import ClientState
 from hosl_flower.ledger.ledger import fingerprint
 from hosl_flower.ledger.weight_deltas import Shifts
-from hosl_flower.messages import Applied, Behind, Failure, Fingerprint, Move, Restore
+from hosl_flower.protocol.messages.registry import (
+    Applied,
+    Behind,
+    Failure,
+    Fingerprint,
+    Move,
+    Restore,
+)
 from hosl_flower.tensors.update_codec import Rows, decode
 
 ROWS = Rows({"w": torch.Size([2, 2])})

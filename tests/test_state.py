@@ -10,10 +10,10 @@ from hosl_flower.errors import DriftError
 from hosl_flower.history import History
 from hosl_flower.ledger.client_state import ClientState
 from hosl_flower.ledger.ledger import Entry
-from hosl_flower.messages import CatchUp, Fingerprinted, Forward, Restore
 from hosl_flower.optim.gradient import Seeded
 from hosl_flower.optim.optimizer import AdamW, square_root
-from hosl_flower.wire import wire_bytes
+from hosl_flower.protocol.messages.registry import CatchUp, Fingerprinted, Forward, Restore
+from hosl_flower.protocol.wire import wire_bytes
 from hosl_flower.zo.directions import DISTRIBUTIONS, Layout
 from hosl_flower.zo.estimator import to_float32
 

@@ -16,7 +16,6 @@ from runs import metrics, run_factory
 from specs import client_spec, history_for
 
 from hosl_flower import client_calls
-from hosl_flower.checks import Limits, check_activations
 from hosl_flower.client import Client
 from hosl_flower.errors import AbsentError, ClientError, ConfigError, ProtocolError, RefusedError
 from hosl_flower.history import History
@@ -29,7 +28,9 @@ from hosl_flower.link.lines import SESSION
 from hosl_flower.link.nodes import Nodes
 from hosl_flower.link.sessions import METHOD, TOKEN
 from hosl_flower.link.stream import StreamLink, longest_frame
-from hosl_flower.messages import (
+from hosl_flower.processes import free_port
+from hosl_flower.protocol.checks import Limits, check_activations
+from hosl_flower.protocol.messages.registry import (
     REPLIES,
     REQUESTS,
     Activations,
@@ -41,11 +42,10 @@ from hosl_flower.messages import (
     LocalStep,
     Probe,
 )
-from hosl_flower.processes import free_port
+from hosl_flower.protocol.wire import LONGEST_REPLY
 from hosl_flower.tensors.activation_codec import encode as codec_encode
 from hosl_flower.tensors.raw_bytes import DTYPES
 from hosl_flower.tensors.update_codec import encode as encode_update
-from hosl_flower.wire import LONGEST_REPLY
 from strategies.ho_sfl import HoSfl
 
 SPEC = client_spec(num_clients=5)

@@ -11,7 +11,7 @@ from specs import client_spec
 from hosl_flower.client import Client
 from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.ledger.ledger import Entry
-from hosl_flower.messages import CutGradient, Forward, LocalStep, Probe
+from hosl_flower.protocol.messages.registry import CutGradient, Forward, LocalStep, Probe
 from hosl_flower.tensors.memory import Meter
 from hosl_flower.tensors.shapes_only import shapes_only
 

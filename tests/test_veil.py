@@ -7,9 +7,9 @@ from specs import client_spec
 
 from hosl_flower.client import Client
 from hosl_flower.errors import ConfigError
-from hosl_flower.messages import CutGradient, Failure, Forward, Probe
 from hosl_flower.privacy.activation_noise import Veil
 from hosl_flower.privacy.noise_secret import simulated_secret
+from hosl_flower.protocol.messages.registry import CutGradient, Failure, Forward, Probe
 from strategies.frozen_client import FrozenClient
 from strategies.full_zo import FullZo
 from strategies.ho_sfl import HoSfl

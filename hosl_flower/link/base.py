@@ -16,7 +16,10 @@ from typing import Any
 
 import torch
 
-from hosl_flower.checks import (
+from hosl_flower.errors import MOST_TOLD, ClientError, DriftError, ProtocolError, printable
+from hosl_flower.history import History
+from hosl_flower.ledger.ledger import first_digest
+from hosl_flower.protocol.checks import (
     Limits,
     check_activations,
     check_continued,
@@ -30,10 +33,7 @@ from hosl_flower.checks import (
     check_update,
     check_weights,
 )
-from hosl_flower.errors import MOST_TOLD, ClientError, DriftError, ProtocolError, printable
-from hosl_flower.history import History
-from hosl_flower.ledger.ledger import first_digest
-from hosl_flower.messages import (
+from hosl_flower.protocol.messages.registry import (
     Activations,
     Adopt,
     Applied,
@@ -75,10 +75,10 @@ from hosl_flower.messages import (
     Update,
     Weights,
 )
+from hosl_flower.protocol.wire import wire_bytes
 from hosl_flower.tensors.activation_codec import decode
 from hosl_flower.tensors.memory import PHASES
 from hosl_flower.tensors.raw_bytes import DTYPES
-from hosl_flower.wire import wire_bytes
 
 log = logging.getLogger("hosl_flower")
 

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from flwr.serverapp import Grid
 
-from hosl_flower.checks import Limits
 from hosl_flower.config.resolve import ClientSpec
 from hosl_flower.config.run_config import RunConfig
 from hosl_flower.errors import ConfigError
@@ -14,6 +13,7 @@ from hosl_flower.link.grid import GridLink
 from hosl_flower.link.nodes import Nodes
 from hosl_flower.link.stream import StreamLink
 from hosl_flower.link.superlink import SuperLink
+from hosl_flower.protocol.checks import Limits
 from hosl_flower.system.proxies import is_loopback
 
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from flwr.app import Message
 
-from hosl_flower.checks import Limits
 from hosl_flower.config.resolve import ClientSpec
 from hosl_flower.errors import (
     MOST_TOLD,
@@ -28,7 +27,8 @@ from hosl_flower.link.mailbox import Letter, Mailbox, Part
 from hosl_flower.link.nodes import Limit, Nodes
 from hosl_flower.link.records import pack, unpack_replies
 from hosl_flower.link.superlink import AnyGrid
-from hosl_flower.messages import (
+from hosl_flower.protocol.checks import Limits
+from hosl_flower.protocol.messages.registry import (
     Backward,
     Evaluate,
     Failure,
@@ -39,8 +39,8 @@ from hosl_flower.messages import (
     Reply,
     Request,
 )
+from hosl_flower.protocol.wire import to_wire
 from hosl_flower.tensors.raw_bytes import DTYPES
-from hosl_flower.wire import to_wire
 
 EXCHANGE = "train.exchange"
 _MESSAGE_BYTES = 64 << 20  # activations that one message may carry, if it carries several

@@ -25,8 +25,8 @@ import grpc
 
 from hosl_flower.errors import ConfigError, ProtocolError
 from hosl_flower.link.frames import Key, decode, encode, encode_word
-from hosl_flower.messages import REPLIES, Behind, Failure, Reply, Request
-from hosl_flower.wire import LONGEST_REPLY
+from hosl_flower.protocol.messages.registry import REPLIES, Behind, Failure, Reply, Request
+from hosl_flower.protocol.wire import LONGEST_REPLY
 
 METHOD = "/hosl.Stream/Session"
 TOKEN = "hosl-token-bin"  # the key of the token in a call's metadata; its value is bytes

@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-from hosl_flower.checks import Limits
 from hosl_flower.config.resolve import ClientSpec
 from hosl_flower.errors import AbsentError, ClientError, ConfigError, ProtocolError, SuperLinkError
 from hosl_flower.history import History
@@ -22,7 +21,8 @@ from hosl_flower.link.lines import Caller, Line
 from hosl_flower.link.nodes import Limit, Nodes
 from hosl_flower.link.sessions import StreamServer
 from hosl_flower.link.superlink import AnyGrid
-from hosl_flower.messages import Behind, Failure, Reply, Request
+from hosl_flower.protocol.checks import Limits
+from hosl_flower.protocol.messages.registry import Behind, Failure, Reply, Request
 from hosl_flower.tensors.activation_codec import has_scales
 from hosl_flower.tensors.raw_bytes import DTYPES
 

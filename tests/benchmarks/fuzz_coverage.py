@@ -35,9 +35,9 @@ from types import CodeType, FrameType, ModuleType
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 MODULES = [
-    "hosl_flower.wire", "hosl_flower.tensors.raw_bytes", "hosl_flower.checks",
-    "hosl_flower.requests",
-    "hosl_flower.replies", "hosl_flower.link.frames", "hosl_flower.link.records",
+    "hosl_flower.protocol.wire", "hosl_flower.tensors.raw_bytes", "hosl_flower.protocol.checks",
+    "hosl_flower.protocol.messages.requests",
+    "hosl_flower.protocol.messages.replies", "hosl_flower.link.frames", "hosl_flower.link.records",
 ]  # fmt: skip
 BESIDES = ["hosl_flower.ledger.ledger", "hosl_flower.link.sessions"]  # of which little is reached
 MARKS = 1024

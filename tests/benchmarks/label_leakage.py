@@ -31,8 +31,8 @@ from torch import Tensor
 from hosl_flower.cli import key_value
 from hosl_flower.client import Client
 from hosl_flower.config.run_config import parse_config
-from hosl_flower.messages import Activations, Forward
 from hosl_flower.models.label_head import Judged, OutputHead, load_output_head
+from hosl_flower.protocol.messages.registry import Activations, Forward
 from hosl_flower.session import open_session
 from hosl_flower.tasks.answer_words import Answers
 from strategies.frozen_client import FrozenClient

@@ -34,8 +34,8 @@ from hosl_flower.link.dial import Invitation, serve
 from hosl_flower.link.frames import Key
 from hosl_flower.link.sessions import StreamServer
 from hosl_flower.local_flower import run_flower_app
-from hosl_flower.messages import Applied, Change, Describe, LocalTrain
 from hosl_flower.processes import free_port
+from hosl_flower.protocol.messages.registry import Applied, Change, Describe, LocalTrain
 from hosl_flower.server_app import load_strategy, log_to_stderr
 
 TRAINING = ("forward", "probe", "losses", "cut-gradient", "catch-up", "move", "restore")

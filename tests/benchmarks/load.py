@@ -32,13 +32,13 @@ from flwr.supercore.task_identity import TaskIdentity
 from grids import LocalGrid
 from specs import client_spec, history_for
 
-from hosl_flower.checks import Limits
 from hosl_flower.link import dial
 from hosl_flower.link.nodes import Nodes
 from hosl_flower.link.records import unpack_invitation
 from hosl_flower.link.sessions import channel_options
 from hosl_flower.link.stream import SESSION, StreamLink
-from hosl_flower.messages import Activations, CutGradient, Forward, Scalars
+from hosl_flower.protocol.checks import Limits
+from hosl_flower.protocol.messages.registry import Activations, CutGradient, Forward, Scalars
 
 SEQUENCES, LENGTH, HIDDEN = 8, 64, 512
 PROCESSES = 2  # of clients

@@ -89,7 +89,13 @@ def _client(shape: tuple, column: str, device: str) -> dict[str, Any]:
     from hosl_flower.config.resolve import torch_dtype
     from hosl_flower.data.encoders.prompts import Batch
     from hosl_flower.ledger.ledger import Entry
-    from hosl_flower.messages import CutGradient, Failure, Forward, LocalStep, Probe
+    from hosl_flower.protocol.messages.registry import (
+        CutGradient,
+        Failure,
+        Forward,
+        LocalStep,
+        Probe,
+    )
     from hosl_flower.tensors.memory import Meter
 
     model, size, length, dtype, trainable = shape
@@ -325,7 +331,7 @@ def process() -> dict[str, Any]:
     from specs import client_spec
 
     from hosl_flower.client import Client
-    from hosl_flower.messages import Describe, Forward, Probe
+    from hosl_flower.protocol.messages.registry import Describe, Forward, Probe
 
     spec = client_spec(
         model="random:opt-125m", cut_layer=5, client_trainable="full", batch_size=8, max_length=64,

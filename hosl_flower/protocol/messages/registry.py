@@ -30,8 +30,8 @@ Any request may be answered by Behind (the client's ledger is shorter or another
 CatchUp, Move or Restore) or Failure.
 """
 
-from hosl_flower.catching_up import CatchUp, Move, Restore
-from hosl_flower.replies import (
+from hosl_flower.protocol.messages.ledger import CatchUp, Move, Restore
+from hosl_flower.protocol.messages.replies import (
     Activations,
     Applied,
     Behind,
@@ -50,7 +50,7 @@ from hosl_flower.replies import (
     Update,
     Weights,
 )
-from hosl_flower.requests import (
+from hosl_flower.protocol.messages.requests import (
     Adopt,
     Backward,
     Continue,

@@ -7,7 +7,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from hosl_flower.requests import STRICT, Count, Counts, Digest, Digests, Finite
+from hosl_flower.protocol.messages.requests import STRICT, Count, Counts, Digest, Digests, Finite
 from hosl_flower.tensors.memory import PHASES
 
 # summed up over a run, so that a sum stays a number; nobody computes for longer than eleven days

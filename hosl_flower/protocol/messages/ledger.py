@@ -11,7 +11,7 @@ from hosl_flower.errors import ProtocolError
 from hosl_flower.ledger.client_state import Snapshot
 from hosl_flower.ledger.ledger import Entry, Ledger, entries_from_columns
 from hosl_flower.ledger.weight_deltas import Passage
-from hosl_flower.requests import STRICT, Count, Counts, Digests, Finites, Request
+from hosl_flower.protocol.messages.requests import STRICT, Count, Counts, Digests, Finites, Request
 from hosl_flower.tensors.raw_bytes import dtype_name
 from hosl_flower.tensors.update_codec import Coded, Rows, check
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hosl_flower.errors import OutOfRangeError, ProtocolError
 from hosl_flower.ledger.client_state import ClientState
-from hosl_flower.messages import (
+from hosl_flower.protocol.messages.registry import (
     Activations,
     Continue,
     Continued,
