@@ -9,7 +9,7 @@ import logging
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from hosl_flower.client import Client
+from hosl_flower.client.client import Client
 from hosl_flower.config.resolve import ClientSpec, use_threads
 from hosl_flower.data.node_path import NodeConfig, is_simulated
 from hosl_flower.errors import HoslError, public_reason

@@ -20,12 +20,12 @@ from torch import Tensor
 from hosl_flower.checkpoint import Checkpoint, found, read
 from hosl_flower.config.run_config import RunConfig
 from hosl_flower.errors import CheckpointError, ConfigError
-from hosl_flower.history import History
 from hosl_flower.ledger.client_state import Snapshot
-from hosl_flower.link.base import Traffic
 from hosl_flower.resumable import check_files, check_links, check_values
-from hosl_flower.server import Server
-from hosl_flower.session import Drop, Session
+from hosl_flower.server.history import History
+from hosl_flower.server.link import Traffic
+from hosl_flower.server.session import Drop, Session
+from hosl_flower.server.trainer import Server
 from hosl_flower.system.untrusted_files import read_json
 
 log = logging.getLogger("hosl_flower")

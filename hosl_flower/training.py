@@ -14,7 +14,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from hosl_flower.client import Client
+from hosl_flower.client.client import Client
 from hosl_flower.ending import warn_of_room
 from hosl_flower.errors import (
     AbsentError,
@@ -25,9 +25,6 @@ from hosl_flower.errors import (
     OutOfRangeError,
     ProtocolError,
 )
-from hosl_flower.held_out import score_batches
-from hosl_flower.link.base import Link
-from hosl_flower.link.inprocess import InProcessLink
 from hosl_flower.models.lora import save_adapters
 from hosl_flower.models.save_merged import save_merged
 from hosl_flower.models.split import count, trainable_parameters
@@ -40,9 +37,12 @@ from hosl_flower.protocol.messages.registry import (
 from hosl_flower.report import Report
 from hosl_flower.results import Results
 from hosl_flower.resume import earlier_traffic
-from hosl_flower.session import Session
+from hosl_flower.server.evaluate import score_batches
+from hosl_flower.server.in_process import InProcessLink
+from hosl_flower.server.link import Link
+from hosl_flower.server.session import Session
+from hosl_flower.server.text_scores import HeldOut
 from hosl_flower.tensors.raw_bytes import LARGEST_LOSS
-from hosl_flower.text_score import HeldOut
 
 log = logging.getLogger("hosl_flower")
 

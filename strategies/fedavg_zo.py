@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from hosl_flower.aggregate import check_is_mean
-from hosl_flower.cohort import Cohort
 from hosl_flower.config.run_config import RunConfig
 from hosl_flower.protocol.messages.registry import LocalTrain
-from hosl_flower.session import Session
+from hosl_flower.server.aggregate import check_is_mean
+from hosl_flower.server.cohort import Cohort
+from hosl_flower.server.session import Session
 from hosl_flower.tensors.update_codec import decode
 from strategies.ho_sfl import HoSfl
 

@@ -17,7 +17,7 @@ from the embedding they may be tied to.
 
 from hosl_flower.errors import ConfigError
 from hosl_flower.privacy.accountant import epsilon
-from hosl_flower.session import Session
+from hosl_flower.server.session import Session
 from strategies.heron import Heron
 
 

@@ -21,11 +21,11 @@ before the local steps.
 from collections.abc import Sequence
 from math import nan
 
-from hosl_flower.cohort import Cohort, Question, absent
-from hosl_flower.link.base import Link
 from hosl_flower.protocol.messages.registry import Forward, HeadProbe
-from hosl_flower.schedule import client_rate
-from hosl_flower.session import Session
+from hosl_flower.server.cohort import Cohort, Question, absent
+from hosl_flower.server.link import Link
+from hosl_flower.server.schedule import client_rate
+from hosl_flower.server.session import Session
 from strategies.ho_sfl import HoSfl
 
 

@@ -36,13 +36,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hosl_flower.aggregate import make_aggregate
-from hosl_flower.cohort import Cohort, Question, absent
 from hosl_flower.ledger.ledger import Entry
-from hosl_flower.link.base import Link
 from hosl_flower.protocol.messages.registry import CutGradient, Forward, Request
-from hosl_flower.schedule import client_rate
-from hosl_flower.session import Session
+from hosl_flower.server.aggregate import make_aggregate
+from hosl_flower.server.cohort import Cohort, Question, absent
+from hosl_flower.server.link import Link
+from hosl_flower.server.schedule import client_rate
+from hosl_flower.server.session import Session
 from hosl_flower.strategy import SplitStrategy
 from hosl_flower.zo.directions import derive_seed
 from hosl_flower.zo.estimator import to_float32

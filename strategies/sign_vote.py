@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from hosl_flower.cohort import Cohort
-from hosl_flower.session import Session
+from hosl_flower.server.cohort import Cohort
+from hosl_flower.server.session import Session
 from strategies.ho_sfl import HoSfl
 
 

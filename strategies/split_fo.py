@@ -34,12 +34,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hosl_flower.aggregate import check_is_mean
-from hosl_flower.cohort import Cohort, Question, absent
 from hosl_flower.config.run_config import RunConfig
 from hosl_flower.errors import ConfigError
 from hosl_flower.gradients.backprop import unflat
-from hosl_flower.link.base import Link
 from hosl_flower.optim.gradient import Dense
 from hosl_flower.protocol.messages.registry import (
     Adopt,
@@ -49,8 +46,11 @@ from hosl_flower.protocol.messages.registry import (
     Request,
     Weights,
 )
-from hosl_flower.schedule import client_rate
-from hosl_flower.session import Session
+from hosl_flower.server.aggregate import check_is_mean
+from hosl_flower.server.cohort import Cohort, Question, absent
+from hosl_flower.server.link import Link
+from hosl_flower.server.schedule import client_rate
+from hosl_flower.server.session import Session
 from hosl_flower.tensors.update_codec import decode
 from hosl_flower.zo.directions import derive_seed
 from strategies.ho_sfl import HoSfl

@@ -19,14 +19,14 @@ from typing import Any
 
 from torch import Tensor
 
-from hosl_flower.labels import KeptLabels
 from hosl_flower.protocol.checks import BatchKey, check_same_batch
 from hosl_flower.protocol.messages.registry import Forward, Probe, Request
-from hosl_flower.schedule import rate_factor
-from hosl_flower.session import Session
+from hosl_flower.server.kept_labels import KeptLabels
+from hosl_flower.server.schedule import rate_factor
+from hosl_flower.server.session import Session
+from hosl_flower.server.zo_trainer import ZoServer
 from hosl_flower.zo.directions import derive_seed
 from hosl_flower.zo.estimator import probe_points, projected_gradients
-from hosl_flower.zo_server import ZoServer
 from strategies.hosl import Hosl, Probed
 
 

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from grids import LocalGrid
 
-from hosl_flower.client import Client
+from hosl_flower.client.client import Client
 from hosl_flower.link.dial import Invitation, serve
 from hosl_flower.link.lines import SESSION
 from hosl_flower.link.records import unpack_invitation

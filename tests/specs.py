@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
-from hosl_flower.client import new_state
+from hosl_flower.client.client import new_state
 from hosl_flower.config.resolve import ClientSpec
-from hosl_flower.history import History
 from hosl_flower.models.split import load_client, open_base
+from hosl_flower.server.history import History
 from hosl_flower.tasks.known import TASKS
 
 _DEFAULTS: dict[str, Any] = {

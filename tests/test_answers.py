@@ -14,8 +14,8 @@ from hosl_flower.errors import ProtocolError
 from hosl_flower.models.split import load_client, load_server, open_base
 from hosl_flower.protocol.checks import Limits, check_activations
 from hosl_flower.protocol.messages.registry import Activations
-from hosl_flower.score import Score
-from hosl_flower.server import Server
+from hosl_flower.server.scores import Score
+from hosl_flower.server.trainer import Server
 from hosl_flower.tasks.answer_words import Answers
 from strategies.fedavg_zo import FedAvgZo
 from strategies.ho_sfl import HoSfl

@@ -11,10 +11,9 @@ from runs import metrics, run_factory
 from safetensors.torch import load_file, save_file
 from specs import client_spec, history_for
 
-from hosl_flower import session as sessions
 from hosl_flower import training
 from hosl_flower.checkpoint import Checkpoint, _sha256, read, write
-from hosl_flower.client import Client
+from hosl_flower.client.client import Client
 from hosl_flower.errors import (
     CheckpointError,
     ClientError,
@@ -24,7 +23,6 @@ from hosl_flower.errors import (
     ProtocolError,
     printable,
 )
-from hosl_flower.link.inprocess import InProcessLink
 from hosl_flower.protocol.checks import Limits, check_update
 from hosl_flower.protocol.messages.registry import (
     Activations,
@@ -39,9 +37,11 @@ from hosl_flower.protocol.messages.registry import (
     Scalars,
     Weights,
 )
-from hosl_flower.reference import NO_REFERENCE
-from hosl_flower.server import Server
-from hosl_flower.session import MOST_DROPS, Drop, Drops
+from hosl_flower.server import session as sessions
+from hosl_flower.server.in_process import InProcessLink
+from hosl_flower.server.reference import NO_REFERENCE
+from hosl_flower.server.session import MOST_DROPS, Drop, Drops
+from hosl_flower.server.trainer import Server
 from hosl_flower.tensors.memory import PHASES
 from strategies.fedavg_zo import FedAvgZo
 from strategies.frozen_client import FrozenClient

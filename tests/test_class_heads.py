@@ -22,7 +22,7 @@ from hosl_flower.errors import ConfigError
 from hosl_flower.models.class_head import with_classes
 from hosl_flower.models.save_merged import save_merged
 from hosl_flower.models.split import load_client, load_server, open_base
-from hosl_flower.session import open_session
+from hosl_flower.server.session import open_session
 from hosl_flower.tasks.known import Task
 from hosl_flower.tasks.known_images import image_task
 

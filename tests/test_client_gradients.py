@@ -4,7 +4,7 @@ import pytest
 import torch
 from specs import client_spec
 
-from hosl_flower.client import new_state
+from hosl_flower.client.client import new_state
 from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.errors import ConfigError
 from hosl_flower.gradients.backprop import gradients

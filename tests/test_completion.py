@@ -12,7 +12,7 @@ from test_families import saved as saved  # a fixture
 from test_ho_sfl import link_that
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hosl_flower.client import Client
+from hosl_flower.client.client import Client
 from hosl_flower.config.run_config import parse_config
 from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.data.readers.squad import graded
@@ -28,7 +28,7 @@ from hosl_flower.protocol.messages.registry import (
     Grade,
     Graded,
 )
-from hosl_flower.server import Server
+from hosl_flower.server.trainer import Server
 from hosl_flower.tasks.generated_answers import IGNORED, Completion
 from hosl_flower.tasks.known import TASKS
 from strategies.heron import Heron

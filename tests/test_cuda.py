@@ -5,7 +5,7 @@ import torch
 from runs import metrics, run_factory
 from test_state import ENTRIES
 
-from hosl_flower.client import Client
+from hosl_flower.client.client import Client
 from hosl_flower.ledger.client_state import ClientState, fingerprint
 from hosl_flower.ledger.ledger import Ledger
 from hosl_flower.ledger.weight_deltas import Shifts

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hosl_flower.errors import ConfigError, DivergedError, DriftError
 from hosl_flower.ledger.ledger import Ledger, fingerprint
-from hosl_flower.link.inprocess import InProcessLink
 from hosl_flower.protocol.messages.registry import Evaluate
+from hosl_flower.server.in_process import InProcessLink
 from strategies.hosl import Hosl
 
 
@@ -61,7 +61,7 @@ def test_held_out_batches_are_asked_for_in_groups(make, monkeypatch):
         return original(self, requests)
 
     monkeypatch.setattr(InProcessLink, "exchange", exchange)
-    monkeypatch.setattr("hosl_flower.held_out._TOGETHER", 3)
+    monkeypatch.setattr("hosl_flower.server.evaluate._TOGETHER", 3)
     _, grouped, _ = make()
     assert [count for count in asked if count] == [3, 1] * 3, "at steps 0, 2 and 4"
     assert metrics(grouped) == metrics(together)

@@ -11,10 +11,8 @@ from runs import metrics, run_factory
 from safetensors.torch import load_file
 from specs import client_spec, history_for
 
-from hosl_flower.client import Client
+from hosl_flower.client.client import Client
 from hosl_flower.errors import ClientError, ConfigError
-from hosl_flower.labels import score_by_client
-from hosl_flower.link.base import Link
 from hosl_flower.link.stream import longest_frame
 from hosl_flower.models.families.decoders import embedding_name
 from hosl_flower.models.label_head import OutputHead, load_output_head
@@ -22,6 +20,8 @@ from hosl_flower.models.split import load_client, load_server, open_base
 from hosl_flower.protocol.checks import Limits
 from hosl_flower.protocol.messages.registry import HeldOutStates, HiddenStates, Scored
 from hosl_flower.protocol.wire import to_wire
+from hosl_flower.server.kept_labels import score_by_client
+from hosl_flower.server.link import Link
 from hosl_flower.tasks.answer_words import Answers
 from hosl_flower.tensors.raw_bytes import raw_bytes
 from strategies.frozen_client import FrozenClient

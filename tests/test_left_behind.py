@@ -9,12 +9,12 @@ import flwr_datasets.partitioner  # noqa: F401  its first import leaves a traceb
 import pytest
 from runs import run_factory, write_questions
 
-from hosl_flower.client import Client
+from hosl_flower.client.client import Client
 from hosl_flower.config.resolve import resolve
 from hosl_flower.data.partition import DataPool
 from hosl_flower.models.split import ClientSubmodel
-from hosl_flower.server import Server
-from hosl_flower.session import Session
+from hosl_flower.server.session import Session
+from hosl_flower.server.trainer import Server
 from strategies.ho_sfl import HoSfl
 from strategies.hosl import Hosl
 from strategies.split_fo import SplitFo

@@ -11,7 +11,7 @@ from grids import LocalGrid
 from specs import client_spec, history_for
 
 from hosl_flower import client_calls
-from hosl_flower.client import Client
+from hosl_flower.client.client import Client
 from hosl_flower.errors import (
     AbsentError,
     ClientError,
@@ -21,7 +21,6 @@ from hosl_flower.errors import (
 )
 from hosl_flower.ledger.ledger import Entry
 from hosl_flower.link.grid import EXCHANGE, GridLink
-from hosl_flower.link.inprocess import InProcessLink
 from hosl_flower.link.nodes import Nodes
 from hosl_flower.link.records import pack
 from hosl_flower.protocol.checks import Limits
@@ -36,6 +35,7 @@ from hosl_flower.protocol.messages.registry import (
     Losses,
     Probe,
 )
+from hosl_flower.server.in_process import InProcessLink
 from hosl_flower.zo.estimator import projected_gradients
 
 SPEC = client_spec()

@@ -23,7 +23,7 @@ from hosl_flower.models.split import (
     open_base,
     trainable_parameters,
 )
-from hosl_flower.server import Server
+from hosl_flower.server.trainer import Server
 from hosl_flower.tasks.answer_words import Answers
 from hosl_flower.zo.directions import DISTRIBUTIONS, Layout
 from hosl_flower.zo.perturbed import perturbed

@@ -12,11 +12,10 @@ from safetensors.torch import load_file
 from test_steps import losses
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hosl_flower.client import Client
+from hosl_flower.client.client import Client
 from hosl_flower.errors import ClientError, ConfigError, ProtocolError
 from hosl_flower.gradients.backprop import unflat
 from hosl_flower.ledger.ledger import Ledger
-from hosl_flower.link.inprocess import InProcessLink
 from hosl_flower.optim.adafactor import Adafactor
 from hosl_flower.optim.gradient import Dense
 from hosl_flower.protocol.checks import check_weights
@@ -29,9 +28,10 @@ from hosl_flower.protocol.messages.registry import (
     LocalStep,
     Restore,
 )
-from hosl_flower.server import Server
-from hosl_flower.session import open_session
-from hosl_flower.zo_server import ZoServer
+from hosl_flower.server.in_process import InProcessLink
+from hosl_flower.server.session import open_session
+from hosl_flower.server.trainer import Server
+from hosl_flower.server.zo_trainer import ZoServer
 from strategies.fedavg_zo import FedAvgZo
 from strategies.frozen_client import FrozenClient
 from strategies.full_zo import FullZo

@@ -7,7 +7,7 @@ from runs import metrics, run_factory
 
 from hosl_flower.config.run_config import parse_config
 from hosl_flower.errors import ConfigError
-from hosl_flower.schedule import client_rate, rate_factor
+from hosl_flower.server.schedule import client_rate, rate_factor
 from strategies.frozen_client import FrozenClient
 from strategies.ho_sfl import HoSfl
 from strategies.hosl import Hosl

@@ -6,9 +6,8 @@ import pytest
 import torch
 from specs import client_spec, history_for
 
-from hosl_flower.client import Client
+from hosl_flower.client.client import Client
 from hosl_flower.errors import ProtocolError
-from hosl_flower.history import History
 from hosl_flower.ledger.client_state import ClientState
 from hosl_flower.ledger.ledger import fingerprint
 from hosl_flower.ledger.weight_deltas import Shifts
@@ -20,6 +19,7 @@ from hosl_flower.protocol.messages.registry import (
     Move,
     Restore,
 )
+from hosl_flower.server.history import History
 from hosl_flower.tensors.update_codec import Rows, decode
 
 ROWS = Rows({"w": torch.Size([2, 2])})

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from hosl_flower.errors import DriftError
-from hosl_flower.history import History
 from hosl_flower.ledger.client_state import ClientState
 from hosl_flower.ledger.ledger import Entry
 from hosl_flower.optim.gradient import Seeded
 from hosl_flower.optim.optimizer import AdamW, square_root
 from hosl_flower.protocol.messages.registry import CatchUp, Fingerprinted, Forward, Restore
 from hosl_flower.protocol.wire import wire_bytes
+from hosl_flower.server.history import History
 from hosl_flower.zo.directions import DISTRIBUTIONS, Layout
 from hosl_flower.zo.estimator import to_float32
 

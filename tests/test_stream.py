@@ -16,14 +16,12 @@ from runs import metrics, run_factory
 from specs import client_spec, history_for
 
 from hosl_flower import client_calls
-from hosl_flower.client import Client
+from hosl_flower.client.client import Client
 from hosl_flower.errors import AbsentError, ClientError, ConfigError, ProtocolError, RefusedError
-from hosl_flower.history import History
 from hosl_flower.ledger.client_state import ClientState
 from hosl_flower.ledger.ledger import Entry
 from hosl_flower.link import dial as dialling
 from hosl_flower.link.frames import Key, decode, encode, encode_word, read_word
-from hosl_flower.link.inprocess import InProcessLink
 from hosl_flower.link.lines import SESSION
 from hosl_flower.link.nodes import Nodes
 from hosl_flower.link.sessions import METHOD, TOKEN
@@ -43,6 +41,8 @@ from hosl_flower.protocol.messages.registry import (
     Probe,
 )
 from hosl_flower.protocol.wire import LONGEST_REPLY
+from hosl_flower.server.history import History
+from hosl_flower.server.in_process import InProcessLink
 from hosl_flower.tensors.activation_codec import encode as codec_encode
 from hosl_flower.tensors.raw_bytes import DTYPES
 from hosl_flower.tensors.update_codec import encode as encode_update

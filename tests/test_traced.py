@@ -8,7 +8,7 @@ import pytest
 import torch
 from specs import client_spec
 
-from hosl_flower.client import Client
+from hosl_flower.client.client import Client
 from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.ledger.ledger import Entry
 from hosl_flower.protocol.messages.registry import CutGradient, Forward, LocalStep, Probe

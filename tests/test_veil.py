@@ -5,7 +5,7 @@ import torch
 from runs import run_factory, write_questions
 from specs import client_spec
 
-from hosl_flower.client import Client
+from hosl_flower.client.client import Client
 from hosl_flower.errors import ConfigError
 from hosl_flower.privacy.activation_noise import Veil
 from hosl_flower.privacy.noise_secret import simulated_secret

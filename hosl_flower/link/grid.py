@@ -20,9 +20,7 @@ from hosl_flower.errors import (
     ProtocolError,
     printable,
 )
-from hosl_flower.history import History
 from hosl_flower.link.announced import Node
-from hosl_flower.link.base import NOT_YET, Link
 from hosl_flower.link.mailbox import Letter, Mailbox, Part
 from hosl_flower.link.nodes import Limit, Nodes
 from hosl_flower.link.records import pack, unpack_replies
@@ -40,6 +38,8 @@ from hosl_flower.protocol.messages.registry import (
     Request,
 )
 from hosl_flower.protocol.wire import to_wire
+from hosl_flower.server.history import History
+from hosl_flower.server.link import NOT_YET, Link
 from hosl_flower.tensors.raw_bytes import DTYPES
 
 EXCHANGE = "train.exchange"

@@ -12,9 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from hosl_flower.config.resolve import ClientSpec
 from hosl_flower.errors import AbsentError, ClientError, ConfigError, ProtocolError, SuperLinkError
-from hosl_flower.history import History
-from hosl_flower.labels import STATES_BYTES
-from hosl_flower.link.base import NOT_YET, Link
 from hosl_flower.link.dial import Invitation
 from hosl_flower.link.frames import Key
 from hosl_flower.link.lines import Caller, Line
@@ -23,6 +20,9 @@ from hosl_flower.link.sessions import StreamServer
 from hosl_flower.link.superlink import AnyGrid
 from hosl_flower.protocol.checks import Limits
 from hosl_flower.protocol.messages.registry import Behind, Failure, Reply, Request
+from hosl_flower.server.history import History
+from hosl_flower.server.kept_labels import STATES_BYTES
+from hosl_flower.server.link import NOT_YET, Link
 from hosl_flower.tensors.activation_codec import has_scales
 from hosl_flower.tensors.raw_bytes import DTYPES
 

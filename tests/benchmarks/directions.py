@@ -42,13 +42,13 @@ from direction_kinds import Drawn, Parts, cosine, learned, only, probed, rms
 from torch import Tensor, nn
 
 from hosl_flower.cli import key_value
-from hosl_flower.client import Client
+from hosl_flower.client.client import Client
 from hosl_flower.config.run_config import parse_config
 from hosl_flower.gradients.backprop import gradients
 from hosl_flower.gradients.residual.gradients import residual_gradients
 from hosl_flower.models.split import trainable_parameters
 from hosl_flower.protocol.messages.registry import Activations, Forward
-from hosl_flower.session import open_session
+from hosl_flower.server.session import open_session
 from hosl_flower.zo.directions import DISTRIBUTIONS
 from hosl_flower.zo.surrogates import Cotangent
 

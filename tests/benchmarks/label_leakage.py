@@ -29,11 +29,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hosl_flower.cli import key_value
-from hosl_flower.client import Client
+from hosl_flower.client.client import Client
 from hosl_flower.config.run_config import parse_config
 from hosl_flower.models.label_head import Judged, OutputHead, load_output_head
 from hosl_flower.protocol.messages.registry import Activations, Forward
-from hosl_flower.session import open_session
+from hosl_flower.server.session import open_session
 from hosl_flower.tasks.answer_words import Answers
 from strategies.frozen_client import FrozenClient
 
@@ -123,7 +123,7 @@ def trained(keys: dict[str, object], noise: float, secret: bool) -> float:
         rows = secret_rows(head.weight, 2) if secret else head.weight
         return HidingHead(head.answers, rows, noise, 3)
 
-    with mock.patch("hosl_flower.client.load_output_head", load):
+    with mock.patch("hosl_flower.client.client.load_output_head", load):
         return FrozenClient(parse_config(keys)).run_in_process().accuracy
 
 

@@ -26,7 +26,7 @@ from hosl_flower.data.partition import DataPool
 from hosl_flower.models.families.decoders import embedding_name
 from hosl_flower.models.split import ClientSubmodel, load_client
 from hosl_flower.privacy.activation_noise import Veil
-from hosl_flower.session import open_session
+from hosl_flower.server.session import open_session
 from hosl_flower.tensors.activation_codec import decode, encode
 
 NOISES = (0.0, 0.3, 1.0, 3.0)

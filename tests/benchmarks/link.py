@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from deployments import deployment, run_deployed
 
-from hosl_flower.client import Client
+from hosl_flower.client.client import Client
 from hosl_flower.config.resolve import resolve
 from hosl_flower.config.run_config import parse_config
 from hosl_flower.link.dial import Invitation, serve

@@ -85,7 +85,7 @@ def _client(shape: tuple, column: str, device: str) -> dict[str, Any]:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from specs import client_spec
 
-    from hosl_flower.client import Client
+    from hosl_flower.client.client import Client
     from hosl_flower.config.resolve import torch_dtype
     from hosl_flower.data.encoders.prompts import Batch
     from hosl_flower.ledger.ledger import Entry
@@ -330,7 +330,7 @@ def process() -> dict[str, Any]:
     found = {"imports": peak_rss_bytes() >> 20}
     from specs import client_spec
 
-    from hosl_flower.client import Client
+    from hosl_flower.client.client import Client
     from hosl_flower.protocol.messages.registry import Describe, Forward, Probe
 
     spec = client_spec(

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hosl_flower.errors import ConfigError, DivergedError, UnusableBatchError
-from hosl_flower.labels import Labels, Piece, SentLabels
 from hosl_flower.models.split import AUXILIARY, ServerSubmodel, trainable_parameters
 from hosl_flower.protocol.messages.registry import Activations
-from hosl_flower.score import Addable
+from hosl_flower.server.kept_labels import Labels, Piece, SentLabels
+from hosl_flower.server.scores import Addable
 from hosl_flower.tasks.answer_words import Scoring
 from hosl_flower.tensors.raw_bytes import LARGEST_LOSS, largest
 

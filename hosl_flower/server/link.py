@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from hosl_flower.errors import MOST_TOLD, ClientError, DriftError, ProtocolError, printable
-from hosl_flower.history import History
 from hosl_flower.ledger.ledger import first_digest
 from hosl_flower.protocol.checks import (
     Limits,
@@ -76,6 +75,7 @@ from hosl_flower.protocol.messages.registry import (
     Weights,
 )
 from hosl_flower.protocol.wire import wire_bytes
+from hosl_flower.server.history import History
 from hosl_flower.tensors.activation_codec import decode
 from hosl_flower.tensors.memory import PHASES
 from hosl_flower.tensors.raw_bytes import DTYPES

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hosl_flower.client.forwards import put_together
 from hosl_flower.config.resolve import ClientSpec
 from hosl_flower.data.partition import DataPool
 from hosl_flower.data.readers.squad import graded
 from hosl_flower.errors import ProtocolError
-from hosl_flower.forward import put_together
 from hosl_flower.models.decoding import Prompts, checked
 from hosl_flower.models.split import ClientSubmodel
 from hosl_flower.protocol.messages.requests import Continue, Evaluate, Grade

@@ -9,17 +9,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hosl_flower.client.forwards import HERE, Forwards, put_together
+from hosl_flower.client.generation import Writing
+from hosl_flower.client.head_scalars import Batches, plain, private
+from hosl_flower.client.local_steps import local_steps
 from hosl_flower.config.resolve import ClientSpec
 from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.data.partition import DataPool
 from hosl_flower.errors import ProtocolError
-from hosl_flower.forward import HERE, Forwards, put_together
 from hosl_flower.gradients.backprop import gradients, unflat
 from hosl_flower.gradients.recompute import recomputed_gradients
 from hosl_flower.gradients.residual.gradients import residual_gradients
-from hosl_flower.head_probe import Batches, plain, private
 from hosl_flower.ledger.client_state import ClientState
-from hosl_flower.local import local_steps
 from hosl_flower.models.label_head import Judged, OutputHead
 from hosl_flower.models.split import ClientSubmodel
 from hosl_flower.privacy.activation_noise import Veil
@@ -42,7 +43,6 @@ from hosl_flower.tensors.memory import Meter
 from hosl_flower.tensors.raw_bytes import dtype_name
 from hosl_flower.tensors.update_codec import Coded
 from hosl_flower.tensors.update_codec import encode as encode_update
-from hosl_flower.writing import Writing
 from hosl_flower.zo.directions import derive_seed
 from hosl_flower.zo.estimator import Point, directional, estimate
 from hosl_flower.zo.surrogates import Cotangent, Pieces, linear

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hosl_flower.labels import Tally
-from hosl_flower.score import Score
+from hosl_flower.server.kept_labels import Tally
+from hosl_flower.server.scores import Score
 from hosl_flower.tasks.generated_answers import targets
 from hosl_flower.tasks.known import Task
 

@@ -23,7 +23,6 @@ from hosl_flower.errors import (
     LostClientsError,
     ProtocolError,
 )
-from hosl_flower.link.base import NOT_YET, Link
 from hosl_flower.protocol.messages.registry import (
     Activations,
     Forward,
@@ -32,11 +31,12 @@ from hosl_flower.protocol.messages.registry import (
     HiddenStates,
     Scored,
 )
+from hosl_flower.server.link import NOT_YET, Link
 from hosl_flower.tasks.answer_words import Answers, Scoring
 from hosl_flower.tasks.generated_answers import targets
 
 if TYPE_CHECKING:
-    from hosl_flower.session import Session
+    from hosl_flower.server.session import Session
 
 STATES_BYTES = 4 << 20  # of held-out examples' hidden states in one request, about
 _MOMENT = 0.05  # seconds between two looks at clients that are late

@@ -9,7 +9,7 @@ from hosl_flower.config.run_config import RunConfig
 from hosl_flower.optim.by_name import make_optimizer
 from hosl_flower.optim.gradient import Seeded
 from hosl_flower.protocol.messages.registry import Activations
-from hosl_flower.server import Server
+from hosl_flower.server.trainer import Server
 from hosl_flower.zo.directions import Layout
 from hosl_flower.zo.estimator import Point, estimate
 from hosl_flower.zo.perturbed import perturbed

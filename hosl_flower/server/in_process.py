@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from hosl_flower.client import Client
-from hosl_flower.history import History
-from hosl_flower.link.base import Link
+from hosl_flower.client.client import Client
 from hosl_flower.protocol.checks import Limits
 from hosl_flower.protocol.messages.registry import Reply, Request
+from hosl_flower.server.history import History
+from hosl_flower.server.link import Link
 
 
 class InProcessLink(Link):

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from hosl_flower.branches import Branches
-from hosl_flower.compute import Compute
+from hosl_flower.client.compute import Compute
+from hosl_flower.client.local_weights import Branches
 from hosl_flower.errors import DriftError, ProtocolError
 from hosl_flower.ledger.client_state import ClientState
 from hosl_flower.ledger.ledger import Entry, chain, chain_entries, fingerprint

@@ -17,8 +17,6 @@ from hosl_flower.errors import (
     ProtocolError,
     UnusableBatchError,
 )
-from hosl_flower.labels import KeptLabels, kept, too_late
-from hosl_flower.link.base import NOT_YET, Link
 from hosl_flower.protocol.messages.registry import (
     Activations,
     Describe,
@@ -26,8 +24,10 @@ from hosl_flower.protocol.messages.registry import (
     Forward,
     Request,
 )
-from hosl_flower.schedule import rate_factor
-from hosl_flower.session import Drop, Session
+from hosl_flower.server.kept_labels import KeptLabels, kept, too_late
+from hosl_flower.server.link import NOT_YET, Link
+from hosl_flower.server.schedule import rate_factor
+from hosl_flower.server.session import Drop, Session
 
 log = logging.getLogger("hosl_flower")
 

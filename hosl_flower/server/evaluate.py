@@ -11,8 +11,6 @@ from typing import Any
 from torch import Tensor
 
 from hosl_flower.errors import ProtocolError
-from hosl_flower.labels import score_by_client
-from hosl_flower.link.base import Link
 from hosl_flower.models.decoding import Writer, greedy
 from hosl_flower.protocol.messages.registry import (
     Activations,
@@ -23,9 +21,11 @@ from hosl_flower.protocol.messages.registry import (
     Graded,
     Request,
 )
-from hosl_flower.session import Session
+from hosl_flower.server.kept_labels import score_by_client
+from hosl_flower.server.link import Link
+from hosl_flower.server.session import Session
+from hosl_flower.server.text_scores import HeldOut, TextScore, new_score
 from hosl_flower.tasks.generated_answers import Completion
-from hosl_flower.text_score import HeldOut, TextScore, new_score
 
 _TOGETHER = 1000  # batches asked for in one exchange
 

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hosl_flower.aggregate import MEANS
 from hosl_flower.checkpoint import Checkpoint
-from hosl_flower.client import new_state
+from hosl_flower.client.client import new_state
 from hosl_flower.config.resolve import (
     ClientSpec,
     Resolved,
@@ -28,7 +27,6 @@ from hosl_flower.data.encoders.make import make_inputs
 from hosl_flower.data.encoders.prompts import Inputs
 from hosl_flower.data.overlap import Overlap
 from hosl_flower.errors import ConfigError, DriftError
-from hosl_flower.history import History
 from hosl_flower.models.auxiliary_head import attach_head
 from hosl_flower.models.checkpoints.adapters import AdaptedWeights
 from hosl_flower.models.class_head import class_names, with_classes
@@ -46,8 +44,10 @@ from hosl_flower.models.split import (
 from hosl_flower.privacy.accountant import epsilon, most_uses
 from hosl_flower.protocol.checks import Limits
 from hosl_flower.protocol.messages.registry import Described
-from hosl_flower.reference import NO_REFERENCE, Reference, reference_of
-from hosl_flower.server import Server
+from hosl_flower.server.aggregate import MEANS
+from hosl_flower.server.history import History
+from hosl_flower.server.reference import NO_REFERENCE, Reference, reference_of
+from hosl_flower.server.trainer import Server
 from hosl_flower.tensors.activation_codec import encode
 from hosl_flower.zo.directions import derive_seed, permutation
 from hosl_flower.zo.estimator import clip
