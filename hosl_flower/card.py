@@ -24,8 +24,8 @@ from hosl_flower.finished import Finished
 from hosl_flower.models.class_head import class_names
 from hosl_flower.models.families.decoders import family_of
 from hosl_flower.models.split import RANDOM, load_model_config
-from hosl_flower.page_files import Evaluation
-from hosl_flower.resume import FREE
+from hosl_flower.run.resume import FREE
+from hosl_flower.run.run_files import Evaluation
 from hosl_flower.system.untrusted_files import read_regular
 from hosl_flower.tasks.known import TASKS, Task
 from hosl_flower.tasks.known_images import IMAGE_TASKS

@@ -18,7 +18,7 @@ from hosl_flower.config.run_config import parse_config
 from hosl_flower.data.infer_task import completed
 from hosl_flower.errors import ConfigError, HoslError
 from hosl_flower.experiment import Cell, Experiment, Keys, grid, trials
-from hosl_flower.measures import headline
+from hosl_flower.run.headline import headline
 from hosl_flower.system.signals import exiting_when_told
 
 DIVERGED = "diverged.txt"  # in the run directory of a run that did

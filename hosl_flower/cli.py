@@ -106,8 +106,8 @@ def plan(
     from hosl_flower.server_app import log_to_stderr  # first: it settles how threads wait
 
     log_to_stderr()
-    from hosl_flower import plan as planning
-    from hosl_flower.summary import plan_table
+    from hosl_flower.run import plan as planning
+    from hosl_flower.run.summary import plan_table
 
     try:
         memory = planning.parse_bytes("--client-memory", client_memory)

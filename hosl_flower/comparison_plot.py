@@ -12,7 +12,7 @@ from matplotlib import pyplot
 
 from hosl_flower.comparison import Row
 from hosl_flower.outcome import Outcome
-from hosl_flower.plot import write_picture
+from hosl_flower.run.figures import write_picture
 
 _BYTES = "MB up and down"
 _AXES: tuple[tuple[str, Callable[[Outcome, int], float]], ...] = (

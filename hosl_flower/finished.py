@@ -24,7 +24,7 @@ from hosl_flower.models.split import (
     load_server,
     open_base,
 )
-from hosl_flower.page_files import ConfigFile, Read, ResultsFile
+from hosl_flower.run.run_files import ConfigFile, Read, ResultsFile
 from hosl_flower.system.untrusted_files import check_tree, parse_json, read_json, read_regular
 
 

@@ -31,7 +31,7 @@ from hosl_flower.processes import (
     stop,
     wait_until_healthy,
 )
-from hosl_flower.runlog import say_stopped
+from hosl_flower.run.run_log import say_stopped
 from hosl_flower.system.directories import claimed
 from hosl_flower.system.proxies import without_loopback
 from hosl_flower.system.signals import Told, exiting_when_told

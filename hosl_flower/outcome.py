@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hosl_flower.cells import CellError, is_diverged
-from hosl_flower.measures import headline
+from hosl_flower.run.headline import headline
 from hosl_flower.system.untrusted_files import read_json
 
 # A backward pass counts as two, and the forward is run again for its graph. Recomputing and

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from hosl_flower.page_data import Run
-from hosl_flower.page_files import Dropped
+from hosl_flower.run.run_files import Dropped
 from hosl_flower.zo.directions import derive_seed, permutation
 
 MOST_CLIENTS = 2000  # in a figure

@@ -15,7 +15,15 @@ from pydantic import ValidationError
 from hosl_flower.cells import DIVERGED
 from hosl_flower.errors import CheckpointError, HoslError, printable
 from hosl_flower.outcome import Outcome, outcome
-from hosl_flower.page_files import ConfigFile, Evaluation, Measured, Read, ResultsFile, Sent, Update
+from hosl_flower.run.run_files import (
+    ConfigFile,
+    Evaluation,
+    Measured,
+    Read,
+    ResultsFile,
+    Sent,
+    Update,
+)
 from hosl_flower.system.untrusted_files import MOST_BYTES, parse_json, read_bytes
 
 _MOST_PICTURE = 1 << 24  # bytes of partition.png: it goes into the page

@@ -18,8 +18,8 @@ from flwr.serverapp import Grid, ServerApp
 from hosl_flower.config.run_config import RunConfig, parse_config
 from hosl_flower.data.infer_task import completed
 from hosl_flower.errors import ConfigError, HoslError
-from hosl_flower.runlog import OneLine
-from hosl_flower.strategy import SplitStrategy
+from hosl_flower.methods.method import SplitStrategy
+from hosl_flower.run.run_log import OneLine
 
 app = ServerApp()
 

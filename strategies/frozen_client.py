@@ -9,11 +9,11 @@ that we know of reports it.
 
 from collections.abc import Sequence
 
+from hosl_flower.methods.method import SplitStrategy
 from hosl_flower.protocol.messages.registry import Forward
 from hosl_flower.server.cohort import Cohort, Question, absent
 from hosl_flower.server.link import Link
 from hosl_flower.server.session import Session
-from hosl_flower.strategy import SplitStrategy
 
 # What has no meaning where no client is trained.
 CLIENT_TRAINING = (

@@ -37,13 +37,13 @@ import torch
 from torch import Tensor
 
 from hosl_flower.ledger.ledger import Entry
+from hosl_flower.methods.method import SplitStrategy
 from hosl_flower.protocol.messages.registry import CutGradient, Forward, Request
 from hosl_flower.server.aggregate import make_aggregate
 from hosl_flower.server.cohort import Cohort, Question, absent
 from hosl_flower.server.link import Link
 from hosl_flower.server.schedule import client_rate
 from hosl_flower.server.session import Session
-from hosl_flower.strategy import SplitStrategy
 from hosl_flower.zo.directions import derive_seed
 from hosl_flower.zo.estimator import to_float32
 

@@ -72,7 +72,7 @@ def run_factory(strategy, tiny_opt, tmp_path, **own):
         with contextlib.ExitStack() as without:
             for picture in () if pictures else ("draw_curve", "draw_partition"):
                 # drawing takes half of such a short run
-                without.enter_context(mock.patch(f"hosl_flower.report.{picture}"))
+                without.enter_context(mock.patch(f"hosl_flower.run.recorder.{picture}"))
             results = method(config).run_in_process()
         return results, tmp_path / "runs" / name, config
 

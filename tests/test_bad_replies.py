@@ -11,8 +11,6 @@ from runs import metrics, run_factory
 from safetensors.torch import load_file, save_file
 from specs import client_spec, history_for
 
-from hosl_flower import training
-from hosl_flower.checkpoint import Checkpoint, _sha256, read, write
 from hosl_flower.client.client import Client
 from hosl_flower.errors import (
     CheckpointError,
@@ -37,6 +35,8 @@ from hosl_flower.protocol.messages.registry import (
     Scalars,
     Weights,
 )
+from hosl_flower.run import loop as training
+from hosl_flower.run.checkpoint import Checkpoint, _sha256, read, write
 from hosl_flower.server import session as sessions
 from hosl_flower.server.in_process import InProcessLink
 from hosl_flower.server.reference import NO_REFERENCE
@@ -75,7 +75,7 @@ def replies_are(monkeypatch):
                 for request, reply in zip(sent, stream, strict=False):
                     yield change(partition, request, reply) or reply
 
-        monkeypatch.setattr("hosl_flower.strategy.InProcessLink", Rogue)
+        monkeypatch.setattr("hosl_flower.methods.method.InProcessLink", Rogue)
 
     return rogue
 

@@ -59,7 +59,10 @@ def test_without_the_packages_it_needs_it_says_what_to_activate():
         (["-c", "strategy=hosl:Hosl"], "did you mean 'strategies.hosl:Hosl'?"),
         (["-c", "strategy=json:JSONDecoder"], "is not a SplitStrategy"),
         (["-c", "strategy=.x:Hosl"], "cannot be loaded"),
-        (["-c", "strategy=hosl_flower.strategy:SplitStrategy"], "not a SplitStrategy with a step"),
+        (
+            ["-c", "strategy=hosl_flower.methods.method:SplitStrategy"],
+            "not a SplitStrategy with a step",
+        ),
         (["-c", "steps=true"], "steps = True"),
         (["-c", "save-model=yes"], "save-model = 'yes': expected true or false"),
         (["-c", "epsilon=1e-60"], "epsilon = 1e-60"),

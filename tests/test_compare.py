@@ -105,8 +105,8 @@ def in_this_process(monkeypatch):
             return "", ""
 
     monkeypatch.setattr(cells_module.subprocess, "Popen", Here)
-    monkeypatch.setattr("hosl_flower.report.draw_curve", lambda *_: None)
-    monkeypatch.setattr("hosl_flower.report.draw_partition", lambda *_: None)
+    monkeypatch.setattr("hosl_flower.run.recorder.draw_curve", lambda *_: None)
+    monkeypatch.setattr("hosl_flower.run.recorder.draw_partition", lambda *_: None)
     return started
 
 

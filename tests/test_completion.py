@@ -18,7 +18,6 @@ from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.data.readers.squad import graded
 from hosl_flower.errors import ClientError, ConfigError, ProtocolError
 from hosl_flower.models.decoding import Prompts, Writer, greedy
-from hosl_flower.plan import plan
 from hosl_flower.protocol.checks import Limits, check_activations, check_continued, check_graded
 from hosl_flower.protocol.messages.registry import (
     Activations,
@@ -28,6 +27,7 @@ from hosl_flower.protocol.messages.registry import (
     Grade,
     Graded,
 )
+from hosl_flower.run.plan import plan
 from hosl_flower.server.trainer import Server
 from hosl_flower.tasks.generated_answers import IGNORED, Completion
 from hosl_flower.tasks.known import TASKS
@@ -244,7 +244,7 @@ def test_what_needs_labels_says_so(make):
 
 
 def test_a_plan_of_a_run_that_generates(make, tiny_opt, tmp_path, monkeypatch):
-    monkeypatch.setattr("hosl_flower.plan._SECONDS", 0.0)
+    monkeypatch.setattr("hosl_flower.run.plan._SECONDS", 0.0)
     model, _ = tiny_opt(vocab_size=50272, max_position_embeddings=128)
     planned = plan(
         parse_config(

@@ -12,11 +12,12 @@ import pytest
 from runs import metrics, run_factory
 from safetensors import SafetensorError
 
-from hosl_flower import checkpoint, report
-from hosl_flower.checkpoint import steps
 from hosl_flower.errors import CheckpointError, ConfigError, HoslError
 from hosl_flower.export import export
 from hosl_flower.finished import read_run
+from hosl_flower.run import checkpoint
+from hosl_flower.run import recorder as report
+from hosl_flower.run.checkpoint import steps
 from hosl_flower.system import whole_files as whole
 from hosl_flower.system.whole_files import Lines, made_whole, put, save_tensors
 from strategies.hosl import Hosl

@@ -23,8 +23,8 @@ from hosl_flower.errors import ConfigError
 from hosl_flower.ledger.ledger import Ledger, fingerprint
 from hosl_flower.models.architectures import IMAGE_ARCHITECTURES
 from hosl_flower.models.split import open_base
-from hosl_flower.plan import plan
 from hosl_flower.protocol.messages.registry import CutGradient, Forward, Probe
+from hosl_flower.run.plan import plan
 from strategies.heron import Heron
 from strategies.ho_sfl import HoSfl
 from strategies.hosl import Hosl
@@ -54,7 +54,7 @@ def run(tmp_path):
             return config
         with contextlib.ExitStack() as without:
             for picture in ("draw_curve", "draw_partition"):
-                without.enter_context(mock.patch(f"hosl_flower.report.{picture}"))
+                without.enter_context(mock.patch(f"hosl_flower.run.recorder.{picture}"))
             results = method(config).run_in_process()
         return results, tmp_path / "runs" / name, config
 
@@ -181,7 +181,7 @@ def test_a_run_is_stopped_and_resumed(run, tmp_path):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_plan_is_what_the_run_then_needs(run, name, monkeypatch):
-    monkeypatch.setattr("hosl_flower.plan._SECONDS", 0.0)
+    monkeypatch.setattr("hosl_flower.run.plan._SECONDS", 0.0)
     results, _, config = run(**MANY, model=f"random:{name}")
     planned = plan(config)
     assert planned.client_parameters == results.client_parameters["held"]

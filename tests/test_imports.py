@@ -13,8 +13,8 @@ NOT_A_CLIENTS = (
     "matplotlib", "pandas", "pyarrow", "datasets", "flwr_datasets",  # with its data, if at all
     "peft",  # with its adapters
     "torch._dynamo", "ray",
-    "hosl_flower.server.trainer", "hosl_flower.server.session", "hosl_flower.training", "hosl_flower.report",
-    "hosl_flower.page", "hosl_flower.plot", "hosl_flower.cli", "hosl_flower.strategy",
+    "hosl_flower.server.trainer", "hosl_flower.server.session", "hosl_flower.run.loop", "hosl_flower.run.recorder",
+    "hosl_flower.page", "hosl_flower.run.figures", "hosl_flower.cli", "hosl_flower.methods.method",
     "hosl_flower.server.aggregate", "hosl_flower.link.grid", "hosl_flower.link.stream", "strategies",
 )  # fmt: skip
 

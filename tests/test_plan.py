@@ -11,14 +11,14 @@ from typer.testing import CliRunner
 from hosl_flower.cli import cli
 from hosl_flower.config.run_config import parse_config
 from hosl_flower.errors import ConfigError
-from hosl_flower.plan import PROCESS_BYTES, Plan, parse_bytes, parse_rate, plan
+from hosl_flower.run.plan import PROCESS_BYTES, Plan, parse_bytes, parse_rate, plan
+from hosl_flower.run.summary import plan_table
 from hosl_flower.server_app import load_strategy
-from hosl_flower.summary import plan_table
 
 
 @pytest.fixture
 def keys(tiny_opt, tmp_path, monkeypatch):
-    monkeypatch.setattr("hosl_flower.plan._SECONDS", 0.0)  # two steps
+    monkeypatch.setattr("hosl_flower.run.plan._SECONDS", 0.0)  # two steps
     model, _ = tiny_opt(vocab_size=50272, max_position_embeddings=128)
     return {
         "model": str(model), "data-path": str(write_reviews(tmp_path / "reviews")),
@@ -132,7 +132,7 @@ def test_the_command_says_whether_a_device_is_large_enough(keys, tmp_path, monke
         assert config == made[0][0]
         return made[0][1]
 
-    monkeypatch.setattr("hosl_flower.plan.plan", once)
+    monkeypatch.setattr("hosl_flower.run.plan.plan", once)
     app = tmp_path / "app"
     app.mkdir()
     rows = "\n".join(f"{key} = {json.dumps(value)}" for key, value in keys.items())

@@ -20,7 +20,6 @@ from hosl_flower import client_calls
 from hosl_flower.client.client import Client
 from hosl_flower.config.run_config import parse_config
 from hosl_flower.errors import ConfigError
-from hosl_flower.plan import plan
 from hosl_flower.privacy import dp_scalars as privacy
 from hosl_flower.privacy.accountant import epsilon, most_uses
 from hosl_flower.privacy.discrete_gaussian import Bits, discrete_gaussian, discrete_laplace
@@ -41,6 +40,7 @@ from hosl_flower.protocol.messages.registry import (
     Request,
     Scalars,
 )
+from hosl_flower.run.plan import plan
 from strategies.full_zo import FullZo
 from strategies.heron import Heron
 from strategies.ho_sfl import HoSfl

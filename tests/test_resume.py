@@ -10,8 +10,8 @@ import pytest
 import torch
 from runs import metrics, run_factory
 
-from hosl_flower.checkpoint import Checkpoint, _digest, read, write
 from hosl_flower.errors import CheckpointError, ClientError, ConfigError
+from hosl_flower.run.checkpoint import Checkpoint, _digest, read, write
 from hosl_flower.server.session import Drop
 from strategies.fedavg_zo import FedAvgZo
 from strategies.heron import Heron

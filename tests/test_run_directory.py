@@ -8,17 +8,19 @@ import pytest
 from filelock import FileLock
 from runs import metrics, run_factory
 
-from hosl_flower import finished, report, resumable
-from hosl_flower.checkpoint import _digest
+from hosl_flower import finished
 from hosl_flower.config.run_config import parse_config
 from hosl_flower.errors import CheckpointError, ConfigError, HoslError
 from hosl_flower.export import export
 from hosl_flower.ledger.ledger import Entry, Ledger
-from hosl_flower.lock import claim, lock
-from hosl_flower.plot import draw_curve, draw_partition
-from hosl_flower.report import Report
-from hosl_flower.resume import find
-from hosl_flower.runlog import RunLog
+from hosl_flower.run import recorder as report
+from hosl_flower.run import resumable
+from hosl_flower.run.checkpoint import _digest
+from hosl_flower.run.figures import draw_curve, draw_partition
+from hosl_flower.run.lock import claim, lock
+from hosl_flower.run.recorder import Report
+from hosl_flower.run.resume import find
+from hosl_flower.run.run_log import RunLog
 from hosl_flower.system.untrusted_files import check_file, check_tree, parse_json, read_regular
 from strategies.hosl import Hosl
 from strategies.split_fo import SplitFo

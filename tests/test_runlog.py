@@ -7,7 +7,7 @@ import pytest
 from runs import run_factory
 
 from hosl_flower.errors import ClientError
-from hosl_flower.runlog import NAME, RunLog, stop_announced
+from hosl_flower.run.run_log import NAME, RunLog, stop_announced
 from hosl_flower.system.signals import exiting_when_told
 from strategies.hosl import Hosl
 

@@ -7,8 +7,8 @@ from runs import metrics, run_factory
 
 from hosl_flower.ledger.ledger import Ledger
 from hosl_flower.protocol.messages.registry import CutGradient, Forward, Losses, Probe
+from hosl_flower.run.loop import grouped
 from hosl_flower.server.in_process import InProcessLink
-from hosl_flower.training import grouped
 from strategies.fedavg_zo import FedAvgZo
 from strategies.ho_sfl import HoSfl
 from strategies.hosl import Hosl

@@ -28,8 +28,8 @@ from hosl_flower.errors import CheckpointError, ConfigError, DataError
 from hosl_flower.ledger.ledger import Ledger, fingerprint
 from hosl_flower.models.architectures import TEXT_ARCHITECTURES
 from hosl_flower.models.split import model_config, open_base
-from hosl_flower.plan import plan
 from hosl_flower.protocol.messages.registry import Forward, Probe
+from hosl_flower.run.plan import plan
 from hosl_flower.tasks.known import TASKS
 from strategies.heron import Heron
 from strategies.ho_sfl import HoSfl
@@ -189,7 +189,7 @@ def test_probes_need_little_more_memory_than_inference(run, dtype, monkeypatch):
 
 
 def test_a_plan_is_what_the_run_then_needs(run, monkeypatch):
-    monkeypatch.setattr("hosl_flower.plan._SECONDS", 0.0)
+    monkeypatch.setattr("hosl_flower.run.plan._SECONDS", 0.0)
     results, _, config = run(**MANY, max_length=48)
     planned = plan(config)
     assert planned.client_parameters == results.client_parameters["held"]

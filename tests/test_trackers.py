@@ -6,8 +6,8 @@ import pytest
 from runs import metrics, run_factory
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hosl_flower import trackers
 from hosl_flower.errors import ConfigError
+from hosl_flower.run import trackers
 from strategies.hosl import Hosl
 
 

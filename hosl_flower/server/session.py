@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hosl_flower.checkpoint import Checkpoint
 from hosl_flower.client.client import new_state
 from hosl_flower.config.resolve import (
     ClientSpec,
@@ -44,6 +43,7 @@ from hosl_flower.models.split import (
 from hosl_flower.privacy.accountant import epsilon, most_uses
 from hosl_flower.protocol.checks import Limits
 from hosl_flower.protocol.messages.registry import Described
+from hosl_flower.run.checkpoint import Checkpoint
 from hosl_flower.server.aggregate import MEANS
 from hosl_flower.server.history import History
 from hosl_flower.server.reference import NO_REFERENCE, Reference, reference_of

@@ -171,9 +171,9 @@ def soak(arguments: argparse.Namespace, folder: Path) -> dict:
     from hosl_flower.config.run_config import parse_config
     from hosl_flower.link.nodes import Nodes
     from hosl_flower.link.stream import StreamLink
-    from hosl_flower.report import Report
-    from hosl_flower.runlog import RunLog
-    from hosl_flower.training import check_clients, train
+    from hosl_flower.run.loop import check_clients, train
+    from hosl_flower.run.recorder import Report
+    from hosl_flower.run.run_log import RunLog
 
     for name in ("_run_id", "_node_id", "_task_id"):  # as in a ServerApp's process
         setattr(TaskIdentity, name, 1)

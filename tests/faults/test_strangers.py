@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fleet import fleet, wait_for
 
-from hosl_flower.checkpoint import read
+from hosl_flower.run.checkpoint import read
 
 
 def test_two_supernodes_with_the_same_partition(tmp_path):

@@ -15,7 +15,6 @@ from typing import Protocol
 from torch import Tensor
 
 from hosl_flower.client.client import Client
-from hosl_flower.ending import warn_of_room
 from hosl_flower.errors import (
     AbsentError,
     ClientError,
@@ -34,9 +33,10 @@ from hosl_flower.protocol.messages.registry import (
     Fingerprint,
     Fingerprinted,
 )
-from hosl_flower.report import Report
-from hosl_flower.results import Results
-from hosl_flower.resume import earlier_traffic
+from hosl_flower.run.ending import warn_of_room
+from hosl_flower.run.recorder import Report
+from hosl_flower.run.results import Results
+from hosl_flower.run.resume import earlier_traffic
 from hosl_flower.server.evaluate import score_batches
 from hosl_flower.server.in_process import InProcessLink
 from hosl_flower.server.link import Link

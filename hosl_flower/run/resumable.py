@@ -10,10 +10,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from hosl_flower.checkpoint import Checkpoint
 from hosl_flower.errors import CheckpointError
 from hosl_flower.ledger.ledger import Ledger
-from hosl_flower.page_files import Measured
+from hosl_flower.run.checkpoint import Checkpoint
+from hosl_flower.run.run_files import Measured
 from hosl_flower.system.untrusted_files import check_file, check_tree, parse_json, read_bytes
 from hosl_flower.tensors.memory import PHASES
 

@@ -18,14 +18,14 @@ from hosl_flower.config.run_config import RunConfig, parse_config
 from hosl_flower.errors import ConfigError, HoslError
 from hosl_flower.link.choose import open_link
 from hosl_flower.privacy.noise_secret import simulated_secret
-from hosl_flower.report import Report, log
-from hosl_flower.results import Results
-from hosl_flower.resume import find, restore
-from hosl_flower.runlog import RunLog, stop_announced
+from hosl_flower.run.loop import train
+from hosl_flower.run.recorder import Report, log
+from hosl_flower.run.results import Results
+from hosl_flower.run.resume import find, restore
+from hosl_flower.run.run_log import RunLog, stop_announced
 from hosl_flower.server.in_process import InProcessLink
 from hosl_flower.server.link import Link
 from hosl_flower.server.session import Session, open_session
-from hosl_flower.training import train
 
 # keys a method must say it uses
 _RARE = (

@@ -31,23 +31,23 @@ from typing import Any
 
 from filelock import FileLock
 
-from hosl_flower.checkpoint import found, sync, write
 from hosl_flower.config.run_config import RunConfig
-from hosl_flower.ending import Ending
 from hosl_flower.errors import ConfigError
-from hosl_flower.lock import claim, lock, refuse_used
-from hosl_flower.measures import headline
-from hosl_flower.plot import draw_curve, draw_partition
-from hosl_flower.results import Measured, Results, results_of
-from hosl_flower.resume import Resumable, collect, run_directory
-from hosl_flower.runlog import RunLog
+from hosl_flower.run.checkpoint import found, sync, write
+from hosl_flower.run.ending import Ending
+from hosl_flower.run.figures import draw_curve, draw_partition
+from hosl_flower.run.headline import headline
+from hosl_flower.run.lock import claim, lock, refuse_used
+from hosl_flower.run.results import Measured, Results, results_of
+from hosl_flower.run.resume import Resumable, collect, run_directory
+from hosl_flower.run.run_log import RunLog
+from hosl_flower.run.summary import plan, table
+from hosl_flower.run.trackers import Trackers, check_trackers
 from hosl_flower.server.link import Traffic
 from hosl_flower.server.session import Session
 from hosl_flower.server.text_scores import HeldOut
-from hosl_flower.summary import plan, table
 from hosl_flower.system.directories import check_writable
 from hosl_flower.system.whole_files import Lines, put, remove
-from hosl_flower.trackers import Trackers, check_trackers
 
 log = logging.getLogger("hosl_flower")
 

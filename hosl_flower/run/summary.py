@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from hosl_flower.plot import clients_with
+from hosl_flower.run.figures import clients_with
 from hosl_flower.server.link import Traffic
 from hosl_flower.server.session import Session
 from hosl_flower.tasks.answer_words import Answers
 
 if TYPE_CHECKING:
-    from hosl_flower.plan import Plan
-    from hosl_flower.results import Results
+    from hosl_flower.run.plan import Plan
+    from hosl_flower.run.results import Results
 
 
 def plan(method: Any, session: Session) -> Iterable[str]:

@@ -6,8 +6,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from hosl_flower.checkpoint import steps as checkpoints
 from hosl_flower.errors import HoslError
+from hosl_flower.run.checkpoint import steps as checkpoints
 
 log = logging.getLogger("hosl_flower")
 

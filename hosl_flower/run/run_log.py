@@ -12,8 +12,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from hosl_flower.checkpoint import steps
 from hosl_flower.errors import HoslError, printable
+from hosl_flower.run.checkpoint import steps
 from hosl_flower.system.signals import ENDING
 
 log = logging.getLogger("hosl_flower")

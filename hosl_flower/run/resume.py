@@ -17,11 +17,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hosl_flower.checkpoint import Checkpoint, found, read
 from hosl_flower.config.run_config import RunConfig
 from hosl_flower.errors import CheckpointError, ConfigError
 from hosl_flower.ledger.client_state import Snapshot
-from hosl_flower.resumable import check_files, check_links, check_values
+from hosl_flower.run.checkpoint import Checkpoint, found, read
+from hosl_flower.run.resumable import check_files, check_links, check_values
 from hosl_flower.server.history import History
 from hosl_flower.server.link import Traffic
 from hosl_flower.server.session import Drop, Session
