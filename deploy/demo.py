@@ -24,7 +24,7 @@ from pathlib import Path
 import tomli_w
 
 from hosl_flower.data.sources import BUNDLED
-from hosl_flower.processes import (
+from hosl_flower.flower.processes import (
     MARK,
     RunFailedError,
     free_port,

@@ -7,8 +7,8 @@ from pathlib import Path
 from hosl_flower.cells import DIVERGED
 from hosl_flower.config.run_config import parse_config
 from hosl_flower.errors import DivergedError, HoslError, printable
-from hosl_flower.local_flower import run_flower_app
-from hosl_flower.server_app import load_strategy, log_to_stderr
+from hosl_flower.flower.local_run import run_flower_app
+from hosl_flower.flower.server_app import load_strategy, log_to_stderr
 from hosl_flower.system.signals import exit_when_told
 from hosl_flower.system.whole_files import put
 

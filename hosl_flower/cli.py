@@ -25,7 +25,7 @@ def run(app: App, config: Override = None) -> None:
     """Train in this process, without Flower: same config, same numbers, no network."""
     try:
         checked = read_app_config(app, config or [])  # before seconds of imports
-        from hosl_flower.server_app import load_strategy, log_to_stderr
+        from hosl_flower.flower.server_app import load_strategy, log_to_stderr
 
         log_to_stderr()
         load_strategy(checked).run_in_process()
@@ -45,12 +45,14 @@ def simulate(
     try:
         overrides = dict(map(key_value, config or []))
         checked = read_app_config(app, config or [])  # before seconds of imports
-        from hosl_flower.server_app import load_strategy  # first: it settles how threads wait
+        from hosl_flower.flower.server_app import (
+            load_strategy,  # first: it settles how threads wait
+        )
 
         load_strategy(checked)  # what it refuses, it refuses before anything is started
         keys = checked.as_keys()
         overrides |= {key: keys[key] for key in ("run-name", "resume") if keys[key]}
-        from hosl_flower.local_flower import run_flower_app
+        from hosl_flower.flower.local_run import run_flower_app
         from hosl_flower.system.directories import check_writable
 
         check_writable(Path(checked.output_dir).expanduser().absolute(), "output-dir")
@@ -103,7 +105,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
 ) -> None:
     """What a run will need of a device: memory, bytes and seconds, from a few steps here."""
-    from hosl_flower.server_app import log_to_stderr  # first: it settles how threads wait
+    from hosl_flower.flower.server_app import log_to_stderr  # first: it settles how threads wait
 
     log_to_stderr()
     from hosl_flower.run import plan as planning

@@ -33,7 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hosl_flower.config.run_config import Scalar, parse_config
 from hosl_flower.errors import ConfigError
-from hosl_flower.server_app import load_strategy, strategy_class
+from hosl_flower.flower.server_app import load_strategy, strategy_class
 
 Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 Keys = dict[str, Any]

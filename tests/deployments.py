@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from hosl_flower.processes import MARK, free_port, script, stop, wait_until_healthy
+from hosl_flower.flower.processes import MARK, free_port, script, stop, wait_until_healthy
 
 
 @contextlib.contextmanager

@@ -10,9 +10,9 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from grids import LocalGrid
 
 from hosl_flower.client.client import Client
-from hosl_flower.link.dial import Invitation, serve
-from hosl_flower.link.lines import SESSION
-from hosl_flower.link.records import unpack_invitation
+from hosl_flower.flower.records import unpack_invitation
+from hosl_flower.flower.stream.calls import SESSION
+from hosl_flower.flower.stream.client_end import Invitation, serve
 
 FORK = multiprocessing.get_context("fork")
 

@@ -22,12 +22,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from specs import client_spec
 
 from hosl_flower.errors import ProtocolError
+from hosl_flower.flower.records import unpack_invitation, unpack_replies, unpack_requests
+from hosl_flower.flower.stream.client_end import Invitation
+from hosl_flower.flower.stream.frames import Key, decode, encode, encode_word, read_word
+from hosl_flower.flower.stream.server_end import Session, StreamServer
 from hosl_flower.ledger.client_state import ClientState
 from hosl_flower.ledger.ledger import chain_entries
-from hosl_flower.link.dial import Invitation
-from hosl_flower.link.frames import Key, decode, encode, encode_word, read_word
-from hosl_flower.link.records import unpack_invitation, unpack_replies, unpack_requests
-from hosl_flower.link.sessions import Session, StreamServer
 from hosl_flower.protocol.checks import (
     BatchKey,
     Limits,

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 from flwr.app import Context, Error, Message, RecordDict
 
-from hosl_flower import client_app
-from hosl_flower.link.grid import EXCHANGE
-from hosl_flower.link.lines import SESSION
+from hosl_flower.flower import client_app
+from hosl_flower.flower.message_link import EXCHANGE
+from hosl_flower.flower.stream.calls import SESSION
 
 
 class LocalGrid:

@@ -19,7 +19,7 @@ from image_data import write_npz
 from runs import write_questions
 
 from hosl_flower.config.run_config import parse_config
-from hosl_flower.server_app import load_strategy
+from hosl_flower.flower.server_app import load_strategy
 
 RECORDED = Path(__file__).parent / "recorded" / "runs.json"
 _MANY = {"num-clients": 3, "clients-per-step": 2}

@@ -8,9 +8,9 @@ from specs import client_spec, history_for
 
 from hosl_flower.config.run_config import parse_config
 from hosl_flower.errors import ConfigError
-from hosl_flower.link.choose import _bind, _certificates, check_stream, open_link
-from hosl_flower.link.grid import GridLink
-from hosl_flower.link.nodes import Nodes
+from hosl_flower.flower.message_link import GridLink
+from hosl_flower.flower.nodes import Nodes
+from hosl_flower.flower.open_link import _bind, _certificates, check_stream, open_link
 from hosl_flower.protocol.checks import Limits
 
 
@@ -131,7 +131,7 @@ def test_a_node_that_starts_has_the_longer_deadline(monkeypatch, reply, nodes, e
             seen.append((self.deadline, seconds))
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("hosl_flower.link.choose.Nodes", Noted)
+    monkeypatch.setattr("hosl_flower.flower.open_link.Nodes", Noted)
     config = parse_config({"reply-deadline": reply, "nodes-deadline": nodes})
     spec = client_spec(num_clients=1)
     limits = Limits(batch=8, length=32, hidden=64, dtype="float32", classes=2)

@@ -94,7 +94,7 @@ def test_mistakes_are_one_line_and_no_traceback(arguments, complaint):
     ],
 )
 def test_simulate_refuses_mistakes_before_it_starts_anything(arguments, complaint, monkeypatch):
-    monkeypatch.setattr("hosl_flower.local_flower.private_superlink", None)
+    monkeypatch.setattr("hosl_flower.flower.local_run.private_superlink", None)
     done = CliRunner().invoke(cli, ["simulate", QUICKSTART, *arguments])
     assert done.exit_code == 1
     assert complaint in " ".join(done.stderr.split())

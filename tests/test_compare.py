@@ -22,8 +22,8 @@ from hosl_flower.comparison_plot import draw_frontier
 from hosl_flower.config.run_config import parse_config
 from hosl_flower.errors import ConfigError
 from hosl_flower.experiment import Cell, cells, read_experiment, trials
+from hosl_flower.flower.server_app import load_strategy
 from hosl_flower.outcome import Outcome, outcome
-from hosl_flower.server_app import load_strategy
 
 SHIPPED = Path(__file__).parents[1] / "simulations" / "comparisons"
 

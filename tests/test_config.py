@@ -13,7 +13,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from hosl_flower.config.resolve import ClientSpec, banner, resolve
 from hosl_flower.config.run_config import RunConfig, help_table, parse_config
 from hosl_flower.errors import CheckpointError, ConfigError, HoslError, ProtocolError
-from hosl_flower.server_app import load_strategy
+from hosl_flower.flower.server_app import load_strategy
 from hosl_flower.tasks.known import TASKS
 
 KEYS = [field.alias for field in RunConfig.model_fields.values()]

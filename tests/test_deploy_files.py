@@ -11,7 +11,7 @@ import pytest
 import yaml
 from cryptography import x509
 
-from hosl_flower.processes import script
+from hosl_flower.flower.processes import script
 
 ROOT = Path(__file__).parents[1]
 UNITS = sorted((ROOT / "deploy" / "systemd").glob("*.service"))

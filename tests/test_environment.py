@@ -19,11 +19,12 @@ import torch
 from huggingface_hub import constants
 from runs import run_factory
 
-from hosl_flower import local_flower, processes
 from hosl_flower.config.resolve import resolve
 from hosl_flower.config.run_config import parse_config
 from hosl_flower.errors import CheckpointError, ConfigError
-from hosl_flower.link import dial
+from hosl_flower.flower import local_run as local_flower
+from hosl_flower.flower import processes
+from hosl_flower.flower.stream import client_end as dial
 from hosl_flower.models.checkpoints import hub
 from hosl_flower.models.checkpoints import partial_download as ranged
 from hosl_flower.models.checkpoints.torch_bin import converted, legacy_keys

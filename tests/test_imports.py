@@ -6,7 +6,7 @@ import sys
 
 SCRIPT = """
 import json, sys
-import hosl_flower.client_calls
+import hosl_flower.flower.client_calls
 print(json.dumps(sorted(sys.modules)))
 """
 NOT_A_CLIENTS = (
@@ -15,12 +15,12 @@ NOT_A_CLIENTS = (
     "torch._dynamo", "ray",
     "hosl_flower.server.trainer", "hosl_flower.server.session", "hosl_flower.run.loop", "hosl_flower.run.recorder",
     "hosl_flower.page", "hosl_flower.run.figures", "hosl_flower.cli", "hosl_flower.methods.method",
-    "hosl_flower.server.aggregate", "hosl_flower.link.grid", "hosl_flower.link.stream", "strategies",
+    "hosl_flower.server.aggregate", "hosl_flower.flower.message_link", "hosl_flower.flower.stream.link", "strategies",
 )  # fmt: skip
 
 
 def loaded_with(module):
-    script = SCRIPT.replace("hosl_flower.client_calls", module)
+    script = SCRIPT.replace("hosl_flower.flower.client_calls", module)
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
@@ -28,14 +28,14 @@ def loaded_with(module):
 
 
 def test_a_client_imports_what_it_uses():
-    loaded = loaded_with("hosl_flower.client_calls")
+    loaded = loaded_with("hosl_flower.flower.client_calls")
     assert "hosl_flower.client.client" in loaded
     assert not {name for name in NOT_A_CLIENTS if name in loaded}
 
 
 def test_a_supernode_says_what_it_is_without_torch():
     """Flower starts a process for every message, and a board loads torch in ten seconds."""
-    loaded = loaded_with("hosl_flower.client_app")
+    loaded = loaded_with("hosl_flower.flower.client_app")
     assert not {name for name in (*NOT_A_CLIENTS, "torch", "transformers") if name in loaded}
 
 

@@ -13,7 +13,7 @@ from specs import client_spec, history_for
 
 from hosl_flower.client.client import Client
 from hosl_flower.errors import ClientError, ConfigError
-from hosl_flower.link.stream import longest_frame
+from hosl_flower.flower.stream.link import longest_frame
 from hosl_flower.models.families.decoders import embedding_name
 from hosl_flower.models.label_head import OutputHead, load_output_head
 from hosl_flower.models.split import load_client, load_server, open_base

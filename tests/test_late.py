@@ -16,7 +16,6 @@ from flwr.supercore.task_identity import TaskIdentity
 from grids import LocalGrid, ThreadGrid
 from specs import client_spec, history_for
 
-from hosl_flower import client_calls
 from hosl_flower.client.client import Client
 from hosl_flower.config.run_config import parse_config
 from hosl_flower.errors import (
@@ -26,17 +25,18 @@ from hosl_flower.errors import (
     LostClientsError,
     SuperLinkError,
 )
+from hosl_flower.flower import client_calls
+from hosl_flower.flower.message_link import EXCHANGE, GridLink
+from hosl_flower.flower.nodes import Nodes
+from hosl_flower.flower.server_app import load_strategy
+from hosl_flower.flower.stream.calls import SESSION
+from hosl_flower.flower.stream.link import StreamLink
+from hosl_flower.flower.superlink import SuperLink
 from hosl_flower.ledger.ledger import Entry
-from hosl_flower.link.grid import EXCHANGE, GridLink
-from hosl_flower.link.lines import SESSION
-from hosl_flower.link.nodes import Nodes
-from hosl_flower.link.stream import StreamLink
-from hosl_flower.link.superlink import SuperLink
 from hosl_flower.protocol.checks import Limits
 from hosl_flower.protocol.messages.registry import Describe, Fetch, Fingerprint, Forward
 from hosl_flower.server.cohort import Cohort, Question, absent
 from hosl_flower.server.kept_labels import Piece, kept
-from hosl_flower.server_app import load_strategy
 from hosl_flower.tasks.answer_words import Answers
 
 SPEC = client_spec(num_clients=3)

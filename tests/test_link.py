@@ -10,7 +10,6 @@ from flwr.supercore.task_identity import TaskIdentity
 from grids import LocalGrid
 from specs import client_spec, history_for
 
-from hosl_flower import client_calls
 from hosl_flower.client.client import Client
 from hosl_flower.errors import (
     AbsentError,
@@ -19,10 +18,11 @@ from hosl_flower.errors import (
     DriftError,
     ProtocolError,
 )
+from hosl_flower.flower import client_calls
+from hosl_flower.flower.message_link import EXCHANGE, GridLink
+from hosl_flower.flower.nodes import Nodes
+from hosl_flower.flower.records import pack
 from hosl_flower.ledger.ledger import Entry
-from hosl_flower.link.grid import EXCHANGE, GridLink
-from hosl_flower.link.nodes import Nodes
-from hosl_flower.link.records import pack
 from hosl_flower.protocol.checks import Limits
 from hosl_flower.protocol.messages.registry import (
     Activations,
@@ -314,7 +314,7 @@ def test_the_grid_link_gives_the_replies_of_the_in_process_link(link, history):
 
 def test_many_activations_travel_in_several_messages(history, monkeypatch):
     largest = 8 * 32 * 64 * 4
-    monkeypatch.setattr("hosl_flower.link.grid._MESSAGE_BYTES", 2 * largest)
+    monkeypatch.setattr("hosl_flower.flower.message_link._MESSAGE_BYTES", 2 * largest)
     link = grid_link({7: {"partition-id": 0}, 8: {"partition-id": 1}}, history)
     asked = len(link.grid.sent)
     requests = [Forward(**at(history), batch=number) for number in range(5)]
@@ -500,7 +500,7 @@ def test_one_failing_client_of_a_node_does_not_stop_the_others():
 
 def test_activations_of_many_clients_travel_in_several_messages(monkeypatch):
     largest = 8 * 32 * 64 * 4
-    monkeypatch.setattr("hosl_flower.link.grid._MESSAGE_BYTES", 2 * largest)
+    monkeypatch.setattr("hosl_flower.flower.message_link._MESSAGE_BYTES", 2 * largest)
     history = history_for(FIVE)
     link = grid_link(NODES, history, spec=FIVE)
     asked = len(link.grid.sent)
@@ -611,7 +611,7 @@ def test_a_node_whose_first_answer_fails_is_asked_again(history):
 
 
 def test_a_silent_node_costs_one_deadline_however_much_it_was_asked(monkeypatch):
-    monkeypatch.setattr("hosl_flower.link.grid._MESSAGE_BYTES", 1)
+    monkeypatch.setattr("hosl_flower.flower.message_link._MESSAGE_BYTES", 1)
     history = history_for(FIVE)
     link = grid_link({7: {"partition-id": 0, "num-partitions": 1}}, history, spec=FIVE)
     link.grid.nodes[7], link.deadline = None, 0.3
@@ -629,7 +629,9 @@ def test_snapshots_are_spread_over_messages_by_their_size(monkeypatch):
     history = history_for(FIVE)
     link = grid_link(NODES, history, spec=FIVE)
     history.jump(1, torch.zeros(history.state.elements))
-    monkeypatch.setattr("hosl_flower.link.grid._MESSAGE_BYTES", 5 * history.state.elements)
+    monkeypatch.setattr(
+        "hosl_flower.flower.message_link._MESSAGE_BYTES", 5 * history.state.elements
+    )
     asked = len(link.grid.sent)
     streams = link.exchange({p: [Fingerprint(**at(history, 2, p), since=1)] for p in (0, 2, 4)})
     for replies in streams.values():

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from specs import client_spec
 
 from hosl_flower.errors import ProtocolError
+from hosl_flower.flower.records import pack, unpack_replies, unpack_requests
 from hosl_flower.ledger.ledger import Entry, Ledger
-from hosl_flower.link.records import pack, unpack_replies, unpack_requests
 from hosl_flower.protocol.checks import (
     BatchKey,
     Limits,

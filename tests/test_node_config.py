@@ -14,13 +14,13 @@ from flwr.common.config import parse_config_args
 from flwr.supercore.task_identity import TaskIdentity
 from specs import client_spec
 
-from hosl_flower import client_app, client_calls
 from hosl_flower.data.node_path import NodeConfig
 from hosl_flower.errors import ClientError, DataError, RefusedError, public_reason
-from hosl_flower.link import dial
-from hosl_flower.link.grid import EXCHANGE
-from hosl_flower.link.lines import SESSION
-from hosl_flower.link.records import pack, pack_invitation, unpack_replies
+from hosl_flower.flower import client_app, client_calls
+from hosl_flower.flower.message_link import EXCHANGE
+from hosl_flower.flower.records import pack, pack_invitation, unpack_replies
+from hosl_flower.flower.stream import client_end as dial
+from hosl_flower.flower.stream.calls import SESSION
 from hosl_flower.protocol.messages.registry import Describe, Described, Failure
 from hosl_flower.tasks.known import Task
 

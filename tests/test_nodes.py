@@ -6,7 +6,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from grids import LocalGrid
 
 from hosl_flower.errors import ConfigError
-from hosl_flower.link.nodes import Nodes
+from hosl_flower.flower.nodes import Nodes
 
 TEN = 10
 
@@ -207,5 +207,5 @@ class Boasting(LocalGrid):
 def test_a_node_cannot_say_that_the_run_is_simulated(monkeypatch):
     nodes = found(Boasting(fleet(range(2))), clients=2)
     assert not nodes.simulated
-    monkeypatch.setattr("hosl_flower.link.nodes.is_simulated", lambda: True)
+    monkeypatch.setattr("hosl_flower.flower.nodes.is_simulated", lambda: True)
     assert nodes.simulated, "the engine is in the ServerApp's own process"

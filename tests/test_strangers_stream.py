@@ -11,8 +11,8 @@ import grpc
 import pytest
 from strangers import Server, call, knock, noise
 
-from hosl_flower.link.frames import encode_word, read_word
-from hosl_flower.link.sessions import METHOD, TOKEN, Session
+from hosl_flower.flower.stream.frames import encode_word, read_word
+from hosl_flower.flower.stream.server_end import METHOD, TOKEN, Session
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_frames_of_strangers_are_not_parsed(server, monkeypatch):
     def parsed(*_):
         raise AssertionError("a frame of a stranger was read")
 
-    monkeypatch.setattr("hosl_flower.link.frames._open", parsed)
+    monkeypatch.setattr("hosl_flower.flower.stream.frames._open", parsed)
     lists = b"[" + b"[]," * 1_000_000 + b"[]]"
     frame = len(lists).to_bytes(4, "little") + lists
     assert refused(server, [], itertools.repeat(frame, 4)) == grpc.StatusCode.UNAUTHENTICATED
@@ -106,7 +106,7 @@ def test_tokens_that_are_nearly_right_are_refused(server):
 
 def test_a_connection_that_says_nothing_is_closed(monkeypatch):
     options = [("grpc.server_handshake_timeout_ms", 300)]
-    monkeypatch.setattr("hosl_flower.link.sessions._STRANGERS", options)
+    monkeypatch.setattr("hosl_flower.flower.stream.server_end._STRANGERS", options)
     with Server() as own, socket.create_connection(own.address) as quiet:
         quiet.settimeout(10.0)
         while quiet.recv(4096):  # what HTTP/2 says first, then the end
@@ -138,7 +138,7 @@ def test_tokens_are_compared_in_constant_time(server, monkeypatch):
         compared.append(ours)
         return original(ours, theirs)
 
-    monkeypatch.setattr("hosl_flower.link.sessions.hmac.compare_digest", noted)
+    monkeypatch.setattr("hosl_flower.flower.stream.server_end.hmac.compare_digest", noted)
     others = [server.server.session(f"node {number}") for number in range(3)]
     assert server.admits()
     assert len(compared) == 1 + len(others), "all of them, whichever matched"

@@ -15,18 +15,18 @@ from grids import ThreadGrid
 from runs import metrics, run_factory
 from specs import client_spec, history_for
 
-from hosl_flower import client_calls
 from hosl_flower.client.client import Client
 from hosl_flower.errors import AbsentError, ClientError, ConfigError, ProtocolError, RefusedError
+from hosl_flower.flower import client_calls
+from hosl_flower.flower.nodes import Nodes
+from hosl_flower.flower.processes import free_port
+from hosl_flower.flower.stream import client_end as dialling
+from hosl_flower.flower.stream.calls import SESSION
+from hosl_flower.flower.stream.frames import Key, decode, encode, encode_word, read_word
+from hosl_flower.flower.stream.link import StreamLink, longest_frame
+from hosl_flower.flower.stream.server_end import METHOD, TOKEN
 from hosl_flower.ledger.client_state import ClientState
 from hosl_flower.ledger.ledger import Entry
-from hosl_flower.link import dial as dialling
-from hosl_flower.link.frames import Key, decode, encode, encode_word, read_word
-from hosl_flower.link.lines import SESSION
-from hosl_flower.link.nodes import Nodes
-from hosl_flower.link.sessions import METHOD, TOKEN
-from hosl_flower.link.stream import StreamLink, longest_frame
-from hosl_flower.processes import free_port
 from hosl_flower.protocol.checks import Limits, check_activations
 from hosl_flower.protocol.messages.registry import (
     REPLIES,

@@ -16,7 +16,7 @@ from torch import Tensor
 from hosl_flower.client.client import Client
 from hosl_flower.config.run_config import RunConfig, parse_config
 from hosl_flower.errors import ConfigError, HoslError
-from hosl_flower.link.choose import open_link
+from hosl_flower.flower.open_link import open_link
 from hosl_flower.privacy.noise_secret import simulated_secret
 from hosl_flower.run.loop import train
 from hosl_flower.run.recorder import Report, log

@@ -37,9 +37,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 MODULES = [
     "hosl_flower.protocol.wire", "hosl_flower.tensors.raw_bytes", "hosl_flower.protocol.checks",
     "hosl_flower.protocol.messages.requests",
-    "hosl_flower.protocol.messages.replies", "hosl_flower.link.frames", "hosl_flower.link.records",
+    "hosl_flower.protocol.messages.replies", "hosl_flower.flower.stream.frames", "hosl_flower.flower.records",
 ]  # fmt: skip
-BESIDES = ["hosl_flower.ledger.ledger", "hosl_flower.link.sessions"]  # of which little is reached
+BESIDES = [
+    "hosl_flower.ledger.ledger",
+    "hosl_flower.flower.stream.server_end",
+]  # of which little is reached
 MARKS = 1024
 LONGEST = 16384  # bytes of an input
 FUNCTION = 0x1  # CO_OPTIMIZED: the code of a function, not of a module or a class

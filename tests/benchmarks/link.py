@@ -30,13 +30,13 @@ from deployments import deployment, run_deployed
 from hosl_flower.client.client import Client
 from hosl_flower.config.resolve import resolve
 from hosl_flower.config.run_config import parse_config
-from hosl_flower.link.dial import Invitation, serve
-from hosl_flower.link.frames import Key
-from hosl_flower.link.sessions import StreamServer
-from hosl_flower.local_flower import run_flower_app
-from hosl_flower.processes import free_port
+from hosl_flower.flower.local_run import run_flower_app
+from hosl_flower.flower.processes import free_port
+from hosl_flower.flower.server_app import load_strategy, log_to_stderr
+from hosl_flower.flower.stream.client_end import Invitation, serve
+from hosl_flower.flower.stream.frames import Key
+from hosl_flower.flower.stream.server_end import StreamServer
 from hosl_flower.protocol.messages.registry import Applied, Change, Describe, LocalTrain
-from hosl_flower.server_app import load_strategy, log_to_stderr
 
 TRAINING = ("forward", "probe", "losses", "cut-gradient", "catch-up", "move", "restore")
 APP = Path(__file__).parents[2] / "simulations" / "opt125m_hosl"

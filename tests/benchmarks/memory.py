@@ -324,7 +324,7 @@ def process() -> dict[str, Any]:
     """MiB resident of a process that is a Flower ClientApp of OPT-125M, cut 5, 8 x 64 tokens: with
     its imports, with the model and the bundled data, and at its peak in a forward and a probe."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    import hosl_flower.client_calls  # noqa: F401
+    import hosl_flower.flower.client_calls  # noqa: F401
     from hosl_flower.tensors.memory import peak_rss_bytes
 
     found = {"imports": peak_rss_bytes() >> 20}

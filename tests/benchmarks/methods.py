@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from hosl_flower.cli import read_app_config
-from hosl_flower.server_app import load_strategy, log_to_stderr
+from hosl_flower.flower.server_app import load_strategy, log_to_stderr
 
 FROZEN = ["client-learning-rate=0.0"]
 TEN_CLIENTS = [

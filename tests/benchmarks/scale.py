@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from hosl_flower.local_flower import run_flower_app
+from hosl_flower.flower.local_run import run_flower_app
 
 APP = Path(__file__).parents[2] / "simulations" / "quickstart"
 #          N     K  workers

@@ -169,8 +169,8 @@ def soak(arguments: argparse.Namespace, folder: Path) -> dict:
     from runs import write_reviews
 
     from hosl_flower.config.run_config import parse_config
-    from hosl_flower.link.nodes import Nodes
-    from hosl_flower.link.stream import StreamLink
+    from hosl_flower.flower.nodes import Nodes
+    from hosl_flower.flower.stream.link import StreamLink
     from hosl_flower.run.loop import check_clients, train
     from hosl_flower.run.recorder import Report
     from hosl_flower.run.run_log import RunLog

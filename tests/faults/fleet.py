@@ -17,8 +17,8 @@ from pathlib import Path
 from runs import metrics
 
 from hosl_flower.cli import read_app_config
-from hosl_flower.processes import MARK, free_port, script, stop, wait_until_healthy
-from hosl_flower.server_app import load_strategy
+from hosl_flower.flower.processes import MARK, free_port, script, stop, wait_until_healthy
+from hosl_flower.flower.server_app import load_strategy
 
 APP = Path(__file__).parents[2] / "simulations" / "quickstart"
 KEYS = {

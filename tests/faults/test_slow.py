@@ -6,8 +6,8 @@ import time
 from fleet import kill, slowed, wait_for
 from proxy import Proxy
 
-from hosl_flower.link.stream import _CLOSE_SECONDS
-from hosl_flower.processes import free_port
+from hosl_flower.flower.processes import free_port
+from hosl_flower.flower.stream.link import _CLOSE_SECONDS
 
 STOP, CONTINUE = 19, 18
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hosl_flower.processes import free_port, script
+from hosl_flower.flower.processes import free_port, script
 
 ROOT = Path(__file__).parents[2]
 OWNER = (12345, 12345) if os.getuid() == 0 else (os.getuid(), os.getgid())

@@ -14,9 +14,9 @@ from deployments import deployment, run_deployed
 from runs import metrics, write_questions
 
 from hosl_flower.cli import read_app_config
+from hosl_flower.flower.processes import free_port
+from hosl_flower.flower.server_app import load_strategy
 from hosl_flower.privacy.noise_secret import simulated_secret
-from hosl_flower.processes import free_port
-from hosl_flower.server_app import load_strategy
 
 QUICK = Path(__file__).parents[2] / "simulations" / "quickstart"
 

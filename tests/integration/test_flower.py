@@ -13,7 +13,7 @@ from reference_ho_sfl import ho_sfl
 from runs import PROMPT, write_reviews
 
 from hosl_flower.cli import read_app_config
-from hosl_flower.server_app import load_strategy
+from hosl_flower.flower.server_app import load_strategy
 
 ROOT = Path(__file__).parents[2]
 QUICK = ROOT / "simulations" / "quickstart"

@@ -12,7 +12,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from grids import LocalGrid
 
 from hosl_flower.cli import read_app_config
-from hosl_flower.server_app import load_strategy
+from hosl_flower.flower.server_app import load_strategy
 
 APP = Path(__file__).parents[2] / "simulations" / "quickstart"
 KEYS = [

@@ -20,11 +20,11 @@ from hosl_flower.errors import (
     ProtocolError,
     printable,
 )
-from hosl_flower.link.announced import Node
-from hosl_flower.link.mailbox import Letter, Mailbox, Part
-from hosl_flower.link.nodes import Limit, Nodes
-from hosl_flower.link.records import pack, unpack_replies
-from hosl_flower.link.superlink import AnyGrid
+from hosl_flower.flower.announced import Node
+from hosl_flower.flower.mailbox import Letter, Mailbox, Part
+from hosl_flower.flower.nodes import Limit, Nodes
+from hosl_flower.flower.records import pack, unpack_replies
+from hosl_flower.flower.superlink import AnyGrid
 from hosl_flower.protocol.checks import Limits
 from hosl_flower.protocol.messages.registry import (
     Backward,

@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from hosl_flower.config.resolve import ClientSpec
 from hosl_flower.errors import AbsentError, ClientError, ConfigError, ProtocolError, SuperLinkError
-from hosl_flower.link.dial import Invitation
-from hosl_flower.link.frames import Key
-from hosl_flower.link.lines import Caller, Line
-from hosl_flower.link.nodes import Limit, Nodes
-from hosl_flower.link.sessions import StreamServer
-from hosl_flower.link.superlink import AnyGrid
+from hosl_flower.flower.nodes import Limit, Nodes
+from hosl_flower.flower.stream.calls import Caller, Line
+from hosl_flower.flower.stream.client_end import Invitation
+from hosl_flower.flower.stream.frames import Key
+from hosl_flower.flower.stream.server_end import StreamServer
+from hosl_flower.flower.superlink import AnyGrid
 from hosl_flower.protocol.checks import Limits
 from hosl_flower.protocol.messages.registry import Behind, Failure, Reply, Request
 from hosl_flower.server.history import History

@@ -9,11 +9,11 @@ from flwr.app import Message
 
 from hosl_flower.config.resolve import ClientSpec
 from hosl_flower.errors import MOST_TOLD, printable
-from hosl_flower.link.announced import Node
-from hosl_flower.link.dial import Invitation
-from hosl_flower.link.records import pack_invitation
-from hosl_flower.link.sessions import Session
-from hosl_flower.link.superlink import AnyGrid
+from hosl_flower.flower.announced import Node
+from hosl_flower.flower.records import pack_invitation
+from hosl_flower.flower.stream.client_end import Invitation
+from hosl_flower.flower.stream.server_end import Session
+from hosl_flower.flower.superlink import AnyGrid
 
 log = logging.getLogger("hosl_flower")
 

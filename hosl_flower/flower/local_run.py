@@ -23,7 +23,7 @@ from typing import Any
 import tomli_w
 
 from hosl_flower.errors import ConfigError
-from hosl_flower.processes import (
+from hosl_flower.flower.processes import (
     MARK,
     RunFailedError,
     free_port,

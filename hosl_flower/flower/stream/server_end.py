@@ -24,7 +24,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 import grpc
 
 from hosl_flower.errors import ConfigError, ProtocolError
-from hosl_flower.link.frames import Key, decode, encode, encode_word
+from hosl_flower.flower.stream.frames import Key, decode, encode, encode_word
 from hosl_flower.protocol.messages.registry import REPLIES, Behind, Failure, Reply, Request
 from hosl_flower.protocol.wire import LONGEST_REPLY
 

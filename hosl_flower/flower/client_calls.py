@@ -13,8 +13,8 @@ from hosl_flower.client.client import Client
 from hosl_flower.config.resolve import ClientSpec, use_threads
 from hosl_flower.data.node_path import NodeConfig, is_simulated
 from hosl_flower.errors import HoslError, public_reason
-from hosl_flower.link.dial import serve
-from hosl_flower.link.records import pack, unpack_invitation, unpack_requests
+from hosl_flower.flower.records import pack, unpack_invitation, unpack_requests
+from hosl_flower.flower.stream.client_end import serve
 from hosl_flower.models.checkpoints.adapters import find_adapters
 from hosl_flower.privacy.noise_secret import device_secret, simulated_secret
 from hosl_flower.protocol.messages.registry import Failure

@@ -60,7 +60,7 @@ def node(message: Message, context: Context) -> Message:
 @_closed
 def exchange(message: Message, context: Context) -> Message:
     """Answer the requests of one exchange."""
-    from hosl_flower import client_calls
+    from hosl_flower.flower import client_calls
 
     return client_calls.exchange(message, context)
 
@@ -69,6 +69,6 @@ def exchange(message: Message, context: Context) -> Message:
 @_closed
 def session(message: Message, context: Context) -> Message:
     """Answer over a stream until the server closes it; see link/stream.py."""
-    from hosl_flower import client_calls
+    from hosl_flower.flower import client_calls
 
     return client_calls.session(message, context)

@@ -7,10 +7,10 @@ from flwr.serverapp import Grid
 from hosl_flower.config.resolve import ClientSpec
 from hosl_flower.config.run_config import RunConfig
 from hosl_flower.errors import ConfigError
-from hosl_flower.link.grid import GridLink
-from hosl_flower.link.nodes import Nodes
-from hosl_flower.link.stream import StreamLink
-from hosl_flower.link.superlink import SuperLink
+from hosl_flower.flower.message_link import GridLink
+from hosl_flower.flower.nodes import Nodes
+from hosl_flower.flower.stream.link import StreamLink
+from hosl_flower.flower.superlink import SuperLink
 from hosl_flower.protocol.checks import Limits
 from hosl_flower.server.history import History
 from hosl_flower.server.link import Link

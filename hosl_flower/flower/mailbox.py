@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from flwr.app import Message
 
-from hosl_flower.link.announced import Node
-from hosl_flower.link.superlink import AnyGrid
+from hosl_flower.flower.announced import Node
+from hosl_flower.flower.superlink import AnyGrid
 from hosl_flower.protocol.messages.registry import Request
 
 _FIRST_POLL_SECONDS, _LAST_POLL_SECONDS = 0.002, 0.25
