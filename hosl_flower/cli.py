@@ -136,7 +136,7 @@ def export(
     private: Annotated[bool, typer.Option("--private", help="make that repository so")] = False,
 ) -> None:
     """A trained model as a directory of its own: merged, adapters, or one half; with a card."""
-    from hosl_flower.export import export as export_run
+    from hosl_flower.export.export import export as export_run
     from hosl_flower.models.checkpoints import hub
 
     try:
@@ -163,7 +163,7 @@ def generate(
     cut_layer: Annotated[int | None, typer.Option(help="default: where the run cut")] = None,
 ) -> None:
     """Continue a prompt through the split: the client's half, then the server's."""
-    from hosl_flower import generate as generation
+    from hosl_flower.export import generate as generation
 
     try:
         choose = generation.chooser(temperature, top_p, seed)

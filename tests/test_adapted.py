@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from hosl_flower.data.encoders.prompts import load_tokenizer
 from hosl_flower.errors import CheckpointError, ConfigError
-from hosl_flower.generate import chooser, continuation
+from hosl_flower.export.generate import chooser, continuation
 from hosl_flower.models.checkpoints import hub
 from hosl_flower.models.families.decoders import HEAD
 from hosl_flower.models.split import load_client, open_base

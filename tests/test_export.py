@@ -23,7 +23,7 @@ from hosl_flower.cli import cli
 from hosl_flower.config.task_from_config import task_from_config
 from hosl_flower.data.sources import load_source
 from hosl_flower.errors import CheckpointError
-from hosl_flower.export import export
+from hosl_flower.export.export import export
 from hosl_flower.models.families.decoders import HEAD
 from hosl_flower.models.split import load_client, load_server, open_base
 from strategies.ho_sfl import HoSfl

@@ -13,8 +13,8 @@ from runs import metrics, run_factory
 from safetensors import SafetensorError
 
 from hosl_flower.errors import CheckpointError, ConfigError, HoslError
-from hosl_flower.export import export
-from hosl_flower.finished import read_run
+from hosl_flower.export.export import export
+from hosl_flower.export.finished_run import read_run
 from hosl_flower.run import checkpoint
 from hosl_flower.run import recorder as report
 from hosl_flower.run.checkpoint import steps

@@ -8,7 +8,7 @@ from recorder import RECORDED, RUNS, differences, machine, record
 from transformers import AutoModelForCausalLM
 
 from hosl_flower.config.run_config import parse_config
-from hosl_flower.export import export
+from hosl_flower.export.export import export
 from hosl_flower.flower.server_app import load_strategy
 
 WAS = json.loads(RECORDED.read_text())

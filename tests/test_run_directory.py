@@ -8,10 +8,10 @@ import pytest
 from filelock import FileLock
 from runs import metrics, run_factory
 
-from hosl_flower import finished
 from hosl_flower.config.run_config import parse_config
 from hosl_flower.errors import CheckpointError, ConfigError, HoslError
-from hosl_flower.export import export
+from hosl_flower.export import finished_run as finished
+from hosl_flower.export.export import export
 from hosl_flower.ledger.ledger import Entry, Ledger
 from hosl_flower.run import recorder as report
 from hosl_flower.run import resumable

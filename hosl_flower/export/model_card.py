@@ -16,11 +16,11 @@ from huggingface_hub import ModelCard, ModelCardData, constants, try_to_load_fro
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from hosl_flower import markdown
 from hosl_flower.config.run_config import RunConfig, Scalar, parse_config
 from hosl_flower.config.task_from_config import task_from_config
 from hosl_flower.errors import CheckpointError, printable
-from hosl_flower.finished import Finished
+from hosl_flower.export import markdown
+from hosl_flower.export.finished_run import Finished
 from hosl_flower.models.class_head import class_names
 from hosl_flower.models.families.decoders import family_of
 from hosl_flower.models.split import RANDOM, load_model_config
