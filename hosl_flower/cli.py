@@ -72,7 +72,7 @@ def compare(
     config: Override = None,
 ) -> None:
     """Tune, run and tabulate methods against each other; finished runs are not run again."""
-    from hosl_flower.compare import compare as run_comparison
+    from hosl_flower.compare.compare import compare as run_comparison
 
     try:
         overrides = dict(map(key_value, config or []))
@@ -87,7 +87,7 @@ def report(
     out: Annotated[Path, typer.Option(help="the page")] = Path("report.html"),
 ) -> None:
     """One HTML page of one or several runs, side by side: opens from disk, without a network."""
-    from hosl_flower.page import write_page
+    from hosl_flower.report.page import write_page
 
     try:
         typer.echo(f"report: {write_page(runs, out)}")

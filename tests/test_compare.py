@@ -13,17 +13,17 @@ import pytest
 from runs import PROMPT, write_reviews
 from typer.testing import CliRunner
 
-from hosl_flower import cells as cells_module
-from hosl_flower.cell import main as cell_main
-from hosl_flower.cells import CellError, choose, is_diverged, is_finished, run_all
 from hosl_flower.cli import cli
-from hosl_flower.comparison import Row, _gap, markdown
-from hosl_flower.comparison_plot import draw_frontier
+from hosl_flower.compare import runner as cells_module
+from hosl_flower.compare.experiment import Cell, cells, read_experiment, trials
+from hosl_flower.compare.figures import draw_frontier
+from hosl_flower.compare.outcome import Outcome, outcome
+from hosl_flower.compare.runner import CellError, choose, is_diverged, is_finished, run_all
+from hosl_flower.compare.table import Row, _gap, markdown
+from hosl_flower.compare.worker import main as cell_main
 from hosl_flower.config.run_config import parse_config
 from hosl_flower.errors import ConfigError
-from hosl_flower.experiment import Cell, cells, read_experiment, trials
 from hosl_flower.flower.server_app import load_strategy
-from hosl_flower.outcome import Outcome, outcome
 
 SHIPPED = Path(__file__).parents[1] / "simulations" / "comparisons"
 
@@ -96,7 +96,7 @@ def in_this_process(monkeypatch):
         returncode = 0
 
         def __init__(self, command, **_):
-            assert command[1:] == ["-m", "hosl_flower.cell"]
+            assert command[1:] == ["-m", "hosl_flower.compare.worker"]
 
         def communicate(self, request):
             started.append(json.loads(request)["keys"]["run-name"])

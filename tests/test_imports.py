@@ -14,7 +14,7 @@ NOT_A_CLIENTS = (
     "peft",  # with its adapters
     "torch._dynamo", "ray",
     "hosl_flower.server.trainer", "hosl_flower.server.session", "hosl_flower.run.loop", "hosl_flower.run.recorder",
-    "hosl_flower.page", "hosl_flower.run.figures", "hosl_flower.cli", "hosl_flower.methods.method",
+    "hosl_flower.report.page", "hosl_flower.run.figures", "hosl_flower.cli", "hosl_flower.methods.method",
     "hosl_flower.server.aggregate", "hosl_flower.flower.message_link", "hosl_flower.flower.stream.link", "strategies",
 )  # fmt: skip
 

@@ -9,12 +9,12 @@ from typer.testing import CliRunner
 
 from hosl_flower.cli import cli
 from hosl_flower.config.run_config import parse_config
-from hosl_flower.page import page, write_page
-from hosl_flower.page_bars import shares
-from hosl_flower.page_clients import participation
-from hosl_flower.page_curves import AXES, smoothed, spreads, thinned
-from hosl_flower.page_data import PageError, read_runs
-from hosl_flower.page_html import tag
+from hosl_flower.report.bars import shares
+from hosl_flower.report.curves import AXES, smoothed, spreads, thinned
+from hosl_flower.report.html import tag
+from hosl_flower.report.page import page, write_page
+from hosl_flower.report.participation import participation
+from hosl_flower.report.runs import PageError, read_runs
 from strategies.ho_sfl import HoSfl
 from strategies.hosl import Hosl
 from tests.runs import run_factory

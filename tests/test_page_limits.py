@@ -6,9 +6,9 @@ import os
 import pytest
 from test_page import Checker, checked, undrawn, write_run
 
-from hosl_flower.page import page, write_page
-from hosl_flower.page_clients import MOST_CLIENTS
-from hosl_flower.page_data import PageError, read_runs
+from hosl_flower.report.page import page, write_page
+from hosl_flower.report.participation import MOST_CLIENTS
+from hosl_flower.report.runs import PageError, read_runs
 from hosl_flower.system import whole_files as whole
 
 __all__ = ["undrawn"]  # a fixture

@@ -15,9 +15,9 @@ import tempfile
 from pathlib import Path
 
 from hosl_flower.cli import key_value
-from hosl_flower.compare import compare
-from hosl_flower.experiment import cells, read_experiment
-from hosl_flower.outcome import outcome
+from hosl_flower.compare.compare import compare
+from hosl_flower.compare.experiment import cells, read_experiment
+from hosl_flower.compare.outcome import outcome
 
 QUICK = Path(__file__).with_name("frontier_quick.toml")
 FULL = Path(__file__).parents[2] / "simulations" / "comparisons" / "methods.toml"

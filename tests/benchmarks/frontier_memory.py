@@ -13,10 +13,10 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from hosl_flower.cells import run_all
 from hosl_flower.cli import key_value
-from hosl_flower.experiment import Cell, Experiment, Keys, cells, read_experiment
-from hosl_flower.outcome import Outcome, outcome
+from hosl_flower.compare.experiment import Cell, Experiment, Keys, cells, read_experiment
+from hosl_flower.compare.outcome import Outcome, outcome
+from hosl_flower.compare.runner import run_all
 
 STEPS = 10
 HEAD = ("cut", "method", "optimizer", "micro_batch", "peak_bytes", "exchange_peak_bytes")

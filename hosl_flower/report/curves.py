@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from hosl_flower.page_data import Run
-from hosl_flower.page_html import Html
-from hosl_flower.page_svg import colour, dashes, figure, to_svg
+from hosl_flower.report.html import Html
+from hosl_flower.report.runs import Run
+from hosl_flower.report.svg import colour, dashes, figure, to_svg
 
 _SMOOTH = 20  # steps in the moving average of the training loss
 _POINTS = 250  # of a line, at most: more than a figure of this width shows

@@ -7,10 +7,10 @@ from matplotlib.colors import to_rgb
 from matplotlib.ticker import MaxNLocator
 
 from hosl_flower.errors import printable
-from hosl_flower.page_clients import Participation
-from hosl_flower.page_data import Run
-from hosl_flower.page_html import Html, megabytes
-from hosl_flower.page_svg import BAD, colour, figure, to_svg
+from hosl_flower.report.html import Html, megabytes
+from hosl_flower.report.participation import Participation
+from hosl_flower.report.runs import Run
+from hosl_flower.report.svg import BAD, colour, figure, to_svg
 
 _BINS = 150  # columns of a timeline, at most
 _MOST_ROWS = 40  # phases or kinds of message that are drawn

@@ -12,9 +12,9 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from hosl_flower.cells import DIVERGED
+from hosl_flower.compare.outcome import Outcome, outcome
+from hosl_flower.compare.runner import DIVERGED
 from hosl_flower.errors import CheckpointError, HoslError, printable
-from hosl_flower.outcome import Outcome, outcome
 from hosl_flower.run.run_files import (
     ConfigFile,
     Evaluation,

@@ -10,8 +10,8 @@ matplotlib.use("Agg")  # a server has no display
 
 from matplotlib import pyplot
 
-from hosl_flower.comparison import Row
-from hosl_flower.outcome import Outcome
+from hosl_flower.compare.outcome import Outcome
+from hosl_flower.compare.table import Row
 from hosl_flower.run.figures import write_picture
 
 _BYTES = "MB up and down"

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hosl_flower.cells import CellError, choose, is_finished, run_all
-from hosl_flower.comparison import csv_text, markdown, rows
-from hosl_flower.comparison_plot import draw_comparison, draw_frontier
-from hosl_flower.experiment import Keys, cells, read_experiment, trials
+from hosl_flower.compare.experiment import Keys, cells, read_experiment, trials
+from hosl_flower.compare.figures import draw_comparison, draw_frontier
+from hosl_flower.compare.runner import CellError, choose, is_finished, run_all
+from hosl_flower.compare.table import csv_text, markdown, rows
 from hosl_flower.system.directories import check_writable
 from hosl_flower.system.whole_files import put
 

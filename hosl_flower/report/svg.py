@@ -9,7 +9,7 @@ from html import escape
 import matplotlib
 from matplotlib.figure import Figure
 
-from hosl_flower.page_html import Html
+from hosl_flower.report.html import Html
 
 # Okabe and Ito's colours less black and yellow, which can be told apart with any eyes and on light
 # and dark ground, and some greys' neighbours for more than six runs.

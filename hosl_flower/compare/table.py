@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hosl_flower.experiment import Cell, Experiment
-from hosl_flower.outcome import Outcome, outcome
+from hosl_flower.compare.experiment import Cell, Experiment
+from hosl_flower.compare.outcome import Outcome, outcome
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hosl_flower.cells import CellError, is_diverged
+from hosl_flower.compare.runner import CellError, is_diverged
 from hosl_flower.run.headline import headline
 from hosl_flower.system.untrusted_files import read_json
 

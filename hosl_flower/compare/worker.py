@@ -1,10 +1,10 @@
-"""One run of an experiment, in a process of its own: `python -m hosl_flower.cell < request`."""
+"""One run of an experiment, in a process of its own: `python -m hosl_flower.compare.worker < request`."""
 
 import json
 import sys
 from pathlib import Path
 
-from hosl_flower.cells import DIVERGED
+from hosl_flower.compare.runner import DIVERGED
 from hosl_flower.config.run_config import parse_config
 from hosl_flower.errors import DivergedError, HoslError, printable
 from hosl_flower.flower.local_run import run_flower_app

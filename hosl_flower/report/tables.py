@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from hosl_flower.config.run_config import parse_config
-from hosl_flower.page_data import Run
-from hosl_flower.page_html import (
+from hosl_flower.report.html import (
     Html,
     folded,
     html,
@@ -19,7 +18,8 @@ from hosl_flower.page_html import (
     table,
     tag,
 )
-from hosl_flower.page_svg import colour
+from hosl_flower.report.runs import Run
+from hosl_flower.report.svg import colour
 
 # that runs differ in these says nothing of them
 _FREE = ("run-name", "output-dir", "threads", "resume")

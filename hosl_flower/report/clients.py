@@ -4,10 +4,10 @@ import base64
 import hashlib
 from collections.abc import Sequence
 
-from hosl_flower.page_bars import draw_participation
-from hosl_flower.page_clients import MOST_CLIENTS, Participation, participation
-from hosl_flower.page_data import Run
-from hosl_flower.page_html import Html, html, note, section, table, tag
+from hosl_flower.report.bars import draw_participation
+from hosl_flower.report.html import Html, html, note, section, table, tag
+from hosl_flower.report.participation import MOST_CLIENTS, Participation, participation
+from hosl_flower.report.runs import Run
 
 _DROPS_SHOWN = 50
 

@@ -8,13 +8,14 @@ Whatever a run lacks, its section says in a line.
 from collections.abc import Sequence
 from pathlib import Path
 
-from hosl_flower.page_bars import (
+from hosl_flower.report.bars import (
     draw_bytes,
     draw_memory,
     memory_phases,
     message_kinds,
 )
-from hosl_flower.page_curves import (
+from hosl_flower.report.clients import clients, data
+from hosl_flower.report.curves import (
     AXES,
     Axis,
     draw_losses,
@@ -24,8 +25,7 @@ from hosl_flower.page_curves import (
     missing,
     spreads,
 )
-from hosl_flower.page_data import PageError, Run, read_runs
-from hosl_flower.page_html import (
+from hosl_flower.report.html import (
     Html,
     document,
     folded,
@@ -37,8 +37,9 @@ from hosl_flower.page_html import (
     table,
     tag,
 )
-from hosl_flower.page_svg import dashes
-from hosl_flower.page_tables import (
+from hosl_flower.report.runs import PageError, Run, read_runs
+from hosl_flower.report.svg import dashes
+from hosl_flower.report.tables import (
     cards,
     configuration,
     dot,
@@ -47,7 +48,6 @@ from hosl_flower.page_tables import (
     notices,
     side_by_side,
 )
-from hosl_flower.page_who import clients, data
 from hosl_flower.system.whole_files import put
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from hosl_flower.page_data import Run
+from hosl_flower.report.runs import Run
 from hosl_flower.run.run_files import Dropped
 from hosl_flower.zo.directions import derive_seed, permutation
 

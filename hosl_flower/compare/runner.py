@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as Eta
 
+from hosl_flower.compare.experiment import Cell, Experiment, Keys, grid, trials
 from hosl_flower.config.run_config import parse_config
 from hosl_flower.data.infer_task import completed
 from hosl_flower.errors import ConfigError, HoslError
-from hosl_flower.experiment import Cell, Experiment, Keys, grid, trials
 from hosl_flower.run.headline import headline
 from hosl_flower.system.signals import exiting_when_told
 
@@ -104,7 +104,7 @@ def _run(
     keys = parse_config({**cell.keys, **own}).as_keys()
     request = json.dumps({"keys": keys, "flower_app": flower_app})
     process = subprocess.Popen(
-        [sys.executable, "-m", "hosl_flower.cell"],
+        [sys.executable, "-m", "hosl_flower.compare.worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
