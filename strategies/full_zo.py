@@ -2,7 +2,7 @@
 
 Dimension-free communication in federated learning, arXiv 2405.15861,
 https://arxiv.org/abs/2405.15861, Algorithms 2 and 3. Every client holds the whole model, theta:
-cut-layer is the number of blocks, and an auxiliary head (hosl_flower/models/auxiliary_head.py) is the rest. One
+cut-layer is the number of blocks, and an auxiliary head (models/auxiliary_head.py) is the rest. One
 round, local-steps = K, directions = P, with the same seeds for all clients:
 
     for k = 1..K  g_kp = (l(theta + mu z_kp) - l(theta)) / (P mu),

@@ -2,7 +2,7 @@
 
 Hybrid-order split federated learning with an auxiliary head, arXiv 2601.09076,
 https://arxiv.org/abs/2601.09076. A client is its submodel and a small head (final norm and answer
-words, hosl_flower/models/auxiliary_head.py), theta_c; both are trained on the head's loss l_c, so no gradient comes
+words, models/auxiliary_head.py), theta_c; both are trained on the head's loss l_c, so no gradient comes
 down. One step (the paper's round), local-steps = h:
 
     1  each client takes h zeroth-order steps on its own mini-batches,

@@ -13,9 +13,9 @@ NOT_A_CLIENTS = (
     "matplotlib", "pandas", "pyarrow", "datasets", "flwr_datasets",  # with its data, if at all
     "peft",  # with its adapters
     "torch._dynamo", "ray",
-    "hosl_flower.server.trainer", "hosl_flower.server.session", "hosl_flower.run.loop", "hosl_flower.run.recorder",
-    "hosl_flower.report.page", "hosl_flower.run.figures", "hosl_flower.cli", "hosl_flower.methods.method",
-    "hosl_flower.server.aggregate", "hosl_flower.flower.message_link", "hosl_flower.flower.stream.link", "strategies",
+    "hosl_flower.server", "hosl_flower.run", "hosl_flower.methods", "hosl_flower.report",
+    "hosl_flower.compare", "hosl_flower.export", "hosl_flower.cli",
+    "hosl_flower.flower.message_link", "hosl_flower.flower.stream.link", "strategies",
 )  # fmt: skip
 
 

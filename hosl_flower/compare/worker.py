@@ -1,4 +1,7 @@
-"""One run of an experiment, in a process of its own: `python -m hosl_flower.compare.worker < request`."""
+"""One run of an experiment in a process of its own.
+
+python -m hosl_flower.compare.worker < request
+"""
 
 import json
 import sys

@@ -48,7 +48,8 @@ WHAT = {
     "model": "the whole model, merged: for `{auto}.from_pretrained`",
     "adapters": "LoRA adapters of both halves: for `PeftModel.from_pretrained`, over the base",
     "client": "HALF a model: embeddings and the first {cut} blocks. Give this directory as "
-    "`model-path` to a SuperNode or to `hosl_flower.models.split.open_base`; `load_client` loads it",
+    "`model-path` to a SuperNode or to `hosl_flower.models.split.open_base`; `load_client` "
+    "loads it",
     "server": "HALF a model: the blocks after the first {cut}, final norm and LM head. Give this "
     "directory to `hosl_flower.models.split.open_base`; `load_server` loads it",
 }

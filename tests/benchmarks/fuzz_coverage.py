@@ -37,7 +37,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 MODULES = [
     "hosl_flower.protocol.wire", "hosl_flower.tensors.raw_bytes", "hosl_flower.protocol.checks",
     "hosl_flower.protocol.messages.requests",
-    "hosl_flower.protocol.messages.replies", "hosl_flower.flower.stream.frames", "hosl_flower.flower.records",
+    "hosl_flower.protocol.messages.replies", "hosl_flower.flower.stream.frames",
+    "hosl_flower.flower.records",
 ]  # fmt: skip
 BESIDES = [
     "hosl_flower.ledger.ledger",
