@@ -1,1 +1,0 @@
-"""Links between a strategy and its clients."""
