@@ -44,8 +44,8 @@ from hosl_flower.server.cohort import Cohort, Question, absent
 from hosl_flower.server.link import Link
 from hosl_flower.server.schedule import client_rate
 from hosl_flower.server.session import Session
-from hosl_flower.zo.directions import derive_seed
-from hosl_flower.zo.estimator import to_float32
+from hosl_flower.tensors.rounding import to_float32
+from hosl_flower.tensors.seeds import derive_seed
 
 
 class HoSfl(SplitStrategy):

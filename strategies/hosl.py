@@ -31,7 +31,7 @@ from hosl_flower.server.kept_labels import KeptLabels, kept
 from hosl_flower.server.link import Link
 from hosl_flower.server.schedule import client_rate, rate_factor
 from hosl_flower.server.session import Session
-from hosl_flower.zo.directions import derive_seed
+from hosl_flower.tensors.seeds import derive_seed
 from hosl_flower.zo.estimator import Point, estimate, probe_points
 
 

@@ -36,7 +36,6 @@ from torch import Tensor
 
 from hosl_flower.config.run_config import RunConfig
 from hosl_flower.errors import ConfigError
-from hosl_flower.gradients.backprop import unflat
 from hosl_flower.optim.gradient import Dense
 from hosl_flower.protocol.messages.registry import (
     Adopt,
@@ -51,8 +50,9 @@ from hosl_flower.server.cohort import Cohort, Question, absent
 from hosl_flower.server.link import Link
 from hosl_flower.server.schedule import client_rate
 from hosl_flower.server.session import Session
+from hosl_flower.tensors.rows import unflat
+from hosl_flower.tensors.seeds import derive_seed
 from hosl_flower.tensors.update_codec import decode
-from hosl_flower.zo.directions import derive_seed
 from strategies.ho_sfl import HoSfl
 
 

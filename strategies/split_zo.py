@@ -25,7 +25,7 @@ from hosl_flower.server.kept_labels import KeptLabels
 from hosl_flower.server.schedule import rate_factor
 from hosl_flower.server.session import Session
 from hosl_flower.server.zo_trainer import ZoServer
-from hosl_flower.zo.directions import derive_seed
+from hosl_flower.tensors.seeds import derive_seed
 from hosl_flower.zo.estimator import probe_points, projected_gradients
 from strategies.hosl import Hosl, Probed
 

@@ -6,7 +6,7 @@ import json
 from unittest import mock
 
 from hosl_flower.config.run_config import parse_config
-from hosl_flower.zo.directions import permutation
+from hosl_flower.tensors.seeds import permutation
 
 PROMPT = "{text} It was"
 WORDS = {0: ["awful", "dull", "bad", "boring"], 1: ["lovely", "great", "fine", "superb"]}

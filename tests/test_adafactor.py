@@ -98,7 +98,7 @@ def test_a_large_parameter_is_updated_in_chunks_alike(monkeypatch):
     (gradient,) = gradients({"m": (40, 6)}, 1)
     whole, chunked = {"m": torch.zeros(40, 6)}, {"m": torch.zeros(40, 6)}
     Adafactor().step(whole, Dense(gradient), RATE)
-    monkeypatch.setattr("hosl_flower.zo.directions._CHUNK_ELEMENTS", 50)
+    monkeypatch.setattr("hosl_flower.tensors.rows._CHUNK_ELEMENTS", 50)
     Adafactor().step(chunked, Dense(gradient), RATE)
     assert torch.allclose(whole["m"], chunked["m"], rtol=1e-5)
 

@@ -21,7 +21,7 @@ from hosl_flower.models.split import (
     open_base,
     trainable_parameters,
 )
-from hosl_flower.zo.surrogates import Cotangent
+from hosl_flower.tensors.cut_gradient import Cotangent
 
 LORA = Lora(4, 8.0, ("q_proj", "v_proj"), 0)
 LAST = "model.decoder.layers.2."

@@ -18,9 +18,9 @@ from hosl_flower.protocol.messages.registry import (
     LocalTrain,
     Probe,
 )
+from hosl_flower.tensors.cut_gradient import Cotangent
 from hosl_flower.tensors.memory import Meter
 from hosl_flower.tensors.update_codec import decode
-from hosl_flower.zo.surrogates import Cotangent
 
 SPEC = client_spec(
     model="random:opt-tiny", cut_layer=2, batch_size=32, max_length=64, client_trainable="full"

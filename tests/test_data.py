@@ -16,7 +16,7 @@ from hosl_flower.data.partition import DataPool
 from hosl_flower.data.sources import load_source, take
 from hosl_flower.errors import DataError
 from hosl_flower.tasks.known import TASKS, Task
-from hosl_flower.zo.directions import derive_seed, permutation
+from hosl_flower.tensors.seeds import derive_seed, permutation
 
 TASK = Task("own", "{text} It was", ("terrible", "great"), ("no", "yes"))
 FRAME = pandas.DataFrame({"label": [0, 1, 1], "text": ["one", "two", "three"]})

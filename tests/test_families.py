@@ -26,7 +26,7 @@ from hosl_flower.models.split import (
     server_skeleton,
     trainable_parameters,
 )
-from hosl_flower.zo.surrogates import Cotangent
+from hosl_flower.tensors.cut_gradient import Cotangent
 from strategies.ho_sfl import HoSfl
 
 TINY = [name for name in ARCHITECTURES if name.endswith("-tiny")]

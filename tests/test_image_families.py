@@ -24,7 +24,7 @@ from hosl_flower.models.split import (
     server_skeleton,
     trainable_parameters,
 )
-from hosl_flower.zo.surrogates import Cotangent
+from hosl_flower.tensors.cut_gradient import Cotangent
 
 SIZE = 16
 PIXELS = torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))

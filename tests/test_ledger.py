@@ -7,7 +7,7 @@ import torch
 
 from hosl_flower.errors import CheckpointError
 from hosl_flower.ledger.ledger import Entry, Ledger, chain_entries, fingerprint
-from hosl_flower.zo.estimator import to_float32
+from hosl_flower.tensors.rounding import to_float32
 
 ENTRIES = [
     Entry(1, (11, 12), (0.5, -0.25), 1e-2),

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hosl_flower.client.client import Client
 from hosl_flower.errors import ClientError, ConfigError, ProtocolError
-from hosl_flower.gradients.backprop import unflat
 from hosl_flower.ledger.ledger import Ledger
 from hosl_flower.optim.adafactor import Adafactor
 from hosl_flower.optim.gradient import Dense
@@ -32,6 +31,7 @@ from hosl_flower.server.in_process import InProcessLink
 from hosl_flower.server.session import open_session
 from hosl_flower.server.trainer import Server
 from hosl_flower.server.zo_trainer import ZoServer
+from hosl_flower.tensors.rows import unflat
 from strategies.fedavg_zo import FedAvgZo
 from strategies.frozen_client import FrozenClient
 from strategies.full_zo import FullZo

@@ -8,12 +8,8 @@ import pytest
 import torch
 
 from hosl_flower.tensors.philox import NORMALS, SIGNS, philox
-from hosl_flower.zo.directions import (
-    DISTRIBUTIONS,
-    Layout,
-    derive_seed,
-    permutation,
-)
+from hosl_flower.tensors.seeds import derive_seed, permutation
+from hosl_flower.zo.directions import DISTRIBUTIONS, Layout
 
 MASK = 0xFFFFFFFF
 NAME = "model.decoder.layers.0.fc1.weight"

@@ -14,8 +14,8 @@ from hosl_flower.optim.optimizer import AdamW, square_root
 from hosl_flower.protocol.messages.registry import CatchUp, Fingerprinted, Forward, Restore
 from hosl_flower.protocol.wire import wire_bytes
 from hosl_flower.server.history import History
+from hosl_flower.tensors.rounding import to_float32
 from hosl_flower.zo.directions import DISTRIBUTIONS, Layout
-from hosl_flower.zo.estimator import to_float32
 
 ENTRIES = [
     Entry(1, (11, 12), (0.5, -0.25), 1e-2),
@@ -86,7 +86,7 @@ def test_one_adam_step_by_hand():
 def test_an_adam_step_does_not_depend_on_its_chunks(monkeypatch):
     whole, chunked = state("adamw", "signs"), state("adamw", "signs")
     whole.apply(ENTRIES)
-    monkeypatch.setattr("hosl_flower.zo.directions._CHUNK_ELEMENTS", 7)
+    monkeypatch.setattr("hosl_flower.tensors.rows._CHUNK_ELEMENTS", 7)
     chunked.apply(ENTRIES)
     assert torch.equal(whole.weights(), chunked.weights())
 

@@ -7,8 +7,9 @@ from test_families import FULL, IDS, PADDED, TINY, halves, saved  # noqa: F401
 from test_probe import EveryUse, layout_of, named
 
 from hosl_flower.errors import ConfigError
+from hosl_flower.tensors.rounding import to_float32
 from hosl_flower.zo.directions import DISTRIBUTIONS, Layout
-from hosl_flower.zo.estimator import directional, to_float32
+from hosl_flower.zo.estimator import directional
 from hosl_flower.zo.forward_mode import along, derivative
 from strategies.fedavg_zo import FedAvgZo
 from strategies.heron import Heron

@@ -31,9 +31,9 @@ from hosl_flower.models.split import (
     server_skeleton,
     trainable_parameters,
 )
+from hosl_flower.tensors.cut_gradient import Cotangent
 from hosl_flower.zo.directions import Layout
 from hosl_flower.zo.perturbed import perturbed
-from hosl_flower.zo.surrogates import Cotangent
 
 TINY = [name for name in TEXT_ARCHITECTURES if name.endswith("-tiny")]
 PAD = 1

@@ -19,7 +19,7 @@ from hosl_flower.models.checkpoints.source import RandomWeights
 from hosl_flower.models.families.decoders import HEAD
 from hosl_flower.models.split import client_skeleton, load_client, load_server, open_base
 from hosl_flower.tensors.memory import Meter
-from hosl_flower.zo.directions import derive_seed
+from hosl_flower.tensors.seeds import derive_seed
 
 SINGLE, BIN = "model.safetensors", "pytorch_model.bin"
 INDEX = f"{SINGLE}.index.json"

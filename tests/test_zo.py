@@ -8,14 +8,9 @@ from torch import nn
 
 from hosl_flower.optim.gradient import Seeded
 from hosl_flower.optim.optimizer import Sgd
+from hosl_flower.tensors.rounding import to_float32
 from hosl_flower.zo.directions import DISTRIBUTIONS, Layout
-from hosl_flower.zo.estimator import (
-    Point,
-    estimate,
-    probe_points,
-    projected_gradients,
-    to_float32,
-)
+from hosl_flower.zo.estimator import Point, estimate, probe_points, projected_gradients
 from hosl_flower.zo.perturbed import perturbed
 
 
@@ -142,7 +137,7 @@ def test_an_update_does_not_depend_on_its_chunks(dtype, monkeypatch):
     layout = Layout({"w": weight.shape}, "signs")
     whole, chunked = {"w": weight.clone()}, {"w": weight.clone()}
     Sgd().step(whole, Seeded(layout, [1, 2], [0.3, -1.7]), 1e-2)
-    monkeypatch.setattr("hosl_flower.zo.directions._CHUNK_ELEMENTS", 70)
+    monkeypatch.setattr("hosl_flower.tensors.rows._CHUNK_ELEMENTS", 70)
     Sgd().step(chunked, Seeded(layout, [1, 2], [0.3, -1.7]), 1e-2)
     assert torch.equal(whole["w"], chunked["w"])
 

@@ -15,7 +15,7 @@ import torch
 from hosl_flower.client.compute import Compute
 from hosl_flower.client.ledger_follower import UNKNOWN, Answer, Follower
 from hosl_flower.client.local_weights import Branches
-from hosl_flower.config.resolve import ClientSpec, pick_device, torch_dtype
+from hosl_flower.config.resolve import ClientSpec
 from hosl_flower.data.encoders.make import make_inputs
 from hosl_flower.data.partition import DataPool
 from hosl_flower.errors import IN_THE_LOG, DataError, HoslError, ProtocolError, public_reason
@@ -72,6 +72,7 @@ from hosl_flower.protocol.messages.registry import (
     Weights,
 )
 from hosl_flower.tasks.answer_words import Answers
+from hosl_flower.tensors.device import pick_device, torch_dtype
 from hosl_flower.tensors.memory import Meter, peak_rss_bytes
 
 log = logging.getLogger("hosl_flower")

@@ -17,7 +17,7 @@ from hosl_flower.config.resolve import ClientSpec
 from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.data.partition import DataPool
 from hosl_flower.errors import ProtocolError
-from hosl_flower.gradients.backprop import gradients, unflat
+from hosl_flower.gradients.backprop import gradients
 from hosl_flower.gradients.recompute import recomputed_gradients
 from hosl_flower.gradients.residual.gradients import residual_gradients
 from hosl_flower.ledger.client_state import ClientState
@@ -39,13 +39,15 @@ from hosl_flower.protocol.messages.requests import (
     Request,
 )
 from hosl_flower.tensors.activation_codec import encode, has_scales
+from hosl_flower.tensors.cut_gradient import Cotangent, Pieces
 from hosl_flower.tensors.memory import Meter
 from hosl_flower.tensors.raw_bytes import dtype_name
+from hosl_flower.tensors.rows import unflat
+from hosl_flower.tensors.seeds import derive_seed
 from hosl_flower.tensors.update_codec import Coded
 from hosl_flower.tensors.update_codec import encode as encode_update
-from hosl_flower.zo.directions import derive_seed
 from hosl_flower.zo.estimator import Point, directional, estimate
-from hosl_flower.zo.surrogates import Cotangent, Pieces, linear
+from hosl_flower.zo.surrogates import linear
 
 # phase that is measured, and how the gradient comes about, by client-gradient
 _GRADIENTS: dict[str, tuple[str, Callable[..., Iterator[tuple[str, Tensor]]]]] = {

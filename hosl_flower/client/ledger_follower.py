@@ -20,7 +20,7 @@ from hosl_flower.protocol.messages.registry import (
     Reply,
     Restore,
 )
-from hosl_flower.zo.directions import derive_seed
+from hosl_flower.tensors.seeds import derive_seed
 from hosl_flower.zo.estimator import clip, projected_gradients
 
 UNKNOWN = "0" * 16  # a digest that no ledger has

@@ -4,7 +4,6 @@ the messages. A client never reads the server's files or environment."""
 import json
 import os
 
-import torch
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
@@ -30,7 +29,7 @@ from hosl_flower.config.run_config import (
     split_words,
 )
 from hosl_flower.config.task_from_config import task_from_config
-from hosl_flower.errors import CheckpointError, ConfigError, ProtocolError, RefusedError
+from hosl_flower.errors import CheckpointError, ConfigError, ProtocolError
 from hosl_flower.models.architectures import known_architectures
 from hosl_flower.models.checkpoints import hub
 from hosl_flower.models.lora import Lora
@@ -250,27 +249,3 @@ def server_lora(config: RunConfig) -> Lora | None:
         return None
     targets = split_words(config.lora_targets)
     return Lora(config.lora_rank, config.lora_alpha, targets, config.seed)
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of a config name, such as "float32"."""
-    return getattr(torch, name)
-
-
-def pick_device(name: str) -> str:
-    """auto -> the GPU if there is one; RefusedError for a GPU that is not there."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    missing = name.startswith("cuda") and not torch.cuda.is_available()
-    if missing or (name == "mps" and not torch.backends.mps.is_available()):
-        raise RefusedError(f"device = {name!r} is not available here; use auto or cpu")
-    return name
-
-
-def use_threads(count: int) -> None:
-    """CPU threads of this process; 0 is every core. Set, not inherited: a Ray worker and a
-    plain process must compute alike, and the number of threads can change rounding."""
-    if not count:
-        own = getattr(os, "sched_getaffinity", None)  # Linux: the cores this process may use
-        count = len(own(0)) if own else os.cpu_count() or 1
-    torch.set_num_threads(count)

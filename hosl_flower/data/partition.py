@@ -18,7 +18,7 @@ from hosl_flower.config.resolve import ClientSpec
 from hosl_flower.data.encoders.prompts import Batch, Encoder, Inputs
 from hosl_flower.data.node_path import PLACEHOLDER, shared_between_partitions
 from hosl_flower.errors import DataError, ProtocolError
-from hosl_flower.zo.directions import derive_seed, permutation
+from hosl_flower.tensors.seeds import derive_seed, permutation
 
 if TYPE_CHECKING:  # heavy; flwr_datasets brings matplotlib, which a node with its own data spares
     from datasets import Dataset

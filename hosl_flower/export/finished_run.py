@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from pydantic import ValidationError
 
-from hosl_flower.config.resolve import server_lora, torch_dtype
+from hosl_flower.config.resolve import server_lora
 from hosl_flower.config.run_config import RunConfig, parse_config
 from hosl_flower.errors import CheckpointError, ConfigError
 from hosl_flower.models.lora import Lora, load_adapters
@@ -26,6 +26,7 @@ from hosl_flower.models.split import (
 )
 from hosl_flower.run.run_files import ConfigFile, Read, ResultsFile
 from hosl_flower.system.untrusted_files import check_tree, parse_json, read_json, read_regular
+from hosl_flower.tensors.device import torch_dtype
 
 
 @dataclass(frozen=True)

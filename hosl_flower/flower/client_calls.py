@@ -10,7 +10,7 @@ import logging
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from hosl_flower.client.client import Client
-from hosl_flower.config.resolve import ClientSpec, use_threads
+from hosl_flower.config.resolve import ClientSpec
 from hosl_flower.data.node_path import NodeConfig, is_simulated
 from hosl_flower.errors import HoslError, public_reason
 from hosl_flower.flower.records import pack, unpack_invitation, unpack_requests
@@ -18,6 +18,7 @@ from hosl_flower.flower.stream.client_end import serve
 from hosl_flower.models.checkpoints.adapters import find_adapters
 from hosl_flower.privacy.noise_secret import device_secret, simulated_secret
 from hosl_flower.protocol.messages.registry import Failure
+from hosl_flower.tensors.device import use_threads
 
 log = logging.getLogger("hosl_flower")
 

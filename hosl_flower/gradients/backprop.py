@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.models.split import ClientSubmodel
-from hosl_flower.zo.surrogates import Cotangent
+from hosl_flower.tensors.cut_gradient import Cotangent
 
 
 def gradients(
@@ -39,13 +39,3 @@ def gradients(
             for total, gradient in zip(sums, own, strict=True):
                 total.add_(gradient)
     yield from zip(parameters, sums or [], strict=True)
-
-
-def unflat(vector: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """A vector [n] of all parameters, in their order -> by name, in their shapes."""
-    sizes = [parameter.numel() for parameter in parameters.values()]
-    parts = vector.split(sizes)
-    return {
-        name: part.view(parameter.shape)
-        for (name, parameter), part in zip(parameters.items(), parts, strict=True)
-    }

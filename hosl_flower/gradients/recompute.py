@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.models.blockwise import Blocks, pieces
 from hosl_flower.models.split import ClientSubmodel
-from hosl_flower.zo.surrogates import Cotangent
+from hosl_flower.tensors.cut_gradient import Cotangent
 
 
 def recomputed_gradients(

@@ -17,8 +17,9 @@ from hosl_flower.ledger.ledger import Entry, chain, fingerprint, first_digest
 from hosl_flower.optim.by_name import make_optimizer, second_moments, state_shape
 from hosl_flower.optim.gradient import Dense, Gradient, Seeded
 from hosl_flower.tensors.rounding import store
+from hosl_flower.tensors.rows import as_matrix_shape, row_chunks
 from hosl_flower.tensors.update_codec import Coded, Rows, pieces_of
-from hosl_flower.zo.directions import Layout, as_matrix_shape, row_chunks
+from hosl_flower.zo.directions import Layout
 
 _TRAIL_ELEMENTS = 1 << 20  # up to so many, every update is fingerprinted (milliseconds)
 _TRAIL_LENGTH = 4096

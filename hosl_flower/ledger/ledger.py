@@ -24,7 +24,7 @@ from hosl_flower.errors import CheckpointError
 from hosl_flower.system.untrusted_files import parse_json
 from hosl_flower.system.whole_files import Lines, put
 from hosl_flower.tensors.raw_bytes import raw_bytes
-from hosl_flower.zo.estimator import to_float32
+from hosl_flower.tensors.rounding import to_float32
 
 
 @dataclass(frozen=True)

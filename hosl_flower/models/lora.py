@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hosl_flower.errors import CheckpointError, ConfigError, first_line
 from hosl_flower.system.whole_files import made_whole, put, save_tensors
-from hosl_flower.zo.directions import derive_seed
+from hosl_flower.tensors.seeds import derive_seed
 
 _NAME = re.compile(r"\.(lora_[AB])\.default\.")
 _ADAPTER = re.compile(r"\.lora_[AB]\.weight$")

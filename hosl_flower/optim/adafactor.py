@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from hosl_flower.optim.gradient import Dense
-from hosl_flower.optim.optimizer import Optimizer, Terms, matrix_of
+from hosl_flower.optim.optimizer import Optimizer, Terms
 from hosl_flower.tensors.rounding import store
-from hosl_flower.zo.directions import as_matrix_shape, row_chunks
+from hosl_flower.tensors.rows import as_matrix_shape, matrix_of, row_chunks
 
 _BETA2, _TINY, _CLIP = 0.999, 1e-30, 1.0
 

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from hosl_flower.optim.adafactor import Adafactor, Rows, Seen, Updates, state_size
-from hosl_flower.optim.optimizer import matrix_of
 from hosl_flower.tensors.rounding import OTHER_ROWS, quantize
-from hosl_flower.zo.directions import as_matrix_shape, row_chunks
+from hosl_flower.tensors.rows import as_matrix_shape, matrix_of, row_chunks
 
 _BETA1, _TALL, _TINY = 0.9, 16, 1e-15  # the root of Adafactor's 1e-30
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from hosl_flower.tensors.rounding import rounding_seed
-from hosl_flower.zo.directions import Layout, as_matrix_shape
+from hosl_flower.tensors.rows import as_matrix_shape
+from hosl_flower.zo.directions import Layout
 
 
 class Term(Protocol):

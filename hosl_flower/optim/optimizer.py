@@ -25,9 +25,8 @@ import torch
 from torch import Tensor
 
 from hosl_flower.optim.gradient import Gradient, Term
-from hosl_flower.tensors.rounding import store
-from hosl_flower.zo.directions import as_matrix_shape, row_chunks
-from hosl_flower.zo.estimator import to_float32
+from hosl_flower.tensors.rounding import store, to_float32
+from hosl_flower.tensors.rows import matrix_of, row_chunks
 
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
 
@@ -168,8 +167,3 @@ def square_root(values: Tensor) -> Tensor:
     if values.is_cuda or type(values) is not Tensor:  # no data: traced.py
         return values.sqrt()
     return torch.from_numpy(np.sqrt(values.cpu().numpy())).to(values.device)
-
-
-def matrix_of(parameter: Tensor) -> Tensor:
-    """A parameter as [out, in]; the same memory."""
-    return parameter.detach().view(as_matrix_shape(parameter.shape))

@@ -25,7 +25,8 @@ from typing import Any
 from hosl_flower.config.resolve import ClientSpec
 from hosl_flower.privacy.discrete_gaussian import Bits, discrete_gaussian
 from hosl_flower.privacy.noise_secret import given
-from hosl_flower.zo.estimator import Point, probe_points, to_float32
+from hosl_flower.tensors.rounding import to_float32
+from hosl_flower.zo.estimator import Point, probe_points
 
 UNITS = 1 << 16  # whole numbers that C is
 _BELOW = 1 - 2**-40  # of C, so that rounding of float64 leaves no norm above it

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from hosl_flower.report.runs import Run
 from hosl_flower.run.run_files import Dropped
-from hosl_flower.zo.directions import derive_seed, permutation
+from hosl_flower.tensors.seeds import derive_seed, permutation
 
 MOST_CLIENTS = 2000  # in a figure
 _MOST_DRAWS = 1_000_000  # steps x clients; beyond it a page would take minutes

@@ -15,7 +15,6 @@ import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from hosl_flower.client.client import Client
-from hosl_flower.config.resolve import torch_dtype
 from hosl_flower.config.run_config import RunConfig
 from hosl_flower.errors import ConfigError
 from hosl_flower.flower.server_app import load_strategy
@@ -28,6 +27,7 @@ from hosl_flower.server.in_process import InProcessLink
 from hosl_flower.server.kept_labels import STATES_BYTES
 from hosl_flower.server.link import Link
 from hosl_flower.server.session import Session
+from hosl_flower.tensors.device import torch_dtype
 from hosl_flower.tensors.memory import PHASES, Meter
 from hosl_flower.tensors.shapes_only import shapes_only
 

@@ -15,7 +15,7 @@ from hosl_flower.ledger.weight_deltas import Shift, Shifts
 from hosl_flower.optim.gradient import Dense
 from hosl_flower.protocol.messages.registry import CatchUp, Fingerprinted, Move, Request, Restore
 from hosl_flower.protocol.wire import wire_bytes
-from hosl_flower.zo.directions import derive_seed
+from hosl_flower.tensors.seeds import derive_seed
 
 _REQUEST_BYTES = 400  # header of a Restore, roughly
 

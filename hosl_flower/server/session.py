@@ -11,16 +11,7 @@ import torch
 from torch import Tensor
 
 from hosl_flower.client.client import new_state
-from hosl_flower.config.resolve import (
-    ClientSpec,
-    Resolved,
-    banner,
-    pick_device,
-    resolve,
-    server_lora,
-    torch_dtype,
-    use_threads,
-)
+from hosl_flower.config.resolve import ClientSpec, Resolved, banner, resolve, server_lora
 from hosl_flower.config.run_config import RunConfig
 from hosl_flower.data.encoders.make import make_inputs
 from hosl_flower.data.encoders.prompts import Inputs
@@ -49,7 +40,8 @@ from hosl_flower.server.history import History
 from hosl_flower.server.reference import NO_REFERENCE, Reference, reference_of
 from hosl_flower.server.trainer import Server
 from hosl_flower.tensors.activation_codec import encode
-from hosl_flower.zo.directions import derive_seed, permutation
+from hosl_flower.tensors.device import pick_device, torch_dtype, use_threads
+from hosl_flower.tensors.seeds import derive_seed, permutation
 from hosl_flower.zo.estimator import clip
 
 log = logging.getLogger("hosl_flower")

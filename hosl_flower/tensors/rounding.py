@@ -15,11 +15,13 @@ What is kept in 8 bits (adafactor_momentum.py) is rounded in the same way; no re
 """
 
 import functools
+import struct
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from hosl_flower.errors import DivergedError
 from hosl_flower.tensors.philox import HALVES
 
 _SMALLEST_NORMAL = 2.0**-14  # of float16; below it numbers are 2^-24 apart
@@ -73,3 +75,17 @@ def _drop_bits(value: Tensor, r: Tensor, bits: int) -> Tensor:
     [0, 2^bits), carry. Sums of integers; what follows, a change of dtype, is then exact."""
     kept = (value.view(torch.int32) + r).bitwise_right_shift_(bits).bitwise_left_shift_(bits)
     return kept.view(torch.float32)
+
+
+def to_float32(value: float) -> float:
+    """The nearest float32, as a Python float: what is stored, sent and replayed.
+
+    Raises DivergedError for what float32 cannot hold.
+    """
+    try:
+        return struct.unpack("<f", struct.pack("<f", value))[0]
+    except OverflowError:
+        raise DivergedError(
+            f"projected gradient {value:g} is beyond float32; lower client-learning-rate",
+            public="a projected gradient is beyond float32; lower client-learning-rate",
+        ) from None

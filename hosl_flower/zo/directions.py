@@ -15,44 +15,15 @@ signs     every element its own sign (Rademacher).
 gaussian  every element a standard normal, quantised to 2^-12 so that it too is exact.
 """
 
-import hashlib
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from hosl_flower.tensors.philox import NORMALS, SIGNS, counters_of, philox
+from hosl_flower.tensors.rows import as_matrix_shape, row_chunks
 
 DISTRIBUTIONS = ("rank1", "signs", "gaussian")
-
-# of a parameter, updated at a time; in 16 bits some pieces are widened and rounded besides
-_CHUNK_ELEMENTS, _CHUNK_ELEMENTS_16_BITS = 1 << 21, 1 << 18
-
-
-def derive_seed(seed: int, *labels: object) -> int:
-    """A 63-bit seed for one purpose, from the run seed and what names the purpose.
-
-    The first eight bytes (little endian) of SHA-256 over "seed/label/label/...", shifted right by
-    one so that it fits the signed integers of every format it travels in.
-    """
-    text = "/".join(str(part) for part in (seed, *labels))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
-
-
-def as_matrix_shape(shape: torch.Size) -> tuple[int, int]:
-    """How a parameter is seen: [out, in] for two or more dimensions, [n, 1] for a vector."""
-    if len(shape) < 2:
-        return shape.numel(), 1
-    return shape[0], math.prod(shape[1:])
-
-
-def row_chunks(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(first row, view of the rows) in pieces of some hundred thousand to two million elements."""
-    elements = _CHUNK_ELEMENTS if matrix.itemsize > 2 else _CHUNK_ELEMENTS_16_BITS
-    step = max(1, elements // max(1, matrix.shape[1]))
-    for start in range(0, matrix.shape[0], step):
-        yield start, matrix[start : start + step]
 
 
 class Direction:
@@ -192,12 +163,3 @@ class Layout:
         words, spans = self._plan[device]
         flat = self.stream.to_numbers(philox(words, seed), 1.0)
         return {label: flat[start:stop] for label, start, stop in spans}
-
-
-def permutation(count: int, seed: int) -> list[int]:
-    """0..count-1 shuffled, the same everywhere: sorted by 64-bit keys from the generator."""
-    words = philox(counters_of("permutation", torch.arange(-(-count // 2))), seed).view(-1, 2)[
-        :count
-    ]
-    keys = (words[:, 0] << 31) ^ words[:, 1]  # 63 bits, so never negative
-    return torch.argsort(keys, stable=True).tolist()

@@ -12,13 +12,12 @@ The 1/Q sits in the scalar, as in HOSL's Alg. 1, so a ledger of (seed, g) pairs 
 """
 
 import math
-import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from hosl_flower.errors import DivergedError
+from hosl_flower.tensors.rounding import to_float32
 
 
 @dataclass(frozen=True)
@@ -37,20 +36,6 @@ def probe_points(seeds: Sequence[int], epsilon: float, two_sided: bool = True) -
     if two_sided:
         return [Point(seed, sign * epsilon) for seed in seeds for sign in (1, -1)]
     return [Point(0, 0.0), *(Point(seed, epsilon) for seed in seeds)]
-
-
-def to_float32(value: float) -> float:
-    """The nearest float32, as a Python float: what is stored, sent and replayed.
-
-    Raises DivergedError for what float32 cannot hold.
-    """
-    try:
-        return struct.unpack("<f", struct.pack("<f", value))[0]
-    except OverflowError:
-        raise DivergedError(
-            f"projected gradient {value:g} is beyond float32; lower client-learning-rate",
-            public="a projected gradient is beyond float32; lower client-learning-rate",
-        ) from None
 
 
 def projected_gradients(

@@ -6,7 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hosl_flower.zo.directions import DISTRIBUTIONS, Layout, as_matrix_shape
+from hosl_flower.tensors.rows import as_matrix_shape
+from hosl_flower.zo.directions import DISTRIBUTIONS, Layout
 
 Parts = dict[str, Tensor]
 RANK_LOZO, RANK_SUBZERO, LEARNING = 2, 8, 200

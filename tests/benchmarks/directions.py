@@ -49,8 +49,8 @@ from hosl_flower.gradients.residual.gradients import residual_gradients
 from hosl_flower.models.split import trainable_parameters
 from hosl_flower.protocol.messages.registry import Activations, Forward
 from hosl_flower.server.session import open_session
+from hosl_flower.tensors.cut_gradient import Cotangent
 from hosl_flower.zo.directions import DISTRIBUTIONS
-from hosl_flower.zo.surrogates import Cotangent
 
 BETA = 0.9  # of momentum
 

@@ -24,7 +24,7 @@ from hosl_flower.gradients.residual.gradients import fed_back, residual_gradient
 from hosl_flower.models.split import trainable_parameters
 from hosl_flower.protocol.messages.registry import Activations, Forward
 from hosl_flower.server.session import open_session
-from hosl_flower.zo.surrogates import Cotangent
+from hosl_flower.tensors.cut_gradient import Cotangent
 
 
 def plain(client: Any, batch: Batch, gradient: Tensor) -> dict[str, Tensor]:

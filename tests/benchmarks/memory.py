@@ -51,7 +51,7 @@ SHAPES = [  # the telling ones first: a run may end before the last
 
 def measure(shape: tuple, column: str, device: str) -> dict[str, Any]:
     """One cell, in this process: peak bytes by phase, seconds of the step, peak resident set."""
-    from hosl_flower.config.resolve import use_threads
+    from hosl_flower.tensors.device import use_threads
     from hosl_flower.tensors.memory import peak_rss_bytes
 
     use_threads(0)
@@ -86,7 +86,6 @@ def _client(shape: tuple, column: str, device: str) -> dict[str, Any]:
     from specs import client_spec
 
     from hosl_flower.client.client import Client
-    from hosl_flower.config.resolve import torch_dtype
     from hosl_flower.data.encoders.prompts import Batch
     from hosl_flower.ledger.ledger import Entry
     from hosl_flower.protocol.messages.registry import (
@@ -96,6 +95,7 @@ def _client(shape: tuple, column: str, device: str) -> dict[str, Any]:
         LocalStep,
         Probe,
     )
+    from hosl_flower.tensors.device import torch_dtype
     from hosl_flower.tensors.memory import Meter
 
     model, size, length, dtype, trainable = shape
@@ -179,9 +179,9 @@ def _client(shape: tuple, column: str, device: str) -> dict[str, Any]:
 def _first_order(shape: tuple, column: str, device: str) -> dict[str, Any]:
     import torch
 
-    from hosl_flower.config.resolve import pick_device, torch_dtype
     from hosl_flower.models.lora import Lora
     from hosl_flower.models.split import load_client, open_base
+    from hosl_flower.tensors.device import pick_device, torch_dtype
     from hosl_flower.tensors.memory import Meter
 
     sys.path.insert(0, str(Path(__file__).parent))

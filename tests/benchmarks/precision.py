@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hosl_flower.config.resolve import torch_dtype, use_threads
 from hosl_flower.models.split import (
     ClientSubmodel,
     ServerSubmodel,
@@ -27,6 +26,7 @@ from hosl_flower.models.split import (
     load_server,
     open_base,
 )
+from hosl_flower.tensors.device import torch_dtype, use_threads
 from hosl_flower.zo.directions import DISTRIBUTIONS, Layout
 from hosl_flower.zo.estimator import Point, estimate
 from hosl_flower.zo.forward_mode import along, derivative

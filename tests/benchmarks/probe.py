@@ -18,10 +18,10 @@ from functools import partial
 
 import torch
 
-from hosl_flower.config.resolve import use_threads
 from hosl_flower.models.split import ClientSubmodel, load_client, open_base
 from hosl_flower.optim.gradient import Seeded
 from hosl_flower.optim.optimizer import Sgd
+from hosl_flower.tensors.device import use_threads
 from hosl_flower.zo.directions import DISTRIBUTIONS, Layout
 from hosl_flower.zo.forward_mode import along, derivative
 from hosl_flower.zo.perturbed import perturbed

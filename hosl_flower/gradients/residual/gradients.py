@@ -27,7 +27,7 @@ from hosl_flower.gradients.residual.block import Feedback, residual_parts, train
 from hosl_flower.models.blockwise import Blocks, pieces
 from hosl_flower.models.split import ClientSubmodel
 from hosl_flower.optim.gradient import sparse_rows
-from hosl_flower.zo.surrogates import Cotangent
+from hosl_flower.tensors.cut_gradient import Cotangent
 
 _KINDS = ("weight", "bias", "lora_A.weight", "lora_B.weight")
 _PIECE_TOKENS = 128  # of each its queries, keys, values and g' are held beside its MLP's inside
