@@ -23,8 +23,8 @@ from hosl_flower.models.class_head import with_classes
 from hosl_flower.models.save_merged import save_merged
 from hosl_flower.models.split import load_client, load_server, open_base
 from hosl_flower.server.session import open_session
-from hosl_flower.tasks.known import Task
 from hosl_flower.tasks.known_images import image_task
+from hosl_flower.tasks.task import Task
 
 saved_images = test_image_families.saved  # a fixture
 OWN = ["positive", "negative", "neutral", "mixed", "none"]  # of the checkpoint, by row

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hosl_flower.client.client import Client
 from hosl_flower.config.run_config import parse_config
 from hosl_flower.data.encoders.prompts import Batch
-from hosl_flower.data.readers.squad import graded
 from hosl_flower.errors import ClientError, ConfigError, ProtocolError
 from hosl_flower.models.decoding import Prompts, Writer, greedy
 from hosl_flower.protocol.checks import Limits, check_activations, check_continued, check_graded
@@ -31,6 +30,7 @@ from hosl_flower.run.plan import plan
 from hosl_flower.server.trainer import Server
 from hosl_flower.tasks.generated_answers import IGNORED, Completion
 from hosl_flower.tasks.known import TASKS
+from hosl_flower.tasks.squad_score import graded
 from strategies.heron import Heron
 from strategies.ho_sfl import HoSfl
 from strategies.hosl import Hosl

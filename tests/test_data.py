@@ -15,7 +15,8 @@ from hosl_flower.data.encoders.prompts import Encoder, load_tokenizer
 from hosl_flower.data.partition import DataPool
 from hosl_flower.data.sources import load_source, take
 from hosl_flower.errors import DataError
-from hosl_flower.tasks.known import TASKS, Task
+from hosl_flower.tasks.known import TASKS
+from hosl_flower.tasks.task import Task
 from hosl_flower.tensors.seeds import derive_seed, permutation
 
 TASK = Task("own", "{text} It was", ("terrible", "great"), ("no", "yes"))

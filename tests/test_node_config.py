@@ -22,7 +22,7 @@ from hosl_flower.flower.records import pack, pack_invitation, unpack_replies
 from hosl_flower.flower.stream import client_end as dial
 from hosl_flower.flower.stream.calls import SESSION
 from hosl_flower.protocol.messages.registry import Describe, Described, Failure
-from hosl_flower.tasks.known import Task
+from hosl_flower.tasks.task import Task
 
 SECRET = "hunter2"
 ANYTHING = {"allow-data": "*,hub:*,bundled:*", "allow-models": "*"}

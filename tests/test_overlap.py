@@ -9,7 +9,7 @@ from runs import run_factory, write_reviews
 
 from hosl_flower.data.overlap import Overlap, Split, find_overlap
 from hosl_flower.data.sources import load_source, taken
-from hosl_flower.tasks.known import Task
+from hosl_flower.tasks.task import Task
 from hosl_flower.tensors.seeds import derive_seed, permutation
 from strategies.hosl import Hosl
 

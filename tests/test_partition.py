@@ -12,7 +12,7 @@ from hosl_flower.data.node_path import shared_between_partitions
 from hosl_flower.data.partition import ClientData, DataPool, make_partitioner
 from hosl_flower.errors import DataError, ProtocolError
 from hosl_flower.run.figures import clients_with, draw_partition
-from hosl_flower.tasks.known import Task
+from hosl_flower.tasks.task import Task
 
 TASK = Task("own", "{text} It was", ("terrible", "great"), ("no", "yes"))
 

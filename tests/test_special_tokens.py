@@ -22,7 +22,7 @@ from hosl_flower.errors import CheckpointError, ConfigError, DataError
 from hosl_flower.export.generate import _prompt_ids
 from hosl_flower.models import special_tokens
 from hosl_flower.models.special_tokens import empty_text, padding, prefix
-from hosl_flower.tasks.known import Task
+from hosl_flower.tasks.task import Task
 
 OWN = Task("own", "{text} It was", ("bad", "good"))
 BARE = Task("own", "{text}", ("bad", "good"))

@@ -10,11 +10,11 @@ from runs import question, squad_file
 from hosl_flower.config.run_config import parse_config
 from hosl_flower.config.task_from_config import task_from_config
 from hosl_flower.data.encoders.prompts import Encoder, load_tokenizer
-from hosl_flower.data.readers.squad import graded, normalised
 from hosl_flower.data.sources import load_source
 from hosl_flower.errors import ConfigError, DataError
 from hosl_flower.tasks.generated_answers import IGNORED
 from hosl_flower.tasks.known import TASKS
+from hosl_flower.tasks.squad_score import graded, normalised
 
 SQUAD = TASKS["squad"]
 

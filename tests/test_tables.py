@@ -12,7 +12,8 @@ from datasets import Dataset
 
 from hosl_flower.data.sources import load_source
 from hosl_flower.errors import DataError
-from hosl_flower.tasks.known import TASKS, Task
+from hosl_flower.tasks.known import TASKS
+from hosl_flower.tasks.task import Task
 
 TASK = Task("own", "{text} It was", ("terrible", "great"), ("neg", "pos"))
 ROWS = [("bad", 0), ("good", 1)]

@@ -10,7 +10,8 @@ from hosl_flower.config.run_config import parse_config
 from hosl_flower.config.task_from_config import task_from_config
 from hosl_flower.data.encoders.prompts import Encoder, cut_longest, load_tokenizer
 from hosl_flower.errors import CheckpointError, ConfigError, DataError
-from hosl_flower.tasks.known import TASKS, Task
+from hosl_flower.tasks.known import TASKS
+from hosl_flower.tasks.task import Task
 
 SST2 = TASKS["sst2"]
 PREFIX, PAD = 2, 1  # OPT's </s>, which starts every text, and <pad>

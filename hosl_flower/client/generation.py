@@ -11,11 +11,11 @@ from torch import Tensor
 from hosl_flower.client.forwards import put_together
 from hosl_flower.config.resolve import ClientSpec
 from hosl_flower.data.partition import DataPool
-from hosl_flower.data.readers.squad import graded
 from hosl_flower.errors import ProtocolError
 from hosl_flower.models.decoding import Prompts, checked
 from hosl_flower.models.split import ClientSubmodel
 from hosl_flower.protocol.messages.requests import Continue, Evaluate, Grade
+from hosl_flower.tasks.squad_score import graded
 from hosl_flower.tensors.activation_codec import encode
 
 

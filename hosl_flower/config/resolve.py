@@ -34,8 +34,9 @@ from hosl_flower.models.architectures import known_architectures
 from hosl_flower.models.checkpoints import hub
 from hosl_flower.models.lora import Lora
 from hosl_flower.models.split import RANDOM, check_cut, open_base
-from hosl_flower.tasks.known import BUNDLED_TASK, TASKS, Task
+from hosl_flower.tasks.known import BUNDLED_TASK, TASKS
 from hosl_flower.tasks.known_images import IMAGE_TASKS
+from hosl_flower.tasks.task import Task
 
 FALLBACK_IMAGE_TASK = "digits"
 

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 from hosl_flower.config.run_config import DEFAULT_LENGTH, RunConfig
 from hosl_flower.errors import ConfigError
-from hosl_flower.tasks.known import TASKS, Task
+from hosl_flower.tasks.known import TASKS
 from hosl_flower.tasks.known_images import IMAGE_TASKS, image_task
 from hosl_flower.tasks.labels import same_labels
+from hosl_flower.tasks.task import Task
 
 
 def task_from_config(config: RunConfig) -> Task:

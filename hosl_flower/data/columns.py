@@ -8,9 +8,10 @@ from typing import Any
 
 from hosl_flower.data.tables import Table
 from hosl_flower.errors import DataError
-from hosl_flower.tasks.known import TASKS, Task
+from hosl_flower.tasks.known import TASKS
 from hosl_flower.tasks.known_images import IMAGE_TASKS
 from hosl_flower.tasks.labels import is_missing, label_key, listed, same_labels
+from hosl_flower.tasks.task import Task
 
 
 def find_column(data: Table, wanted: str, task: Task) -> tuple[str, list[Any]] | None:

@@ -12,9 +12,10 @@ from hosl_flower.data.readers.images import image_columns
 from hosl_flower.data.readers.squad import right_answers
 from hosl_flower.data.tables import Table
 from hosl_flower.errors import DataError
-from hosl_flower.tasks.known import TASKS, Task
+from hosl_flower.tasks.known import TASKS
 from hosl_flower.tasks.labels import is_missing, parse_label
 from hosl_flower.tasks.prompt_template import braces_as_text
+from hosl_flower.tasks.task import Task
 
 log = logging.getLogger("hosl_flower")
 

@@ -15,9 +15,10 @@ from typing import Any
 
 from hosl_flower.config.run_config import RunConfig, parse_config
 from hosl_flower.errors import CheckpointError, ConfigError, DataError
-from hosl_flower.tasks.known import BUNDLED_TASK, TASKS, Task
+from hosl_flower.tasks.known import BUNDLED_TASK, TASKS
 from hosl_flower.tasks.known_images import IMAGE_TASKS, image_task
 from hosl_flower.tasks.labels import MOST_LABELS, is_no_label, label_key, label_text, same_labels
+from hosl_flower.tasks.task import Task
 
 log = logging.getLogger("hosl_flower")
 

@@ -22,7 +22,7 @@ from hosl_flower.data.readers.images import holds_images, read_images
 from hosl_flower.data.tables import Arrow, Chosen, Joined, Table
 from hosl_flower.errors import DataError, first_line
 from hosl_flower.models.checkpoints import hub
-from hosl_flower.tasks.known import Task
+from hosl_flower.tasks.task import Task
 from hosl_flower.tensors.seeds import derive_seed, permutation
 
 log = logging.getLogger("hosl_flower")

@@ -27,8 +27,9 @@ from hosl_flower.models.split import RANDOM, load_model_config
 from hosl_flower.run.resume import FREE
 from hosl_flower.run.run_files import Evaluation
 from hosl_flower.system.untrusted_files import read_regular
-from hosl_flower.tasks.known import TASKS, Task
+from hosl_flower.tasks.known import TASKS
 from hosl_flower.tasks.known_images import IMAGE_TASKS
+from hosl_flower.tasks.task import Task
 
 _MOST_CARD = 1 << 20  # bytes of a base model's card
 # the fields of the header about terms, as the hub has them

@@ -13,7 +13,8 @@ from hosl_flower.errors import ConfigError
 from hosl_flower.models.families.decoders import HEAD, embedding_name
 from hosl_flower.models.materialise import fill_buffers
 from hosl_flower.models.split import AUXILIARY, Base, ClientSubmodel, server_skeleton
-from hosl_flower.tasks.answer_words import Answers, Scoring
+from hosl_flower.tasks.answer_words import Answers
+from hosl_flower.tasks.scoring import Scoring
 
 ROWS = f"{AUXILIARY}rows"
 

@@ -15,7 +15,7 @@ from hosl_flower.errors import ConfigError
 from hosl_flower.models.checkpoints.source import RandomWeights, WeightSource
 from hosl_flower.models.families.decoders import Family, InitStd, family_of
 from hosl_flower.models.split import Base
-from hosl_flower.tasks.known import Task
+from hosl_flower.tasks.task import Task
 
 log = logging.getLogger("hosl_flower")
 

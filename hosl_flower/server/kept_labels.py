@@ -32,8 +32,9 @@ from hosl_flower.protocol.messages.registry import (
     Scored,
 )
 from hosl_flower.server.link import NOT_YET, Link
-from hosl_flower.tasks.answer_words import Answers, Scoring
+from hosl_flower.tasks.answer_words import Answers
 from hosl_flower.tasks.generated_answers import targets
+from hosl_flower.tasks.scoring import Scoring
 
 if TYPE_CHECKING:
     from hosl_flower.server.session import Session

@@ -9,7 +9,7 @@ from torch import Tensor
 from hosl_flower.server.kept_labels import Tally
 from hosl_flower.server.scores import Score
 from hosl_flower.tasks.generated_answers import targets
-from hosl_flower.tasks.known import Task
+from hosl_flower.tasks.task import Task
 
 
 @dataclass

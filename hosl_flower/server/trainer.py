@@ -21,7 +21,7 @@ from hosl_flower.models.split import AUXILIARY, ServerSubmodel, trainable_parame
 from hosl_flower.protocol.messages.registry import Activations
 from hosl_flower.server.kept_labels import Labels, Piece, SentLabels
 from hosl_flower.server.scores import Addable
-from hosl_flower.tasks.answer_words import Scoring
+from hosl_flower.tasks.scoring import Scoring
 from hosl_flower.tensors.raw_bytes import LARGEST_LOSS, largest
 
 ANSWERS = "answer_rows"  # the answer words' rows of the LM head, among the trained parameters

@@ -4,7 +4,7 @@ The classes stand where text tasks have answer words: an image classifier is a m
 vocabulary of as many words.
 """
 
-from hosl_flower.tasks.known import Columns, Task
+from hosl_flower.tasks.task import Columns, Task
 
 _DIGITS = tuple("0123456789")
 _IMAGE: Columns = {"image": ("img", "images")}

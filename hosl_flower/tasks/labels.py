@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from hosl_flower.errors import DataError
-from hosl_flower.tasks.known import Task
+from hosl_flower.tasks.task import Task
 
 MOST_LABELS = 1000
 _LISTED = 20  # labels in a message

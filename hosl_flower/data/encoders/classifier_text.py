@@ -16,7 +16,7 @@ from hosl_flower.errors import CheckpointError, ConfigError
 from hosl_flower.models.families.encoders import TEXT_FAMILIES
 from hosl_flower.models.special_tokens import Unknown, empty_text, padding
 from hosl_flower.tasks.answer_words import Answers
-from hosl_flower.tasks.known import Task
+from hosl_flower.tasks.task import Task
 
 
 class TextInputs:

@@ -16,7 +16,7 @@ from hosl_flower.models.checkpoints import hub
 from hosl_flower.models.checkpoints.adapters import holder
 from hosl_flower.models.families.images import IMAGE_FAMILIES, ImageFamily
 from hosl_flower.tasks.answer_words import Answers
-from hosl_flower.tasks.known import Task
+from hosl_flower.tasks.task import Task
 
 _LARGEST = 4096  # height and width
 

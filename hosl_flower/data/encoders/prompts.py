@@ -29,10 +29,11 @@ from hosl_flower.models.special_tokens import (
     prefix,
     tokenizer_files,
 )
-from hosl_flower.tasks.answer_words import Answers, Scoring
+from hosl_flower.tasks.answer_words import Answers
 from hosl_flower.tasks.generated_answers import Completion
-from hosl_flower.tasks.known import Task
 from hosl_flower.tasks.prompt_template import pieces
+from hosl_flower.tasks.scoring import Scoring
+from hosl_flower.tasks.task import Task
 
 BUNDLED = Path(__file__).parents[2] / "system" / "bundled"
 

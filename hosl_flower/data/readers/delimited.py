@@ -16,8 +16,8 @@ from typing import Literal
 from hosl_flower.data.columns import matching
 from hosl_flower.data.tables import Records
 from hosl_flower.errors import DataError
-from hosl_flower.tasks.known import Task
 from hosl_flower.tasks.labels import MOST_LABELS, label_key, parse_label
+from hosl_flower.tasks.task import Task
 
 Rows = list[list[str]]
 

@@ -17,8 +17,8 @@ from hosl_flower.data.readers.delimited import read_delimited
 from hosl_flower.data.readers.json_rows import read_json
 from hosl_flower.data.tables import Arrow, Records, Table
 from hosl_flower.errors import DataError, first_line
-from hosl_flower.tasks.known import Task
 from hosl_flower.tasks.labels import label_key
+from hosl_flower.tasks.task import Task
 
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet", ".arrow", ".txt", ".label")
 _BINARY = (".parquet", ".arrow")

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hosl_flower.errors import DataError, first_line
-from hosl_flower.tasks.known import Task
+from hosl_flower.tasks.task import Task
 
 Array = NDArray[Any]
 
