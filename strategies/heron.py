@@ -2,8 +2,8 @@
 
 Hybrid-order split federated learning with an auxiliary head, arXiv 2601.09076,
 https://arxiv.org/abs/2601.09076. A client is its submodel and a small head (final norm and answer
-words, models/auxiliary_head.py), theta_c; both are trained on the head's loss l_c, so no gradient comes
-down. One step (the paper's round), local-steps = h:
+words, models/auxiliary_head.py), theta_c; both are trained on the head's loss l_c, so no
+gradient comes down. One step (the paper's round), local-steps = h:
 
     1  each client takes h zeroth-order steps on its own mini-batches,
        g_p = (l_c(theta_c + eps s_p) - l_c(theta_c)) / (P eps),

@@ -6,7 +6,8 @@ import torch
 
 from hosl_flower.client.client import new_state
 from hosl_flower.config.resolve import ClientSpec
-from hosl_flower.models.split import load_client, open_base
+from hosl_flower.models.base_model import open_base
+from hosl_flower.models.split import load_client
 from hosl_flower.server.history import History
 from hosl_flower.tasks.known import TASKS
 

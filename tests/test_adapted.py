@@ -13,12 +13,13 @@ from test_families import FULL, IDS, halves, whole_logits
 from test_families import saved as saved  # a fixture
 from transformers import AutoModelForCausalLM
 
-from hosl_flower.data.encoders.prompts import load_tokenizer
 from hosl_flower.errors import CheckpointError, ConfigError
 from hosl_flower.export.generate import chooser, continuation
+from hosl_flower.models.base_model import open_base
 from hosl_flower.models.checkpoints import hub
-from hosl_flower.models.families.decoders import HEAD
-from hosl_flower.models.split import load_client, open_base
+from hosl_flower.models.families.base import HEAD
+from hosl_flower.models.processors import load_tokenizer
+from hosl_flower.models.split import load_client
 from strategies.ho_sfl import HoSfl
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

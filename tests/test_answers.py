@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hosl_flower.errors import ProtocolError
-from hosl_flower.models.split import load_client, load_server, open_base
+from hosl_flower.models.base_model import open_base
+from hosl_flower.models.split import load_client, load_server
 from hosl_flower.protocol.checks import Limits, check_activations
 from hosl_flower.protocol.messages.registry import Activations
 from hosl_flower.server.scores import Score

@@ -16,12 +16,13 @@ from transformers import (
 )
 
 from hosl_flower.config.run_config import parse_config
-from hosl_flower.data.encoders.images import load_image_processor
-from hosl_flower.data.encoders.prompts import load_tokenizer
 from hosl_flower.errors import ConfigError
+from hosl_flower.models.base_model import open_base
 from hosl_flower.models.class_head import with_classes
+from hosl_flower.models.image_processors import load_image_processor
+from hosl_flower.models.processors import load_tokenizer
 from hosl_flower.models.save_merged import save_merged
-from hosl_flower.models.split import load_client, load_server, open_base
+from hosl_flower.models.split import load_client, load_server
 from hosl_flower.server.session import open_session
 from hosl_flower.tasks.known_images import image_task
 from hosl_flower.tasks.task import Task

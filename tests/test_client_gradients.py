@@ -5,22 +5,18 @@ import torch
 from specs import client_spec
 
 from hosl_flower.client.client import new_state
-from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.errors import ConfigError
 from hosl_flower.gradients.backprop import gradients
 from hosl_flower.gradients.recompute import recomputed_gradients
 from hosl_flower.gradients.residual.attention import listening, through_attention
 from hosl_flower.gradients.residual.gradients import fed_back, residual_gradients
 from hosl_flower.models.architectures import architecture
+from hosl_flower.models.base_model import Base, open_base
+from hosl_flower.models.batch import Batch
 from hosl_flower.models.blockwise import Blocks
 from hosl_flower.models.lora import Lora
-from hosl_flower.models.split import (
-    Base,
-    client_skeleton,
-    load_client,
-    open_base,
-    trainable_parameters,
-)
+from hosl_flower.models.split import client_skeleton, load_client
+from hosl_flower.models.submodels import trainable_parameters
 from hosl_flower.tensors.cut_gradient import Cotangent
 
 LORA = Lora(4, 8.0, ("q_proj", "v_proj"), 0)

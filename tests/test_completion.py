@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hosl_flower.client.client import Client
 from hosl_flower.config.run_config import parse_config
-from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.errors import ClientError, ConfigError, ProtocolError
+from hosl_flower.models.batch import Batch
 from hosl_flower.models.decoding import Prompts, Writer, greedy
 from hosl_flower.protocol.checks import Limits, check_activations, check_continued, check_graded
 from hosl_flower.protocol.messages.registry import (

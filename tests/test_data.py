@@ -11,10 +11,11 @@ from specs import client_spec
 
 from hosl_flower.config.run_config import parse_config
 from hosl_flower.config.task_from_config import task_from_config
-from hosl_flower.data.encoders.prompts import Encoder, load_tokenizer
+from hosl_flower.data.encoders.prompts import Encoder
 from hosl_flower.data.partition import DataPool
 from hosl_flower.data.sources import load_source, take
 from hosl_flower.errors import DataError
+from hosl_flower.models.processors import load_tokenizer
 from hosl_flower.tasks.known import TASKS
 from hosl_flower.tasks.task import Task
 from hosl_flower.tensors.seeds import derive_seed, permutation

@@ -24,8 +24,9 @@ from hosl_flower.config.task_from_config import task_from_config
 from hosl_flower.data.sources import load_source
 from hosl_flower.errors import CheckpointError
 from hosl_flower.export.export import export
-from hosl_flower.models.families.decoders import HEAD
-from hosl_flower.models.split import load_client, load_server, open_base
+from hosl_flower.models.base_model import open_base
+from hosl_flower.models.families.base import HEAD
+from hosl_flower.models.split import load_client, load_server
 from strategies.ho_sfl import HoSfl
 
 LORA = {

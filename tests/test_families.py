@@ -9,23 +9,20 @@ from runs import run_factory
 from test_client_gradients import both
 from transformers import AutoConfig, AutoModelForCausalLM, PhiConfig
 
-from hosl_flower.data.encoders.prompts import Batch, load_tokenizer
 from hosl_flower.errors import ConfigError
 from hosl_flower.gradients.recompute import recomputed_gradients
 from hosl_flower.gradients.residual.gradients import fed_back
 from hosl_flower.models.architectures import ARCHITECTURES, architecture
-from hosl_flower.models.families.decoders import FAMILIES, HEAD, embedding_name, family_of
+from hosl_flower.models.base_model import open_base
+from hosl_flower.models.batch import Batch
+from hosl_flower.models.families.base import HEAD
+from hosl_flower.models.families.decoders import FAMILIES
+from hosl_flower.models.families.registry import embedding_name, family_of
 from hosl_flower.models.lora import Lora, save_adapters
+from hosl_flower.models.processors import load_tokenizer
 from hosl_flower.models.save_merged import save_merged
-from hosl_flower.models.split import (
-    client_skeleton,
-    count,
-    load_client,
-    load_server,
-    open_base,
-    server_skeleton,
-    trainable_parameters,
-)
+from hosl_flower.models.split import client_skeleton, load_client, load_server, server_skeleton
+from hosl_flower.models.submodels import count, trainable_parameters
 from hosl_flower.tensors.cut_gradient import Cotangent
 from strategies.ho_sfl import HoSfl
 

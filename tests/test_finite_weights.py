@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from hosl_flower.config.run_config import parse_config
 from hosl_flower.errors import CheckpointError
-from hosl_flower.models.split import load_client, load_server, open_base
+from hosl_flower.models.base_model import open_base
+from hosl_flower.models.split import load_client, load_server
 from hosl_flower.server.session import open_session
 
 MATRIX = "model.decoder.layers.{}.fc1.weight"

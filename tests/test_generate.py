@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from hosl_flower.cli import cli
-from hosl_flower.data.encoders.prompts import load_tokenizer
 from hosl_flower.errors import ConfigError
 from hosl_flower.export.generate import chooser, generate
 from hosl_flower.models.decoding import own_cache
 from hosl_flower.models.families.decoders import _cache_argument
+from hosl_flower.models.processors import load_tokenizer
 
 NAMES = ["opt-tiny", "gpt2-tiny", "qwen3-tiny", "gemma3-tiny", "mistral-tiny"]
 

@@ -6,24 +6,18 @@ from safetensors.torch import load_file
 from test_client_gradients import both
 from transformers import AutoConfig, AutoModelForImageClassification, ViTModel
 
-from hosl_flower.data.encoders.images import load_image_processor
-from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.errors import CheckpointError, ConfigError
 from hosl_flower.gradients.recompute import recomputed_gradients
 from hosl_flower.gradients.residual.gradients import fed_back, residual_gradients
 from hosl_flower.models.architectures import IMAGE_ARCHITECTURES, architecture
+from hosl_flower.models.base_model import open_base
+from hosl_flower.models.batch import Batch
 from hosl_flower.models.class_head import with_classes
 from hosl_flower.models.families.images import IMAGE_FAMILIES
+from hosl_flower.models.image_processors import load_image_processor
 from hosl_flower.models.save_merged import save_merged
-from hosl_flower.models.split import (
-    client_skeleton,
-    count,
-    load_client,
-    load_server,
-    open_base,
-    server_skeleton,
-    trainable_parameters,
-)
+from hosl_flower.models.split import client_skeleton, load_client, load_server, server_skeleton
+from hosl_flower.models.submodels import count, trainable_parameters
 from hosl_flower.tensors.cut_gradient import Cotangent
 
 SIZE = 16

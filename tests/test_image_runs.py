@@ -22,7 +22,7 @@ from hosl_flower.data.sources import load_source
 from hosl_flower.errors import ConfigError
 from hosl_flower.ledger.ledger import Ledger, fingerprint
 from hosl_flower.models.architectures import IMAGE_ARCHITECTURES
-from hosl_flower.models.split import open_base
+from hosl_flower.models.base_model import open_base
 from hosl_flower.protocol.messages.registry import CutGradient, Forward, Probe
 from hosl_flower.run.plan import plan
 from strategies.heron import Heron

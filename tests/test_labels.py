@@ -14,9 +14,10 @@ from specs import client_spec, history_for
 from hosl_flower.client.client import Client
 from hosl_flower.errors import ClientError, ConfigError
 from hosl_flower.flower.stream.link import longest_frame
-from hosl_flower.models.families.decoders import embedding_name
+from hosl_flower.models.base_model import open_base
+from hosl_flower.models.families.registry import embedding_name
 from hosl_flower.models.label_head import OutputHead, load_output_head
-from hosl_flower.models.split import load_client, load_server, open_base
+from hosl_flower.models.split import load_client, load_server
 from hosl_flower.protocol.checks import Limits
 from hosl_flower.protocol.messages.registry import HeldOutStates, HiddenStates, Scored
 from hosl_flower.protocol.wire import to_wire

@@ -12,7 +12,7 @@ from runs import run_factory, write_questions
 from hosl_flower.client.client import Client
 from hosl_flower.config.resolve import resolve
 from hosl_flower.data.partition import DataPool
-from hosl_flower.models.split import ClientSubmodel
+from hosl_flower.models.submodels import ClientSubmodel
 from hosl_flower.server.session import Session
 from hosl_flower.server.trainer import Server
 from strategies.ho_sfl import HoSfl

@@ -10,19 +10,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from hosl_flower.data.encoders.prompts import load_tokenizer
 from hosl_flower.errors import ConfigError
 from hosl_flower.models.architectures import architecture
+from hosl_flower.models.base_model import open_base
 from hosl_flower.models.lora import Lora, save_adapters
+from hosl_flower.models.processors import load_tokenizer
 from hosl_flower.models.save_merged import save_merged
-from hosl_flower.models.split import (
-    client_skeleton,
-    count,
-    load_client,
-    load_server,
-    open_base,
-    trainable_parameters,
-)
+from hosl_flower.models.split import client_skeleton, load_client, load_server
+from hosl_flower.models.submodels import count, trainable_parameters
 from hosl_flower.server.trainer import Server
 from hosl_flower.tasks.answer_words import Answers
 from hosl_flower.zo.directions import DISTRIBUTIONS, Layout

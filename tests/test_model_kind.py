@@ -8,9 +8,10 @@ from conftest import store_shards
 from safetensors.torch import load_file
 from test_weights import BIN, INDEX, SINGLE, assert_same, configure, store, store_bin
 
-from hosl_flower.data.encoders.prompts import load_tokenizer
 from hosl_flower.errors import CheckpointError
-from hosl_flower.models.split import load_client, load_model_config, open_base
+from hosl_flower.models.base_model import load_model_config, open_base
+from hosl_flower.models.processors import load_tokenizer
+from hosl_flower.models.split import load_client
 
 POINTER = (
     b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"ab" * 32 + b"\nsize 250540281\n"

@@ -7,10 +7,11 @@ import numpy
 import pytest
 from specs import client_spec
 
-from hosl_flower.data.encoders.prompts import Encoder, load_tokenizer
+from hosl_flower.data.encoders.prompts import Encoder
 from hosl_flower.data.node_path import shared_between_partitions
 from hosl_flower.data.partition import ClientData, DataPool, make_partitioner
 from hosl_flower.errors import DataError, ProtocolError
+from hosl_flower.models.processors import load_tokenizer
 from hosl_flower.run.figures import clients_with, draw_partition
 from hosl_flower.tasks.task import Task
 

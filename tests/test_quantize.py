@@ -11,9 +11,11 @@ from hosl_flower.client.client import Client, new_state
 from hosl_flower.config.run_config import parse_config
 from hosl_flower.errors import ConfigError
 from hosl_flower.ledger.ledger import Entry
+from hosl_flower.models.base_model import open_base
 from hosl_flower.models.int8_weights import to_int8
 from hosl_flower.models.lora import Lora, is_adapter
-from hosl_flower.models.split import load_client, open_base, trainable_parameters
+from hosl_flower.models.split import load_client
+from hosl_flower.models.submodels import trainable_parameters
 from hosl_flower.tensors.memory import LiveTensors
 from hosl_flower.zo.perturbed import perturbed
 

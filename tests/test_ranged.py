@@ -12,9 +12,11 @@ from safetensors import safe_open
 from test_hub import Hub
 
 from hosl_flower.errors import CheckpointError
+from hosl_flower.models.base_model import open_base
 from hosl_flower.models.checkpoints import hub as hub_module
 from hosl_flower.models.checkpoints import partial_download as ranged
-from hosl_flower.models.split import client_skeleton, count, load_client, open_base
+from hosl_flower.models.split import client_skeleton, load_client
+from hosl_flower.models.submodels import count
 
 MODEL = "org/opt-test"
 

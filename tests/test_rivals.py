@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from hosl_flower.models.base_model import open_base
 from hosl_flower.models.lora import Lora
-from hosl_flower.models.split import load_client, open_base
+from hosl_flower.models.split import load_client
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 

@@ -17,10 +17,11 @@ from transformers import (
 )
 
 from hosl_flower.data.encoders.classifier_text import TextInputs
-from hosl_flower.data.encoders.prompts import Encoder, load_tokenizer
+from hosl_flower.data.encoders.prompts import Encoder
 from hosl_flower.errors import CheckpointError, ConfigError, DataError
 from hosl_flower.export.generate import _prompt_ids
 from hosl_flower.models import special_tokens
+from hosl_flower.models.processors import load_tokenizer
 from hosl_flower.models.special_tokens import empty_text, padding, prefix
 from hosl_flower.tasks.task import Task
 

@@ -4,20 +4,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hosl_flower.data.encoders.prompts import load_tokenizer
 from hosl_flower.errors import ConfigError
 from hosl_flower.models.architectures import ARCHITECTURES, architecture
-from hosl_flower.models.families.decoders import HEAD
+from hosl_flower.models.base_model import open_base
+from hosl_flower.models.families.base import HEAD
+from hosl_flower.models.processors import load_tokenizer
 from hosl_flower.models.save_merged import save_merged
-from hosl_flower.models.split import (
-    client_skeleton,
-    count,
-    load_client,
-    load_server,
-    open_base,
-    server_skeleton,
-    trainable_parameters,
-)
+from hosl_flower.models.split import client_skeleton, load_client, load_server, server_skeleton
+from hosl_flower.models.submodels import count, trainable_parameters
 
 VARIANTS = {
     "opt-125m-like": {},

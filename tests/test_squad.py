@@ -9,9 +9,10 @@ from runs import question, squad_file
 
 from hosl_flower.config.run_config import parse_config
 from hosl_flower.config.task_from_config import task_from_config
-from hosl_flower.data.encoders.prompts import Encoder, load_tokenizer
+from hosl_flower.data.encoders.prompts import Encoder
 from hosl_flower.data.sources import load_source
 from hosl_flower.errors import ConfigError, DataError
+from hosl_flower.models.processors import load_tokenizer
 from hosl_flower.tasks.generated_answers import IGNORED
 from hosl_flower.tasks.known import TASKS
 from hosl_flower.tasks.squad_score import graded, normalised

@@ -8,8 +8,9 @@ from conftest import TOKENIZER_SIZE, put_into_hub_cache
 
 from hosl_flower.config.run_config import parse_config
 from hosl_flower.config.task_from_config import task_from_config
-from hosl_flower.data.encoders.prompts import Encoder, cut_longest, load_tokenizer
+from hosl_flower.data.encoders.prompts import Encoder, cut_longest
 from hosl_flower.errors import CheckpointError, ConfigError, DataError
+from hosl_flower.models.processors import load_tokenizer
 from hosl_flower.tasks.known import TASKS
 from hosl_flower.tasks.task import Task
 

@@ -9,8 +9,8 @@ import torch
 from specs import client_spec
 
 from hosl_flower.client.client import Client
-from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.ledger.ledger import Entry
+from hosl_flower.models.batch import Batch
 from hosl_flower.protocol.messages.registry import CutGradient, Forward, LocalStep, Probe
 from hosl_flower.tensors.memory import Meter
 from hosl_flower.tensors.shapes_only import shapes_only

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from hosl_flower.errors import CheckpointError
 from hosl_flower.models.architectures import architecture
+from hosl_flower.models.base_model import open_base
 from hosl_flower.models.checkpoints.source import RandomWeights
-from hosl_flower.models.families.decoders import HEAD
-from hosl_flower.models.split import client_skeleton, load_client, load_server, open_base
+from hosl_flower.models.families.base import HEAD
+from hosl_flower.models.split import client_skeleton, load_client, load_server
 from hosl_flower.tensors.memory import Meter
 from hosl_flower.tensors.seeds import derive_seed
 

@@ -22,14 +22,10 @@ from hosl_flower.errors import IN_THE_LOG, DataError, HoslError, ProtocolError, 
 from hosl_flower.gradients.residual.gradients import fed_back
 from hosl_flower.ledger.client_state import ClientState
 from hosl_flower.models.auxiliary_head import attach_head
+from hosl_flower.models.base_model import model_config, open_base
 from hosl_flower.models.label_head import OutputHead, load_output_head
-from hosl_flower.models.split import (
-    ClientSubmodel,
-    load_client,
-    model_config,
-    open_base,
-    trainable_parameters,
-)
+from hosl_flower.models.split import load_client
+from hosl_flower.models.submodels import ClientSubmodel, trainable_parameters
 from hosl_flower.privacy.activation_noise import veil_of
 from hosl_flower.privacy.dp_scalars import mechanism_of
 from hosl_flower.privacy.noise_secret import simulated_secret

@@ -14,15 +14,15 @@ from hosl_flower.client.generation import Writing
 from hosl_flower.client.head_scalars import Batches, plain, private
 from hosl_flower.client.local_steps import local_steps
 from hosl_flower.config.resolve import ClientSpec
-from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.data.partition import DataPool
 from hosl_flower.errors import ProtocolError
 from hosl_flower.gradients.backprop import gradients
 from hosl_flower.gradients.recompute import recomputed_gradients
 from hosl_flower.gradients.residual.gradients import residual_gradients
 from hosl_flower.ledger.client_state import ClientState
+from hosl_flower.models.batch import Batch
 from hosl_flower.models.label_head import Judged, OutputHead
-from hosl_flower.models.split import ClientSubmodel
+from hosl_flower.models.submodels import ClientSubmodel
 from hosl_flower.privacy.activation_noise import Veil
 from hosl_flower.privacy.dp_scalars import Mechanism
 from hosl_flower.protocol.messages.requests import (

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.errors import ProtocolError
 from hosl_flower.ledger.client_state import ClientState
-from hosl_flower.models.split import ClientSubmodel
+from hosl_flower.models.batch import Batch
+from hosl_flower.models.submodels import ClientSubmodel
 from hosl_flower.zo.estimator import Point
 from hosl_flower.zo.forward_mode import along, derivative
 from hosl_flower.zo.perturbed import perturbed

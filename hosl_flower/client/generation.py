@@ -13,7 +13,7 @@ from hosl_flower.config.resolve import ClientSpec
 from hosl_flower.data.partition import DataPool
 from hosl_flower.errors import ProtocolError
 from hosl_flower.models.decoding import Prompts, checked
-from hosl_flower.models.split import ClientSubmodel
+from hosl_flower.models.submodels import ClientSubmodel
 from hosl_flower.protocol.messages.requests import Continue, Evaluate, Grade
 from hosl_flower.tasks.squad_score import graded
 from hosl_flower.tensors.activation_codec import encode

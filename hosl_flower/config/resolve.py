@@ -31,9 +31,9 @@ from hosl_flower.config.run_config import (
 from hosl_flower.config.task_from_config import task_from_config
 from hosl_flower.errors import CheckpointError, ConfigError, ProtocolError
 from hosl_flower.models.architectures import known_architectures
+from hosl_flower.models.base_model import RANDOM, check_cut, open_base
 from hosl_flower.models.checkpoints import hub
 from hosl_flower.models.lora import Lora
-from hosl_flower.models.split import RANDOM, check_cut, open_base
 from hosl_flower.tasks.known import BUNDLED_TASK, TASKS
 from hosl_flower.tasks.known_images import IMAGE_TASKS
 from hosl_flower.tasks.task import Task

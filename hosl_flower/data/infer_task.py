@@ -153,8 +153,8 @@ def _is_classifier(config: RunConfig) -> bool:
     """Whether the model has a head of classes, which need no words."""
     if config.image_column:
         return True
-    from hosl_flower.models.families.decoders import family_of
-    from hosl_flower.models.split import model_config
+    from hosl_flower.models.base_model import model_config
+    from hosl_flower.models.families.registry import family_of
 
     try:
         return family_of(model_config(config.model)).classes

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from hosl_flower.config.resolve import ClientSpec
-from hosl_flower.data.encoders.prompts import Batch, Encoder, Inputs
+from hosl_flower.data.encoders.base import Inputs
+from hosl_flower.data.encoders.prompts import Encoder
 from hosl_flower.data.node_path import PLACEHOLDER, shared_between_partitions
 from hosl_flower.errors import DataError, ProtocolError
+from hosl_flower.models.batch import Batch
 from hosl_flower.tensors.seeds import derive_seed, permutation
 
 if TYPE_CHECKING:  # heavy; flwr_datasets brings matplotlib, which a node with its own data spares

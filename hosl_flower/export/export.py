@@ -16,12 +16,12 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from hosl_flower.data.encoders.make import load_processor
 from hosl_flower.errors import ConfigError, HoslError
 from hosl_flower.export.finished_run import Finished, read_run, trained_model
 from hosl_flower.export.model_card import WHAT, model_card
+from hosl_flower.models.base_model import open_base
+from hosl_flower.models.processors import load_processor
 from hosl_flower.models.save_merged import save_merged
-from hosl_flower.models.split import open_base
 
 
 def export(run: Path, directory: Path, what: str = "model") -> Path:

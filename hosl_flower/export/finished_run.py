@@ -14,16 +14,10 @@ from pydantic import ValidationError
 from hosl_flower.config.resolve import server_lora
 from hosl_flower.config.run_config import RunConfig, parse_config
 from hosl_flower.errors import CheckpointError, ConfigError
+from hosl_flower.models.base_model import Base, check_cut, open_base
 from hosl_flower.models.lora import Lora, load_adapters
-from hosl_flower.models.split import (
-    Base,
-    ClientSubmodel,
-    ServerSubmodel,
-    check_cut,
-    load_client,
-    load_server,
-    open_base,
-)
+from hosl_flower.models.split import load_client, load_server
+from hosl_flower.models.submodels import ClientSubmodel, ServerSubmodel
 from hosl_flower.run.run_files import ConfigFile, Read, ResultsFile
 from hosl_flower.system.untrusted_files import check_tree, parse_json, read_json, read_regular
 from hosl_flower.tensors.device import torch_dtype

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hosl_flower.data.encoders.prompts import load_tokenizer
 from hosl_flower.errors import ConfigError
 from hosl_flower.export.finished_run import open_trained
 from hosl_flower.models.decoding import Half
+from hosl_flower.models.processors import load_tokenizer
 from hosl_flower.models.special_tokens import Unknown, prefix
-from hosl_flower.models.split import ClientSubmodel, ServerSubmodel
+from hosl_flower.models.submodels import ClientSubmodel, ServerSubmodel
 from hosl_flower.tensors.device import pick_device
 
 Choose = Callable[[Tensor], int]  # logits [V] -> a token id

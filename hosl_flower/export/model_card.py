@@ -21,9 +21,9 @@ from hosl_flower.config.task_from_config import task_from_config
 from hosl_flower.errors import CheckpointError, printable
 from hosl_flower.export import markdown
 from hosl_flower.export.finished_run import Finished
+from hosl_flower.models.base_model import RANDOM, load_model_config
 from hosl_flower.models.class_head import class_names
-from hosl_flower.models.families.decoders import family_of
-from hosl_flower.models.split import RANDOM, load_model_config
+from hosl_flower.models.families.registry import family_of
 from hosl_flower.run.resume import FREE
 from hosl_flower.run.run_files import Evaluation
 from hosl_flower.system.untrusted_files import read_regular
@@ -49,10 +49,10 @@ WHAT = {
     "model": "the whole model, merged: for `{auto}.from_pretrained`",
     "adapters": "LoRA adapters of both halves: for `PeftModel.from_pretrained`, over the base",
     "client": "HALF a model: embeddings and the first {cut} blocks. Give this directory as "
-    "`model-path` to a SuperNode or to `hosl_flower.models.split.open_base`; `load_client` "
+    "`model-path` to a SuperNode or to `hosl_flower.models.base_model.open_base`; `load_client` "
     "loads it",
     "server": "HALF a model: the blocks after the first {cut}, final norm and LM head. Give this "
-    "directory to `hosl_flower.models.split.open_base`; `load_server` loads it",
+    "directory to `hosl_flower.models.base_model.open_base`; `load_server` loads it",
 }
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from hosl_flower.data.encoders.prompts import Batch
-from hosl_flower.models.split import ClientSubmodel
+from hosl_flower.models.batch import Batch
+from hosl_flower.models.submodels import ClientSubmodel
 from hosl_flower.tensors.cut_gradient import Cotangent
 
 

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from hosl_flower.data.encoders.prompts import Batch
+from hosl_flower.models.batch import Batch
 from hosl_flower.models.blockwise import Blocks, pieces
-from hosl_flower.models.split import ClientSubmodel
+from hosl_flower.models.submodels import ClientSubmodel
 from hosl_flower.tensors.cut_gradient import Cotangent
 
 

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hosl_flower.errors import ConfigError
-from hosl_flower.models.families.decoders import HEAD, embedding_name
-from hosl_flower.models.materialise import fill_buffers
-from hosl_flower.models.split import AUXILIARY, Base, ClientSubmodel, server_skeleton
+from hosl_flower.models.base_model import Base
+from hosl_flower.models.families.base import HEAD
+from hosl_flower.models.families.registry import embedding_name
+from hosl_flower.models.split import fill_buffers, server_skeleton
+from hosl_flower.models.submodels import AUXILIARY, ClientSubmodel
 from hosl_flower.tasks.answer_words import Answers
 from hosl_flower.tasks.scoring import Scoring
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from hosl_flower.data.encoders.prompts import Batch
-from hosl_flower.models.families.decoders import Absent
-from hosl_flower.models.split import ClientSubmodel
+from hosl_flower.models.batch import Batch
+from hosl_flower.models.families.base import Absent
+from hosl_flower.models.submodels import ClientSubmodel
 
 _PIECE_TOKENS = 2048  # what a block makes of them is small beside the weights
 

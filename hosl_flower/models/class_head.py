@@ -12,9 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from hosl_flower.errors import ConfigError
+from hosl_flower.models.base_model import Base
 from hosl_flower.models.checkpoints.source import RandomWeights, WeightSource
-from hosl_flower.models.families.decoders import Family, InitStd, family_of
-from hosl_flower.models.split import Base
+from hosl_flower.models.families.base import Family, InitStd
+from hosl_flower.models.families.registry import family_of
 from hosl_flower.tasks.task import Task
 
 log = logging.getLogger("hosl_flower")

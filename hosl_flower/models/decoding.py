@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
-from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.errors import ProtocolError
-from hosl_flower.models.families.decoders import Absent
-from hosl_flower.models.split import ClientSubmodel, ServerSubmodel, Submodel
+from hosl_flower.models.batch import Batch
+from hosl_flower.models.families.base import Absent
+from hosl_flower.models.submodels import ClientSubmodel, ServerSubmodel, Submodel
 
 # tokens [B, t] that follow the prompts -> activations and mask of the last, or of the prompts
 Ask = Callable[[Tensor], tuple[Tensor, Tensor]]

@@ -22,8 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hosl_flower.models.families.decoders import HEAD, embedding_name
-from hosl_flower.models.split import Base, ClientSubmodel
+from hosl_flower.models.base_model import Base
+from hosl_flower.models.families.base import HEAD
+from hosl_flower.models.families.registry import embedding_name
+from hosl_flower.models.submodels import ClientSubmodel
 from hosl_flower.tasks.answer_words import Answers
 
 _SLOPE = torch.ops.aten._log_softmax_backward_data.default

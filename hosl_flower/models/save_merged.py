@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hosl_flower.models.families.decoders import family_of
-from hosl_flower.models.split import Base
+from hosl_flower.models.base_model import Base
+from hosl_flower.models.families.registry import family_of
 from hosl_flower.system.whole_files import made_whole, save_tensors
 
 

@@ -26,7 +26,7 @@ from hosl_flower.errors import (
 )
 from hosl_flower.models.lora import save_adapters
 from hosl_flower.models.save_merged import save_merged
-from hosl_flower.models.split import count, trainable_parameters
+from hosl_flower.models.submodels import count, trainable_parameters
 from hosl_flower.protocol.messages.registry import (
     Describe,
     Described,

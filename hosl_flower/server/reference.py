@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hosl_flower.data.encoders.prompts import Inputs
-from hosl_flower.models.split import ClientSubmodel, ServerSubmodel
+from hosl_flower.data.encoders.base import Inputs
+from hosl_flower.models.submodels import ClientSubmodel, ServerSubmodel
 from hosl_flower.tensors.raw_bytes import largest
 
 _ACTIVATIONS, _WEIGHTS = 1e3, 1e2  # times the reference's

@@ -13,24 +13,16 @@ from torch import Tensor
 from hosl_flower.client.client import new_state
 from hosl_flower.config.resolve import ClientSpec, Resolved, banner, resolve, server_lora
 from hosl_flower.config.run_config import RunConfig
+from hosl_flower.data.encoders.base import Inputs
 from hosl_flower.data.encoders.make import make_inputs
-from hosl_flower.data.encoders.prompts import Inputs
 from hosl_flower.data.overlap import Overlap
 from hosl_flower.errors import ConfigError, DriftError
 from hosl_flower.models.auxiliary_head import attach_head
+from hosl_flower.models.base_model import Base, check_cut, open_base
 from hosl_flower.models.checkpoints.adapters import AdaptedWeights
 from hosl_flower.models.class_head import class_names, with_classes
-from hosl_flower.models.split import (
-    AUXILIARY,
-    Base,
-    ClientSubmodel,
-    check_cut,
-    client_skeleton,
-    count,
-    load_client,
-    load_server,
-    open_base,
-)
+from hosl_flower.models.split import client_skeleton, load_client, load_server
+from hosl_flower.models.submodels import AUXILIARY, ClientSubmodel, count
 from hosl_flower.privacy.accountant import epsilon, most_uses
 from hosl_flower.protocol.checks import Limits
 from hosl_flower.protocol.messages.registry import Described

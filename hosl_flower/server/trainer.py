@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hosl_flower.errors import ConfigError, DivergedError, UnusableBatchError
-from hosl_flower.models.split import AUXILIARY, ServerSubmodel, trainable_parameters
+from hosl_flower.models.submodels import AUXILIARY, ServerSubmodel, trainable_parameters
 from hosl_flower.protocol.messages.registry import Activations
 from hosl_flower.server.kept_labels import Labels, Piece, SentLabels
 from hosl_flower.server.scores import Addable

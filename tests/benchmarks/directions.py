@@ -46,7 +46,7 @@ from hosl_flower.client.client import Client
 from hosl_flower.config.run_config import parse_config
 from hosl_flower.gradients.backprop import gradients
 from hosl_flower.gradients.residual.gradients import residual_gradients
-from hosl_flower.models.split import trainable_parameters
+from hosl_flower.models.submodels import trainable_parameters
 from hosl_flower.protocol.messages.registry import Activations, Forward
 from hosl_flower.server.session import open_session
 from hosl_flower.tensors.cut_gradient import Cotangent

@@ -18,10 +18,10 @@ from torch import Tensor
 from hosl_flower.cli import key_value
 from hosl_flower.client.client import Client
 from hosl_flower.config.run_config import parse_config
-from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.gradients.backprop import gradients
 from hosl_flower.gradients.residual.gradients import fed_back, residual_gradients
-from hosl_flower.models.split import trainable_parameters
+from hosl_flower.models.batch import Batch
+from hosl_flower.models.submodels import trainable_parameters
 from hosl_flower.protocol.messages.registry import Activations, Forward
 from hosl_flower.server.session import open_session
 from hosl_flower.tensors.cut_gradient import Cotangent

@@ -21,10 +21,12 @@ from torch import Tensor
 
 from hosl_flower.cli import key_value
 from hosl_flower.config.run_config import parse_config
-from hosl_flower.data.encoders.prompts import Batch, Encoder
+from hosl_flower.data.encoders.prompts import Encoder
 from hosl_flower.data.partition import DataPool
-from hosl_flower.models.families.decoders import embedding_name
-from hosl_flower.models.split import ClientSubmodel, load_client
+from hosl_flower.models.batch import Batch
+from hosl_flower.models.families.registry import embedding_name
+from hosl_flower.models.split import load_client
+from hosl_flower.models.submodels import ClientSubmodel
 from hosl_flower.privacy.activation_noise import Veil
 from hosl_flower.server.session import open_session
 from hosl_flower.tensors.activation_codec import decode, encode

@@ -86,8 +86,8 @@ def _client(shape: tuple, column: str, device: str) -> dict[str, Any]:
     from specs import client_spec
 
     from hosl_flower.client.client import Client
-    from hosl_flower.data.encoders.prompts import Batch
     from hosl_flower.ledger.ledger import Entry
+    from hosl_flower.models.batch import Batch
     from hosl_flower.protocol.messages.registry import (
         CutGradient,
         Failure,
@@ -179,8 +179,9 @@ def _client(shape: tuple, column: str, device: str) -> dict[str, Any]:
 def _first_order(shape: tuple, column: str, device: str) -> dict[str, Any]:
     import torch
 
+    from hosl_flower.models.base_model import open_base
     from hosl_flower.models.lora import Lora
-    from hosl_flower.models.split import load_client, open_base
+    from hosl_flower.models.split import load_client
     from hosl_flower.tensors.device import pick_device, torch_dtype
     from hosl_flower.tensors.memory import Meter
 

@@ -19,13 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hosl_flower.models.split import (
-    ClientSubmodel,
-    ServerSubmodel,
-    load_client,
-    load_server,
-    open_base,
-)
+from hosl_flower.models.base_model import open_base
+from hosl_flower.models.split import load_client, load_server
+from hosl_flower.models.submodels import ClientSubmodel, ServerSubmodel
 from hosl_flower.tensors.device import torch_dtype, use_threads
 from hosl_flower.zo.directions import DISTRIBUTIONS, Layout
 from hosl_flower.zo.estimator import Point, estimate

@@ -18,7 +18,9 @@ from functools import partial
 
 import torch
 
-from hosl_flower.models.split import ClientSubmodel, load_client, open_base
+from hosl_flower.models.base_model import open_base
+from hosl_flower.models.split import load_client
+from hosl_flower.models.submodels import ClientSubmodel
 from hosl_flower.optim.gradient import Seeded
 from hosl_flower.optim.optimizer import Sgd
 from hosl_flower.tensors.device import use_threads

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hosl_flower.models.split import ClientSubmodel
+from hosl_flower.models.submodels import ClientSubmodel
 
 
 def fo(client: ClientSubmodel, ids: Tensor, mask: Tensor, gradient: Tensor, rate: float) -> None:

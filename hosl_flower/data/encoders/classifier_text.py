@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from hosl_flower.data.encoders.prompts import Batch, by_length, left_padded
+from hosl_flower.data.encoders.base import by_length
+from hosl_flower.data.encoders.prompts import left_padded
 from hosl_flower.errors import CheckpointError, ConfigError
+from hosl_flower.models.batch import Batch
 from hosl_flower.models.families.encoders import TEXT_FAMILIES
 from hosl_flower.models.special_tokens import Unknown, empty_text, padding
 from hosl_flower.tasks.answer_words import Answers

@@ -1,14 +1,14 @@
 """What stands between a task's examples and a model, of text or images, which the model decides."""
 
-from typing import Any
-
 from transformers import PretrainedConfig
 
 from hosl_flower.config.resolve import ClientSpec
+from hosl_flower.data.encoders.base import Inputs
 from hosl_flower.data.encoders.classifier_text import TextInputs
-from hosl_flower.data.encoders.prompts import Encoder, Inputs, load_tokenizer
+from hosl_flower.data.encoders.prompts import Encoder
 from hosl_flower.errors import ConfigError
-from hosl_flower.models.families.decoders import family_of
+from hosl_flower.models.families.registry import family_of
+from hosl_flower.models.processors import load_tokenizer
 
 
 def make_inputs(spec: ClientSpec, model: str, config: PretrainedConfig) -> Inputs:
@@ -21,7 +21,8 @@ def make_inputs(spec: ClientSpec, model: str, config: PretrainedConfig) -> Input
         if family.classes:
             return TextInputs(spec.task, tokenizer, config, spec.max_length)
         return Encoder(spec.task, tokenizer, spec.max_length, spec.max_new_tokens)
-    from hosl_flower.data.encoders.images import ImageInputs, load_image_processor  # brings Pillow
+    from hosl_flower.data.encoders.images import ImageInputs  # brings Pillow
+    from hosl_flower.models.image_processors import load_image_processor  # brings Pillow
 
     processor = load_image_processor(model, config, spec.image_size)
     return ImageInputs(spec.task, processor, config, spec.cut_layer)
@@ -54,13 +55,3 @@ def _check_fit(spec: ClientSpec, model: str, config: PretrainedConfig) -> None:
         raise ConfigError(
             f"labels = client is for choices among answer words, {what}; use labels = server"
         )
-
-
-def load_processor(model: str, config: PretrainedConfig) -> Any:
-    """What is saved with a model besides its weights: tokenizer or image processor. model: a
-    directory that has it, which may be one of adapters. config: the model's."""
-    if family_of(config).modality == "text":
-        return load_tokenizer(model)
-    from hosl_flower.data.encoders.images import load_image_processor
-
-    return load_image_processor(model, config)

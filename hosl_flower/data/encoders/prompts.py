@@ -8,26 +8,21 @@ themselves are in task_table.py.
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoTokenizer
 
-from hosl_flower.errors import CheckpointError, ConfigError, first_line
-from hosl_flower.models.checkpoints import hub
-from hosl_flower.models.checkpoints.adapters import holder
+from hosl_flower.data.encoders.base import by_length
+from hosl_flower.errors import CheckpointError, ConfigError
+from hosl_flower.models.batch import Batch
 from hosl_flower.models.special_tokens import (
     Unknown,
-    check_has_vocabulary,
-    check_sentencepiece,
     empty_text,
     padding,
     prefix,
-    tokenizer_files,
 )
 from hosl_flower.tasks.answer_words import Answers
 from hosl_flower.tasks.generated_answers import Completion
@@ -36,90 +31,6 @@ from hosl_flower.tasks.scoring import Scoring
 from hosl_flower.tasks.task import Task
 
 BUNDLED = Path(__file__).parents[2] / "system" / "bundled"
-
-
-def load_tokenizer(model: str) -> Any:
-    """The tokenizer of a model; `random:` models use the bundled OPT tokenizer."""
-    try:
-        if model.startswith("random:"):
-            return AutoTokenizer.from_pretrained(BUNDLED / "opt_tokenizer")
-        model = holder(model, "tokenizer_config.json", "tokenizer.json")
-        directory = hub.local_directory(model)
-        for path in [] if directory is None else tokenizer_files(directory):
-            hub.check_readable(path)
-        tokenizer = AutoTokenizer.from_pretrained(
-            model if directory is None else directory,
-            local_files_only=directory is None and not hub.is_reachable(),
-            trust_remote_code=False,
-        )
-    except CheckpointError:
-        raise
-    except Exception as error:  # tokenizers raises bare Exceptions for damaged files
-        check_sentencepiece(model)
-        raise CheckpointError(f"{model} has no usable tokenizer: {first_line(error)}") from error
-    check_has_vocabulary(tokenizer, model)
-    return tokenizer
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Inputs of R = B * Scoring.sequences sequences: token ids [R, S] int64, left-padded, or with
-    their types [B, 2, S], or pixels [B, C, height, width]; attention_mask [R, S] int64, S as of the
-    activations; labels [B], or [B, A] (answers.py), int64, or [0] where there are none.
-    """
-
-    inputs: Tensor
-    attention_mask: Tensor
-    labels: Tensor
-
-    @property
-    def input_ids(self) -> Tensor:
-        """Inputs that are token ids."""
-        return self.inputs
-
-    @property
-    def tokens(self) -> int:
-        """Positions of all activations, padding included."""
-        return self.attention_mask.numel()
-
-    def slices(self, micro_batch: int) -> list[slice]:
-        """Rows of consecutive micro-batches of so many sequences; 0 is one of all."""
-        count = len(self.inputs)
-        size = micro_batch or count
-        return [slice(first, min(first + size, count)) for first in range(0, count, size)]
-
-
-class Inputs(Protocol):
-    """What is between the examples of a task and a model: a prompt's token ids here, a classifier's
-    in text_inputs.py, pixels in image_inputs.py.
-
-    answers: how scores of the labels come about. processor: of transformers, saved with a model.
-    length, shortest: most and fewest positions S of an example's activations.
-    """
-
-    task: Task
-    length: int
-
-    @property
-    def answers(self) -> Scoring: ...
-
-    @property
-    def shortest(self) -> int: ...
-
-    @property
-    def processor(self) -> Any: ...
-
-    def collate(self, examples: Sequence[dict[str, Any]]) -> Batch:
-        """A mini-batch of examples that carry an integer "label"."""
-
-    def largest(self, examples: int) -> Batch:
-        """The largest mini-batch of so many examples there can be; of any content."""
-
-    def check(self, config: Any) -> None:
-        """CheckpointError unless the model of this configuration can take these inputs."""
-
-    def by_length(self, data: Any) -> Any:
-        """A data set in an order in which there is little padding."""
 
 
 class Encoder:
@@ -301,14 +212,6 @@ def left_padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     for own, row in zip(padded, rows, strict=True):
         own[length - len(row) :] = torch.tensor(row)
     return padded
-
-
-def by_length(data: Any, fields: Sequence[str]) -> Any:
-    """A data set with like lengths of its texts together: fewer padding tokens to forward, the same
-    metrics."""
-    columns = [data[name][:] for name in fields]
-    lengths = [sum(map(len, texts)) for texts in zip(*columns, strict=True)]
-    return data.select(sorted(range(len(lengths)), key=lengths.__getitem__))
 
 
 def cut_longest(lengths: Sequence[int], room: int) -> list[int]:

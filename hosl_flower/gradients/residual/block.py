@@ -32,8 +32,8 @@ from hosl_flower.gradients.residual.attention import (
 )
 from hosl_flower.gradients.residual.linear import LinearMap, Sums, at_hand
 from hosl_flower.gradients.residual.norm import Norm
-from hosl_flower.models.families.decoders import Parts
-from hosl_flower.models.split import ClientSubmodel
+from hosl_flower.models.families.base import Parts
+from hosl_flower.models.submodels import ClientSubmodel
 
 _CHUNK_TOKENS = 128  # whose feedback is worked out at a time: small beside what a block makes
 

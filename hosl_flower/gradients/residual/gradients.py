@@ -21,11 +21,11 @@ from collections.abc import Collection, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from hosl_flower.data.encoders.prompts import Batch
 from hosl_flower.errors import ConfigError
 from hosl_flower.gradients.residual.block import Feedback, residual_parts, trained_parts
+from hosl_flower.models.batch import Batch
 from hosl_flower.models.blockwise import Blocks, pieces
-from hosl_flower.models.split import ClientSubmodel
+from hosl_flower.models.submodels import ClientSubmodel
 from hosl_flower.optim.gradient import sparse_rows
 from hosl_flower.tensors.cut_gradient import Cotangent
 

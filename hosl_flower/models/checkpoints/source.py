@@ -34,7 +34,7 @@ from hosl_flower.models.checkpoints.safetensors_file import (
 )
 from hosl_flower.models.checkpoints.tensor_names import plain_names
 from hosl_flower.models.checkpoints.torch_bin import converted, damaged, legacy_keys
-from hosl_flower.models.families.decoders import InitStd, Rename
+from hosl_flower.models.families.base import InitStd, Rename
 from hosl_flower.tensors.seeds import derive_seed
 
 

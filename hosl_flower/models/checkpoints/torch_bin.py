@@ -10,7 +10,6 @@ import re
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -100,13 +99,3 @@ def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-
-
-def published_renames(model: Any) -> Callable[[str], str]:
-    """For `Family.renames`, from transformers' own table: published checkpoints have the names of
-    older versions, some of which it still writes."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import rename_source_key
-
-    renamings = get_model_conversion_mapping(model)
-    return lambda name: rename_source_key(name, renamings, [])[0]

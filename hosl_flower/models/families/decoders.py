@@ -8,27 +8,23 @@ with: those of images are in image_families.py, those of text in text_families.p
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache as remembered
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
 
-from hosl_flower.errors import ConfigError
-
-HEAD = "lm_head.weight"  # in every family of language models
-
-
-class Absent(nn.Module):
-    """Stands where a module of the other side was: passes its first argument through.
-
-    Blocks keep their index, so parameter names stay those of the unsplit model.
-    """
-
-    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-        return hidden
+from hosl_flower.models.families.base import (
+    HEAD,
+    Absent,
+    Family,
+    InitStd,
+    Parts,
+    Rename,
+    projections,
+)
 
 
 class _NoPositions(nn.Module):
@@ -36,95 +32,6 @@ class _NoPositions(nn.Module):
 
     def forward(self, positions: Tensor, *_: Any, **__: Any) -> Tensor:
         return torch.zeros((), device=positions.device)
-
-
-class Parts(NamedTuple):
-    """Names of the modules of a block that residual feedback goes by: the norm before the
-    attention; the projections of queries, keys and values, or one of all three; the attention's
-    output projection; the MLP's norm, first and second matrix and activation. gate: of an MLP that
-    is down(activation(gate(x)) * up(x)), else down(activation(up(x))). head_norms: of queries and
-    of keys, head by head. scaling: the attribute by which a projection's queries are multiplied."""
-
-    entry: str
-    projections: tuple[str, ...]
-    attention: str
-    norm: str
-    up: str
-    down: str
-    activation: str
-    gate: str = ""
-    head_norms: tuple[str, ...] = ()
-    scaling: str = ""
-
-
-def projections(attention: str) -> tuple[str, ...]:
-    """Their usual names."""
-    return tuple(f"{attention}.{each}_proj" for each in "qkv")
-
-
-Rename = Callable[[str], str]
-# of all matrices, or by canonical name and shape
-InitStd = float | Callable[[str, torch.Size], float]
-
-
-class Family(Protocol):
-    """What split.py asks of a model family. Names are attributes of the causal LM and of its
-    decoder, the module that maps input ids or embeddings to the last hidden state."""
-
-    auto: Any  # transformers' class that makes the whole model from a configuration
-    attention: ClassVar[dict[str, str]]  # how the model is to compute attention, where it has any
-    modality: str  # what the inputs are: "text" or "image"
-    classes: bool  # the head's rows are classes of examples, not tokens
-    head: str  # canonical name of the head's matrix, [V, D]
-    heads: tuple[str, ...]  # what names start with that a checkpoint of the base model may lack
-    base_prefix: str  # of the causal LM: the base model
-    decoder_prefix: str  # canonical name prefix of the decoder's parameters
-    embedding: str  # of the decoder: the token embedding
-    blocks: str  # of the decoder: the list of blocks
-    transposed: bool  # matrices are stored [in, out]
-
-    def keep_client(self, decoder: Any, cut: int) -> None:
-        """Take out everything after block `cut`."""
-
-    def keep_server(self, decoder: Any, cut: int) -> None:
-        """Take out the embeddings and the first `cut` blocks."""
-
-    def renames(self, model: Any) -> Rename:
-        """Name in a checkpoint -> in the model, where published checkpoints have other names."""
-
-    def count(self, config: PretrainedConfig) -> int:
-        """Number of blocks: the largest cut."""
-
-    def width(self, config: PretrainedConfig, cut: int) -> int:
-        """H, the width of the activations at a cut."""
-
-    def enter(
-        self, decoder: Any, inputs: Tensor, mask: Tensor, cache: DynamicCache | None
-    ) -> Tensor:
-        """Run a client's decoder: inputs, mask [B, S] -> activations [B, S, H]."""
-
-    def proceed(
-        self, decoder: Any, activations: Tensor, mask: Tensor, cache: DynamicCache | None
-    ) -> Tensor:
-        """Run a server's decoder: activations [B, S, H], mask [B, S] -> what the head gets
-        [B, S, D]; of classifiers [B, 1, D]."""
-
-    def run_block(self, block: Any, hidden: Tensor, positional: Any, named: Any) -> Tensor:
-        """One block alone: [B, S, H] and the other arguments it is given -> [B, S', H']."""
-
-    def init_std(self, config: PretrainedConfig) -> InitStd:
-        """Standard deviation of freshly initialised matrices."""
-
-    def starts_at_one(self, name: str) -> bool:
-        """Whether a freshly initialised vector, by canonical name, is ones, not zeros."""
-
-    def residual_parts(self, config: PretrainedConfig) -> Parts | None:
-        """For residual feedback: None unless embeddings, attention and MLP are added to the
-        residual stream as they are: no projection, and no norm after attention or MLP."""
-
-    def embedded(self, ids: Tensor, mask: Tensor) -> Mapping[str, Tensor]:
-        """For residual feedback: rows [b, S] of each embedding that ids and mask [b, S] take, by
-        parameter name within the decoder."""
 
 
 class _Decoder:
@@ -326,29 +233,3 @@ def _cache_argument(decoder: type) -> str:
     `past_key_values`, and removes the old name in 5.40."""
     named = inspect.signature(decoder.forward).parameters  # type: ignore[attr-defined]
     return "cache" if "cache" in named else "past_key_values"
-
-
-def family_of(config: PretrainedConfig) -> Family:
-    """The family of a configuration; ConfigError names the supported ones."""
-    from hosl_flower.models.families.encoders import TEXT_FAMILIES
-    from hosl_flower.models.families.images import IMAGE_FAMILIES  # they build on this module
-
-    families = {**FAMILIES, **IMAGE_FAMILIES, **TEXT_FAMILIES}
-    if config.model_type not in families:
-        raise ConfigError(
-            f"model type {config.model_type!r} is not supported; supported: "
-            f"{', '.join(sorted(FAMILIES))}, classifiers of text "
-            f"{', '.join(sorted(TEXT_FAMILIES))}, and of images "
-            f"{', '.join(sorted(IMAGE_FAMILIES))}. "
-            "A family is one adapter in hosl_flower/models/families/decoders.py: "
-            "the names of its modules and how to take out those of the other side"
-        )
-    if getattr(config, "final_logit_softcapping", None):
-        raise ConfigError("a model that caps its logits (final_logit_softcapping) is not supported")
-    return families[config.model_type]
-
-
-def embedding_name(config: PretrainedConfig) -> str:
-    """Canonical name of the token embedding."""
-    family = family_of(config)
-    return f"{family.decoder_prefix}{family.embedding}.weight"

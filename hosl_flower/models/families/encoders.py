@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, DynamicCache, PretrainedConfig
 
-from hosl_flower.models.checkpoints.torch_bin import published_renames
-from hosl_flower.models.families.decoders import Absent, Family, InitStd, Parts, Rename
+from hosl_flower.models.families.base import Absent, Family, InitStd, Parts, Rename
+from hosl_flower.models.families.renames import published_renames
 
 
 class TextFamily(Family, Protocol):

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, DynamicCache, PretrainedConfig
 
 from hosl_flower.errors import ConfigError
-from hosl_flower.models.checkpoints.torch_bin import published_renames
-from hosl_flower.models.families.decoders import Absent, Family, InitStd, Parts, Rename, projections
+from hosl_flower.models.families.base import Absent, Family, InitStd, Parts, Rename, projections
+from hosl_flower.models.families.renames import published_renames
 
 
 class ImageFamily(Family, Protocol):
