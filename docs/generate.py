@@ -12,7 +12,7 @@ import click
 import typer
 
 from hosl_flower.cli import cli
-from hosl_flower.config.run_config import help_table
+from hosl_flower.config.parse import help_table
 
 REFERENCE = Path(__file__).parent / "reference"
 

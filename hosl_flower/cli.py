@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from hosl_flower.config.run_config import RunConfig, help_table, parse_config
+from hosl_flower.config.parse import help_table, parse_config
+from hosl_flower.config.run_config import RunConfig
 from hosl_flower.errors import ConfigError, HoslError, first_line
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)

@@ -18,7 +18,7 @@ import torch
 from image_data import write_npz
 from runs import write_questions
 
-from hosl_flower.config.run_config import parse_config
+from hosl_flower.config.parse import parse_config
 from hosl_flower.flower.server_app import load_strategy
 
 RECORDED = Path(__file__).parent / "recorded" / "runs.json"

@@ -5,7 +5,7 @@ import csv
 import json
 from unittest import mock
 
-from hosl_flower.config.run_config import parse_config
+from hosl_flower.config.parse import parse_config
 from hosl_flower.tensors.seeds import permutation
 
 PROMPT = "{text} It was"

@@ -6,7 +6,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from grids import LocalGrid
 from specs import client_spec, history_for
 
-from hosl_flower.config.run_config import parse_config
+from hosl_flower.config.parse import parse_config
 from hosl_flower.errors import ConfigError
 from hosl_flower.flower.message_link import GridLink
 from hosl_flower.flower.nodes import Nodes

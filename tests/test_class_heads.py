@@ -15,7 +15,7 @@ from transformers import (
     BertForTokenClassification,
 )
 
-from hosl_flower.config.run_config import parse_config
+from hosl_flower.config.parse import parse_config
 from hosl_flower.errors import ConfigError
 from hosl_flower.models.base_model import open_base
 from hosl_flower.models.class_head import with_classes

@@ -9,7 +9,7 @@ from runs import metrics, run_factory
 from safetensors.torch import load_file
 from test_ho_sfl import link_that, scalars_of
 
-from hosl_flower.config.run_config import parse_config
+from hosl_flower.config.parse import parse_config
 from hosl_flower.errors import ConfigError, DivergedError
 from hosl_flower.protocol.messages.registry import Activations, Scalars
 from hosl_flower.server.cohort import Cohort

@@ -21,7 +21,7 @@ from hosl_flower.compare.outcome import Outcome, outcome
 from hosl_flower.compare.runner import CellError, choose, is_diverged, is_finished, run_all
 from hosl_flower.compare.table import Row, _gap, markdown
 from hosl_flower.compare.worker import main as cell_main
-from hosl_flower.config.run_config import parse_config
+from hosl_flower.config.parse import parse_config
 from hosl_flower.errors import ConfigError
 from hosl_flower.flower.server_app import load_strategy
 

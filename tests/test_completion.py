@@ -13,7 +13,7 @@ from test_ho_sfl import link_that
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hosl_flower.client.client import Client
-from hosl_flower.config.run_config import parse_config
+from hosl_flower.config.parse import parse_config
 from hosl_flower.errors import ClientError, ConfigError, ProtocolError
 from hosl_flower.models.batch import Batch
 from hosl_flower.models.decoding import Prompts, Writer, greedy

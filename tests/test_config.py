@@ -10,8 +10,10 @@ import pytest
 from conftest import put_into_hub_cache
 from datasets import ClassLabel, Dataset, Features, Value
 
-from hosl_flower.config.resolve import ClientSpec, banner, resolve
-from hosl_flower.config.run_config import RunConfig, help_table, parse_config
+from hosl_flower.config.client_spec import ClientSpec
+from hosl_flower.config.parse import help_table, parse_config
+from hosl_flower.config.resolve import banner, resolve
+from hosl_flower.config.run_config import RunConfig
 from hosl_flower.errors import CheckpointError, ConfigError, HoslError, ProtocolError
 from hosl_flower.flower.server_app import load_strategy
 from hosl_flower.tasks.known import TASKS

@@ -9,7 +9,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from specs import client_spec
 
-from hosl_flower.config.run_config import parse_config
+from hosl_flower.config.parse import parse_config
 from hosl_flower.config.task_from_config import task_from_config
 from hosl_flower.data.encoders.prompts import Encoder
 from hosl_flower.data.partition import DataPool

@@ -19,8 +19,8 @@ import torch
 from huggingface_hub import constants
 from runs import run_factory
 
+from hosl_flower.config.parse import parse_config
 from hosl_flower.config.resolve import resolve
-from hosl_flower.config.run_config import parse_config
 from hosl_flower.errors import CheckpointError, ConfigError
 from hosl_flower.flower import local_run as local_flower
 from hosl_flower.flower import processes

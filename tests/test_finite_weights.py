@@ -8,7 +8,7 @@ import torch
 from conftest import store_shards
 from safetensors.torch import load_file, save_file
 
-from hosl_flower.config.run_config import parse_config
+from hosl_flower.config.parse import parse_config
 from hosl_flower.errors import CheckpointError
 from hosl_flower.models.base_model import open_base
 from hosl_flower.models.split import load_client, load_server

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from hosl_flower.cli import cli
 from hosl_flower.client.client import Client
-from hosl_flower.config.run_config import parse_config
+from hosl_flower.config.parse import parse_config
 from hosl_flower.config.task_from_config import task_from_config
 from hosl_flower.data.readers.images import decode
 from hosl_flower.data.sources import load_source

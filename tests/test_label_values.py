@@ -2,7 +2,7 @@
 
 import pytest
 
-from hosl_flower.config.run_config import parse_config
+from hosl_flower.config.parse import parse_config
 from hosl_flower.config.task_from_config import task_from_config
 from hosl_flower.errors import ConfigError, DataError
 from hosl_flower.tasks.known import TASKS

@@ -17,7 +17,7 @@ from grids import LocalGrid, ThreadGrid
 from specs import client_spec, history_for
 
 from hosl_flower.client.client import Client
-from hosl_flower.config.run_config import parse_config
+from hosl_flower.config.parse import parse_config
 from hosl_flower.errors import (
     AbsentError,
     ClientError,

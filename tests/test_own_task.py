@@ -8,7 +8,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from image_data import images, write_folder
 
-from hosl_flower.config.run_config import parse_config
+from hosl_flower.config.parse import parse_config
 from hosl_flower.config.task_from_config import task_from_config
 from hosl_flower.data.infer_task import completed
 from hosl_flower.data.sources import load_source

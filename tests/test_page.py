@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hosl_flower.cli import cli
-from hosl_flower.config.run_config import parse_config
+from hosl_flower.config.parse import parse_config
 from hosl_flower.report.bars import shares
 from hosl_flower.report.curves import AXES, smoothed, spreads, thinned
 from hosl_flower.report.html import tag

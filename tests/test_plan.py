@@ -9,7 +9,7 @@ from runs import PROMPT, write_reviews
 from typer.testing import CliRunner
 
 from hosl_flower.cli import cli
-from hosl_flower.config.run_config import parse_config
+from hosl_flower.config.parse import parse_config
 from hosl_flower.errors import ConfigError
 from hosl_flower.flower.server_app import load_strategy
 from hosl_flower.run.plan import PROCESS_BYTES, Plan, parse_bytes, parse_rate, plan

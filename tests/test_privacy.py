@@ -17,7 +17,7 @@ from test_ho_sfl import link_that
 from test_messages import ALL
 
 from hosl_flower.client.client import Client
-from hosl_flower.config.run_config import parse_config
+from hosl_flower.config.parse import parse_config
 from hosl_flower.errors import ConfigError
 from hosl_flower.flower import client_calls
 from hosl_flower.privacy import dp_scalars as privacy

@@ -8,7 +8,7 @@ import torch
 from specs import client_spec
 
 from hosl_flower.client.client import Client, new_state
-from hosl_flower.config.run_config import parse_config
+from hosl_flower.config.parse import parse_config
 from hosl_flower.errors import ConfigError
 from hosl_flower.ledger.ledger import Entry
 from hosl_flower.models.base_model import open_base

@@ -7,7 +7,7 @@ import pytest
 from recorder import RECORDED, RUNS, differences, machine, record
 from transformers import AutoModelForCausalLM
 
-from hosl_flower.config.run_config import parse_config
+from hosl_flower.config.parse import parse_config
 from hosl_flower.export.export import export
 from hosl_flower.flower.server_app import load_strategy
 

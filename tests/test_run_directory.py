@@ -8,7 +8,7 @@ import pytest
 from filelock import FileLock
 from runs import metrics, run_factory
 
-from hosl_flower.config.run_config import parse_config
+from hosl_flower.config.parse import parse_config
 from hosl_flower.errors import CheckpointError, ConfigError, HoslError
 from hosl_flower.export import finished_run as finished
 from hosl_flower.export.export import export

@@ -5,7 +5,7 @@ import json
 import pytest
 from runs import metrics, run_factory
 
-from hosl_flower.config.run_config import parse_config
+from hosl_flower.config.parse import parse_config
 from hosl_flower.errors import ConfigError
 from hosl_flower.server.schedule import client_rate, rate_factor
 from strategies.frozen_client import FrozenClient

@@ -7,7 +7,7 @@ import pytest
 import torch
 from runs import question, squad_file
 
-from hosl_flower.config.run_config import parse_config
+from hosl_flower.config.parse import parse_config
 from hosl_flower.config.task_from_config import task_from_config
 from hosl_flower.data.encoders.prompts import Encoder
 from hosl_flower.data.sources import load_source

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import TOKENIZER_SIZE, put_into_hub_cache
 
-from hosl_flower.config.run_config import parse_config
+from hosl_flower.config.parse import parse_config
 from hosl_flower.config.task_from_config import task_from_config
 from hosl_flower.data.encoders.prompts import Encoder, cut_longest
 from hosl_flower.errors import CheckpointError, ConfigError, DataError

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from hosl_flower.cli import cli
 from hosl_flower.client.client import Client
+from hosl_flower.config.parse import parse_config
 from hosl_flower.config.resolve import resolve
-from hosl_flower.config.run_config import parse_config
 from hosl_flower.config.task_from_config import task_from_config
 from hosl_flower.data.encoders.classifier_text import TextInputs
 from hosl_flower.data.encoders.make import make_inputs

@@ -15,7 +15,7 @@ import torch
 from hosl_flower.client.compute import Compute
 from hosl_flower.client.ledger_follower import UNKNOWN, Answer, Follower
 from hosl_flower.client.local_weights import Branches
-from hosl_flower.config.resolve import ClientSpec
+from hosl_flower.config.client_spec import ClientSpec
 from hosl_flower.data.encoders.make import make_inputs
 from hosl_flower.data.partition import DataPool
 from hosl_flower.errors import IN_THE_LOG, DataError, HoslError, ProtocolError, public_reason

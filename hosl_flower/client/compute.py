@@ -13,7 +13,7 @@ from hosl_flower.client.forwards import HERE, Forwards, put_together
 from hosl_flower.client.generation import Writing
 from hosl_flower.client.head_scalars import Batches, plain, private
 from hosl_flower.client.local_steps import local_steps
-from hosl_flower.config.resolve import ClientSpec
+from hosl_flower.config.client_spec import ClientSpec
 from hosl_flower.data.partition import DataPool
 from hosl_flower.errors import ProtocolError
 from hosl_flower.gradients.backprop import gradients

@@ -31,7 +31,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from hosl_flower.config.run_config import Scalar, parse_config
+from hosl_flower.config.parse import parse_config
+from hosl_flower.config.run_config import Scalar
 from hosl_flower.errors import ConfigError
 from hosl_flower.flower.server_app import load_strategy, strategy_class
 

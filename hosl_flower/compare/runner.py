@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.progress import TimeRemainingColumn as Eta
 
 from hosl_flower.compare.experiment import Cell, Experiment, Keys, grid, trials
-from hosl_flower.config.run_config import parse_config
+from hosl_flower.config.parse import parse_config
 from hosl_flower.data.infer_task import completed
 from hosl_flower.errors import ConfigError, HoslError
 from hosl_flower.run.headline import headline

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from hosl_flower.compare.runner import DIVERGED
-from hosl_flower.config.run_config import parse_config
+from hosl_flower.config.parse import parse_config
 from hosl_flower.errors import DivergedError, HoslError, printable
 from hosl_flower.flower.local_run import run_flower_app
 from hosl_flower.flower.server_app import load_strategy, log_to_stderr

@@ -1,141 +1,23 @@
 """What a client must know to take part: everything, in one small JSON that travels with
 the messages. A client never reads the server's files or environment."""
 
-import json
 import os
 
-from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from hosl_flower.config.client_spec import ClientSpec
 from hosl_flower.config.run_config import (
-    Alpha,
-    ClientGradient,
-    ClientOptimizer,
-    Codec,
-    Device,
-    Dtype,
-    Labels,
-    Length,
-    Natural,
-    NotNegative,
-    Partitioner,
-    Perturbation,
-    Positive,
-    Quantization,
     RunConfig,
-    Threads,
-    Trainable,
-    UpdateCodec,
-    split_words,
 )
 from hosl_flower.config.task_from_config import task_from_config
-from hosl_flower.errors import CheckpointError, ConfigError, ProtocolError
+from hosl_flower.errors import CheckpointError, ConfigError
 from hosl_flower.models.architectures import known_architectures
 from hosl_flower.models.base_model import RANDOM, check_cut, open_base
 from hosl_flower.models.checkpoints import hub
-from hosl_flower.models.lora import Lora
 from hosl_flower.tasks.known import BUNDLED_TASK, TASKS
 from hosl_flower.tasks.known_images import IMAGE_TASKS
-from hosl_flower.tasks.task import Task
 
 FALLBACK_IMAGE_TASK = "digits"
-
-
-@dataclass(frozen=True)
-class ClientSpec:
-    """The agreement between server and clients of one run.
-
-    run: names the run, so that a process that serves two never mixes them.
-    source: of the data, see data.load_source. seed: see config. client_head: whether the client has
-    an auxiliary head (head.py), which the method decides.
-    """
-
-    run: str
-    model: str
-    cut_layer: Natural
-    dtype: Dtype
-    codec: Codec
-    update_codec: UpdateCodec
-    device: Device
-    threads: Threads
-    client_trainable: Trainable
-    client_quantization: Quantization
-    client_head: bool
-    client_gradient: ClientGradient
-    client_optimizer: ClientOptimizer
-    lora_rank: Positive
-    lora_alpha: Alpha
-    lora_targets: str
-    perturbation: Perturbation
-    labels: Labels
-    task: Task
-    source: str
-    num_clients: Positive
-    partitioner: Partitioner
-    dirichlet_alpha: Alpha
-    partition_column: str
-    min_partition_size: Positive
-    train_examples: Natural
-    held_out_examples: Natural
-    eval_examples: Natural
-    batch_size: Positive
-    eval_batch_size: Positive
-    client_micro_batch: Natural
-    image_size: Natural
-    max_length: Length
-    max_new_tokens: Positive
-    seed: Natural
-    activation_noise: NotNegative
-    dp_noise: NotNegative
-    dp_clip: NotNegative
-
-    def to_json(self) -> str:
-        """For the wire."""
-        return _ADAPTER.dump_json(self).decode()
-
-    @classmethod
-    def from_json(cls, text: str) -> "ClientSpec":
-        """From the wire; ProtocolError when it is not one."""
-        try:
-            # not validate_json, which copies the whole text for every field it misses
-            return _ADAPTER.validate_python(json.loads(text))
-        except (ValueError, RecursionError) as error:
-            if not isinstance(error, ValidationError):
-                raise ProtocolError("client spec: it is not JSON") from error
-            first = error.errors(include_url=False, include_input=False)[0]
-            raise ProtocolError(f"client spec: {first['loc']}: {first['msg']}") from error
-
-    @property
-    def genesis(self) -> str:
-        """What a ledger of this run starts from: all that decides the client submodel's bits."""
-        random, lora = self.model.startswith(RANDOM), self.client_trainable == "lora"
-        parts = [self.model, self.cut_layer, self.dtype, self.client_trainable, self.perturbation]
-        parts += [self.client_optimizer, self.seed if random or lora else ""]
-        if lora:
-            parts += [self.lora_rank, self.lora_alpha, self.lora_targets]
-        if self.client_quantization != "none":
-            parts.append(self.client_quantization)
-        if self.client_head:
-            parts.append("head")
-        if self.client_gradient != "backprop":
-            parts.append(self.client_gradient)
-        return "|".join(map(str, parts))
-
-    @property
-    def tells_labels(self) -> bool:
-        """Whether a client says how many examples of each label it has, and what is wrong with
-        one."""
-        return self.labels == "server" and not self.dp_noise
-
-    @property
-    def lora(self) -> Lora | None:
-        """The client's adapters, where it trains such."""
-        if self.client_trainable != "lora":
-            return None
-        return Lora(self.lora_rank, self.lora_alpha, split_words(self.lora_targets), self.seed)
-
-
-_ADAPTER = TypeAdapter(ClientSpec)
 
 
 @dataclass(frozen=True)
@@ -242,11 +124,3 @@ def banner(notice: str) -> list[str]:
     width = max(map(len, lines)) + 4
     body = [f"* {line.ljust(width - 4)} *" for line in lines]
     return ["*" * width, *body, "*" * width]
-
-
-def server_lora(config: RunConfig) -> Lora | None:
-    """The server's adapters, where it trains such."""
-    if config.server_trainable != "lora":
-        return None
-    targets = split_words(config.lora_targets)
-    return Lora(config.lora_rank, config.lora_alpha, targets, config.seed)

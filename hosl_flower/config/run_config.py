@@ -4,9 +4,6 @@ Keys are flat kebab-case TOML scalars, as Flower's `[tool.flwr.app.config]` want
 are validated once, here, before anything is loaded; inside, a RunConfig is trusted.
 """
 
-import difflib
-import json
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -14,14 +11,11 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
-    ValidationError,
     ValidationInfo,
     field_validator,
-    model_validator,
 )
 
-from hosl_flower.config.rules import contradictions, split_words, text_problem
-from hosl_flower.errors import ConfigError
+from hosl_flower.config.text_values import text_problem
 
 Scalar = bool | int | float | str
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -410,13 +404,6 @@ class RunConfig(BaseModel):
             raise ValueError("input should be 0, or greater than or equal to 1e-06")
         return value or _EPSILONS.get(info.data.get("dtype", ""), 1e-3)
 
-    @model_validator(mode="after")
-    def _check_together(self) -> "RunConfig":
-        problems = list(contradictions(self))
-        if problems:
-            raise ValueError("\n  ".join(problems))
-        return self
-
     @property
     def probe_distance(self) -> float:
         """epsilon, or 0 where the derivative is taken itself."""
@@ -442,39 +429,6 @@ class RunConfig(BaseModel):
         return self.model_dump(by_alias=True)
 
 
-def parse_config(values: Mapping[str, Any], origin: str = "the run config") -> RunConfig:
-    """Validate kebab-case keys; one ConfigError lists everything that is wrong with them."""
-    known = [field.alias or name for name, field in RunConfig.model_fields.items()]
-    problems = []
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "see `python -m hosl_flower keys`"
-            problems.append(f"{key}: no such key; {hint}")
-    try:
-        config = RunConfig(**{key: value for key, value in values.items() if key in known})
-    except ValidationError as error:
-        problems += [_describe(details) for details in error.errors()]
-    if problems:
-        raise ConfigError(f"{origin} is not valid:\n  " + "\n  ".join(problems))
-    return config
-
-
-def _describe(details: Any) -> str:
-    message = details["msg"].removeprefix("Value error, ")
-    if details["type"].startswith("bool"):
-        message = "expected true or false"
-    elif details["type"] == "string_unicode":
-        message = "it has bytes that are not UTF-8"
-    if not details["loc"]:
-        return message
-    return f"{details['loc'][0]} = {details['input']!r}: {message[0].lower()}{message[1:]}"
-
-
-def help_table() -> str:
-    """The keys as a Markdown table, for docs/reference/keys.md and `python -m hosl_flower keys`."""
-    lines = ["| key | default | meaning |", "|---|---|---|"]
-    for field in RunConfig.model_fields.values():
-        default = json.dumps(field.default)  # JSON and TOML write these scalars alike
-        lines.append(f"| `{field.alias}` | `{default}` | {field.description} |")
-    return "\n".join(lines)
+def split_words(text: str) -> tuple[str, ...]:
+    """The words of a comma-separated list."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())

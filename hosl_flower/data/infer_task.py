@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hosl_flower.config.run_config import RunConfig, parse_config
+from hosl_flower.config.parse import parse_config
+from hosl_flower.config.run_config import RunConfig
 from hosl_flower.errors import CheckpointError, ConfigError, DataError
 from hosl_flower.tasks.known import BUNDLED_TASK, TASKS
 from hosl_flower.tasks.known_images import IMAGE_TASKS, image_task

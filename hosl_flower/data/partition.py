@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hosl_flower.config.resolve import ClientSpec
+from hosl_flower.config.client_spec import ClientSpec
 from hosl_flower.data.encoders.base import Inputs
 from hosl_flower.data.encoders.prompts import Encoder
 from hosl_flower.data.node_path import PLACEHOLDER, shared_between_partitions

@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 import torch
 from pydantic import ValidationError
 
-from hosl_flower.config.resolve import server_lora
-from hosl_flower.config.run_config import RunConfig, parse_config
+from hosl_flower.config.client_spec import server_lora
+from hosl_flower.config.parse import parse_config
+from hosl_flower.config.run_config import RunConfig
 from hosl_flower.errors import CheckpointError, ConfigError
 from hosl_flower.models.base_model import Base, check_cut, open_base
 from hosl_flower.models.lora import Lora, load_adapters

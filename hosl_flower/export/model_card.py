@@ -16,7 +16,8 @@ from huggingface_hub import ModelCard, ModelCardData, constants, try_to_load_fro
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from hosl_flower.config.run_config import RunConfig, Scalar, parse_config
+from hosl_flower.config.parse import parse_config
+from hosl_flower.config.run_config import RunConfig, Scalar
 from hosl_flower.config.task_from_config import task_from_config
 from hosl_flower.errors import CheckpointError, printable
 from hosl_flower.export import markdown
@@ -24,7 +25,7 @@ from hosl_flower.export.finished_run import Finished
 from hosl_flower.models.base_model import RANDOM, load_model_config
 from hosl_flower.models.class_head import class_names
 from hosl_flower.models.families.registry import family_of
-from hosl_flower.run.resume import FREE
+from hosl_flower.config.rules import KEYS_FREE_TO_CHANGE
 from hosl_flower.run.run_files import Evaluation
 from hosl_flower.system.untrusted_files import read_regular
 from hosl_flower.tasks.known import TASKS
@@ -170,7 +171,7 @@ def _keys(run: Finished) -> dict[str, Scalar]:
     keys = {
         key: value
         for key, value in run.config.as_keys().items()
-        if key in _ALWAYS or (key not in FREE and value != defaults[key])
+        if key in _ALWAYS or (key not in KEYS_FREE_TO_CHANGE and value != defaults[key])
     }
     local = _local(run)
     return {key: _last(str(value)) if key in local else value for key, value in keys.items()}

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from flwr.app import Message
 
-from hosl_flower.config.resolve import ClientSpec
+from hosl_flower.config.client_spec import ClientSpec
 from hosl_flower.errors import (
     MOST_TOLD,
     AbsentError,

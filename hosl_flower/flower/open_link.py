@@ -4,7 +4,7 @@ from pathlib import Path
 
 from flwr.serverapp import Grid
 
-from hosl_flower.config.resolve import ClientSpec
+from hosl_flower.config.client_spec import ClientSpec
 from hosl_flower.config.run_config import RunConfig
 from hosl_flower.errors import ConfigError
 from hosl_flower.flower.message_link import GridLink

@@ -15,7 +15,7 @@ from typing import Any
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
-from hosl_flower.config.resolve import ClientSpec
+from hosl_flower.config.client_spec import ClientSpec
 from hosl_flower.errors import ProtocolError
 from hosl_flower.flower.stream.client_end import Invitation
 from hosl_flower.protocol.messages.registry import REPLIES, REQUESTS, Message, Reply, Request

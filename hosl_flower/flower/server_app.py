@@ -15,7 +15,8 @@ from importlib.util import find_spec
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from hosl_flower.config.run_config import RunConfig, parse_config
+from hosl_flower.config.parse import parse_config
+from hosl_flower.config.run_config import RunConfig
 from hosl_flower.data.infer_task import completed
 from hosl_flower.errors import ConfigError, HoslError
 from hosl_flower.methods.method import SplitStrategy

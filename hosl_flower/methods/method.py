@@ -14,7 +14,8 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
 from hosl_flower.client.client import Client
-from hosl_flower.config.run_config import RunConfig, parse_config
+from hosl_flower.config.parse import parse_config
+from hosl_flower.config.run_config import RunConfig
 from hosl_flower.errors import ConfigError, HoslError
 from hosl_flower.flower.open_link import open_link
 from hosl_flower.privacy.noise_secret import simulated_secret

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hosl_flower.config.resolve import ClientSpec
+from hosl_flower.config.client_spec import ClientSpec
 from hosl_flower.privacy.discrete_gaussian import Bits, discrete_gaussian
 from hosl_flower.privacy.noise_secret import given
 from hosl_flower.tensors.rounding import to_float32

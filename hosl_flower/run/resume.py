@@ -28,17 +28,9 @@ from hosl_flower.server.session import Drop, Session
 from hosl_flower.server.trainer import Server
 from hosl_flower.system.untrusted_files import read_json
 
-log = logging.getLogger("hosl_flower")
+from hosl_flower.config.rules import KEYS_FREE_TO_CHANGE
 
-# keys that may differ: they change how a run goes on, not what it computes (another device or
-# number of threads may round differently, as between any two machines)
-FREE = {
-    "steps", "resume", "checkpoint-every", "checkpoints-kept", "output-dir", "run-name",
-    "save-model", "save-format", "trackers",
-    "threads", "device", "link", "min-clients", "clients-per-node", "nodes-deadline",
-    "reply-deadline", "step-deadline", "max-session-seconds", "stream-endpoint", "stream-bind",
-    "stream-certificate", "stream-key", "stream-authority", "stream-insecure", "stream-lifetime",
-}  # fmt: skip
+log = logging.getLogger("hosl_flower")
 
 
 class Resumable(Protocol):
@@ -70,7 +62,7 @@ def find(config: RunConfig) -> Checkpoint:
         raise CheckpointError(f"{directory}/config.json cannot be read ({error})") from error
     wanted = config.as_keys()
     # a rate that falls to zero at the end depends on where that is
-    free = FREE if config.learning_rate_schedule == "constant" else FREE - {"steps"}
+    free = KEYS_FREE_TO_CHANGE if config.learning_rate_schedule == "constant" else KEYS_FREE_TO_CHANGE - {"steps"}
     # a key that is newer than the run was what it is by default
     defaults = {field.alias: field.default for field in RunConfig.model_fields.values()}
     before = {key: record.get(key, defaults[key]) for key in wanted}

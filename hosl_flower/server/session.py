@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from hosl_flower.client.client import new_state
-from hosl_flower.config.resolve import ClientSpec, Resolved, banner, resolve, server_lora
+from hosl_flower.config.client_spec import ClientSpec, server_lora
+from hosl_flower.config.resolve import Resolved, banner, resolve
 from hosl_flower.config.run_config import RunConfig
 from hosl_flower.data.encoders.base import Inputs
 from hosl_flower.data.encoders.make import make_inputs

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from hosl_flower.cli import key_value
 from hosl_flower.client.client import Client
-from hosl_flower.config.run_config import parse_config
+from hosl_flower.config.parse import parse_config
 from hosl_flower.models.label_head import Judged, OutputHead, load_output_head
 from hosl_flower.protocol.messages.registry import Activations, Forward
 from hosl_flower.server.session import open_session

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hosl_flower.cli import key_value
-from hosl_flower.config.run_config import parse_config
+from hosl_flower.config.parse import parse_config
 from hosl_flower.data.encoders.prompts import Encoder
 from hosl_flower.data.partition import DataPool
 from hosl_flower.models.batch import Batch

@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from deployments import deployment, run_deployed
 
 from hosl_flower.client.client import Client
+from hosl_flower.config.parse import parse_config
 from hosl_flower.config.resolve import resolve
-from hosl_flower.config.run_config import parse_config
 from hosl_flower.flower.local_run import run_flower_app
 from hosl_flower.flower.processes import free_port
 from hosl_flower.flower.server_app import load_strategy, log_to_stderr

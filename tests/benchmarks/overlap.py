@@ -15,8 +15,8 @@ from typing import Annotated
 import typer
 
 from hosl_flower.cli import key_value
+from hosl_flower.config.parse import parse_config
 from hosl_flower.config.resolve import resolve
-from hosl_flower.config.run_config import parse_config
 from hosl_flower.data import overlap
 from hosl_flower.data.sources import load_source
 

@@ -168,7 +168,7 @@ def soak(arguments: argparse.Namespace, folder: Path) -> dict:
     from forked import ForkedGrid, Nursery
     from runs import write_reviews
 
-    from hosl_flower.config.run_config import parse_config
+    from hosl_flower.config.parse import parse_config
     from hosl_flower.flower.nodes import Nodes
     from hosl_flower.flower.stream.link import StreamLink
     from hosl_flower.run.loop import check_clients, train

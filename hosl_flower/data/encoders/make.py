@@ -2,7 +2,7 @@
 
 from transformers import PretrainedConfig
 
-from hosl_flower.config.resolve import ClientSpec
+from hosl_flower.config.client_spec import ClientSpec
 from hosl_flower.data.encoders.base import Inputs
 from hosl_flower.data.encoders.classifier_text import TextInputs
 from hosl_flower.data.encoders.prompts import Encoder

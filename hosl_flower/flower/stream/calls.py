@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from flwr.app import Message
 
-from hosl_flower.config.resolve import ClientSpec
+from hosl_flower.config.client_spec import ClientSpec
 from hosl_flower.errors import MOST_TOLD, printable
 from hosl_flower.flower.announced import Node
 from hosl_flower.flower.records import pack_invitation

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-from hosl_flower.config.resolve import ClientSpec
+from hosl_flower.config.client_spec import ClientSpec
 from hosl_flower.errors import AbsentError, ClientError, ConfigError, ProtocolError, SuperLinkError
 from hosl_flower.flower.nodes import Limit, Nodes
 from hosl_flower.flower.stream.calls import Caller, Line
