@@ -11,8 +11,8 @@ from specs import client_spec
 
 from hosl_flower.config.parse import parse_config
 from hosl_flower.config.task_from_config import task_from_config
+from hosl_flower.data.client_data import DataPool
 from hosl_flower.data.encoders.prompts import Encoder
-from hosl_flower.data.partition import DataPool
 from hosl_flower.data.sources import load_source, take
 from hosl_flower.errors import DataError
 from hosl_flower.models.processors import load_tokenizer

@@ -11,7 +11,7 @@ from runs import run_factory, write_questions
 
 from hosl_flower.client.client import Client
 from hosl_flower.config.resolve import resolve
-from hosl_flower.data.partition import DataPool
+from hosl_flower.data.client_data import DataPool
 from hosl_flower.models.submodels import ClientSubmodel
 from hosl_flower.server.session import Session
 from hosl_flower.server.trainer import Server

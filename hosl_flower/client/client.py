@@ -16,8 +16,8 @@ from hosl_flower.client.compute import Compute
 from hosl_flower.client.ledger_follower import UNKNOWN, Answer, Follower
 from hosl_flower.client.local_weights import Branches
 from hosl_flower.config.client_spec import ClientSpec
+from hosl_flower.data.client_data import DataPool
 from hosl_flower.data.encoders.make import make_inputs
-from hosl_flower.data.partition import DataPool
 from hosl_flower.errors import IN_THE_LOG, DataError, HoslError, ProtocolError, public_reason
 from hosl_flower.gradients.residual.gradients import fed_back
 from hosl_flower.ledger.client_state import ClientState

@@ -14,7 +14,7 @@ from hosl_flower.client.generation import Writing
 from hosl_flower.client.head_scalars import Batches, plain, private
 from hosl_flower.client.local_steps import local_steps
 from hosl_flower.config.client_spec import ClientSpec
-from hosl_flower.data.partition import DataPool
+from hosl_flower.data.client_data import DataPool
 from hosl_flower.errors import ProtocolError
 from hosl_flower.gradients.backprop import gradients
 from hosl_flower.gradients.recompute import recomputed_gradients

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hosl_flower.client.forwards import put_together
 from hosl_flower.config.client_spec import ClientSpec
-from hosl_flower.data.partition import DataPool
+from hosl_flower.data.client_data import DataPool
 from hosl_flower.errors import ProtocolError
 from hosl_flower.models.decoding import Prompts, checked
 from hosl_flower.models.submodels import ClientSubmodel

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from hosl_flower.config.run_config import RunConfig, split_words
 
 
-
 def contradictions(config: RunConfig) -> Iterator[str]:
     """One line for each thing that is wrong with the values together."""
     yield from _data(config)

@@ -8,7 +8,6 @@ configuration decides, never a message: allow-data, allow-models, data-columns, 
 
 import os
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -133,10 +132,3 @@ def _check_not_local(kind: str, repository: str) -> None:
 def shared_between_partitions(data_path: str) -> bool:
     """Whether a node's data-path is the same data for every client the node serves."""
     return bool(data_path) and PLACEHOLDER not in data_path
-
-
-def is_simulated() -> bool:
-    """Whether this process is one of the simulation engine's workers: they, and nobody else, have
-    Ray up. No message can make it so."""
-    ray = sys.modules.get("ray")
-    return ray is not None and bool(ray.is_initialized())

@@ -17,6 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from hosl_flower.config.parse import parse_config
+from hosl_flower.config.rules import KEYS_FREE_TO_CHANGE
 from hosl_flower.config.run_config import RunConfig, Scalar
 from hosl_flower.config.task_from_config import task_from_config
 from hosl_flower.errors import CheckpointError, printable
@@ -25,7 +26,6 @@ from hosl_flower.export.finished_run import Finished
 from hosl_flower.models.base_model import RANDOM, load_model_config
 from hosl_flower.models.class_head import class_names
 from hosl_flower.models.families.registry import family_of
-from hosl_flower.config.rules import KEYS_FREE_TO_CHANGE
 from hosl_flower.run.run_files import Evaluation
 from hosl_flower.system.untrusted_files import read_regular
 from hosl_flower.tasks.known import TASKS

@@ -11,8 +11,9 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from hosl_flower.client.client import Client
 from hosl_flower.config.client_spec import ClientSpec
-from hosl_flower.data.node_path import NodeConfig, is_simulated
+from hosl_flower.data.node_path import NodeConfig
 from hosl_flower.errors import HoslError, public_reason
+from hosl_flower.flower.node import is_simulated
 from hosl_flower.flower.records import pack, unpack_invitation, unpack_requests
 from hosl_flower.flower.stream.client_end import serve
 from hosl_flower.models.checkpoints.adapters import find_adapters

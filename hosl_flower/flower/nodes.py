@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from hosl_flower.data.node_path import is_simulated
 from hosl_flower.errors import ClientError, ConfigError
 from hosl_flower.flower.announced import Node, check_agreement, question, read_answer, some
+from hosl_flower.flower.node import is_simulated
 from hosl_flower.flower.superlink import AnyGrid
 from hosl_flower.protocol.messages.registry import Describe, Request
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from hosl_flower.config.rules import KEYS_FREE_TO_CHANGE
 from hosl_flower.config.run_config import RunConfig
 from hosl_flower.errors import CheckpointError, ConfigError
 from hosl_flower.ledger.client_state import Snapshot
@@ -27,8 +28,6 @@ from hosl_flower.server.link import Traffic
 from hosl_flower.server.session import Drop, Session
 from hosl_flower.server.trainer import Server
 from hosl_flower.system.untrusted_files import read_json
-
-from hosl_flower.config.rules import KEYS_FREE_TO_CHANGE
 
 log = logging.getLogger("hosl_flower")
 
@@ -62,7 +61,11 @@ def find(config: RunConfig) -> Checkpoint:
         raise CheckpointError(f"{directory}/config.json cannot be read ({error})") from error
     wanted = config.as_keys()
     # a rate that falls to zero at the end depends on where that is
-    free = KEYS_FREE_TO_CHANGE if config.learning_rate_schedule == "constant" else KEYS_FREE_TO_CHANGE - {"steps"}
+    free = (
+        KEYS_FREE_TO_CHANGE
+        if config.learning_rate_schedule == "constant"
+        else KEYS_FREE_TO_CHANGE - {"steps"}
+    )
     # a key that is newer than the run was what it is by default
     defaults = {field.alias: field.default for field in RunConfig.model_fields.values()}
     before = {key: record.get(key, defaults[key]) for key in wanted}

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from hosl_flower.cli import key_value
 from hosl_flower.config.parse import parse_config
+from hosl_flower.data.client_data import DataPool
 from hosl_flower.data.encoders.prompts import Encoder
-from hosl_flower.data.partition import DataPool
 from hosl_flower.models.batch import Batch
 from hosl_flower.models.families.registry import embedding_name
 from hosl_flower.models.split import load_client
