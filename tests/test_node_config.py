@@ -14,7 +14,7 @@ from flwr.common.config import parse_config_args
 from flwr.supercore.task_identity import TaskIdentity
 from specs import client_spec
 
-from hosl_flower.data.node_path import NodeConfig
+from hosl_flower.config.node_config import NodeConfig
 from hosl_flower.errors import ClientError, DataError, RefusedError, public_reason
 from hosl_flower.flower import client_app, client_calls
 from hosl_flower.flower.message_link import EXCHANGE

@@ -7,9 +7,9 @@ import numpy
 import pytest
 from specs import client_spec
 
+from hosl_flower.config.node_config import shared_between_partitions
 from hosl_flower.data.client_data import ClientData, DataPool
 from hosl_flower.data.encoders.prompts import Encoder
-from hosl_flower.data.node_path import shared_between_partitions
 from hosl_flower.data.partition import make_partitioner
 from hosl_flower.errors import DataError, ProtocolError
 from hosl_flower.models.processors import load_tokenizer

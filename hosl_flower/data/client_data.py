@@ -1,5 +1,6 @@
 """The examples of one client, and those of all clients that a process serves."""
 
+import logging
 from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, Any
 
@@ -7,19 +8,23 @@ import torch
 from torch import Tensor
 
 from hosl_flower.config.client_spec import ClientSpec
+from hosl_flower.config.node_config import PLACEHOLDER, shared_between_partitions
 from hosl_flower.data.encoders.base import Inputs
 from hosl_flower.data.encoders.prompts import Encoder
-from hosl_flower.data.node_path import PLACEHOLDER, shared_between_partitions
-from hosl_flower.data.partition import log, make_partitioner
+from hosl_flower.data.partition import make_partitioner
 from hosl_flower.errors import DataError, ProtocolError
 from hosl_flower.models.batch import Batch
 from hosl_flower.tensors.seeds import derive_seed, permutation
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # heavy; flwr_datasets brings matplotlib, which a node with its own data spares
     from datasets import Dataset
     from flwr_datasets.partitioner import Partitioner
 
     from hosl_flower.data.overlap import Overlap, Split
+else:
+    Dataset = Partitioner = Any
+
+log = logging.getLogger("hosl_flower")
 
 _KEPT = 64  # partitions a process remembers
 

@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from hosl_flower.data.node_path import shared_between_partitions
+from hosl_flower.config.node_config import shared_between_partitions
 from hosl_flower.errors import ClientError, public_reason
 from hosl_flower.flower.node import is_simulated
 

@@ -11,7 +11,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from hosl_flower.client.client import Client
 from hosl_flower.config.client_spec import ClientSpec
-from hosl_flower.data.node_path import NodeConfig
+from hosl_flower.config.node_config import NodeConfig
 from hosl_flower.errors import HoslError, public_reason
 from hosl_flower.flower.node import is_simulated
 from hosl_flower.flower.records import pack, unpack_invitation, unpack_requests
