@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from hosl_flower.client.client import new_state
 from hosl_flower.config.client_spec import ClientSpec
+from hosl_flower.ledger.new_state import new_state
 from hosl_flower.models.base_model import open_base
 from hosl_flower.models.split import load_client
 from hosl_flower.server.history import History

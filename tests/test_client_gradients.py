@@ -4,12 +4,12 @@ import pytest
 import torch
 from specs import client_spec
 
-from hosl_flower.client.client import new_state
 from hosl_flower.errors import ConfigError
 from hosl_flower.gradients.backprop import gradients
 from hosl_flower.gradients.recompute import recomputed_gradients
 from hosl_flower.gradients.residual.attention import listening, through_attention
 from hosl_flower.gradients.residual.gradients import fed_back, residual_gradients
+from hosl_flower.ledger.new_state import new_state
 from hosl_flower.models.architectures import architecture
 from hosl_flower.models.base_model import Base, open_base
 from hosl_flower.models.batch import Batch

@@ -7,10 +7,11 @@ import pytest
 import torch
 from specs import client_spec
 
-from hosl_flower.client.client import Client, new_state
+from hosl_flower.client.client import Client
 from hosl_flower.config.parse import parse_config
 from hosl_flower.errors import ConfigError
 from hosl_flower.ledger.ledger import Entry
+from hosl_flower.ledger.new_state import new_state
 from hosl_flower.models.base_model import open_base
 from hosl_flower.models.int8_weights import to_int8
 from hosl_flower.models.lora import Lora, is_adapter

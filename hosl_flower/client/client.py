@@ -19,13 +19,10 @@ from hosl_flower.config.client_spec import ClientSpec
 from hosl_flower.data.client_data import DataPool
 from hosl_flower.data.encoders.make import make_inputs
 from hosl_flower.errors import IN_THE_LOG, DataError, HoslError, ProtocolError, public_reason
-from hosl_flower.gradients.residual.gradients import fed_back
-from hosl_flower.ledger.client_state import ClientState
-from hosl_flower.models.auxiliary_head import attach_head
+from hosl_flower.ledger.new_state import load_client_half, new_state
 from hosl_flower.models.base_model import model_config, open_base
 from hosl_flower.models.label_head import OutputHead, load_output_head
-from hosl_flower.models.split import load_client
-from hosl_flower.models.submodels import ClientSubmodel, trainable_parameters
+from hosl_flower.models.submodels import ClientSubmodel
 from hosl_flower.privacy.activation_noise import veil_of
 from hosl_flower.privacy.dp_scalars import mechanism_of
 from hosl_flower.privacy.noise_secret import simulated_secret
@@ -68,7 +65,7 @@ from hosl_flower.protocol.messages.registry import (
     Weights,
 )
 from hosl_flower.tasks.answer_words import Answers
-from hosl_flower.tensors.device import pick_device, torch_dtype
+from hosl_flower.tensors.device import pick_device
 from hosl_flower.tensors.memory import Meter, peak_rss_bytes
 
 log = logging.getLogger("hosl_flower")
@@ -118,14 +115,11 @@ class Client(Follower):
         spec = self.spec
         base = open_base(self.model, spec.seed, partial=True)
         self.config = base.config
-        dtype = torch_dtype(spec.dtype)
         head: OutputHead | None = None
         with self.meter.phase("load", 0):
-            self.submodel = load_client(
-                base, spec.cut_layer, dtype, self.device, spec.lora, spec.client_quantization
+            self.submodel = load_client_half(
+                base, spec, self.encoder.answers, self.device, spec.client_quantization
             )
-            if spec.client_head:
-                attach_head(self.submodel, base, self.encoder.answers, self.device)
             if spec.labels == "client":
                 answers = self.encoder.answers
                 assert isinstance(answers, Answers)  # inputs.make_inputs has checked it
@@ -299,12 +293,3 @@ class Client(Follower):
         Adopt: Follower.adopt,
         Fingerprint: _fingerprints,
     }
-
-
-def new_state(submodel: ClientSubmodel, spec: ClientSpec) -> ClientState:
-    """The state of a freshly loaded client submodel: ledger position 0. ConfigError where its
-    parameters cannot be trained as the run says."""
-    parameters = trainable_parameters(submodel, spec.client_trainable)
-    if spec.client_gradient == "residual":
-        parameters = {name: parameters[name] for name in fed_back(submodel, parameters)}
-    return ClientState(parameters, spec.perturbation, spec.client_optimizer, spec.genesis)

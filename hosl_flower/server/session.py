@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hosl_flower.client.client import new_state
 from hosl_flower.config.client_spec import ClientSpec, server_lora
 from hosl_flower.config.resolve import Resolved, banner, resolve
 from hosl_flower.config.run_config import RunConfig
@@ -18,11 +17,11 @@ from hosl_flower.data.encoders.base import Inputs
 from hosl_flower.data.encoders.make import make_inputs
 from hosl_flower.data.overlap import Overlap
 from hosl_flower.errors import ConfigError, DriftError
-from hosl_flower.models.auxiliary_head import attach_head
+from hosl_flower.ledger.new_state import load_client_half, new_state
 from hosl_flower.models.base_model import Base, check_cut, open_base
 from hosl_flower.models.checkpoints.adapters import AdaptedWeights
 from hosl_flower.models.class_head import class_names, with_classes
-from hosl_flower.models.split import client_skeleton, load_client, load_server
+from hosl_flower.models.split import client_skeleton, load_server
 from hosl_flower.models.submodels import AUXILIARY, ClientSubmodel, count
 from hosl_flower.privacy.accountant import epsilon, most_uses
 from hosl_flower.protocol.checks import Limits
@@ -285,16 +284,9 @@ class Session:
 
     def trained_client(self) -> ClientSubmodel:
         """The client submodel as it is now, made from the base checkpoint and the history."""
-        submodel = _load_client(self.base, self.spec, self.encoder)
+        submodel = load_client_half(self.base, self.spec, self.encoder.answers)
         new_state(submodel, self.spec).restore(self.history.snapshot())
         return submodel
-
-
-def _load_client(base: Base, spec: ClientSpec, encoder: Inputs) -> ClientSubmodel:
-    client = load_client(base, spec.cut_layer, torch_dtype(spec.dtype), "cpu", spec.lora)
-    if spec.client_head:
-        attach_head(client, base, encoder.answers, "cpu")
-    return client
 
 
 def open_session(
@@ -336,7 +328,7 @@ def open_session(
             f"save-format = adapters needs a base model that can be loaded again, {spec.model} has "
             "random weights; use merged"
         )
-    client = _load_client(base, spec, encoder)
+    client = load_client_half(base, spec, encoder.answers)
     reference = reference_of(client, submodel, encoder, base.config)
     history = History(new_state(client, spec), spec.genesis)
     del client  # but for its trainable parameters

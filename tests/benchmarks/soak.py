@@ -218,8 +218,8 @@ def soak(arguments: argparse.Namespace, folder: Path) -> dict:
 
 def nothing_lost(directory: Path, session, steps: int) -> dict:
     """Whether every step is in the files, and the ledger gives the server's submodel."""
-    from hosl_flower.client.client import new_state
     from hosl_flower.ledger.ledger import Ledger
+    from hosl_flower.ledger.new_state import new_state
     from hosl_flower.server.session import _load_client
 
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
