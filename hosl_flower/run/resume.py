@@ -24,8 +24,8 @@ from hosl_flower.ledger.client_state import Snapshot
 from hosl_flower.run.checkpoint import Checkpoint, found, read
 from hosl_flower.run.resumable import check_files, check_links, check_values
 from hosl_flower.server.history import History
-from hosl_flower.server.link import Traffic
 from hosl_flower.server.session import Drop, Session
+from hosl_flower.server.traffic import Traffic
 from hosl_flower.server.trainer import Server
 from hosl_flower.system.untrusted_files import read_json
 

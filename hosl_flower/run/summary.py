@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from hosl_flower.run.figures import clients_with
-from hosl_flower.server.link import Traffic
 from hosl_flower.server.session import Session
+from hosl_flower.server.traffic import Traffic
 from hosl_flower.tasks.answer_words import Answers
 
 if TYPE_CHECKING:

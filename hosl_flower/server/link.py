@@ -11,7 +11,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,7 +62,6 @@ from hosl_flower.protocol.messages.registry import (
     LocalStep,
     LocalTrain,
     Losses,
-    Message,
     Move,
     Probe,
     Reply,
@@ -74,10 +73,9 @@ from hosl_flower.protocol.messages.registry import (
     Update,
     Weights,
 )
-from hosl_flower.protocol.wire import wire_bytes
 from hosl_flower.server.history import History
+from hosl_flower.server.traffic import Traffic
 from hosl_flower.tensors.activation_codec import decode
-from hosl_flower.tensors.memory import PHASES
 from hosl_flower.tensors.raw_bytes import DTYPES
 
 log = logging.getLogger("hosl_flower")
@@ -111,29 +109,6 @@ NOT_YET: Any = None  # in place of a reply that has not come by a link's `until`
 _ANYWHERE = (Describe, HiddenStates, HeldOutStates)  # answered at any position
 _CLOCKS_DIFFER = 1.0  # seconds, of one exchange
 _CATCH_UPS = 4  # resends per request, each of which may land in another process
-
-
-@dataclass
-class Traffic:
-    """Messages and bytes of requests that were answered and their replies, by kind of request, and
-    where the time of exchanges went."""
-
-    up: dict[str, list[int]] = field(default_factory=dict)  # kind -> [messages, bytes]
-    down: dict[str, list[int]] = field(default_factory=dict)
-    waited_seconds: float = 0.0
-    client_seconds: float = 0.0
-    peak_bytes: int = 0  # of the client that needed most
-    tensor_peaks: tuple[int, ...] = (0,) * len(PHASES)  # likewise, phase by phase
-
-    def count(self, way: dict[str, list[int]], kind: str, message: Message) -> None:
-        """Add one message sent on the `up` or `down` way, under its request's kind."""
-        entry = way.setdefault(kind, [0, 0])
-        entry[0] += 1
-        entry[1] += wire_bytes(message)
-
-    def total(self, way: dict[str, list[int]]) -> int:
-        """Bytes on one way, all kinds."""
-        return sum(size for _, size in way.values())
 
 
 class Link(ABC):

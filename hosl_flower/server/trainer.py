@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hosl_flower.errors import ConfigError, DivergedError, UnusableBatchError
 from hosl_flower.models.submodels import AUXILIARY, ServerSubmodel, trainable_parameters
 from hosl_flower.protocol.messages.registry import Activations
-from hosl_flower.server.kept_labels import Labels, Piece, SentLabels
+from hosl_flower.server.losses import Labels, Piece, SentLabels
 from hosl_flower.server.scores import Addable
 from hosl_flower.tasks.scoring import Scoring
 from hosl_flower.tensors.raw_bytes import LARGEST_LOSS, largest
