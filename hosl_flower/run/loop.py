@@ -40,8 +40,8 @@ from hosl_flower.run.resume import earlier_traffic
 from hosl_flower.server.evaluate import score_batches
 from hosl_flower.server.in_process import InProcessLink
 from hosl_flower.server.link import Link
+from hosl_flower.server.scores import HeldOut
 from hosl_flower.server.session import Session
-from hosl_flower.server.text_scores import HeldOut
 from hosl_flower.tensors.raw_bytes import LARGEST_LOSS
 
 log = logging.getLogger("hosl_flower")

@@ -43,8 +43,8 @@ from hosl_flower.run.resume import Resumable, collect, run_directory
 from hosl_flower.run.run_log import RunLog
 from hosl_flower.run.summary import plan, table
 from hosl_flower.run.trackers import Trackers, check_trackers
+from hosl_flower.server.scores import HeldOut
 from hosl_flower.server.session import Session
-from hosl_flower.server.text_scores import HeldOut
 from hosl_flower.server.traffic import Traffic
 from hosl_flower.system.directories import check_writable
 from hosl_flower.system.whole_files import Lines, put, remove

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from hosl_flower.server.scores import HeldOut
 from hosl_flower.server.session import Session
-from hosl_flower.server.text_scores import HeldOut
 from hosl_flower.server.traffic import Traffic
 from hosl_flower.tensors.memory import PHASES
 

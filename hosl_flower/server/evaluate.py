@@ -23,8 +23,8 @@ from hosl_flower.protocol.messages.registry import (
 )
 from hosl_flower.server.kept_labels import score_by_client
 from hosl_flower.server.link import Link
+from hosl_flower.server.scores import HeldOut, TextScore, new_score
 from hosl_flower.server.session import Session
-from hosl_flower.server.text_scores import HeldOut, TextScore, new_score
 from hosl_flower.tasks.generated_answers import Completion
 
 _TOGETHER = 1000  # batches asked for in one exchange

@@ -32,6 +32,7 @@ from hosl_flower.protocol.messages.registry import (
 )
 from hosl_flower.server.link import NOT_YET, Link
 from hosl_flower.server.losses import Piece
+from hosl_flower.server.scores import ClientTally
 from hosl_flower.tasks.answer_words import Answers
 
 if TYPE_CHECKING:
@@ -152,34 +153,7 @@ def too_late(seconds: float) -> AbsentError:
     return AbsentError(f"it did not answer within {seconds:g} s (step-deadline)")
 
 
-@dataclass
-class Tally:
-    """Held-out results of which only the totals are known."""
-
-    examples: int = 0
-    correct: int = 0
-    loss_sum: float = 0.0
-
-    @property
-    def loss(self) -> float:
-        """Mean cross-entropy."""
-        return self.loss_sum / self.examples
-
-    @property
-    def accuracy(self) -> float:
-        """Share of right answers."""
-        return self.correct / self.examples
-
-    def metrics(self) -> dict[str, float | None]:
-        """What is measured, by name; None: nobody says which labels were right."""
-        unknown = {"balanced_accuracy": None, "majority_accuracy": None}
-        return {"loss": self.loss, "accuracy": self.accuracy, **unknown}
-
-    def __str__(self) -> str:
-        return f"loss {self.loss:.4f}, accuracy {self.accuracy:.3f}"
-
-
-def score_by_client(link: Link, at: dict[str, Any], states: Iterable[Tensor]) -> Tally:
+def score_by_client(link: Link, at: dict[str, Any], states: Iterable[Tensor]) -> ClientTally:
     """Have a client score all of its held-out examples. at: the fields of a request; states: the
     hidden states [n, M, D] of consecutive batches of them.
 
@@ -192,7 +166,7 @@ def score_by_client(link: Link, at: dict[str, Any], states: Iterable[Tensor]) ->
     for part in parts:
         requests.append(HeldOutStates(**at, first=first, states=part.contiguous()))
         first += len(part)
-    tally = Tally(len(whole))
+    tally = ClientTally(len(whole))
     for reply in link.exchange({at["partition"]: requests})[at["partition"]]:
         assert isinstance(reply, Scored)  # Link has checked it
         tally.correct += reply.correct
