@@ -110,7 +110,7 @@ def plan(
 
     log_to_stderr()
     from hosl_flower.run import plan as planning
-    from hosl_flower.run.summary import plan_table
+    from hosl_flower.run.plan_table import plan_table
 
     try:
         memory = planning.parse_bytes("--client-memory", client_memory)

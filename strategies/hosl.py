@@ -27,7 +27,8 @@ from hosl_flower.ledger.ledger import Entry
 from hosl_flower.methods.method import SplitStrategy
 from hosl_flower.protocol.checks import BatchKey, check_same_batch
 from hosl_flower.protocol.messages.registry import Forward, Losses, Probe, Request
-from hosl_flower.server.kept_labels import KeptLabels, kept
+from hosl_flower.server.cohort import kept
+from hosl_flower.server.kept_labels import KeptLabels
 from hosl_flower.server.link import Link
 from hosl_flower.server.schedule import client_rate, rate_factor
 from hosl_flower.server.session import Session

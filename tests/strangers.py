@@ -12,8 +12,8 @@ from types import TracebackType
 
 import grpc
 
-from hosl_flower.flower.stream.frames import read_word
-from hosl_flower.flower.stream.server_end import METHOD, TOKEN, StreamServer
+from hosl_flower.flower.stream.frames import METHOD, read_word
+from hosl_flower.flower.stream.server_end import TOKEN, StreamServer
 
 LIMIT = 16 << 20  # bytes of the longest frame
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"

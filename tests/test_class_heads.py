@@ -23,7 +23,7 @@ from hosl_flower.models.image_processors import load_image_processor
 from hosl_flower.models.processors import load_tokenizer
 from hosl_flower.models.save_merged import save_merged
 from hosl_flower.models.split import load_client, load_server
-from hosl_flower.server.session import open_session
+from hosl_flower.server.open_session import open_session
 from hosl_flower.tasks.known_images import image_task
 from hosl_flower.tasks.task import Task
 

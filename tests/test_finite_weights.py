@@ -12,7 +12,7 @@ from hosl_flower.config.parse import parse_config
 from hosl_flower.errors import CheckpointError
 from hosl_flower.models.base_model import open_base
 from hosl_flower.models.split import load_client, load_server
-from hosl_flower.server.session import open_session
+from hosl_flower.server.open_session import open_session
 
 MATRIX = "model.decoder.layers.{}.fc1.weight"
 NORM = "model.decoder.final_layer_norm.bias"

@@ -35,8 +35,7 @@ from hosl_flower.flower.superlink import SuperLink
 from hosl_flower.ledger.ledger import Entry
 from hosl_flower.protocol.checks import Limits
 from hosl_flower.protocol.messages.registry import Describe, Fetch, Fingerprint, Forward
-from hosl_flower.server.cohort import Cohort, Question, absent
-from hosl_flower.server.kept_labels import kept
+from hosl_flower.server.cohort import Cohort, Question, absent, kept
 from hosl_flower.server.losses import Piece
 from hosl_flower.tasks.answer_words import Answers
 

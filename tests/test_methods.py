@@ -28,7 +28,7 @@ from hosl_flower.protocol.messages.registry import (
     Restore,
 )
 from hosl_flower.server.in_process import InProcessLink
-from hosl_flower.server.session import open_session
+from hosl_flower.server.open_session import open_session
 from hosl_flower.server.trainer import Server
 from hosl_flower.server.zo_trainer import ZoServer
 from hosl_flower.tensors.rows import unflat

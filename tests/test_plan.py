@@ -13,7 +13,7 @@ from hosl_flower.config.parse import parse_config
 from hosl_flower.errors import ConfigError
 from hosl_flower.flower.server_app import load_strategy
 from hosl_flower.run.plan import PROCESS_BYTES, Plan, parse_bytes, parse_rate, plan
-from hosl_flower.run.summary import plan_table
+from hosl_flower.run.plan_table import plan_table
 
 
 @pytest.fixture

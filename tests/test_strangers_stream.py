@@ -11,8 +11,8 @@ import grpc
 import pytest
 from strangers import Server, call, knock, noise
 
-from hosl_flower.flower.stream.frames import encode_word, read_word
-from hosl_flower.flower.stream.server_end import METHOD, TOKEN, Session
+from hosl_flower.flower.stream.frames import METHOD, encode_word, read_word
+from hosl_flower.flower.stream.server_end import TOKEN, Session
 
 
 @pytest.fixture

@@ -22,9 +22,9 @@ from hosl_flower.flower.nodes import Nodes
 from hosl_flower.flower.processes import free_port
 from hosl_flower.flower.stream import client_end as dialling
 from hosl_flower.flower.stream.calls import SESSION
-from hosl_flower.flower.stream.frames import Key, decode, encode, encode_word, read_word
+from hosl_flower.flower.stream.frames import METHOD, Key, decode, encode, encode_word, read_word
 from hosl_flower.flower.stream.link import StreamLink, longest_frame
-from hosl_flower.flower.stream.server_end import METHOD, TOKEN
+from hosl_flower.flower.stream.server_end import TOKEN
 from hosl_flower.ledger.client_state import ClientState
 from hosl_flower.ledger.ledger import Entry
 from hosl_flower.protocol.checks import Limits, check_activations

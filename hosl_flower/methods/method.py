@@ -26,7 +26,8 @@ from hosl_flower.run.resume import find, restore
 from hosl_flower.run.run_log import RunLog, stop_announced
 from hosl_flower.server.in_process import InProcessLink
 from hosl_flower.server.link import Link
-from hosl_flower.server.session import Session, open_session
+from hosl_flower.server.open_session import open_session
+from hosl_flower.server.session import Session
 
 # keys a method must say it uses
 _RARE = (

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Generator, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -24,10 +24,14 @@ from hosl_flower.protocol.messages.registry import (
     Forward,
     Request,
 )
-from hosl_flower.server.kept_labels import KeptLabels, kept, too_late
+from hosl_flower.server.kept_labels import KeptLabels, too_late
 from hosl_flower.server.link import NOT_YET, Link
 from hosl_flower.server.schedule import rate_factor
 from hosl_flower.server.session import Drop, Session
+from hosl_flower.tasks.answer_words import Answers
+
+if TYPE_CHECKING:
+    from hosl_flower.server.session import Session
 
 log = logging.getLogger("hosl_flower")
 
@@ -261,3 +265,13 @@ class Question:
         if reply is not NOT_YET:
             del self._streams[step, partition]
         return reply
+
+
+def kept(session: "Session", link: Link, *asked: Forward) -> KeptLabels | None:
+    """Where the labels of these mini-batches are, if they do not come with the activations."""
+    if session.config.labels == "server":
+        return None
+    answers = session.encoder.answers
+    assert isinstance(answers, Answers)  # inputs.make_inputs has checked it
+    config = session.config
+    return KeptLabels(answers, link, asked, config.step_deadline, config.min_clients)

@@ -36,7 +36,7 @@ from hosl_flower.server.scores import ClientTally
 from hosl_flower.tasks.answer_words import Answers
 
 if TYPE_CHECKING:
-    from hosl_flower.server.session import Session
+    pass
 
 STATES_BYTES = 4 << 20  # of held-out examples' hidden states in one request, about
 _MOMENT = 0.05  # seconds between two looks at clients that are late
@@ -136,16 +136,6 @@ class KeptLabels:
         return HiddenStates(
             **at, batch=asked.batch, first=first, states=states, losses_only=losses_only
         )
-
-
-def kept(session: "Session", link: Link, *asked: Forward) -> KeptLabels | None:
-    """Where the labels of these mini-batches are, if they do not come with the activations."""
-    if session.config.labels == "server":
-        return None
-    answers = session.encoder.answers
-    assert isinstance(answers, Answers)  # inputs.make_inputs has checked it
-    config = session.config
-    return KeptLabels(answers, link, asked, config.step_deadline, config.min_clients)
 
 
 def too_late(seconds: float) -> AbsentError:

@@ -28,7 +28,7 @@ from hosl_flower.models.families.registry import embedding_name
 from hosl_flower.models.split import load_client
 from hosl_flower.models.submodels import ClientSubmodel
 from hosl_flower.privacy.activation_noise import Veil
-from hosl_flower.server.session import open_session
+from hosl_flower.server.open_session import open_session
 from hosl_flower.tensors.activation_codec import decode, encode
 
 NOISES = (0.0, 0.3, 1.0, 3.0)

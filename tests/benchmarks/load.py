@@ -35,8 +35,8 @@ from specs import client_spec, history_for
 from hosl_flower.flower.nodes import Nodes
 from hosl_flower.flower.records import unpack_invitation
 from hosl_flower.flower.stream import client_end as dial
+from hosl_flower.flower.stream.frames import channel_options
 from hosl_flower.flower.stream.link import SESSION, StreamLink
-from hosl_flower.flower.stream.server_end import channel_options
 from hosl_flower.protocol.checks import Limits
 from hosl_flower.protocol.messages.registry import Activations, CutGradient, Forward, Scalars
 

@@ -11,8 +11,8 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from hosl_flower.errors import ClientError, ProtocolError, RefusedError
-from hosl_flower.flower.stream.frames import Key, decode, encode, read_word
-from hosl_flower.flower.stream.server_end import METHOD, TOKEN, channel_options
+from hosl_flower.flower.stream.frames import METHOD, Key, channel_options, decode, encode, read_word
+from hosl_flower.flower.stream.server_end import TOKEN
 from hosl_flower.protocol.messages.registry import REQUESTS, Behind, Failure, Reply, Request
 from hosl_flower.system.proxies import is_loopback
 

@@ -92,3 +92,20 @@ def _open(frame: bytes, longest: int) -> tuple[dict[str, Any], int]:
     if not isinstance(envelope, dict):
         raise ProtocolError("frame: its envelope is no object")
     return envelope, stop
+
+
+METHOD = "/hosl.Stream/Session"
+
+
+_KEEPALIVE = [("grpc.keepalive_time_ms", 20_000), ("grpc.keepalive_timeout_ms", 20_000)]
+
+
+def channel_options(limit: int) -> list[tuple[str, Any]]:
+    """gRPC options of both ends. limit: bytes of the longest frame."""
+    return [
+        ("grpc.max_send_message_length", limit),
+        ("grpc.max_receive_message_length", limit),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        *_KEEPALIVE,
+    ]

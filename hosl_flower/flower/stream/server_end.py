@@ -16,7 +16,6 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
 from concurrent import futures
-from typing import Any
 
 # Read when gRPC is loaded. Below errors it logs text that strangers choose, as they sent it.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
@@ -24,14 +23,21 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 import grpc
 
 from hosl_flower.errors import ConfigError, ProtocolError
-from hosl_flower.flower.stream.frames import Key, decode, encode, encode_word
+from hosl_flower.flower.stream.frames import (
+    METHOD,
+    Key,
+    channel_options,
+    decode,
+    encode,
+    encode_word,
+)
 from hosl_flower.protocol.messages.registry import REPLIES, Behind, Failure, Reply, Request
 from hosl_flower.protocol.wire import LONGEST_REPLY
 
-METHOD = "/hosl.Stream/Session"
 TOKEN = "hosl-token-bin"  # the key of the token in a call's metadata; its value is bytes
 _WINDOW = 4  # replies that may wait unread before the client is held back
-_KEEPALIVE = [("grpc.keepalive_time_ms", 20_000), ("grpc.keepalive_timeout_ms", 20_000)]
+
+
 _METADATA_BYTES = 4096  # that a call may send before it is known; a token is 43 of them
 _STRANGERS = [  # what a connection may cost before one of its calls has shown a token
     ("grpc.max_metadata_size", _METADATA_BYTES),
@@ -39,17 +45,6 @@ _STRANGERS = [  # what a connection may cost before one of its calls has shown a
     ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.max_connection_idle_ms", 10_000),  # a client's connection always has its call
 ]
-
-
-def channel_options(limit: int) -> list[tuple[str, Any]]:
-    """gRPC options of both ends. limit: bytes of the longest frame."""
-    return [
-        ("grpc.max_send_message_length", limit),
-        ("grpc.max_receive_message_length", limit),
-        ("grpc.http2.max_pings_without_data", 0),
-        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-        *_KEEPALIVE,
-    ]
 
 
 class Session:
