@@ -23,7 +23,6 @@ from pathlib import Path
 
 import tomli_w
 
-from hosl_flower.data.sources import BUNDLED
 from hosl_flower.flower.processes import (
     MARK,
     RunFailedError,
@@ -32,6 +31,7 @@ from hosl_flower.flower.processes import (
     stop,
     wait_until_healthy,
 )
+from hosl_flower.system.bundled import BUNDLED
 from hosl_flower.system.proxies import without_loopback
 
 HERE = Path(__file__).parent

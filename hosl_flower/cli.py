@@ -9,11 +9,15 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from hosl_flower import __version__
 from hosl_flower.config.parse import help_table, parse_config
 from hosl_flower.config.run_config import RunConfig
 from hosl_flower.errors import ConfigError, HoslError, first_line
 
-cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+# read by OpenMP when torch is loaded: threads that wait must not spin on each other's cores
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+cli = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 App = Annotated[Path, typer.Argument(help="a Flower app directory, e.g. simulations/quickstart")]
 Override = Annotated[
@@ -21,15 +25,32 @@ Override = Annotated[
 ]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hosl-flower {__version__}")
+        raise typer.Exit
+
+
+@cli.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version")
+    ] = False,
+) -> None:
+    """Split federated fine-tuning on Flower."""
+
+
 @cli.command()
 def run(app: App, config: Override = None) -> None:
     """Train in this process, without Flower: same config, same numbers, no network."""
     try:
         checked = read_app_config(app, config or [])  # before seconds of imports
-        from hosl_flower.flower.server_app import load_strategy, log_to_stderr
+        from hosl_flower.methods.load import load_method
+        from hosl_flower.run.run_log import log_to_stderr
+        from hosl_flower.run.start import run_in_process
 
         log_to_stderr()
-        load_strategy(checked).run_in_process()
+        run_in_process(load_method(checked))
     except HoslError as error:
         _fail(error)
 
@@ -46,11 +67,9 @@ def simulate(
     try:
         overrides = dict(map(key_value, config or []))
         checked = read_app_config(app, config or [])  # before seconds of imports
-        from hosl_flower.flower.server_app import (
-            load_strategy,  # first: it settles how threads wait
-        )
+        from hosl_flower.methods.load import load_method
 
-        load_strategy(checked)  # what it refuses, it refuses before anything is started
+        load_method(checked)  # what it refuses, it refuses before anything is started
         keys = checked.as_keys()
         overrides |= {key: keys[key] for key in ("run-name", "resume") if keys[key]}
         from hosl_flower.flower.local_run import run_flower_app
@@ -106,7 +125,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
 ) -> None:
     """What a run will need of a device: memory, bytes and seconds, from a few steps here."""
-    from hosl_flower.flower.server_app import log_to_stderr  # first: it settles how threads wait
+    from hosl_flower.run.run_log import log_to_stderr
 
     log_to_stderr()
     from hosl_flower.run import plan as planning
@@ -137,7 +156,7 @@ def export(
     private: Annotated[bool, typer.Option("--private", help="make that repository so")] = False,
 ) -> None:
     """A trained model as a directory of its own: merged, adapters, or one half; with a card."""
-    from hosl_flower.export.export import export as export_run
+    from hosl_flower.export.export import export_run
     from hosl_flower.models.checkpoints import hub
 
     try:

@@ -34,8 +34,7 @@ class FedAvgZo(HoSfl):
     """
 
     name = "fedavg-zo"
-    uses = ("derivative", "update-codec")
-    unused = ("turn-steps", "trim-fraction", "scalar-clip")
+    keys = HoSfl.keys - {"trim-fraction", "scalar-clip"} | {"update-codec"}
     request = LocalTrain
 
     def __init__(self, config: RunConfig):

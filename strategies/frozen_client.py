@@ -9,32 +9,27 @@ that we know of reports it.
 
 from collections.abc import Sequence
 
-from hosl_flower.methods.method import SplitStrategy
+from hosl_flower.methods.method import Method
 from hosl_flower.protocol.messages.registry import Forward
 from hosl_flower.server.cohort import Cohort, Question, absent
 from hosl_flower.server.link import Link
 from hosl_flower.server.session import Session
 
 # What has no meaning where no client is trained.
-CLIENT_TRAINING = (
-    "directions",
-    "epsilon",
-    "perturbation",
-    "client-seeds",
-    "local-steps",
-    "client-optimizer",
-    "client-learning-rate",
-)
 
 
-class FrozenClient(SplitStrategy):
+class FrozenClient(Method):
     """Per step and client: activations up, nothing down.
 
     Run-config keys: num-clients, clients-per-step, min-clients and the server's.
     """
 
     name = "frozen-client"
-    unused = ("turn-steps", "trim-fraction", *CLIENT_TRAINING)
+    keys = frozenset({
+        "clients-per-step", "min-clients", "step-deadline", "steps-per-message", "aggregation",
+        "activation-noise", "server-trainable", "server-optimizer", "server-learning-rate",
+        "server-gradient-clip", "server-micro-batch",
+    })  # fmt: skip
     tolerates_absence = True
     keeps_labels = True
 

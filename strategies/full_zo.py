@@ -29,16 +29,12 @@ class FullZo(Heron):
     """
 
     name = "full-zo"
-    uses = ("scalar-clip", "dp-noise", "dp-clip", "dp-delta")
-    unused = (
-        "turn-steps",
-        "server-trainable",
-        "server-optimizer",
-        "server-learning-rate",
-        "server-gradient-clip",
-        "server-micro-batch",
-        "activation-noise",
-    )
+    keys = frozenset({
+        "clients-per-step", "min-clients", "step-deadline", "directions", "epsilon",
+        "perturbation", "client-seeds", "local-steps", "steps-per-message", "aggregation",
+        "trim-fraction", "scalar-clip", "dp-noise", "dp-clip", "dp-delta", "client-optimizer",
+        "client-learning-rate",
+    })  # fmt: skip
 
     def check(self, session: Session) -> None:
         """ConfigError unless clients hold all blocks, and where epsilon cannot be computed."""

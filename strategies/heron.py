@@ -36,7 +36,7 @@ class Heron(HoSfl):
     """
 
     name = "heron-sfl"
-    uses: tuple[str, ...] = ("scalar-clip", "upload-every")
+    keys = HoSfl.keys - {"derivative"} | {"upload-every"}
     client_head = True
     keeps_labels = False
 

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from hosl_flower.ledger.ledger import Entry
-from hosl_flower.methods.method import SplitStrategy
+from hosl_flower.methods.method import Method
 from hosl_flower.protocol.messages.registry import CutGradient, Forward, Request
 from hosl_flower.server.aggregate import make_aggregate
 from hosl_flower.server.cohort import Cohort, Question, absent
@@ -48,7 +48,7 @@ from hosl_flower.tensors.rounding import to_float32
 from hosl_flower.tensors.seeds import derive_seed
 
 
-class HoSfl(SplitStrategy):
+class HoSfl(Method):
     """Per step and client: activations up, their gradient down, E * P scalars up and down.
 
     Run-config keys: num-clients (N), clients-per-step (K), min-clients, directions (P),
@@ -57,8 +57,13 @@ class HoSfl(SplitStrategy):
     """
 
     name = "ho-sfl"
-    unused: tuple[str, ...] = ("turn-steps",)
-    uses: tuple[str, ...] = ("derivative", "scalar-clip")
+    keys = frozenset({
+        "clients-per-step", "min-clients", "step-deadline", "directions", "epsilon",
+        "derivative", "perturbation", "client-seeds", "local-steps", "steps-per-message",
+        "aggregation", "trim-fraction", "scalar-clip", "activation-noise", "client-optimizer",
+        "client-learning-rate", "server-trainable", "server-optimizer", "server-learning-rate",
+        "server-gradient-clip", "server-micro-batch",
+    })  # fmt: skip
     tolerates_absence = True
     request: type[CutGradient] = CutGradient
     keeps_labels = True

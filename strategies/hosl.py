@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from hosl_flower.ledger.ledger import Entry
-from hosl_flower.methods.method import SplitStrategy
+from hosl_flower.methods.method import Method
 from hosl_flower.protocol.checks import BatchKey, check_same_batch
 from hosl_flower.protocol.messages.registry import Forward, Losses, Probe, Request
 from hosl_flower.server.cohort import kept
@@ -45,7 +45,7 @@ class Probed(NamedTuple):
     scalars: list[float]
 
 
-class Hosl(SplitStrategy):
+class Hosl(Method):
     """Per step 2Q + 1 activations go up and 2Q losses come down.
 
     Run-config keys: directions (Q), epsilon, perturbation, client-learning-rate,
@@ -54,18 +54,12 @@ class Hosl(SplitStrategy):
     """
 
     name = "hosl"
-    uses: tuple[str, ...] = ("scalar-clip",)
+    keys = frozenset({
+        "turn-steps", "directions", "epsilon", "perturbation", "steps-per-message",
+        "scalar-clip", "client-optimizer", "client-learning-rate", "server-trainable",
+        "server-optimizer", "server-learning-rate", "server-gradient-clip",
+    })  # fmt: skip
     keeps_labels = True
-    unused: tuple[str, ...] = (
-        "clients-per-step",
-        "min-clients",
-        "client-seeds",
-        "local-steps",
-        "aggregation",
-        "trim-fraction",
-        "server-micro-batch",
-        "activation-noise",
-    )
 
     def steps(self, session: Session, link: Link, steps: Sequence[int]) -> list[float]:
         """These steps, all probed at the client weights as they are now; the losses of the clean

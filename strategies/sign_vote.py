@@ -28,8 +28,8 @@ class SignVote(HoSfl):
     """
 
     name = "sign-vote"
+    keys = HoSfl.keys - {"aggregation", "trim-fraction", "scalar-clip"}
     # refused when set: no silent wishes
-    unused = ("turn-steps", "aggregation", "trim-fraction", "scalar-clip")
 
     def merge(self, session: Session, cohort: Cohort, replies: dict[int, Any]) -> Any:
         """One ledger entry per local step, of the clients' votes."""

@@ -66,18 +66,14 @@ class SplitFo(HoSfl):
     """
 
     name = "split-fo"
-    uses = ("client-gradient", "update-codec")
+    keys = frozenset({
+        "clients-per-step", "min-clients", "step-deadline", "local-steps", "aggregation",
+        "activation-noise", "client-gradient", "client-optimizer", "client-learning-rate",
+        "update-codec", "server-trainable", "server-optimizer", "server-learning-rate",
+        "server-gradient-clip", "server-micro-batch",
+    })  # fmt: skip
     anchors = False  # the forward pass is run again
     client_optimizers = ("sgd", "adamw", "adafactor", "adafactor-momentum")
-    unused = (
-        "turn-steps",
-        "directions",
-        "epsilon",
-        "perturbation",
-        "client-seeds",
-        "trim-fraction",
-        "steps-per-message",
-    )
 
     def __init__(self, config: RunConfig):
         super().__init__(config)

@@ -38,8 +38,7 @@ class SplitZo(Hosl):
     """
 
     name = "split-zo"
-    uses = ("scalar-clip", "server-steps")
-    unused = (*Hosl.unused, "server-gradient-clip")  # the server has none
+    keys = Hosl.keys - {"server-gradient-clip"} | {"server-steps"}  # the server has no gradient
     keeps_labels = False  # the server's own probes ask for its losses more often
     server: ZoServer | None = None
 

@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
-from hosl_flower.data.encoders import prompts as tasks
-from hosl_flower.data.encoders.prompts import BUNDLED
+from hosl_flower.models import processors
 from hosl_flower.models.checkpoints import hub
+from hosl_flower.system.bundled import BUNDLED
 
 torch.set_num_threads(1)  # a process per core runs them (pytest-xdist): threads would fight
 
@@ -59,7 +59,7 @@ class SharedTokenizer:
         return self._known[kind]
 
 
-tasks.AutoTokenizer = SharedTokenizer()
+processors.AutoTokenizer = SharedTokenizer()
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,8 @@ from image_data import write_npz
 from runs import write_questions
 
 from hosl_flower.config.parse import parse_config
-from hosl_flower.flower.server_app import load_strategy
+from hosl_flower.methods.load import load_method
+from hosl_flower.run.start import run_in_process
 
 RECORDED = Path(__file__).parent / "recorded" / "runs.json"
 _MANY = {"num-clients": 3, "clients-per-step": 2}
@@ -112,7 +113,7 @@ def record(name: str, directory: Path) -> dict[str, Any]:
     elif keys.get("data-path"):
         keys["data-path"] = str(write_questions(directory / "questions"))
     config = parse_config(keys)
-    results = load_strategy(config).run_in_process()
+    results = run_in_process(load_method(config))
     lines = (directory / name / "metrics.jsonl").read_text().splitlines()
     return {
         "ledger_digest": results.ledger_digest,

@@ -6,6 +6,7 @@ import json
 from unittest import mock
 
 from hosl_flower.config.parse import parse_config
+from hosl_flower.run.start import run_in_process
 from hosl_flower.tensors.seeds import permutation
 
 PROMPT = "{text} It was"
@@ -73,7 +74,7 @@ def run_factory(strategy, tiny_opt, tmp_path, **own):
             for picture in () if pictures else ("draw_curve", "draw_partition"):
                 # drawing takes half of such a short run
                 without.enter_context(mock.patch(f"hosl_flower.run.recorder.{picture}"))
-            results = method(config).run_in_process()
+            results = run_in_process(method(config))
         return results, tmp_path / "runs" / name, config
 
     return run

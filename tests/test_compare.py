@@ -23,7 +23,7 @@ from hosl_flower.compare.table import Row, _gap, markdown
 from hosl_flower.compare.worker import main as cell_main
 from hosl_flower.config.parse import parse_config
 from hosl_flower.errors import ConfigError
-from hosl_flower.flower.server_app import load_strategy
+from hosl_flower.methods.load import load_method
 
 SHIPPED = Path(__file__).parents[1] / "simulations" / "comparisons"
 
@@ -155,7 +155,7 @@ def test_a_run_whose_task_was_read_from_its_data_is_known_again(tmp_path):
     cell = Cell("", "hosl", 0, {"data-path": str(data), "task": ""})
     directory = tmp_path / cell.name
     directory.mkdir()
-    config = load_strategy(parse_config(dict(cell.keys))).config
+    config = load_method(parse_config(dict(cell.keys))).config
     assert config.verbalizers == "food=food,sport=sport"
     (directory / "config.json").write_text(json.dumps({"config": config.as_keys()}))
     (directory / "results.json").write_text("{}")

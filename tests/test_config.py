@@ -15,7 +15,7 @@ from hosl_flower.config.parse import help_table, parse_config
 from hosl_flower.config.resolve import banner, resolve
 from hosl_flower.config.run_config import RunConfig
 from hosl_flower.errors import CheckpointError, ConfigError, HoslError, ProtocolError
-from hosl_flower.flower.server_app import load_strategy
+from hosl_flower.methods.load import load_method
 from hosl_flower.tasks.known import TASKS
 
 KEYS = [field.alias for field in RunConfig.model_fields.values()]
@@ -285,7 +285,7 @@ def test_residual_feedback_is_a_valid_override():
     own = tomllib.loads((simulation / "residual.toml").read_text())
     assert own.keys() <= app["config"].keys(), "flwr run takes those the app lists"
     config = parse_config({**app["config"], **own})
-    assert load_strategy(config).config.client_gradient == "residual"
+    assert load_method(config).config.client_gradient == "residual"
 
 
 def test_local_paths_reach_the_clients_as_absolute_paths(hub_cache, tiny_opt, monkeypatch):
@@ -302,7 +302,7 @@ TEXTS = "text,label\nhe shoots,Sport\na soup,food\na goal,sport\n"
 def own_file(path, content, **keys):
     path.write_text(content)
     keys = {"task": "mine", "data-path": str(path), **keys}
-    return load_strategy(parse_config(keys)).config
+    return load_method(parse_config(keys)).config
 
 
 def test_a_file_of_texts_and_words_is_task_enough(tmp_path):
@@ -350,5 +350,5 @@ def test_the_names_of_a_saved_data_sets_labels_are_words(tmp_path):
     features = Features({"text": Value("string"), "label": ClassLabel(names=["Sport", "food"])})
     data = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}, features)
     data.save_to_disk(str(tmp_path / "saved"))
-    config = load_strategy(parse_config({"task": "", "data-path": str(tmp_path / "saved")})).config
+    config = load_method(parse_config({"task": "", "data-path": str(tmp_path / "saved")})).config
     assert config.verbalizers == "food=food,sport=Sport"

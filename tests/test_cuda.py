@@ -11,6 +11,7 @@ from hosl_flower.ledger.ledger import Ledger
 from hosl_flower.ledger.weight_deltas import Shifts
 from hosl_flower.optim.adafactor_momentum import AdafactorMomentum
 from hosl_flower.optim.gradient import Dense, sparse_rows
+from hosl_flower.run.start import open_run
 from hosl_flower.zo.directions import DISTRIBUTIONS
 from strategies.fedavg_zo import FedAvgZo
 from strategies.ho_sfl import HoSfl
@@ -86,7 +87,7 @@ def test_a_run_repeats_itself_and_is_near_the_cpus(tiny_opt, tmp_path, strategy,
 def test_the_ledger_of_a_run_on_cuda_is_replayed_on_the_cpu(tiny_opt, tmp_path):
     own = {"num_clients": 3, "clients_per_step": 2, "client_optimizer": "adamw"}
     results, directory, config = run_factory(HoSfl, tiny_opt, tmp_path)(**own, device="cuda")
-    client = Client(HoSfl(config.model_copy(update={"device": "cpu"}))._open("again").spec)
+    client = Client(open_run(HoSfl(config.model_copy(update={"device": "cpu"})), "again")[0].spec)
     client.apply(Ledger.read(directory / "ledger.jsonl").entries)
     assert fingerprint(client.state.parameters) == results.fingerprint
 

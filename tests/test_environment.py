@@ -28,6 +28,7 @@ from hosl_flower.flower.stream import client_end as dial
 from hosl_flower.models.checkpoints import hub
 from hosl_flower.models.checkpoints import partial_download as ranged
 from hosl_flower.models.checkpoints.torch_bin import converted, legacy_keys
+from hosl_flower.run.start import run_in_process
 from hosl_flower.system import proxies
 from hosl_flower.system.directories import claimed
 from strategies.hosl import Hosl
@@ -238,7 +239,7 @@ def test_an_output_directory_that_cannot_be_written_is_found_before_anything_is_
     names = ("file", "file/deeper", "n" * 200 + "/" + "/".join(["m" * 200] * 30))
     for name in (*names, "/proc/nope"):
         with pytest.raises(ConfigError, match=r"^output-dir: cannot make or write"):
-            Hosl(parse_config({"output-dir": str(tmp_path / name)})).run_in_process()
+            run_in_process(Hosl(parse_config({"output-dir": str(tmp_path / name)})))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

@@ -23,7 +23,7 @@ from hosl_flower.cli import cli
 from hosl_flower.config.task_from_config import task_from_config
 from hosl_flower.data.sources import load_source
 from hosl_flower.errors import CheckpointError
-from hosl_flower.export.export import export
+from hosl_flower.export.export import export_run
 from hosl_flower.models.base_model import open_base
 from hosl_flower.models.families.base import HEAD
 from hosl_flower.models.split import load_client, load_server
@@ -77,7 +77,9 @@ def test_plain_transformers_score_and_write_as_the_run_does(make, tmp_path, chan
     assert loss != pytest.approx(results.evaluations[0]["loss"], abs=1e-3)  # it has learned
     if changes:
         base = AutoModelForCausalLM.from_pretrained(config.model)
-        adapted = PeftModel.from_pretrained(base, export(run, tmp_path / "adapters", "adapters"))
+        adapted = PeftModel.from_pretrained(
+            base, export_run(run, tmp_path / "adapters", "adapters")
+        )
         assert held_out_score(adapted, tokenizer, config) == pytest.approx((accuracy, loss))
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
@@ -94,7 +96,7 @@ def test_each_half_holds_its_own_tensors_and_loads_without_the_rest(make, tmp_pa
     whole = load_file(run / "model" / "model.safetensors")
     parts, stored = {}, {}
     for side, load in (("client", load_client), ("server", load_server)):
-        directory = export(run, tmp_path / side, side)
+        directory = export_run(run, tmp_path / side, side)
         split = json.loads((directory / "split.json").read_text())
         assert split == {"side": side, "cut_layer": 2, "blocks": 3}
         stored[side] = load_file(directory / "model.safetensors")
@@ -117,7 +119,7 @@ def test_the_card_says_what_how_and_how_well_and_no_paths(make, tmp_path):
     results, run, config = make(codec="bf16")
     base = tmp_path / "opt0"
     (base / "README.md").write_text("---\nlicense: other\nlicense_name: opt-175b\n---\n# OPT\n")
-    card = ModelCard.load(export(run, tmp_path / "out") / "README.md")
+    card = ModelCard.load(export_run(run, tmp_path / "out") / "README.md")
     header = card.data.to_dict()
     assert header["license"] == "other"
     assert header["license_name"] == "opt-175b"
@@ -137,7 +139,7 @@ def test_the_card_says_what_how_and_how_well_and_no_paths(make, tmp_path):
         assert said in card.text, said
     assert str(tmp_path) not in card.content
     (base / "README.md").write_text("---\n[\n---\n")
-    half = ModelCard.load(export(run, tmp_path / "half", "client") / "README.md")
+    half = ModelCard.load(export_run(run, tmp_path / "half", "client") / "README.md")
     assert "license" not in half.data.to_dict()
     assert "License: not given here, the base model's card was not found" in half.text
     assert "HALF a model: embeddings and the first 2 blocks" in half.text
@@ -149,7 +151,7 @@ def test_a_card_of_random_weights_says_so_and_one_of_a_hub_model_names_it(make, 
     record, results = (
         json.loads((run / name).read_text()) for name in ("config.json", "results.json")
     )
-    card = ModelCard.load(export(run, tmp_path / "random") / "README.md")
+    card = ModelCard.load(export_run(run, tmp_path / "random") / "README.md")
     assert "what is measured here is no result" in card.text
     assert "license" not in card.data.to_dict()
     record.update(model_used="facebook/opt-125m", task_used="sst2")
@@ -157,7 +159,7 @@ def test_a_card_of_random_weights_says_so_and_one_of_a_hub_model_names_it(make, 
     results["pretrained"] = True
     (run / "config.json").write_text(json.dumps(record))
     (run / "results.json").write_text(json.dumps(results))
-    header = ModelCard.load(export(run, tmp_path / "hub") / "README.md").data.to_dict()
+    header = ModelCard.load(export_run(run, tmp_path / "hub") / "README.md").data.to_dict()
     assert header["base_model"] == "facebook/opt-125m"
     assert header["base_model_relation"] == "finetune"
     assert header["datasets"] == ["nyu-mll/glue"]
@@ -182,7 +184,7 @@ def test_text_of_others_stays_text_in_a_card(make, tmp_path):
     results.update(method=EVIL, notice=EVIL)
     (run / "config.json").write_text(json.dumps(record))
     (run / "results.json").write_text(json.dumps(results))
-    text = (export(run, tmp_path / "out") / "README.md").read_text()
+    text = (export_run(run, tmp_path / "out") / "README.md").read_text()
     card = ModelCard(text)
     assert card.data.license == "mit"
     assert card.data.to_dict().keys().isdisjoint({"license_name", "license_link"})
@@ -198,12 +200,12 @@ def test_text_of_others_stays_text_in_a_card(make, tmp_path):
 def test_a_license_that_is_none_is_not_passed_on(make, tmp_path, terms):
     _, run, _ = make()
     (tmp_path / "opt0" / "README.md").write_text(f"---\n{yaml.safe_dump(terms)}---\n")
-    card = ModelCard.load(export(run, tmp_path / "out") / "README.md")
+    card = ModelCard.load(export_run(run, tmp_path / "out") / "README.md")
     assert "license" not in card.data.to_dict()
     assert "License: not given here" in card.text
     (tmp_path / "opt0" / "README.md").unlink()
     os.mkfifo(tmp_path / "opt0" / "README.md")  # which would be read for ever
-    export(run, tmp_path / "two")
+    export_run(run, tmp_path / "two")
 
 
 def test_mistakes_are_one_line_and_leave_nothing(make, tmp_path):

@@ -13,7 +13,7 @@ from runs import metrics, run_factory
 from safetensors import SafetensorError
 
 from hosl_flower.errors import CheckpointError, ConfigError, HoslError
-from hosl_flower.export.export import export
+from hosl_flower.export.export import export_run
 from hosl_flower.export.finished_run import read_run
 from hosl_flower.run import checkpoint
 from hosl_flower.run import recorder as report
@@ -70,8 +70,8 @@ def full(monkeypatch):
 def test_files_have_the_modes_that_the_umask_asks_for(make, tmp_path, mask):
     with umask(mask):
         _, run, _ = make(trackers="tensorboard", pictures=mask == 0o007)
-        out = export(run, tmp_path / "out")
-        half = export(run, tmp_path / "half", "client")
+        out = export_run(run, tmp_path / "out")
+        half = export_run(run, tmp_path / "half", "client")
     found = {}
     for directory in (run, out, half):
         found = modes(directory)
@@ -87,7 +87,7 @@ def test_an_export_does_not_take_over_the_modes_of_the_files_it_copies(make, tmp
     for path in run.glob("model/*"):
         path.chmod(0o600)
     with umask(0o022):
-        out = export(run, tmp_path / "out")
+        out = export_run(run, tmp_path / "out")
     assert set(modes(out).values()) == {0o755, 0o644}
 
 

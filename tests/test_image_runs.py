@@ -25,6 +25,7 @@ from hosl_flower.models.architectures import IMAGE_ARCHITECTURES
 from hosl_flower.models.base_model import open_base
 from hosl_flower.protocol.messages.registry import CutGradient, Forward, Probe
 from hosl_flower.run.plan import plan
+from hosl_flower.run.start import open_run, run_in_process
 from strategies.heron import Heron
 from strategies.ho_sfl import HoSfl
 from strategies.hosl import Hosl
@@ -55,7 +56,7 @@ def run(tmp_path):
         with contextlib.ExitStack() as without:
             for picture in ("draw_curve", "draw_partition"):
                 without.enter_context(mock.patch(f"hosl_flower.run.recorder.{picture}"))
-            results = method(config).run_in_process()
+            results = run_in_process(method(config))
         return results, tmp_path / "runs" / name, config
 
     return make
@@ -68,7 +69,7 @@ def test_ho_sfl_learns_and_its_ledger_replays_to_the_same_bits(run, name):
         server_optimizer="adamw",
     )  # fmt: skip
     assert results.evaluations[-1]["loss"] < results.evaluations[0]["loss"]
-    client = Client(HoSfl(config)._open("again").spec)
+    client = Client(open_run(HoSfl(config), "again")[0].spec)
     before = fingerprint(client.state.parameters)
     client.apply(Ledger.read(directory / "ledger.jsonl").entries)
     assert fingerprint(client.state.parameters) == results.fingerprint != before
@@ -82,7 +83,7 @@ def test_split_first_order_is_plain_training_of_the_whole_model(run, name, tmp_p
     results, directory, config = run(SplitFo, **changes, client_learning_rate=0.05)
     model = AutoModelForImageClassification.from_pretrained(start / "model").eval()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    pool = Client(SplitFo(config)._open("again").spec).pool
+    pool = Client(open_run(SplitFo(config), "again")[0].spec).pool
     for number in range(3):
         batch = pool.client(0).train_batch(number, 5)
         optimizer.zero_grad()
@@ -99,7 +100,7 @@ def test_split_first_order_is_plain_training_of_the_whole_model(run, name, tmp_p
 
 
 def test_a_convolutional_clients_scalars_are_directional_derivatives(run):
-    client = Client(HoSfl(run(None, **MANY))._open("x").spec)
+    client = Client(open_run(HoSfl(run(None, **MANY)), "x")[0].spec)
     at = {"step": 1, "partition": 0, "position": 0, "digest": client.state.digest, "batch": 0}
     (clean,) = client.answer([Forward(**at)])
     assert clean.activations.shape == (5, 4, 16)
@@ -132,7 +133,7 @@ def test_probes_need_little_more_memory_than_inference(run, model, dtype, monkey
     wide = {**IMAGE_ARCHITECTURES["vit-tiny"], "hidden_size": 128, "intermediate_size": 512}
     monkeypatch.setitem(IMAGE_ARCHITECTURES, "vit-wide", wide)
     changes = {"model": f"random:{model}", "batch_size": 16, "cut_layer": 1, "dtype": dtype}
-    spec = Hosl(run(None, **changes))._open("x").spec
+    spec = open_run(Hosl(run(None, **changes)), "x")[0].spec
     client = Client(spec)
     at = {"step": 1, "partition": 0, "position": 0, "digest": client.state.digest, "batch": 0}
     before = fingerprint(client.state.parameters)
@@ -239,7 +240,7 @@ def test_methods_with_heads_on_clients_are_refused(run):
 def test_without_a_hub_resnet18_falls_back_to_bundled_digits(run, hub_cache):
     changes = {"data_path": "", "image_column": "", "verbalizers": ""}
     config = run(None, model="microsoft/resnet-18", task="cifar10", **changes, **MANY)
-    session = HoSfl(config)._open("x")
+    session = open_run(HoSfl(config), "x")[0]
     assert "microsoft/resnet-18 -> the same architecture with RANDOM weights" in session.notice
     assert "task cifar10 -> digits, the bundled images of digits" in session.notice
     assert session.base.model == "random:resnet-18"
@@ -249,7 +250,7 @@ def test_without_a_hub_resnet18_falls_back_to_bundled_digits(run, hub_cache):
 
 def test_the_same_image_is_the_same_pixels(run):
     """Mean and deviation are the processor's; nothing is drawn."""
-    spec = HoSfl(run(None, **MANY, image_size=6))._open("x").spec
+    spec = open_run(HoSfl(run(None, **MANY, image_size=6)), "x")[0].spec
     held_out = Client(spec).pool.client(0)
     one, again = held_out.held_out_batch(0, 4), held_out.held_out_batch(0, 4)
     assert torch.equal(one.inputs, again.inputs)

@@ -28,13 +28,14 @@ from hosl_flower.errors import (
 from hosl_flower.flower import client_calls
 from hosl_flower.flower.message_link import EXCHANGE, GridLink
 from hosl_flower.flower.nodes import Nodes
-from hosl_flower.flower.server_app import load_strategy
 from hosl_flower.flower.stream.calls import SESSION
 from hosl_flower.flower.stream.link import StreamLink
 from hosl_flower.flower.superlink import SuperLink
 from hosl_flower.ledger.ledger import Entry
+from hosl_flower.methods.load import load_method
 from hosl_flower.protocol.checks import Limits
 from hosl_flower.protocol.messages.registry import Describe, Fetch, Fingerprint, Forward
+from hosl_flower.run.start import run_in_process
 from hosl_flower.server.cohort import Cohort, Question, absent, kept
 from hosl_flower.server.losses import Piece
 from hosl_flower.tasks.answer_words import Answers
@@ -265,7 +266,7 @@ def test_late_clients_are_waited_for_when_there_are_too_few_others():
 def test_a_step_deadline_that_would_do_nothing_is_refused(keys, error):
     wanted = {"strategy": "strategies.ho_sfl:HoSfl", "step-deadline": 5.0, **keys}
     with pytest.raises(ConfigError, match=error):
-        load_strategy(parse_config(wanted)).run_in_process()
+        run_in_process(load_method(parse_config(wanted)))
 
 
 def test_durations_are_measured_with_clocks_that_do_not_jump():

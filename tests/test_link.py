@@ -62,7 +62,7 @@ def history():
 @pytest.fixture
 def link(client, history):
     client.reset()
-    return InProcessLink(client, history, LIMITS)
+    return InProcessLink(client.answer, history, LIMITS)
 
 
 def at(history, step=1, partition=0):
@@ -133,7 +133,7 @@ def test_receipts_of_updates_the_ledger_has_let_go_of_since():
     entry of 100 directions, so that the ledger holds none of them."""
     spec = client_spec(client_trainable="lora", lora_rank=1, lora_targets="q_proj")
     history, client = history_for(spec), Client(spec)
-    link = InProcessLink(client, history, LIMITS)
+    link = InProcessLink(client.answer, history, LIMITS)
     requests = [update(history, step, directions=100) for step in (1, 2, 3)]
     assert history.ledger.start == 3
     for again in (False, True):  # and once more, as if the receipts had been lost
@@ -461,7 +461,7 @@ def test_nodes_share_the_clients_and_answer_for_each(caplog):
     over_grid = grid_link(NODES, history, spec=FIVE)
     assert serving(over_grid) == {0: 7, 1: 8, 2: 7, 3: 8, 4: 7}
     assert "5 client(s) on 2 SuperNode(s), up to 3 clients on each" in caplog.text
-    plain = InProcessLink(Client(FIVE), history, LIMITS)
+    plain = InProcessLink(Client(FIVE).answer, history, LIMITS)
     asked = len(over_grid.grid.sent)
     requests = {
         p: [Describe(**at(history, 1, p)), Forward(**at(history, 1, p), batch=0)] for p in range(5)
@@ -509,7 +509,7 @@ def test_activations_of_many_clients_travel_in_several_messages(monkeypatch):
     assert len(link.grid.sent) == asked + 1
     found = {p: list(streams[p]) for p in (4, 0, 2)}
     assert len(link.grid.sent) == asked + 5, "9 forwards, two in each message"
-    plain = InProcessLink(Client(FIVE), history, LIMITS).exchange(requests)
+    plain = InProcessLink(Client(FIVE).answer, history, LIMITS).exchange(requests)
     for partition, replies in found.items():
         for mine, theirs in zip(replies, plain[partition], strict=True):
             assert torch.equal(mine.activations, theirs.activations)
@@ -655,7 +655,7 @@ def test_a_late_node_does_not_move_other_clients():
 def test_a_client_far_behind_gets_a_snapshot_when_that_is_fewer_bytes():
     lora = client_spec(client_trainable="lora", client_optimizer="adamw", lora_rank=1)
     history = history_for(lora)
-    link = InProcessLink(Client(lora), history, LIMITS)
+    link = InProcessLink(Client(lora).answer, history, LIMITS)
     history.commit([Entry(i, (i, i + 1), (0.5, 0.25), 1e-3) for i in range(400)])
     (reply,) = ask(link, Fingerprint(**at(history, 400), since=400))
     assert reply.fingerprints[-1] == history.state.mark().fingerprint

@@ -118,7 +118,7 @@ def test_averaged_weights_are_the_mean_of_what_each_client_came_to(make):
         session = open_session(config, "alone", 3)
         session.clients = dict.fromkeys(range(3), SimpleNamespace(train_examples=1))
         session.sample = lambda step, absent=(), m=member: [m]
-        link = InProcessLink(Client(session.spec), session.history, session.limits)
+        link = InProcessLink(Client(session.spec).answer, session.history, session.limits)
         SplitFo(config).steps(session, link, [1, 2])
         alone.append(session.history.state.weights())
     shares = torch.tensor([14, 13, 13], dtype=torch.float64) / 40  # of the examples
@@ -617,7 +617,7 @@ def test_the_same_seed_gives_the_same_curve(make, method):
 def test_a_request_for_weights_that_are_nowhere_names_the_client(make):
     _, _, config = make(SplitFo, **ONE, **FO, save_model=False)
     session = open_session(config, "r", 1)
-    link = InProcessLink(Client(session.spec), session.history, session.limits)
+    link = InProcessLink(Client(session.spec).answer, session.history, session.limits)
     replies = link.exchange({0: [Fetch(**session.at(1, 0), local=2, moments=False)]})
     with pytest.raises(ClientError, match=r"client 0.*no longer has the weights of its 2 local"):
         list(replies[0])

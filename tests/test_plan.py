@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 from hosl_flower.cli import cli
 from hosl_flower.config.parse import parse_config
 from hosl_flower.errors import ConfigError
-from hosl_flower.flower.server_app import load_strategy
+from hosl_flower.methods.load import load_method
 from hosl_flower.run.plan import PROCESS_BYTES, Plan, parse_bytes, parse_rate, plan
 from hosl_flower.run.plan_table import plan_table
+from hosl_flower.run.start import run_in_process
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_a_plan_is_what_the_run_then_needs(keys, name):
     config = parse_config({**keys, **STRATEGIES[name]})
     planned = plan(config)
     assert not Path(config.output_dir).exists()
-    results = load_strategy(config).run_in_process()
+    results = run_in_process(load_method(config))
     assert planned.client_parameters == results.client_parameters["held"]
     assert planned.client_trained == results.client_parameters["trained"]
     others = {"describe", "fingerprint", "evaluate"}

@@ -8,8 +8,9 @@ from recorder import RECORDED, RUNS, differences, machine, record
 from transformers import AutoModelForCausalLM
 
 from hosl_flower.config.parse import parse_config
-from hosl_flower.export.export import export
-from hosl_flower.flower.server_app import load_strategy
+from hosl_flower.export.export import export_run
+from hosl_flower.methods.load import load_method
+from hosl_flower.run.start import run_in_process
 
 WAS = json.loads(RECORDED.read_text())
 
@@ -27,9 +28,9 @@ def test_an_old_checkpoint_is_resumed_and_exported(name, tmp_path):
     keys = json.loads((directory / "config.json").read_text())["config"]
     before = (directory / "ledger.jsonl").read_text().splitlines()
     config = parse_config({**keys, "resume": str(directory), "steps": 4, "save-model": True})
-    results = load_strategy(config).run_in_process()
+    results = run_in_process(load_method(config))
     after = (directory / "ledger.jsonl").read_text().splitlines()
     assert after[:5] == before[:5]  # genesis, start, two steps and the checkpoint's seal
     assert [row["step"] for row in results.evaluations] == [0, 2, 4]
-    export(directory, tmp_path / "model")
+    export_run(directory, tmp_path / "model")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.model_type == "opt"

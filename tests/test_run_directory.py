@@ -11,7 +11,7 @@ from runs import metrics, run_factory
 from hosl_flower.config.parse import parse_config
 from hosl_flower.errors import CheckpointError, ConfigError, HoslError
 from hosl_flower.export import finished_run as finished
-from hosl_flower.export.export import export
+from hosl_flower.export.export import export_run
 from hosl_flower.ledger.ledger import Entry, Ledger
 from hosl_flower.run import recorder as report
 from hosl_flower.run import resumable
@@ -265,16 +265,16 @@ def test_what_leads_out_of_a_model_is_not_exported(make, tmp_path):
     for target in (key, tmp_path, "../../../key"):
         linked.symlink_to(target)
         with pytest.raises(CheckpointError, match=r"notes\.txt is a link that leads out of"):
-            export(run, tmp_path / "out")
+            export_run(run, tmp_path / "out")
         linked.unlink()
     os.mkfifo(linked)
     with pytest.raises(CheckpointError, match=r"notes\.txt is no regular file"):
-        export(run, tmp_path / "out")
+        export_run(run, tmp_path / "out")
     linked.unlink()
     (run / "model").rename(tmp_path / "model")
     (run / "model").symlink_to(tmp_path / "model")
     with pytest.raises(CheckpointError, match="model is a link that leads out of"):
-        export(run, tmp_path / "out")
+        export_run(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -310,7 +310,7 @@ def test_files_that_no_run_wrote_are_refused_by_their_key(make, tmp_path, name, 
     _, run, _ = make()
     (run / name).write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=told):
-        export(run, tmp_path / "out")
+        export_run(run, tmp_path / "out")
 
 
 def test_a_model_directory_whose_config_is_a_link_is_no_run(tmp_path):

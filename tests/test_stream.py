@@ -117,7 +117,7 @@ def work(history, partitions=range(5), step=1):
 
 def check_same(history, link, partitions=range(5)):
     """The stream's replies are those of a plain function call."""
-    plain = InProcessLink(Client(SPEC), history, LIMITS)
+    plain = InProcessLink(Client(SPEC).answer, history, LIMITS)
     expected = plain.exchange(work(history, partitions))
     for partition, replies in link.exchange(work(history, partitions)).items():
         (described, *mine), (same, *theirs) = list(replies), list(expected[partition])
@@ -169,7 +169,7 @@ def cut_connections(link):
 
 def test_a_connection_that_breaks_goes_on_at_the_same_request(history, make):
     link = make()
-    plain = InProcessLink(Client(SPEC), history, LIMITS)
+    plain = InProcessLink(Client(SPEC).answer, history, LIMITS)
     expected = plain.exchange(work(history))
     streams = link.exchange(work(history))
     for partition, replies in streams.items():

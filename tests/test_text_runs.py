@@ -30,6 +30,7 @@ from hosl_flower.models.architectures import TEXT_ARCHITECTURES
 from hosl_flower.models.base_model import model_config, open_base
 from hosl_flower.protocol.messages.registry import Forward, Probe
 from hosl_flower.run.plan import plan
+from hosl_flower.run.start import open_run
 from hosl_flower.tasks.known import TASKS
 from strategies.heron import Heron
 from strategies.ho_sfl import HoSfl
@@ -73,7 +74,7 @@ def test_ho_sfl_learns_and_its_ledger_replays_to_the_same_bits(run, name):
         **MANY, **MESSAGES, model=f"random:{name}", steps=12, eval_every=12
     )
     assert results.evaluations[-1]["loss"] < results.evaluations[0]["loss"]
-    client = Client(HoSfl(config)._open("again").spec)
+    client = Client(open_run(HoSfl(config), "again")[0].spec)
     before = fingerprint(client.state.parameters)
     client.apply(Ledger.read(directory / "ledger.jsonl").entries)
     assert fingerprint(client.state.parameters) == results.fingerprint != before
@@ -100,7 +101,7 @@ def test_split_first_order_is_plain_training_of_the_whole_model(run, name):
     model = AutoModelForSequenceClassification.from_pretrained(start / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(start / "model")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    data = Client(SplitFo(config)._open("again").spec).pool.client(0)
+    data = Client(open_run(SplitFo(config), "again")[0].spec).pool.client(0)
     for number in range(3):
         batch = data.train_batch(number, 5)
         texts = [tokenizer.decode(row, skip_special_tokens=True) for row in batch.input_ids]
@@ -179,7 +180,7 @@ def test_probes_need_little_more_memory_than_inference(run, dtype, monkeypatch):
     wide = {**TEXT_ARCHITECTURES["bert-tiny"], "hidden_size": 128, "intermediate_size": 512}
     monkeypatch.setitem(TEXT_ARCHITECTURES, "bert-wide", wide)
     changes = {"model": "random:bert-wide", "batch_size": 32, "dtype": dtype}
-    spec = Hosl(run(Unstarted, **changes)[0])._open("x").spec
+    spec = open_run(Hosl(run(Unstarted, **changes)[0]), "x")[0].spec
     client = Client(spec)
     at = {"step": 1, "partition": 0, "position": 0, "digest": client.state.digest, "batch": 0}
     before = fingerprint(client.state.parameters)

@@ -34,7 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from hosl_flower.config.parse import parse_config
 from hosl_flower.config.run_config import Scalar
 from hosl_flower.errors import ConfigError
-from hosl_flower.flower.server_app import load_strategy, strategy_class
+from hosl_flower.methods.load import load_method, method_class
 
 Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 Keys = dict[str, Any]
@@ -126,7 +126,7 @@ def _check(experiment: Experiment, path: Path) -> None:
         raise ConfigError(f"{path}: a variant and a method together must make names of their own")
     for cell in itertools.chain(cells(experiment, {}), trials(experiment)):
         where = f"{path}, {cell.name}"
-        load_strategy(parse_config({**cell.keys, "run-name": cell.name}, where))
+        load_method(parse_config({**cell.keys, "run-name": cell.name}, where))
 
 
 def _check_tuning(tuning: Tuning, experiment: Experiment, path: Path) -> None:
@@ -158,7 +158,7 @@ def _keys(
     given = {k: v for k, v in experiment.methods[method].items() if k != "tune"}
     common = {**experiment.config, **experiment.variants[variant], **trial}
     strategy = {**common, **given}.get("strategy")
-    idle = strategy_class(str(strategy)).idle_keys() if strategy else []
+    idle = method_class(str(strategy)).idle_keys() if strategy else []
     common = {key: value for key, value in common.items() if key not in idle}
     fixed = {"seed": seed, "save-model": False}
     return {"offline-fallback": False, **common, **given, **own, **fixed}

@@ -11,7 +11,9 @@ from hosl_flower.compare.runner import DIVERGED
 from hosl_flower.config.parse import parse_config
 from hosl_flower.errors import DivergedError, HoslError, printable
 from hosl_flower.flower.local_run import run_flower_app
-from hosl_flower.flower.server_app import load_strategy, log_to_stderr
+from hosl_flower.methods.load import load_method
+from hosl_flower.run.run_log import log_to_stderr
+from hosl_flower.run.start import run_in_process
 from hosl_flower.system.signals import exit_when_told
 from hosl_flower.system.whole_files import put
 
@@ -25,7 +27,7 @@ def main() -> None:
             run_flower_app(Path(app), keys, "", Path(keys["output-dir"]))
         else:
             log_to_stderr()
-            load_strategy(parse_config(keys)).run_in_process()
+            run_in_process(load_method(parse_config(keys)))
     except DivergedError as error:
         print(f"diverged: {error}", file=sys.stderr)
         path = Path(keys["output-dir"]) / keys["run-name"] / DIVERGED

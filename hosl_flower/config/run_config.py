@@ -60,9 +60,10 @@ class RunConfig(BaseModel):
     )
 
     strategy: str = Field(
-        "strategies.hosl:Hosl",
-        pattern=r"^[\w.]+:\w+$",
-        description="the method, as 'module:class', from any installed package",
+        "hosl",
+        pattern=r"^([\w.]+:\w+|[A-Za-z0-9_-]+)$",
+        description="the method: hosl, ho-sfl, sign-vote, fedavg-zo, heron-sfl, split-zo, full-zo, "
+        "frozen-client, split-fo, a name that another package registers, or 'module:class'",
     )
     model: str = Field(
         "facebook/opt-125m",

@@ -14,7 +14,6 @@ import datasets
 from datasets import Dataset
 
 from hosl_flower.data.columns import find_column
-from hosl_flower.data.encoders.prompts import BUNDLED
 from hosl_flower.data.examples import is_without_labels, normalised
 from hosl_flower.data.overlap import Split
 from hosl_flower.data.readers.files import SUFFIXES, is_table, read_file
@@ -22,6 +21,7 @@ from hosl_flower.data.readers.images import holds_images, read_images
 from hosl_flower.data.tables import Arrow, Chosen, Joined, Table
 from hosl_flower.errors import DataError, first_line
 from hosl_flower.models.checkpoints import hub
+from hosl_flower.system.bundled import BUNDLED
 from hosl_flower.tasks.task import Task
 from hosl_flower.tensors.seeds import derive_seed, permutation
 

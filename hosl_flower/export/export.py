@@ -24,7 +24,7 @@ from hosl_flower.models.processors import load_processor
 from hosl_flower.models.save_merged import save_merged
 
 
-def export(run: Path, directory: Path, what: str = "model") -> Path:
+def export_run(run: Path, directory: Path, what: str = "model") -> Path:
     """Write a finished run's model to a directory that is not there yet, or empty; where it is.
 
     what: "model", "adapters", "client" or "server". The directory appears whole or not at all.

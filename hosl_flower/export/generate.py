@@ -18,12 +18,17 @@ Choose = Callable[[Tensor], int]  # logits [V] -> a token id
 
 
 def continuation(
-    source: str, prompt: str, new_tokens: int, choose: Choose, cut: int | None = None
+    source: str,
+    prompt: str,
+    new_tokens: int,
+    choose: "Choose | None" = None,
+    cut: int | None = None,
 ) -> str:
     """The prompt as a trained model continues it, to the end of the text or for `new_tokens`.
 
     source: a run directory; or a model directory, hub id or `random:<architecture>`, and where to
-    cut it. Raises ConfigError or CheckpointError.
+    cut it. choose: of the logits, see `chooser`; the likeliest token where it is not given.
+    Raises ConfigError or CheckpointError.
     """
     trained = open_trained(source, cut)
     if (family := trained.base.family).classes:
@@ -35,7 +40,7 @@ def continuation(
     device = pick_device("auto")
     sides = trained.client(device), trained.server(device)
     ends = _ends(config.eos_token_id, tokenizer.eos_token_id)
-    new = generate(*sides, ids, new_tokens, choose, ends)
+    new = generate(*sides, ids, new_tokens, choose or chooser(), ends)
     return tokenizer.decode([*ids, *new], skip_special_tokens=True)
 
 

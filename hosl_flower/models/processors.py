@@ -4,7 +4,6 @@ from typing import Any
 
 from transformers import AutoTokenizer, PretrainedConfig
 
-from hosl_flower.data.encoders.prompts import BUNDLED
 from hosl_flower.errors import CheckpointError, first_line
 from hosl_flower.models.checkpoints import hub
 from hosl_flower.models.checkpoints.adapters import holder
@@ -14,6 +13,7 @@ from hosl_flower.models.special_tokens import (
     check_sentencepiece,
     tokenizer_files,
 )
+from hosl_flower.system.bundled import BUNDLED
 
 
 def load_tokenizer(model: str) -> Any:

@@ -7,12 +7,9 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
-
-from torch import Tensor
 
 from hosl_flower.client.client import Client
 from hosl_flower.errors import (
@@ -24,6 +21,7 @@ from hosl_flower.errors import (
     OutOfRangeError,
     ProtocolError,
 )
+from hosl_flower.methods.method import Method
 from hosl_flower.models.lora import save_adapters
 from hosl_flower.models.save_merged import save_merged
 from hosl_flower.models.submodels import count, trainable_parameters
@@ -33,6 +31,7 @@ from hosl_flower.protocol.messages.registry import (
     Fingerprint,
     Fingerprinted,
 )
+from hosl_flower.run.checkpoint import Checkpoint
 from hosl_flower.run.ending import warn_of_room
 from hosl_flower.run.recorder import Report
 from hosl_flower.run.results import Results
@@ -52,43 +51,25 @@ _DIVERGED = "training has diverged: lower server-learning-rate or client-learnin
 _MANY = 100  # clients, of which it takes long to hear
 
 
-class Method(Protocol):
-    """A training method, as this loop sees it."""
-
-    name: str
-
-    def steps(self, session: Session, link: Link, steps: Sequence[int]) -> list[float]:
-        """Consecutive training steps; their training losses."""
-
-    def activations_per_step(self) -> tuple[int, int]:
-        """How many activation-sized tensors [B, S, H] go (up, down) per step."""
-
-    def settle(self, session: Session) -> None:
-        """Called before every evaluation and before the model is saved."""
-
-    def may_pause(self, step: int) -> bool:
-        """Whether after this step the server knows all there is to know of the run."""
-
-    def save_state(self) -> dict[str, Tensor]:
-        """Tensors of the method's own, for a checkpoint."""
-
-    def load_state(self, session: Session, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of `save_state`."""
-
-
-def train(method: Method, session: Session, link: Link, report: Report) -> Results:
+def train(
+    method: Method,
+    session: Session,
+    link: Link,
+    report: Report,
+    checkpoint: Checkpoint | None = None,
+) -> Results:
     """Run a method to the saved model, from the first step or from where a checkpoint left it;
     what is in results.json."""
     config, first = session.config, session.done + 1
-    if session.resumed:
-        link.traffic = earlier_traffic(session.resumed)
+    if checkpoint is not None:
+        link.traffic = earlier_traffic(checkpoint)
     describe_all(session, link)
     check_clients(session, link, session.clients, session.done)
     judge = judge_of(session, link)
-    report.open(method, session)
+    report.open(method, session, checkpoint)
     if config.save_model:
         warn_of_room(report.directory, bytes_needed(session))
-    if not session.resumed:
+    if checkpoint is None:
         method.settle(session)
         report.evaluated(0, evaluate(session, judge, 0), session)
     saved = session.done
@@ -134,7 +115,7 @@ def judge_of(session: Session, link: Link) -> Link:
         return link
     limits = replace(session.limits, private_labels=False, label_counts=True)
     spec = replace(session.spec, labels="server", activation_noise=0.0, dp_noise=0.0)
-    return InProcessLink(Client(spec), session.history, limits)
+    return InProcessLink(Client(spec).answer, session.history, limits)
 
 
 @contextlib.contextmanager

@@ -17,11 +17,12 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from hosl_flower.client.client import Client
 from hosl_flower.config.run_config import RunConfig
 from hosl_flower.errors import ConfigError
-from hosl_flower.flower.server_app import load_strategy
-from hosl_flower.methods.method import SplitStrategy
+from hosl_flower.methods.load import load_method
+from hosl_flower.methods.method import Method
 from hosl_flower.privacy.noise_secret import simulated_secret
 from hosl_flower.protocol.messages.requests import HeldOutStates
 from hosl_flower.run.loop import describe_all, judge_of
+from hosl_flower.run.start import open_run
 from hosl_flower.server.evaluate import score_batches
 from hosl_flower.server.in_process import InProcessLink
 from hosl_flower.server.kept_labels import STATES_BYTES
@@ -118,10 +119,10 @@ def plan(config: RunConfig) -> Plan:
 
 def _plan(config: RunConfig) -> Plan:
     config = config.model_copy(update={"resume": ""})  # from the first step, whatever is there
-    method = load_strategy(config)
-    session = method._open("plan")
+    method = load_method(config)
+    session = open_run(method, "plan")[0]
     client = Client(session.spec, secret=simulated_secret(session.spec.seed))
-    link = InProcessLink(client, session.history, session.limits)
+    link = InProcessLink(client.answer, session.history, session.limits)
     describe_all(session, link)
     method.settle(session)
     evaluation = _one_evaluation(session, judge_of(session, link))
@@ -159,14 +160,14 @@ def peaks_of(config: RunConfig, partitions: list[int]) -> dict[str, int]:
     }  # fmt: skip
     config = config.model_copy(update=few)
     with shapes_only():
-        method = load_strategy(config)
-        session = method._open("plan")
+        method = load_method(config)
+        session = open_run(method, "plan")[0]
         session.sample = lambda step, absent=(): partitions  # type: ignore[method-assign]
         client = Client(session.spec, secret=simulated_secret(session.spec.seed))
         batch = session.encoder.largest(config.batch_size)
         client.compute.train_batch = lambda *_: batch  # type: ignore[method-assign]
         client.compute.train_labels = lambda *_: batch.labels  # type: ignore[method-assign]
-        link = InProcessLink(client, session.history, session.limits)
+        link = InProcessLink(client.answer, session.history, session.limits)
         describe_all(session, link)
         method.steps(session, link, [1])
         first, ledger = client.meter.peaks, session.history.ledger
@@ -194,7 +195,7 @@ def _evaluate(session: Session, client: Client) -> None:
         compute.judge_held_out(HeldOutStates(**session.at(2, 0), first=0, states=states))
 
 
-def _steps(method: SplitStrategy, session: Session, link: InProcessLink) -> dict[str, float]:
+def _steps(method: Method, session: Session, link: InProcessLink) -> dict[str, float]:
     """Per step; the first warms up."""
     done, steps = 0, iter(range(1, session.config.steps + 2))
     method.steps(session, link, [next(steps)])

@@ -33,13 +33,14 @@ from filelock import FileLock
 
 from hosl_flower.config.run_config import RunConfig
 from hosl_flower.errors import ConfigError
-from hosl_flower.run.checkpoint import found, sync, write
+from hosl_flower.methods.method import Method
+from hosl_flower.run.checkpoint import Checkpoint, found, sync, write
 from hosl_flower.run.ending import Ending
 from hosl_flower.run.figures import draw_curve, draw_partition
 from hosl_flower.run.headline import headline
 from hosl_flower.run.lock import claim, lock, refuse_used
 from hosl_flower.run.results import Measured, Results, results_of
-from hosl_flower.run.resume import Resumable, collect, run_directory
+from hosl_flower.run.resume import collect, run_directory
 from hosl_flower.run.run_log import RunLog
 from hosl_flower.run.summary import plan, table
 from hosl_flower.run.trackers import Trackers, check_trackers
@@ -93,14 +94,14 @@ class Report:
         if self._lock is not None:
             self._lock.release()
 
-    def open(self, method: Any, session: Session) -> None:
+    def open(self, method: Method, session: Session, checkpoint: Checkpoint | None = None) -> None:
         """Everything checked: make the directory and log the plan. ConfigError when the directory
         cannot be written or holds a run."""
         try:
             if self._lock is None:
                 self.directory, self._lock = claim(self.directory, bool(self.config.run_name))
             self._metrics = Lines(self.directory / "metrics.jsonl")
-            self._start(session)
+            self._start(session, checkpoint)
         except OSError as error:
             key = "resume" if self.config.resume else "output-dir"
             raise ConfigError(
@@ -121,7 +122,7 @@ class Report:
         log.info("run directory: %s", self.directory)
         self._started = self._last_line = time.perf_counter()
 
-    def _start(self, session: Session) -> None:
+    def _start(self, session: Session, checkpoint: Checkpoint | None) -> None:
         """The files that a run begins with, or goes on with."""
         self._kept.keep(self.directory)
         record = {
@@ -133,11 +134,11 @@ class Report:
             "versions": {p: _version(p) for p in _PACKAGES},
             "python": platform.python_version(),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            **({"resumed_after_step": session.done} if session.resumed else {}),
+            **({"resumed_after_step": session.done} if checkpoint else {}),
         }
         put(self.directory / "config.json", json.dumps(record, indent=2) + "\n")
-        if session.resumed is not None:
-            self._go_on(session, session.resumed.values["report"])
+        if checkpoint is not None:
+            self._go_on(session, checkpoint.values["report"])
             return
         put(self._metrics.path, "")
         session.history.ledger.record(self.directory / "ledger.jsonl")
@@ -169,7 +170,7 @@ class Report:
             done = sum(b'"seconds"' in line for line in file)
         return done + self.config.steps_per_message
 
-    def checkpoint(self, step: int, session: Session, method: Resumable, traffic: Traffic) -> None:
+    def checkpoint(self, step: int, session: Session, method: Method, traffic: Traffic) -> None:
         """Write a checkpoint. One that cannot be written ends no run: the last is still there.
         Raises DivergedError when there are values in it that are not finite."""
         try:
@@ -180,7 +181,7 @@ class Report:
             )
 
     def write_checkpoint(
-        self, step: int, session: Session, method: Resumable, traffic: Traffic
+        self, step: int, session: Session, method: Method, traffic: Traffic
     ) -> None:
         """As `checkpoint`; OSError when it cannot be written."""
         files = [self.directory / name for name in ("metrics.jsonl", "ledger.jsonl")]

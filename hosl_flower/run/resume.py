@@ -10,9 +10,9 @@ same numbers, bit for bit, as one that was not.
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from hosl_flower.config.rules import KEYS_FREE_TO_CHANGE
 from hosl_flower.config.run_config import RunConfig
 from hosl_flower.errors import CheckpointError, ConfigError
 from hosl_flower.ledger.client_state import Snapshot
+from hosl_flower.methods.load import place_of
+from hosl_flower.methods.method import Method
 from hosl_flower.run.checkpoint import Checkpoint, found, read
 from hosl_flower.run.resumable import check_files, check_links, check_values
 from hosl_flower.server.history import History
@@ -30,16 +32,6 @@ from hosl_flower.server.trainer import Server
 from hosl_flower.system.untrusted_files import read_json
 
 log = logging.getLogger("hosl_flower")
-
-
-class Resumable(Protocol):
-    """What a method must offer."""
-
-    def save_state(self) -> dict[str, Tensor]:
-        """Tensors that outlive a step and are neither the server's nor the clients'."""
-
-    def load_state(self, session: Session, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of `save_state`."""
 
 
 def run_directory(config: RunConfig) -> Path:
@@ -69,6 +61,7 @@ def find(config: RunConfig) -> Checkpoint:
     # a key that is newer than the run was what it is by default
     defaults = {field.alias: field.default for field in RunConfig.model_fields.values()}
     before = {key: record.get(key, defaults[key]) for key in wanted}
+    before["strategy"] = _same_way(str(before["strategy"]), config.strategy)
     differ = [
         f"{key} = {before[key]!r}, here {value!r}"
         for key, value in wanted.items()
@@ -87,6 +80,11 @@ def find(config: RunConfig) -> Checkpoint:
             f"{config.steps}: nothing is left to do"
         )
     return checkpoint
+
+
+def _same_way(before: str, now: str) -> str:
+    """The method of a run as the config of today writes it, if it is the same method."""
+    return now if place_of(before) == place_of(now) else before
 
 
 def _whole(directory: Path) -> Checkpoint:
@@ -119,7 +117,7 @@ def _lacks_files(config: RunConfig, checkpoint: Checkpoint) -> bool:
 
 
 def collect(
-    step: int, session: Session, method: Resumable, traffic: Traffic, report: dict[str, Any]
+    step: int, session: Session, method: Method, traffic: Traffic, report: dict[str, Any]
 ) -> Checkpoint:
     """All of a run after a step."""
     history = session.history
@@ -159,7 +157,7 @@ def collect(
     return Checkpoint(step, values, tensors)
 
 
-def restore(checkpoint: Checkpoint, session: Session, method: Resumable) -> None:
+def restore(checkpoint: Checkpoint, session: Session, method: Method) -> None:
     """Bring a session that has just been opened to where the checkpoint is. CheckpointError when
     it is of another model."""
     values = checkpoint.values
@@ -189,7 +187,7 @@ def restore(checkpoint: Checkpoint, session: Session, method: Resumable) -> None
         raise CheckpointError(
             f"the checkpoint of step {checkpoint.step} does not fit this run ({error})"
         ) from error
-    session.resumed = replace(checkpoint, tensors={})  # not to be held for the rest of the run
+    session.done = checkpoint.step
 
 
 def _task(session: Session) -> str:

@@ -159,3 +159,13 @@ class _Holding(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if len(self.held) < _LINES:
             self.held.append(record)
+
+
+def log_to_stderr() -> None:
+    """Our own log lines, plain: Flower's stream carries stderr of the ServerApp."""
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(OneLine("%(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False

@@ -1,8 +1,7 @@
 """The link without a network: requests are function calls. The oracle the others must equal."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from hosl_flower.client.client import Client
 from hosl_flower.protocol.checks import Limits
 from hosl_flower.protocol.messages.registry import Reply, Request
 from hosl_flower.server.history import History
@@ -10,14 +9,22 @@ from hosl_flower.server.link import Link
 
 
 class InProcessLink(Link):
-    """One Client object serves every partition, one reply at a time, computed when asked for."""
+    """One client serves every partition, one reply at a time, computed when asked for.
 
-    def __init__(self, client: Client, history: History, limits: Limits):
+    answer: `Client.answer`, which takes requests and yields their replies.
+    """
+
+    def __init__(
+        self,
+        answer: Callable[[Iterable[Request]], Iterator[Reply]],
+        history: History,
+        limits: Limits,
+    ):
         super().__init__(history, limits)
-        self.client = client
+        self._answer = answer
 
     def describe_client(self, partition: int) -> str:
         return f"client {partition}"
 
     def _deliver(self, requests: Mapping[int, Sequence[Request]]) -> dict[int, Iterator[Reply]]:
-        return {partition: self.client.answer(own) for partition, own in requests.items()}
+        return {partition: self._answer(own) for partition, own in requests.items()}

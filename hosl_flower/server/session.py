@@ -22,7 +22,6 @@ from hosl_flower.models.submodels import AUXILIARY, ClientSubmodel, count
 from hosl_flower.privacy.accountant import epsilon, most_uses
 from hosl_flower.protocol.checks import Limits
 from hosl_flower.protocol.messages.registry import Described
-from hosl_flower.run.checkpoint import Checkpoint
 from hosl_flower.server.aggregate import MEANS
 from hosl_flower.server.history import History
 from hosl_flower.server.reference import NO_REFERENCE, Reference
@@ -112,12 +111,7 @@ class Session:
     expelled: set[int] = field(default_factory=set)
     clipped: Counter[int] = field(default_factory=Counter)
     clipped_at: dict[int, Counter[int]] = field(default_factory=dict)
-    resumed: Checkpoint | None = None  # what this session goes on from
-
-    @property
-    def done(self) -> int:
-        """Steps that were completed before this session began."""
-        return self.resumed.step if self.resumed else 0
+    done: int = 0  # steps that were completed before this session began
 
     @property
     def limits(self) -> Limits:

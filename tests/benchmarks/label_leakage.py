@@ -33,6 +33,7 @@ from hosl_flower.client.client import Client
 from hosl_flower.config.parse import parse_config
 from hosl_flower.models.label_head import Judged, OutputHead, load_output_head
 from hosl_flower.protocol.messages.registry import Activations, Forward
+from hosl_flower.run.start import run_in_process
 from hosl_flower.server.open_session import open_session
 from hosl_flower.tasks.answer_words import Answers
 from strategies.frozen_client import FrozenClient
@@ -124,7 +125,7 @@ def trained(keys: dict[str, object], noise: float, secret: bool) -> float:
         return HidingHead(head.answers, rows, noise, 3)
 
     with mock.patch("hosl_flower.client.client.load_output_head", load):
-        return FrozenClient(parse_config(keys)).run_in_process().accuracy
+        return run_in_process(FrozenClient(parse_config(keys))).accuracy
 
 
 def main() -> None:

@@ -32,11 +32,13 @@ from hosl_flower.config.parse import parse_config
 from hosl_flower.config.resolve import resolve
 from hosl_flower.flower.local_run import run_flower_app
 from hosl_flower.flower.processes import free_port
-from hosl_flower.flower.server_app import load_strategy, log_to_stderr
 from hosl_flower.flower.stream.client_end import Invitation, serve
 from hosl_flower.flower.stream.frames import Key
 from hosl_flower.flower.stream.server_end import StreamServer
+from hosl_flower.methods.load import load_method
 from hosl_flower.protocol.messages.registry import Applied, Change, Describe, LocalTrain
+from hosl_flower.run.run_log import log_to_stderr
+from hosl_flower.run.start import run_in_process
 
 TRAINING = ("forward", "probe", "losses", "cut-gradient", "catch-up", "move", "restore")
 APP = Path(__file__).parents[2] / "simulations" / "opt125m_hosl"
@@ -71,7 +73,7 @@ def run(name: str, link: str, keys: dict, out: Path) -> dict:
     if (out / name / "results.json").is_file():
         pass
     elif link == "in_process":
-        load_strategy(parse_config(keys)).run_in_process()
+        run_in_process(load_method(parse_config(keys)))
     elif link.endswith("_sim"):
         keys["link"] = "grid" if link == "grid_sim" else "stream"
         run_flower_app(APP, keys, "num-supernodes=1", out)

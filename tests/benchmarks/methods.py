@@ -16,7 +16,9 @@ from typing import Annotated
 import typer
 
 from hosl_flower.cli import read_app_config
-from hosl_flower.flower.server_app import load_strategy, log_to_stderr
+from hosl_flower.methods.load import load_method
+from hosl_flower.run.run_log import log_to_stderr
+from hosl_flower.run.start import run_in_process
 
 FROZEN = ["client-learning-rate=0.0"]
 TEN_CLIENTS = [
@@ -49,7 +51,7 @@ def cell(app: Path, method: str, keys: list[str], seed: int, out: Path) -> dict:
     results = out / name / "results.json"
     if not results.is_file():
         own = [f"seed={seed}", f"run-name={name}", f"output-dir={out}", "save-model=false"]
-        load_strategy(read_app_config(app, [*own, *keys])).run_in_process()
+        run_in_process(load_method(read_app_config(app, [*own, *keys])))
     return json.loads(results.read_text())
 
 

@@ -29,6 +29,8 @@ from pathlib import Path
 
 import numpy as np
 
+from hosl_flower.run.start import open_run
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 CLIENTS, LATE = 6, (4, 5)
@@ -181,7 +183,7 @@ def soak(arguments: argparse.Namespace, folder: Path) -> dict:
     own = {"data-path": str(data), "output-dir": str(folder), "seed": arguments.seed}
     config = parse_config({**KEYS, **own})
     strategy = make_strategy(config, 60 * arguments.minutes)
-    session = strategy._open("soak")
+    session = open_run(strategy, "soak")[0]
     nursery = Nursery(session.spec)
     grid = ForkedGrid(nursery, CLIENTS, LATE)
     nodes = Nodes(grid, CLIENTS, 0, DEADLINE)

@@ -18,7 +18,8 @@ from runs import metrics
 
 from hosl_flower.cli import read_app_config
 from hosl_flower.flower.processes import MARK, free_port, script, stop, wait_until_healthy
-from hosl_flower.flower.server_app import load_strategy
+from hosl_flower.methods.load import load_method
+from hosl_flower.run.start import run_in_process
 
 APP = Path(__file__).parents[2] / "simulations" / "quickstart"
 KEYS = {
@@ -109,7 +110,7 @@ def plain(output: Path, name: str, **keys) -> list[dict]:
     only_real = {"step-deadline", "stream-endpoint", "stream-bind"}
     wanted = {**KEYS, **keys, "checkpoint-every": 0, "output-dir": str(output), "run-name": name}
     pairs = [f"{key}={json.dumps(v)}" for key, v in wanted.items() if key not in only_real]
-    load_strategy(read_app_config(APP, pairs)).run_in_process()
+    run_in_process(load_method(read_app_config(APP, pairs)))
     return metrics(output / name)
 
 

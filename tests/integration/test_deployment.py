@@ -15,8 +15,9 @@ from runs import metrics, write_questions
 
 from hosl_flower.cli import read_app_config
 from hosl_flower.flower.processes import free_port
-from hosl_flower.flower.server_app import load_strategy
+from hosl_flower.methods.load import load_method
 from hosl_flower.privacy.noise_secret import simulated_secret
+from hosl_flower.run.start import run_in_process
 
 QUICK = Path(__file__).parents[2] / "simulations" / "quickstart"
 
@@ -31,7 +32,7 @@ KEYS = {
 
 def run_plain(keys):
     plain = [f"{key}={json.dumps(value)}" for key, value in {**keys, "run-name": "plain"}.items()]
-    load_strategy(read_app_config(QUICK, plain)).run_in_process()
+    run_in_process(load_method(read_app_config(QUICK, plain)))
 
 
 # tokens go back and forth, each side with its own cache

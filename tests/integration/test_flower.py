@@ -13,7 +13,8 @@ from reference_ho_sfl import ho_sfl
 from runs import PROMPT, write_reviews
 
 from hosl_flower.cli import read_app_config
-from hosl_flower.flower.server_app import load_strategy
+from hosl_flower.methods.load import load_method
+from hosl_flower.run.start import run_in_process
 
 ROOT = Path(__file__).parents[2]
 QUICK = ROOT / "simulations" / "quickstart"
@@ -73,7 +74,7 @@ def test_flower_and_in_process_give_the_same_bits(tmp_path):
     code, output = simulate(QUICK, *keys(**common, run_name="flower"), *federation)
     assert code == 0, output
     arguments = keys(**common, run_name="plain")[1::2]
-    load_strategy(read_app_config(QUICK, arguments)).run_in_process()
+    run_in_process(load_method(read_app_config(QUICK, arguments)))
     assert history(tmp_path / "flower") == history(tmp_path / "plain")
     over_flower, plain = (
         json.loads((tmp_path / name / "results.json").read_text()) for name in ("flower", "plain")
@@ -105,7 +106,7 @@ def test_ten_clients_a_hundred_steps_over_flower_in_process_and_in_the_reference
     code, output = simulate(QUICK, *keys(**common, run_name="flower"))  # 2 SuperNodes, as typed
     assert code == 0, output
     arguments = keys(**common, run_name="plain")[1::2]
-    load_strategy(read_app_config(QUICK, arguments)).run_in_process()
+    run_in_process(load_method(read_app_config(QUICK, arguments)))
 
     assert history(tmp_path / "flower") == history(tmp_path / "plain")
     over_flower, plain = (
@@ -175,7 +176,7 @@ def test_other_clients_and_apps_give_the_same_bits_over_flower(tmp_path, app, ow
     federation = ["--federation", "num-supernodes=2 client-resources-num-cpus=1"]
     code, output = simulate(app, *keys(**common, run_name="flower"), *federation)
     assert code == 0, output
-    load_strategy(read_app_config(app, keys(**common, run_name="plain")[1::2])).run_in_process()
+    run_in_process(load_method(read_app_config(app, keys(**common, run_name="plain")[1::2])))
     assert history(tmp_path / "flower") == history(tmp_path / "plain")
     over_flower, plain = (
         json.loads((tmp_path / name / "results.json").read_text()) for name in ("flower", "plain")

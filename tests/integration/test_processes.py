@@ -12,7 +12,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from grids import LocalGrid
 
 from hosl_flower.cli import read_app_config
-from hosl_flower.flower.server_app import load_strategy
+from hosl_flower.methods.load import load_method
+from hosl_flower.run.start import run_in_process
 
 APP = Path(__file__).parents[2] / "simulations" / "quickstart"
 KEYS = [
@@ -82,9 +83,9 @@ def test_killed_clients_go_on_with_the_same_numbers(tmp_path, monkeypatch, extra
 
     def strategy(name):
         keys = [*KEYS, *extra, f"output-dir={tmp_path}", f"run-name={name}"]
-        return load_strategy(read_app_config(APP, keys))
+        return load_method(read_app_config(APP, keys))
 
-    plain = strategy("plain").run_in_process()
+    plain = run_in_process(strategy("plain"))
     node = {"num-partitions": 2}
     grid = ProcessGrid(
         {7: {"partition-id": 0, **node}, 8: {"partition-id": 1, **node}}, {9, 16, 17}

@@ -8,7 +8,6 @@ themselves are in task_table.py.
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,8 +28,6 @@ from hosl_flower.tasks.generated_answers import Completion
 from hosl_flower.tasks.prompt_template import pieces
 from hosl_flower.tasks.scoring import Scoring
 from hosl_flower.tasks.task import Task
-
-BUNDLED = Path(__file__).parents[2] / "system" / "bundled"
 
 
 class Encoder:
