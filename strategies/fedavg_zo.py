@@ -22,7 +22,7 @@ from hosl_flower.protocol.messages.registry import LocalTrain
 from hosl_flower.server.aggregate import check_is_mean
 from hosl_flower.server.cohort import Cohort
 from hosl_flower.server.session import Session
-from hosl_flower.tensors.update_codec import decode
+from hosl_flower.tensors.update_codec import decode_update
 from strategies.ho_sfl import HoSfl
 
 
@@ -46,7 +46,7 @@ class FedAvgZo(HoSfl):
         rows = session.history.state.rows
         moved = torch.zeros(session.history.state.elements, dtype=torch.float64)
         for m, share in zip(cohort.partitions, cohort.weights, strict=True):
-            moved.add_(decode(rows, replies.pop(m)), alpha=share)
+            moved.add_(decode_update(rows, replies.pop(m)), alpha=share)
         return moved
 
     def commit(self, session: Session, cohort: Cohort, update: torch.Tensor) -> None:

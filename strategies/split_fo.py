@@ -52,7 +52,7 @@ from hosl_flower.server.schedule import client_rate
 from hosl_flower.server.session import Session
 from hosl_flower.tensors.rows import unflat
 from hosl_flower.tensors.seeds import derive_seed
-from hosl_flower.tensors.update_codec import decode
+from hosl_flower.tensors.update_codec import decode_update
 from strategies.ho_sfl import HoSfl
 
 
@@ -151,7 +151,7 @@ class SplitFo(HoSfl):
         rows = session.history.state.rows
         total = torch.zeros(session.history.state.elements, dtype=torch.float64)
         for m, share in zip(cohort.partitions, cohort.weights, strict=True):
-            total.add_(decode(rows, replies.pop(m)), alpha=share)
+            total.add_(decode_update(rows, replies.pop(m)), alpha=share)
         seed = derive_seed(session.config.seed, "descend", cohort.step)
         return Dense(unflat(total.float(), session.history.state.parameters), seed)
 

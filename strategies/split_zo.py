@@ -24,7 +24,7 @@ from hosl_flower.protocol.messages.registry import Forward, Probe, Request
 from hosl_flower.server.kept_labels import KeptLabels
 from hosl_flower.server.schedule import rate_factor
 from hosl_flower.server.session import Session
-from hosl_flower.server.zo_trainer import ZoServer
+from hosl_flower.server.zo_trainer import ZoTrainer
 from hosl_flower.tensors.seeds import derive_seed
 from hosl_flower.zo.estimator import probe_points, projected_gradients
 from strategies.hosl import Hosl, Probed
@@ -40,12 +40,12 @@ class SplitZo(Hosl):
     name = "split-zo"
     keys = Hosl.keys - {"server-gradient-clip"} | {"server-steps"}  # the server has no gradient
     keeps_labels = False  # the server's own probes ask for its losses more often
-    server: ZoServer | None = None
+    server: ZoTrainer | None = None
 
-    def zo_server(self, session: Session) -> ZoServer:
+    def zo_server(self, session: Session) -> ZoTrainer:
         """The session's server, trained without back-propagation."""
         if self.server is None or self.server.server is not session.server:
-            self.server = ZoServer(session.server, self.config)
+            self.server = ZoTrainer(session.server, self.config)
         return self.server
 
     def save_state(self) -> dict[str, Tensor]:

@@ -24,13 +24,13 @@ from specs import client_spec
 from hosl_flower.errors import ProtocolError
 from hosl_flower.flower.records import unpack_invitation, unpack_replies, unpack_requests
 from hosl_flower.flower.stream.client_end import Invitation
-from hosl_flower.flower.stream.frames import Key, decode, encode, encode_word, read_word
-from hosl_flower.flower.stream.server_end import Session, StreamServer
+from hosl_flower.flower.stream.frames import Key, decode_frame, encode_frame, encode_word, read_word
+from hosl_flower.flower.stream.server_end import StreamServer, StreamSession
 from hosl_flower.ledger.client_state import ClientState
 from hosl_flower.ledger.ledger import chain_entries
 from hosl_flower.protocol.checks import (
     BatchKey,
-    Limits,
+    ReplyLimits,
     check_activations,
     check_continued,
     check_described,
@@ -46,6 +46,7 @@ from hosl_flower.protocol.messages.registry import (
     REPLIES,
     REQUESTS,
     Activations,
+    ApplyDeltas,
     CatchUp,
     Continue,
     Fingerprint,
@@ -55,7 +56,6 @@ from hosl_flower.protocol.messages.registry import (
     HiddenStates,
     LocalProbe,
     Message,
-    Move,
     Reply,
     Restore,
 )
@@ -75,7 +75,7 @@ CONTINUE = Continue(**_AT, batch=0, tokens=torch.zeros((2, 1), dtype=torch.int64
 GRADE = Grade(**_AT, batch=0, tokens=torch.zeros((2, 1), dtype=torch.int64))
 _SPEC = client_spec().to_json()
 _INVITATION = Invitation("host:1", "t" * 32, "", 1 << 20, 60.0).to_json()
-_SERVER: Any = SimpleNamespace(_sessions=[Session("fuzz")])
+_SERVER: Any = SimpleNamespace(_sessions=[StreamSession("fuzz")])
 
 
 def _state() -> ClientState:
@@ -93,11 +93,11 @@ def _of_answers(reply: Activations) -> Activations:
 class Fuzz:
     """Counts what became of frames. messages: valid ones, of every kind."""
 
-    def __init__(self, messages: list[Message], limits: Limits, seed: int):
+    def __init__(self, messages: list[Message], limits: ReplyLimits, seed: int):
         batches = [message for message in messages if isinstance(message, Activations)]
         answers = _of_answers(batches[0])
         messages = [*messages, answers]
-        self.frames = [encode(Key(1, 0, n), message) for n, message in enumerate(messages)]
+        self.frames = [encode_frame(Key(1, 0, n), message) for n, message in enumerate(messages)]
         self.frames.append(encode_word("welcome", token="t" * 32))
         self.damage = Damage(self.frames, seed)
         self.random = self.damage.random
@@ -150,7 +150,7 @@ class Fuzz:
             self.random.choice((unpack_requests, unpack_replies, unpack_invitation))(records)
             self.last = "accepted in records"
             return "accepted in records"
-        _, message = decode(frame, {**REQUESTS, **REPLIES})
+        _, message = decode_frame(frame, {**REQUESTS, **REPLIES})
         self._check(message)
         self.last = f"accepted: {message.kind}"
         return "accepted"
@@ -189,7 +189,7 @@ class Fuzz:
             chain_entries(message.digest, message.entries)
         elif isinstance(message, LocalProbe):
             assert sum(map(len, message.local_seeds)) == len(message.seeds)
-        elif isinstance(message, Move):
+        elif isinstance(message, ApplyDeltas):
             message.changes(_state().rows)
         elif isinstance(message, Restore):
             try:
@@ -214,7 +214,7 @@ class Fuzz:
         if isinstance(message, Reply) and (check := checks.get(message.kind)) is not None:
             check(message)
 
-    def _check_batch(self, reply: Activations, limits: Limits) -> None:
+    def _check_batch(self, reply: Activations, limits: ReplyLimits) -> None:
         """Of a client that answers for a step in several replies, too."""
         check_activations(reply, limits)
         key = BatchKey.of(reply)

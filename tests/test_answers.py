@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hosl_flower.errors import ProtocolError
 from hosl_flower.models.base_model import open_base
 from hosl_flower.models.split import load_client, load_server
-from hosl_flower.protocol.checks import Limits, check_activations
+from hosl_flower.protocol.checks import ReplyLimits, check_activations
 from hosl_flower.protocol.messages.registry import Activations
 from hosl_flower.server.scores import Score
-from hosl_flower.server.trainer import Server
-from hosl_flower.tasks.answer_words import Answers
+from hosl_flower.server.trainer import ServerTrainer
+from hosl_flower.tasks.answer_words import AnswerWords
 from strategies.fedavg_zo import FedAvgZo
 from strategies.ho_sfl import HoSfl
 from strategies.hosl import Hosl
@@ -50,7 +50,11 @@ def halves(tiny_opt):
         base = open_base(str(directory))
         client = load_client(base, 1, torch.float32, "cpu")
         submodel = load_server(base, 1, torch.float32, "cpu")
-        return client, Server(submodel, Answers(words), optimizer, learning_rate, **more), model
+        return (
+            client,
+            ServerTrainer(submodel, AnswerWords(words), optimizer, learning_rate, **more),
+            model,
+        )
 
     return make
 
@@ -66,7 +70,7 @@ def summed_log_probabilities(model, prompt, word):
 
 
 def test_rows_and_trained_tokens():
-    several, single = Answers(WORDS), Answers([[4], [8]])
+    several, single = AnswerWords(WORDS), AnswerWords([[4], [8]])
     assert (several.sequences, several.longest, several.ids) == (3, 3, [5, 9, 7, 30])
     assert several.inputs([2, 3]) == [[2, 3], [2, 3, 9, 7], [2, 3, 9]]
     assert (single.sequences, single.longest, single.ids) == (1, 1, [4, 8])
@@ -92,7 +96,7 @@ def test_a_score_is_the_sum_of_the_tokens_log_probabilities(halves):
 
 def test_a_score_by_hand():
     """Hidden states and head are unit vectors: every logit is 0 or 1."""
-    answers = Answers([[0], [1, 2]])
+    answers = AnswerWords([[0], [1, 2]])
     e = torch.eye(4)
     # padding, then prompt of one token; and the prompt with token 1 after it
     h = torch.stack([torch.stack([e[3], e[0]]), torch.stack([e[1], e[3]])])
@@ -159,7 +163,7 @@ def test_only_the_rows_of_the_words_tokens_are_trained(halves):
     assert torch.equal(before, model.lm_head.weight)
 
 
-LIMITS = Limits(
+LIMITS = ReplyLimits(
     batch=15, length=16, hidden=16, dtype="float32", classes=3, each=3, shortest=3
 )  # fmt: skip
 

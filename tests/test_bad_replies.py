@@ -21,7 +21,7 @@ from hosl_flower.errors import (
     ProtocolError,
     printable,
 )
-from hosl_flower.protocol.checks import Limits, check_update
+from hosl_flower.protocol.checks import ReplyLimits, check_update
 from hosl_flower.protocol.messages.registry import (
     Activations,
     Applied,
@@ -41,7 +41,7 @@ from hosl_flower.server import session as sessions
 from hosl_flower.server.in_process import InProcessLink
 from hosl_flower.server.reference import NO_REFERENCE
 from hosl_flower.server.session import MOST_DROPS, Drop, Drops
-from hosl_flower.server.trainer import Server
+from hosl_flower.server.trainer import ServerTrainer
 from hosl_flower.tensors.memory import PHASES
 from strategies.fedavg_zo import FedAvgZo
 from strategies.frozen_client import FrozenClient
@@ -176,7 +176,7 @@ def test_a_server_that_cannot_tell_whose_gradient_is_absurd_does_not_move(
     make, monkeypatch, caplog
 ):
     found = iter([0.1, math.nan, 0.1, 0.1, 0.1])  # of the first step, of the second, of each alone
-    monkeypatch.setattr(Server, "_largest_gradient", lambda self: next(found))
+    monkeypatch.setattr(ServerTrainer, "_largest_gradient", lambda self: next(found))
     results, _, _ = make(FrozenClient, **FEW, **IDLE)
     assert "step 2: the server does not move" in caplog.text
     assert results.clients["dropped"] == []
@@ -240,7 +240,7 @@ def test_gradients_of_hidden_states_are_bounded_by_the_head(make, replies_are):
 
 def test_limits_are_far_from_honest_numbers():
     rows = history_for(client_spec()).state.rows
-    limits = Limits(8, 32, 64, "float32", 2, step=100.0, rate=1e-2)
+    limits = ReplyLimits(8, 32, 64, "float32", 2, step=100.0, rate=1e-2)
     present = torch.ones(rows.count, dtype=torch.bool)
     for kind, most in ((Gradient, 1e4), (Change, 100.0)):
         values = torch.zeros(rows.elements)
@@ -438,7 +438,7 @@ def client():
     return Client(client_spec())
 
 
-LIMITS = Limits(batch=8, length=32, hidden=64, dtype="float32", classes=2)
+LIMITS = ReplyLimits(batch=8, length=32, hidden=64, dtype="float32", classes=2)
 
 
 class Claims(InProcessLink):

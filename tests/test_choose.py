@@ -11,7 +11,7 @@ from hosl_flower.errors import ConfigError
 from hosl_flower.flower.message_link import GridLink
 from hosl_flower.flower.nodes import Nodes
 from hosl_flower.flower.open_link import _bind, _certificates, check_stream, open_link
-from hosl_flower.protocol.checks import Limits
+from hosl_flower.protocol.checks import ReplyLimits
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_method_that_needs_a_stream_does_not_start_without(monkeypatch):
         monkeypatch.setattr(TaskIdentity, name, 1)
     grid = LocalGrid({7: {"partition-id": 0}})
     spec = client_spec(num_clients=1)
-    limits = Limits(batch=8, length=32, hidden=64, dtype="float32", classes=2)
+    limits = ReplyLimits(batch=8, length=32, hidden=64, dtype="float32", classes=2)
     with pytest.raises(ConfigError, match="local-steps keep weights on the clients"):
         open_link(grid, parse_config({}), spec, history_for(spec), limits, 1, needs_stream=True)
 
@@ -114,7 +114,7 @@ def test_a_node_does_not_choose_the_link(monkeypatch):
     for name in ("_run_id", "_node_id", "_task_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
     spec = client_spec(num_clients=1)
-    limits = Limits(batch=8, length=32, hidden=64, dtype="float32", classes=2)
+    limits = ReplyLimits(batch=8, length=32, hidden=64, dtype="float32", classes=2)
     grid = Boasting({7: {"partition-id": 0}})
     link = open_link(grid, parse_config({}), spec, history_for(spec), limits, 1)
     assert isinstance(link, GridLink)
@@ -134,7 +134,7 @@ def test_a_node_that_starts_has_the_longer_deadline(monkeypatch, reply, nodes, e
     monkeypatch.setattr("hosl_flower.flower.open_link.Nodes", Noted)
     config = parse_config({"reply-deadline": reply, "nodes-deadline": nodes})
     spec = client_spec(num_clients=1)
-    limits = Limits(batch=8, length=32, hidden=64, dtype="float32", classes=2)
+    limits = ReplyLimits(batch=8, length=32, hidden=64, dtype="float32", classes=2)
     with pytest.raises(KeyboardInterrupt):
         open_link(LocalGrid({}), config, spec, history_for(spec), limits, 1)
     assert seen == [(expected, nodes)]

@@ -20,7 +20,7 @@ from hosl_flower.protocol.messages.registry import (
 )
 from hosl_flower.tensors.cut_gradient import Cotangent
 from hosl_flower.tensors.memory import Meter
-from hosl_flower.tensors.update_codec import decode
+from hosl_flower.tensors.update_codec import decode_update
 
 SPEC = client_spec(
     model="random:opt-tiny", cut_layer=2, batch_size=32, max_length=64, client_trainable="full"
@@ -142,7 +142,7 @@ def test_micro_batches_give_the_same_scalars_and_the_same_change():
         requests = [probe_request(client, at), probe_request(client, at, LocalTrain)]
         scalars, change = (next(client.answer([r])) for r in requests)
         assert torch.equal(client.state.weights(), before)
-        results.append((scalars.scalars, decode(client.state.rows, change)))
+        results.append((scalars.scalars, decode_update(client.state.rows, change)))
     assert torch.allclose(results[0][0], results[1][0], rtol=1e-3)
     assert results[0][1].abs().max() > 0
     assert torch.allclose(results[0][1], results[1][1], rtol=1e-3, atol=1e-7)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from hosl_flower.errors import ProtocolError
-from hosl_flower.protocol.checks import Limits, check_activations
+from hosl_flower.protocol.checks import ReplyLimits, check_activations
 from hosl_flower.protocol.messages.registry import Activations
-from hosl_flower.tensors.activation_codec import decode, encode
+from hosl_flower.tensors.activation_codec import decode_activations, encode_activations
 
 H = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)) * 3
 H[1, 2] = 0.0
@@ -14,9 +14,9 @@ H[1, 2] = 0.0
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_exact_is_exact(dtype):
-    payload, scales = encode(H.to(dtype), "exact")
+    payload, scales = encode_activations(H.to(dtype), "exact")
     assert payload.dtype == dtype
-    assert torch.equal(decode(payload, scales, dtype), H.to(dtype))
+    assert torch.equal(decode_activations(payload, scales, dtype), H.to(dtype))
 
 
 @pytest.mark.parametrize(
@@ -25,31 +25,33 @@ def test_exact_is_exact(dtype):
 @pytest.mark.parametrize("size", [1e-30, 1e-6, 1.0, 1e4])
 def test_the_error_is_half_a_step_of_the_tokens_largest_value(codec, bits, itemsize, size):
     h = H * size
-    payload, scales = encode(h, codec)
+    payload, scales = encode_activations(h, codec)
     assert payload.element_size() == itemsize
-    error = (decode(payload, scales, torch.float32) - h).abs()
+    error = (decode_activations(payload, scales, torch.float32) - h).abs()
     largest = h.abs().amax(-1, keepdim=True)
     assert (error <= largest * 2.0**-bits * 1.01).all()
-    assert (decode(payload, scales, torch.float32)[1, 2] == 0).all()
+    assert (decode_activations(payload, scales, torch.float32)[1, 2] == 0).all()
 
 
 def test_int8_by_hand():
-    payload, scales = encode(torch.tensor([[[254.0, -2.0, 1.1, 0.0]]]), "int8")
+    payload, scales = encode_activations(torch.tensor([[[254.0, -2.0, 1.1, 0.0]]]), "int8")
     assert payload.tolist() == [[[127, -1, 1, 0]]]
     assert scales.tolist() == [[2.0]]
-    assert decode(payload, scales, torch.float32).tolist() == [[[254.0, -2.0, 2.0, 0.0]]]
+    assert decode_activations(payload, scales, torch.float32).tolist() == [
+        [[254.0, -2.0, 2.0, 0.0]]
+    ]
 
 
 @pytest.mark.parametrize("codec", ["exact", "bf16", "fp16", "int8"])
 def test_only_the_runs_codec_is_taken(codec):
-    payload, scales = encode(H, codec)
+    payload, scales = encode_activations(H, codec)
     mask, labels = torch.ones(2, 5, dtype=torch.bool), torch.tensor([0, 1])
     reply = Activations(
         step=1, seconds=0.0, peak_bytes=0, activations=payload, scales=scales,
         attention_mask=mask, labels=labels,
     )  # fmt: skip
     for other in ("exact", "bf16", "fp16", "int8"):
-        limits = Limits(batch=2, length=5, hidden=32, dtype="float32", classes=2, codec=other)
+        limits = ReplyLimits(batch=2, length=5, hidden=32, dtype="float32", classes=2, codec=other)
         if other == codec:
             check_activations(reply, limits)
         else:

@@ -17,7 +17,12 @@ from hosl_flower.config.parse import parse_config
 from hosl_flower.errors import ClientError, ConfigError, ProtocolError
 from hosl_flower.models.batch import Batch
 from hosl_flower.models.decoding import Prompts, Writer, greedy
-from hosl_flower.protocol.checks import Limits, check_activations, check_continued, check_graded
+from hosl_flower.protocol.checks import (
+    ReplyLimits,
+    check_activations,
+    check_continued,
+    check_graded,
+)
 from hosl_flower.protocol.messages.registry import (
     Activations,
     Continue,
@@ -27,7 +32,7 @@ from hosl_flower.protocol.messages.registry import (
     Graded,
 )
 from hosl_flower.run.plan import plan
-from hosl_flower.server.trainer import Server
+from hosl_flower.server.trainer import ServerTrainer
 from hosl_flower.tasks.generated_answers import IGNORED, Completion
 from hosl_flower.tasks.known import TASKS
 from hosl_flower.tasks.squad_score import graded
@@ -57,7 +62,7 @@ def batch_of(client):
 
 def server_of(submodel, **more):
     answers = Completion(lambda text: [], 9, frozenset({9}), 8)
-    return Server(submodel, answers, "sgd", 0.1, **more)
+    return ServerTrainer(submodel, answers, "sgd", 0.1, **more)
 
 
 FINAL_NORMS = {
@@ -260,7 +265,9 @@ def test_a_plan_of_a_run_that_generates(make, tiny_opt, tmp_path, monkeypatch):
     assert {"probe", "forward"} <= planned.peak_bytes.keys()
 
 
-LIMITS = Limits(batch=4, length=10, hidden=3, dtype="float32", classes=1, longest=3, vocabulary=64)
+LIMITS = ReplyLimits(
+    batch=4, length=10, hidden=3, dtype="float32", classes=1, longest=3, vocabulary=64
+)
 AT = {"step": 1, "partition": 0, "position": 0, "digest": "0" * 16, "batch": 0}
 DONE = {"step": 1, "seconds": 0.0, "peak_bytes": 0}
 

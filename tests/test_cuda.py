@@ -8,7 +8,7 @@ from test_state import ENTRIES
 from hosl_flower.client.client import Client
 from hosl_flower.ledger.client_state import ClientState, fingerprint
 from hosl_flower.ledger.ledger import Ledger
-from hosl_flower.ledger.weight_deltas import Shifts
+from hosl_flower.ledger.weight_deltas import WeightDeltas
 from hosl_flower.optim.adafactor_momentum import AdafactorMomentum
 from hosl_flower.optim.gradient import Dense, sparse_rows
 from hosl_flower.run.start import open_run
@@ -51,7 +51,7 @@ def test_a_replay_gives_the_bits_of_the_cpu(optimizer, distribution, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_changes_of_weights_give_the_bits_of_the_cpu(dtype):
     cpu = large("sgd", "rank1", dtype)
-    cuda, shifts = on_cuda(cpu), Shifts(cpu.rows)
+    cuda, shifts = on_cuda(cpu), WeightDeltas(cpu.rows)
     generator = torch.Generator().manual_seed(1)
     for step in range(5):
         coded = shifts.encode(torch.randn(cpu.elements, generator=generator) * 1e-3, step)

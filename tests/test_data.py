@@ -12,7 +12,7 @@ from specs import client_spec
 from hosl_flower.config.parse import parse_config
 from hosl_flower.config.task_from_config import task_from_config
 from hosl_flower.data.client_data import DataPool
-from hosl_flower.data.encoders.prompts import Encoder
+from hosl_flower.data.encoders.prompts import PromptEncoder
 from hosl_flower.data.sources import load_source, take
 from hosl_flower.errors import DataError
 from hosl_flower.models.processors import load_tokenizer
@@ -266,7 +266,7 @@ def test_held_out_examples_reach_every_client(tmp_path):
     spec = client_spec(
         task=TASK, source=str(tmp_path), held_out_examples=12, train_examples=0, eval_examples=0
     )
-    pool = DataPool(spec, Encoder(TASK, load_tokenizer("random:opt-tiny"), 32))
+    pool = DataPool(spec, PromptEncoder(TASK, load_tokenizer("random:opt-tiny"), 32))
     clients = [pool.client(number) for number in range(2)]
     assert [(len(c.train), len(c.held_out)) for c in clients] == [(19, 12)] * 2
     assert examples(*(c.train for c in clients), clients[0].held_out) == examples(numbered(50))

@@ -104,8 +104,7 @@ def test_methods_import_what_the_base_of_methods_may():
         for name, path in FILES.items()
         if name.startswith("strategies.")
         for other in of_ours(path)
-        if not other.startswith("strategies.")
-        and package_of(other) not in {"", "errors", *METHODS}
+        if not other.startswith("strategies.") and package_of(other) not in {"", "errors", *METHODS}
     }
     assert not wrong
     assert not [name for name, path in FILES.items() if name.startswith("hosl_flower.")

@@ -18,12 +18,12 @@ from hosl_flower.models.base_model import open_base
 from hosl_flower.models.families.registry import embedding_name
 from hosl_flower.models.label_head import OutputHead, load_output_head
 from hosl_flower.models.split import load_client, load_server
-from hosl_flower.protocol.checks import Limits
+from hosl_flower.protocol.checks import ReplyLimits
 from hosl_flower.protocol.messages.registry import HeldOutStates, HiddenStates, Scored
 from hosl_flower.protocol.wire import to_wire
 from hosl_flower.server.kept_labels import score_by_client
 from hosl_flower.server.link import Link
-from hosl_flower.tasks.answer_words import Answers
+from hosl_flower.tasks.answer_words import AnswerWords
 from hosl_flower.tensors.raw_bytes import raw_bytes
 from strategies.frozen_client import FrozenClient
 from strategies.heron import Heron
@@ -38,7 +38,7 @@ SEVERAL = [[5], [9, 7, 5], [9, 30]]  # tokens of three answers
 def test_the_gradient_by_hand():
     """h = (1, 1), W = ((2, 0), (0, 2)): both words are as likely, softmax - onehot is
     (-1, 1) / 2."""
-    head = OutputHead(Answers([[0], [1]]), 2 * torch.eye(2))
+    head = OutputHead(AnswerWords([[0], [1]]), 2 * torch.eye(2))
     found = head.judge(torch.ones(1, 1, 2), torch.tensor([0]))
     assert found.loss == pytest.approx(0.6931472, rel=1e-6)
     assert found.gradient.tolist() == [[[-1.0, 1.0]]]
@@ -51,7 +51,7 @@ def test_the_gradient_by_hand():
 
 @pytest.mark.parametrize("words", [[[4], [8]], [[1], [2], [3], [0], [7]]])
 def test_one_token_answers_have_the_bits_of_autograd(words):
-    answers, generator = Answers(words), torch.Generator().manual_seed(0)
+    answers, generator = AnswerWords(words), torch.Generator().manual_seed(0)
     for examples in (1, 3, 8):
         rows = torch.randn(len(words), 24, generator=generator)
         states = torch.randn(examples, 1, 24, generator=generator).requires_grad_()
@@ -67,7 +67,7 @@ def test_one_token_answers_have_the_bits_of_autograd(words):
 def test_answers_of_several_tokens_have_autograds_gradient(monkeypatch, chunk):
     """The head in one piece, or in pieces of 7 rows."""
     monkeypatch.setattr("hosl_flower.models.label_head._CHUNK_ELEMENTS", chunk)
-    answers, generator = Answers(SEVERAL), torch.Generator().manual_seed(0)
+    answers, generator = AnswerWords(SEVERAL), torch.Generator().manual_seed(0)
     head = torch.randn(40, 16, generator=generator)
     states = torch.randn(5, 6, 16, generator=generator).requires_grad_()
     labels = torch.tensor([2, 0, 1, 1, 0])
@@ -264,7 +264,7 @@ def test_a_client_says_nothing_of_its_data_in_an_error(make, tmp_path):
 
 
 class Counting(Link):
-    """Answers that as many examples are right as were sent."""
+    """AnswerWords that as many examples are right as were sent."""
 
     def describe_client(self, partition):
         return f"client {partition}"
@@ -285,7 +285,7 @@ def test_held_out_states_are_asked_for_in_requests_of_an_example_at_least(
 ):
     """States of 4.7 MiB, 1 MiB and 4 KiB each, where 4 MiB go together."""
     spec = client_spec(labels="client")
-    limits = Limits(4, 32, width, "float32", 2, private_labels=True)
+    limits = ReplyLimits(4, 32, width, "float32", 2, private_labels=True)
     link = Counting(history_for(spec), limits)
     at = {"step": 1, "partition": 0, "position": 0, "digest": "0" * 16}
     tally = score_by_client(link, at, [torch.zeros(examples, 1, width)])
@@ -318,12 +318,12 @@ def test_the_head_is_read_row_by_row(tiny_opt, tmp_path):
         width = base.config.hidden_size
         client = load_client(base, 1, torch.float32, "cpu")
         server = load_server(base, 1, torch.float32, "cpu")
-        head = load_output_head(client, base, Answers([[9], [40]]), "cpu", "blocks")
+        head = load_output_head(client, base, AnswerWords([[9], [40]]), "cpu", "blocks")
         assert head.weight.shape == (2, width)
         assert torch.equal(head.weight, server.lm_head.weight[[9, 40]])
         embedding = client.canonical_parameters()[embedding_name(base.config)]
         for trainable in ("full", "blocks"):
-            whole = load_output_head(client, base, Answers(SEVERAL), "cpu", trainable).weight
+            whole = load_output_head(client, base, AnswerWords(SEVERAL), "cpu", trainable).weight
             assert torch.equal(whole, server.lm_head.weight)
             shared = trainable == "blocks" and base.config.tie_word_embeddings
             assert (whole.data_ptr() == embedding.data_ptr()) is shared

@@ -33,15 +33,15 @@ from hosl_flower.flower.stream.link import StreamLink
 from hosl_flower.flower.superlink import SuperLink
 from hosl_flower.ledger.ledger import Entry
 from hosl_flower.methods.load import load_method
-from hosl_flower.protocol.checks import Limits
+from hosl_flower.protocol.checks import ReplyLimits
 from hosl_flower.protocol.messages.registry import Describe, Fetch, Fingerprint, Forward
 from hosl_flower.run.start import run_in_process
 from hosl_flower.server.cohort import Cohort, Question, absent, kept
-from hosl_flower.server.losses import Piece
-from hosl_flower.tasks.answer_words import Answers
+from hosl_flower.server.losses import BatchPiece
+from hosl_flower.tasks.answer_words import AnswerWords
 
 SPEC = client_spec(num_clients=3)
-LIMITS = Limits(batch=8, length=32, hidden=64, dtype="float32", classes=2)
+LIMITS = ReplyLimits(batch=8, length=32, hidden=64, dtype="float32", classes=2)
 NODES = {7 + p: {"partition-id": p, "num-partitions": 3} for p in range(3)}
 
 
@@ -72,7 +72,7 @@ def history():
 
 
 class HeldGrid(LocalGrid):
-    """Answers of the nodes in `held` come when they are let out."""
+    """AnswerWords of the nodes in `held` come when they are let out."""
 
     def __init__(self, nodes):
         super().__init__(nodes)
@@ -223,12 +223,12 @@ def test_gradients_of_labels_that_are_kept_are_waited_for_as_long(
     spec = keepers[0].spec
     history = history_for(spec)
     keys = {"labels": "client", "num-clients": 3, "min-clients": least, "step-deadline": 0.2}
-    encoder = SimpleNamespace(answers=Answers([[4], [8]]))
+    encoder = SimpleNamespace(answers=AnswerWords([[4], [8]]))
     session = SimpleNamespace(config=parse_config(keys), encoder=encoder)
     at = {"step": 1, "position": 0, "digest": history.ledger.digest(), "batch": 0}
     asked = [Forward(**at, partition=p) for p in range(3)]
     states = torch.zeros(6, 1, 64, requires_grad=True)  # of two examples of each client
-    pieces = [Piece(m, 0, 2) for m in range(3)]
+    pieces = [BatchPiece(m, 0, 2) for m in range(3)]
     batches = [SimpleNamespace(activations=torch.empty(2, 4, 64))] * 3
     with held_back(kind, history, monkeypatch, spec) as (link, gate, first):
         labels = kept(session, link, *asked)

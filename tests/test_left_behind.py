@@ -14,12 +14,12 @@ from hosl_flower.config.resolve import resolve
 from hosl_flower.data.client_data import DataPool
 from hosl_flower.models.submodels import ClientSubmodel
 from hosl_flower.server.session import Session
-from hosl_flower.server.trainer import Server
+from hosl_flower.server.trainer import ServerTrainer
 from strategies.ho_sfl import HoSfl
 from strategies.hosl import Hosl
 from strategies.split_fo import SplitFo
 
-HEAVY = (Session, Server, Client, DataPool, ClientSubmodel)
+HEAVY = (Session, ServerTrainer, Client, DataPool, ClientSubmodel)
 
 
 @pytest.fixture

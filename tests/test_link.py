@@ -23,7 +23,7 @@ from hosl_flower.flower.message_link import EXCHANGE, GridLink
 from hosl_flower.flower.nodes import Nodes
 from hosl_flower.flower.records import pack
 from hosl_flower.ledger.ledger import Entry
-from hosl_flower.protocol.checks import Limits
+from hosl_flower.protocol.checks import ReplyLimits
 from hosl_flower.protocol.messages.registry import (
     Activations,
     Applied,
@@ -39,7 +39,7 @@ from hosl_flower.server.in_process import InProcessLink
 from hosl_flower.zo.estimator import projected_gradients
 
 SPEC = client_spec()
-LIMITS = Limits(batch=8, length=32, hidden=64, dtype="float32", classes=2)
+LIMITS = ReplyLimits(batch=8, length=32, hidden=64, dtype="float32", classes=2)
 
 
 @pytest.fixture(autouse=True)

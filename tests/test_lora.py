@@ -18,8 +18,8 @@ from hosl_flower.models.processors import load_tokenizer
 from hosl_flower.models.save_merged import save_merged
 from hosl_flower.models.split import client_skeleton, load_client, load_server
 from hosl_flower.models.submodels import count, trainable_parameters
-from hosl_flower.server.trainer import Server
-from hosl_flower.tasks.answer_words import Answers
+from hosl_flower.server.trainer import ServerTrainer
+from hosl_flower.tasks.answer_words import AnswerWords
 from hosl_flower.zo.directions import DISTRIBUTIONS, Layout
 from hosl_flower.zo.perturbed import perturbed
 
@@ -173,7 +173,7 @@ def test_a_probe_of_adapters_is_a_forward_with_moved_adapters(tiny_opt, distribu
 def test_the_server_trains_what_it_is_told(tiny_opt, trainable, expected):
     directory, _ = tiny_opt()
     _, submodel = halves(directory, lora=LORA if trainable == "lora" else None)
-    server = Server(submodel, Answers([[5], [9]]), "sgd", 1e-2, trainable)
+    server = ServerTrainer(submodel, AnswerWords([[5], [9]]), "sgd", 1e-2, trainable)
     names = {n for n, p in submodel.canonical_parameters().items() if p.requires_grad}
     assert names == {n for n in submodel.canonical_parameters() if expected(n)} - {"lm_head.weight"}
     assert server.answer_rows.requires_grad is (trainable == "full")

@@ -12,7 +12,7 @@ from hosl_flower.flower.records import pack, unpack_replies, unpack_requests
 from hosl_flower.ledger.ledger import Entry, Ledger
 from hosl_flower.protocol.checks import (
     BatchKey,
-    Limits,
+    ReplyLimits,
     check_activations,
     check_described,
     check_fingerprints,
@@ -27,6 +27,7 @@ from hosl_flower.protocol.messages.registry import (
     Activations,
     Adopt,
     Applied,
+    ApplyDeltas,
     Backward,
     Behind,
     CatchUp,
@@ -52,7 +53,6 @@ from hosl_flower.protocol.messages.registry import (
     LocalStep,
     LocalTrain,
     Losses,
-    Move,
     Probe,
     Restore,
     Scalars,
@@ -62,7 +62,7 @@ from hosl_flower.protocol.messages.registry import (
 )
 from hosl_flower.protocol.wire import from_wire, to_wire, wire_bytes
 from hosl_flower.tensors.raw_bytes import DTYPES, raw_bytes, tensor_from_bytes
-from hosl_flower.tensors.update_codec import Rows, check
+from hosl_flower.tensors.update_codec import RowLayout, check
 
 D = "0123456789abcdef"
 AT = {"step": 3, "partition": 1, "position": 2, "digest": D}
@@ -124,7 +124,7 @@ ALL = [
     LocalStep(**{key: CUT[key] for key in (*BACKWARD, "learning_rate")}, local=2),
     Fetch(**AT, local=3, moments=True),
     Adopt(**AT, local=3, weights=D, digest_after=D),
-    Move(
+    ApplyDeltas(
         **AT, steps=(1, 2), present=torch.tensor([[True], [True]]),
         values=torch.arange(10, dtype=torch.int8), scales=torch.rand(2), digests=(D, D),
     ),
@@ -197,7 +197,7 @@ def test_bytes_are_counted_as_sent():
     assert wire_bytes(coded) == len(to_wire(coded)[0]) + 2 * 3 * 4 + 2 * 3 * 4 + 2 * 3 + 2 * 8
 
 
-LIMITS = Limits(batch=8, length=16, hidden=4, dtype="float32", classes=2)
+LIMITS = ReplyLimits(batch=8, length=16, hidden=4, dtype="float32", classes=2)
 HEADER = '"step":3,"partition":1,"position":2,"digest":"0123456789abcdef"'
 
 
@@ -316,7 +316,7 @@ def test_scalars_that_do_not_fit_the_request_are_refused(scalars):
 )
 def test_a_description_that_cannot_be_is_refused(changes, complaint):
     good = next(vars(m) for m in ALL if isinstance(m, Described))
-    limits = Limits(batch=8, length=16, hidden=4, dtype="float32", classes=2, held_out=40)
+    limits = ReplyLimits(batch=8, length=16, hidden=4, dtype="float32", classes=2, held_out=40)
     check_described(Described(**good), limits)
     with pytest.raises(ProtocolError, match=complaint):
         check_described(Described(**{**good, **changes}), limits)
@@ -330,7 +330,7 @@ def test_a_client_cannot_have_an_evaluation_without_end():
 
 
 def test_no_labels_are_taken_where_they_are_the_clients():
-    limits = Limits(8, 16, 4, "float32", 2, private_labels=True, label_counts=False)
+    limits = ReplyLimits(8, 16, 4, "float32", 2, private_labels=True, label_counts=False)
     good = next(vars(m) for m in ALL if isinstance(m, Described))
     check_described(Described(**{**good, "label_counts": ()}), limits)
     with pytest.raises(ProtocolError, match="no label counts, which stay on the client; got 5"):
@@ -369,7 +369,7 @@ def test_totals_that_cannot_be_are_refused(changes):
         check_scored(Scored(**DONE, **{**good, **changes}), request)
 
 
-ROWS = Rows({"a": torch.Size([2, 3]), "b": torch.Size([4])})
+ROWS = RowLayout({"a": torch.Size([2, 3]), "b": torch.Size([4])})
 CODED = {
     "exact": {"values": torch.ones(7), "scales": torch.empty(0)},
     "int8": {"values": torch.ones(7, dtype=torch.int8), "scales": torch.ones(2)},

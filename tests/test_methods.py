@@ -29,8 +29,8 @@ from hosl_flower.protocol.messages.registry import (
 )
 from hosl_flower.server.in_process import InProcessLink
 from hosl_flower.server.open_session import open_session
-from hosl_flower.server.trainer import Server
-from hosl_flower.server.zo_trainer import ZoServer
+from hosl_flower.server.trainer import ServerTrainer
+from hosl_flower.server.zo_trainer import ZoTrainer
 from hosl_flower.tensors.rows import unflat
 from strategies.fedavg_zo import FedAvgZo
 from strategies.frozen_client import FrozenClient
@@ -390,7 +390,7 @@ def test_a_zeroth_order_server_steps_along_its_own_directions(make):
     session = open_session(config, "r", 1)
     client = Client(session.spec)
     (batch,) = client.answer([Forward(**session.at(1, 0), batch=0)])
-    zo, server = ZoServer(session.server, config), session.server
+    zo, server = ZoTrainer(session.server, config), session.server
     before = {name: p.detach().clone() for name, p in server.trained.items()}
     (scalar,) = zo.step(batch, [7])
     direction = zo.layout.draw(7)
@@ -414,7 +414,7 @@ def _server_gradient(server, batch, values):
 
 
 def test_the_server_of_split_zo_takes_tau_steps_before_it_answers_probes(make, monkeypatch):
-    events, loss, step = [], Server.loss, ZoServer.step
+    events, loss, step = [], ServerTrainer.loss, ZoTrainer.step
 
     def noted_loss(self, batch):
         events.append("loss")
@@ -427,8 +427,8 @@ def test_the_server_of_split_zo_takes_tau_steps_before_it_answers_probes(make, m
         events.append(tuple(seeds))
         return scalars
 
-    monkeypatch.setattr(Server, "loss", noted_loss)
-    monkeypatch.setattr(ZoServer, "step", noted_step)
+    monkeypatch.setattr(ServerTrainer, "loss", noted_loss)
+    monkeypatch.setattr(ZoTrainer, "step", noted_step)
     _, a, config = make(SplitZo, **ONE, steps=1, eval_every=1, server_steps=3)
     clean, *turns = events[:4]
     assert clean == "loss"

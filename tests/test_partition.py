@@ -9,7 +9,7 @@ from specs import client_spec
 
 from hosl_flower.config.node_config import shared_between_partitions
 from hosl_flower.data.client_data import ClientData, DataPool
-from hosl_flower.data.encoders.prompts import Encoder
+from hosl_flower.data.encoders.prompts import PromptEncoder
 from hosl_flower.data.partition import make_partitioner
 from hosl_flower.errors import DataError, ProtocolError
 from hosl_flower.models.processors import load_tokenizer
@@ -36,7 +36,7 @@ def examples(*parts):
 
 @pytest.fixture(scope="module")
 def encoder():
-    return Encoder(TASK, load_tokenizer("random:opt-tiny"), 32)
+    return PromptEncoder(TASK, load_tokenizer("random:opt-tiny"), 32)
 
 
 WHO = {"who": [f"person {i % 4}" for i in range(40)]}
@@ -242,7 +242,7 @@ def test_a_thousand_clients_load_once_and_few_are_kept(encoder, monkeypatch):
     original = data.load_source
     monkeypatch.setattr(data, "load_source", lambda *a: loads.append(a) or original(*a))
     spec = client_spec(num_clients=1000, train_examples=0)
-    pool = DataPool(spec, Encoder(spec.task, load_tokenizer(spec.model), 32))
+    pool = DataPool(spec, PromptEncoder(spec.task, load_tokenizer(spec.model), 32))
     started = time.monotonic()
     counts = [pool.client(n).label_counts() for n in range(1000)]
     assert time.monotonic() - started < 30

@@ -18,7 +18,7 @@ from hosl_flower.run import resumable
 from hosl_flower.run.checkpoint import _digest
 from hosl_flower.run.figures import draw_curve, draw_partition
 from hosl_flower.run.lock import claim, lock
-from hosl_flower.run.recorder import Report
+from hosl_flower.run.recorder import Recorder
 from hosl_flower.run.resume import find
 from hosl_flower.run.run_log import RunLog
 from hosl_flower.system.untrusted_files import check_file, check_tree, parse_json, read_regular
@@ -61,7 +61,7 @@ def test_a_default_name_that_is_taken_gets_a_number(tmp_path):
 def test_of_two_runs_of_one_name_the_second_is_refused_when_it_begins(make, tmp_path):
     """Both saw an empty directory before they loaded their models."""
     config = parse_config({"output-dir": str(tmp_path / "runs"), "run-name": "run0"})
-    with RunLog() as kept, Report(config, kept) as late:
+    with RunLog() as kept, Recorder(config, kept) as late:
         _, run, _ = make(save_model=False)
         before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
         with pytest.raises(ConfigError, match="already holds a run"):

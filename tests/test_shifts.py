@@ -1,4 +1,4 @@
-"""shifts.py and Move: clients follow the run's weights in 8 bits, and nothing is lost for good."""
+"""Clients follow the run's weights in 8 bits, and nothing is lost for good (ApplyDeltas)."""
 
 from dataclasses import replace
 
@@ -10,34 +10,34 @@ from hosl_flower.client.client import Client
 from hosl_flower.errors import ProtocolError
 from hosl_flower.ledger.client_state import ClientState
 from hosl_flower.ledger.ledger import fingerprint
-from hosl_flower.ledger.weight_deltas import Shifts
+from hosl_flower.ledger.weight_deltas import WeightDeltas
 from hosl_flower.protocol.messages.registry import (
     Applied,
+    ApplyDeltas,
     Behind,
     Failure,
     Fingerprint,
-    Move,
     Restore,
 )
 from hosl_flower.server.history import History
-from hosl_flower.tensors.update_codec import Rows, decode
+from hosl_flower.tensors.update_codec import RowLayout, decode_update
 
-ROWS = Rows({"w": torch.Size([2, 2])})
+ROWS = RowLayout({"w": torch.Size([2, 2])})
 SPEC = client_spec(client_trainable="blocks", update_codec="int8")
 
 
 def test_what_a_change_loses_is_made_up_for():
     """0.3 beside 127 is written as 0 or 1; in 50 steps it is 15, to within a last one."""
-    shifts = Shifts(ROWS)
+    shifts = WeightDeltas(ROWS)
     change = torch.tensor([0.3, 127.0, 0.0, 0.0])
-    told = sum(decode(ROWS, shifts.encode(change, seed)) for seed in range(50))
+    told = sum(decode_update(ROWS, shifts.encode(change, seed)) for seed in range(50))
     assert told[0] == pytest.approx(15.0, abs=1.05)
     assert told[1] == pytest.approx(50 * 127.0, rel=1e-4)
     assert torch.allclose(told + shifts.lost, 50 * change, atol=1e-3)
 
 
 def test_what_is_lost_of_a_row_waits_until_the_row_changes_again():
-    shifts = Shifts(ROWS)
+    shifts = WeightDeltas(ROWS)
     first = shifts.encode(torch.tensor([0.3, 127.0, 0.3, 127.0]), 1)
     lost = shifts.lost.clone()
     assert lost.any()
@@ -72,7 +72,7 @@ def test_clients_follow_to_the_same_bits_however_far_behind(history):
     start = history.ledger.digest()
     moved(history, [1])
     catch_up = history.catch_up(0, start, 1, end_of(history))
-    assert isinstance(catch_up, Move)
+    assert isinstance(catch_up, ApplyDeltas)
     assert isinstance(next(early.answer([catch_up])), Applied)
     position, digest = early.state.position, early.state.digest
     moved(history, [2, 3])
@@ -145,11 +145,11 @@ def test_clients_share_the_tensors_of_a_move(history):
 
 
 def test_what_a_change_undoes_is_not_told_again():
-    shifts = Shifts(ROWS)
+    shifts = WeightDeltas(ROWS)
     first = torch.tensor([0.3, 127.0, 0.0, 0.0])
-    told = decode(ROWS, shifts.encode(first, 1))
+    told = decode_update(ROWS, shifts.encode(first, 1))
     back = torch.cat([-shifts.lost[:1], torch.tensor([1.0, 0.0, 0.0])])
-    told += decode(ROWS, shifts.encode(back, 2))
+    told += decode_update(ROWS, shifts.encode(back, 2))
     assert torch.allclose(told + shifts.lost, first + back, atol=1e-5)
 
 
@@ -202,7 +202,7 @@ def test_16_bit_weights_move_on_average_by_less_than_their_spacing():
     for step in range(1, 21):
         history.shift(step, torch.full((state.elements,), 1e-5))
         move = history.catch_up(client.state.position, client.state.digest, step, end_of(history))
-        assert isinstance(move, Move)
+        assert isinstance(move, ApplyDeltas)
         assert isinstance(next(client.answer([move])), Applied)
     assert fingerprint(client.state.parameters) == fingerprint(state.parameters)
     assert history.ledger.digest() != start

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from hosl_flower.data.encoders.classifier_text import TextInputs
-from hosl_flower.data.encoders.prompts import Encoder
+from hosl_flower.data.encoders.prompts import PromptEncoder
 from hosl_flower.errors import CheckpointError, ConfigError, DataError
 from hosl_flower.export.generate import _prompt_ids
 from hosl_flower.models import special_tokens
@@ -63,7 +63,7 @@ LLAMA = {"bos_token": "<s>", **EOS}
 def test_a_prompt_begins_with_what_stands_before_a_text_alone(begin, end, expected):
     tokenizer = bpe(begin, end, **LLAMA)
     assert tokenizer.convert_ids_to_tokens(prefix(tokenizer)) == expected
-    encoder = Encoder(OWN, tokenizer, 64)
+    encoder = PromptEncoder(OWN, tokenizer, 64)
     ids = encoder.encode({"text": "two goals"})
     assert tokenizer.decode(ids) == f"{begin}two goals It was"
     long = encoder.encode({"text": "two goals " * 30})
@@ -81,7 +81,7 @@ def test_the_prefix_of_ordinary_tokenizers_is_that_of_an_empty_text(model):
 @pytest.mark.parametrize("named", [{}, {"unk_token": "<unk>"}, EOS, LLAMA])
 def test_padding_is_a_token_that_the_model_has_a_row_for(named):
     tokenizer = bpe(**named)
-    encoder = Encoder(OWN, tokenizer, 64)
+    encoder = PromptEncoder(OWN, tokenizer, 64)
     encoder.check(LlamaConfig(**CONFIG))
     batch = encoder.collate([{"text": "a", "label": 0}, {"text": "a longer text", "label": 1}])
     assert batch.attention_mask[0].tolist() == sorted(batch.attention_mask[0].tolist())
@@ -97,7 +97,7 @@ def test_a_padding_token_without_a_row_is_not_used(named):
     assert tokenizer.pad_token_id == rows
     assert padding(tokenizer, rows) == (tokenizer.eos_token_id or 0)
     assert padding(tokenizer, rows + 1) == rows
-    encoder = Encoder(OWN, tokenizer, 64)
+    encoder = PromptEncoder(OWN, tokenizer, 64)
     encoder.check(LlamaConfig(**{**CONFIG, "vocab_size": rows}))
     rows_of = [{"text": "a", "label": 0}, {"text": "a longer text", "label": 1}]
     assert int(encoder.collate(rows_of).inputs.max()) < rows
@@ -109,15 +109,15 @@ def test_an_added_token_without_a_row_is_refused_where_a_text_has_it():
     tokenizer = bpe(**LLAMA)
     rows = len(tokenizer)
     tokenizer.add_tokens(["photosynthesis"])
-    encoder = Encoder(OWN, tokenizer, 64)
+    encoder = PromptEncoder(OWN, tokenizer, 64)
     encoder.check(LlamaConfig(**{**CONFIG, "vocab_size": rows}))
     assert encoder.encode({"text": "photo"})
     with pytest.raises(DataError, match=r"'photosynthesis', an added token that this model has no"):
         encoder.encode({"text": "of photosynthesis"})
-    encoder = Encoder(Task("own", "{text}", ("bad", "photosynthesis")), tokenizer, 64)
+    encoder = PromptEncoder(Task("own", "{text}", ("bad", "photosynthesis")), tokenizer, 64)
     with pytest.raises(ConfigError, match=r"verbalizers: an answer has 'photosynthesis', an added"):
         encoder.check_vocabulary(rows)
-    told = Encoder(Task("own", "{text}", target="answer"), tokenizer, 64, max_new_tokens=2)
+    told = PromptEncoder(Task("own", "{text}", target="answer"), tokenizer, 64, max_new_tokens=2)
     told.check_vocabulary(rows)
     with pytest.raises(DataError, match="'photosynthesis', an added token"):
         told.collate([{"text": "a", "answers": ["photosynthesis"]}])
@@ -132,13 +132,13 @@ def test_a_token_before_every_text_needs_a_row():
         single="<begin> $A", special_tokens=[("<begin>", rows)]
     )
     with pytest.raises(CheckpointError, match="begins every text with '<begin>', a special token"):
-        Encoder(OWN, tokenizer, 64).check_vocabulary(rows)
+        PromptEncoder(OWN, tokenizer, 64).check_vocabulary(rows)
 
 
 @pytest.mark.parametrize("named", [EOS, {"pad_token": "<pad>"}, {**EOS, "pad_token": "<pad>"}])
 def test_an_empty_text_is_one_token_where_nothing_stands_before_it(named):
     tokenizer = bpe(**named)
-    encoder = Encoder(BARE, tokenizer, 64)
+    encoder = PromptEncoder(BARE, tokenizer, 64)
     encoder.check(LlamaConfig(**CONFIG))
     batch = encoder.collate([{"text": "", "label": 0}, {"text": "a longer text", "label": 1}])
     expected = tokenizer.eos_token_id if "eos_token" in named else tokenizer.pad_token_id
@@ -148,7 +148,7 @@ def test_an_empty_text_is_one_token_where_nothing_stands_before_it(named):
 
 
 def test_an_empty_text_that_nothing_stands_for_is_refused():
-    encoder = Encoder(BARE, bpe(), 64)
+    encoder = PromptEncoder(BARE, bpe(), 64)
     encoder.check(LlamaConfig(**CONFIG))
     with pytest.raises(DataError, match=r"an example has no text, .* take the rows without text"):
         encoder.collate([{"text": "", "label": 0}])
@@ -239,7 +239,7 @@ def test_what_only_sentencepiece_reads_names_the_extra(tmp_path, monkeypatch):
 def test_the_side_a_tokenizer_pads_on_changes_nothing(tmp_path, side):
     shutil.copytree(TOKENIZER, tmp_path / "opt")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "opt", padding_side=side)
-    batch = Encoder(OWN, tokenizer, 64).collate(
+    batch = PromptEncoder(OWN, tokenizer, 64).collate(
         [{"text": "a", "label": 0}, {"text": "a longer text", "label": 1}]
     )
     assert batch.attention_mask[0, 0] == 0

@@ -9,7 +9,7 @@ from runs import question, squad_file
 
 from hosl_flower.config.parse import parse_config
 from hosl_flower.config.task_from_config import task_from_config
-from hosl_flower.data.encoders.prompts import Encoder
+from hosl_flower.data.encoders.prompts import PromptEncoder
 from hosl_flower.data.sources import load_source
 from hosl_flower.errors import ConfigError, DataError
 from hosl_flower.models.processors import load_tokenizer
@@ -159,7 +159,7 @@ def tokenizer():
 
 
 def test_prompt_and_answer_are_those_of_mezo(tokenizer):
-    batch = Encoder(SQUAD, tokenizer, 128).collate([EXAMPLE, {**EXAMPLE, "answers": []}])
+    batch = PromptEncoder(SQUAD, tokenizer, 128).collate([EXAMPLE, {**EXAMPLE, "answers": []}])
     prompt = (
         "Title: Metals\nContext: Gold is heavy. Lead is too.\nQuestion: What is heavy?\nAnswer:"
     )
@@ -172,7 +172,7 @@ def test_prompt_and_answer_are_those_of_mezo(tokenizer):
 
 
 def test_prompts_alone_are_what_is_answered(tokenizer):
-    encoder = Encoder(SQUAD, tokenizer, 128)
+    encoder = PromptEncoder(SQUAD, tokenizer, 128)
     batch = encoder.prompts([EXAMPLE])
     assert batch.input_ids[0].tolist() == encoder.encode(EXAMPLE)
     assert batch.labels.numel() == 0
@@ -180,7 +180,7 @@ def test_prompts_alone_are_what_is_answered(tokenizer):
 
 def test_a_long_example_loses_the_end_of_its_context(tokenizer):
     long = {**EXAMPLE, "question": " ".join(["why"] * 20), "context": " ".join(["gold"] * 300)}
-    encoder = Encoder(SQUAD, tokenizer, 64, max_new_tokens=5)
+    encoder = PromptEncoder(SQUAD, tokenizer, 64, max_new_tokens=5)
     ids = encoder.encode(long)
     text = tokenizer.decode(ids)
     assert len(ids) == 64 - 5 + 1
@@ -191,11 +191,11 @@ def test_a_long_example_loses_the_end_of_its_context(tokenizer):
     longest = {**long, "question": " ".join(["why"] * 200)}
     assert len(encoder.encode(longest)) == 60
     with pytest.raises(ConfigError, match=r"no room .* \(max-new-tokens\)"):
-        Encoder(SQUAD, tokenizer, 64, max_new_tokens=60)
+        PromptEncoder(SQUAD, tokenizer, 64, max_new_tokens=60)
 
 
 def test_a_long_answer_is_cut_and_has_no_end(tokenizer):
-    answers = Encoder(SQUAD, tokenizer, 128, max_new_tokens=4).answers
+    answers = PromptEncoder(SQUAD, tokenizer, 128, max_new_tokens=4).answers
     assert answers.tokens("one two three") == tokenizer(" one two three\n")["input_ids"][1:]
     assert answers.tokens("one two three four five") == answers.tokens("one two three four")[:4]
     labels = answers.labels([{"answers": ["one two three four five"]}, {"answers": ["one"]}])
@@ -204,7 +204,7 @@ def test_a_long_answer_is_cut_and_has_no_end(tokenizer):
 
 
 def test_what_is_generated_ends_with_its_line(tokenizer):
-    encoder = Encoder(SQUAD, tokenizer, 128)
+    encoder = PromptEncoder(SQUAD, tokenizer, 128)
     ids = tokenizer(" Gold and lead\n more", add_special_tokens=False)["input_ids"]
     assert encoder.text(ids) == "Gold and lead"
     eos = tokenizer.eos_token_id

@@ -12,7 +12,7 @@ import pytest
 from strangers import Server, call, knock, noise
 
 from hosl_flower.flower.stream.frames import METHOD, encode_word, read_word
-from hosl_flower.flower.stream.server_end import TOKEN, Session
+from hosl_flower.flower.stream.server_end import TOKEN, StreamSession
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_a_connection_that_says_nothing_is_closed(monkeypatch):
 
 
 def test_a_token_is_used_up_by_one_of_many_who_show_it():
-    session = Session("a node")
+    session = StreamSession("a node")
     token, opened = session.token.encode(), []
     everybody = threading.Barrier(8)
 

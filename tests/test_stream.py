@@ -22,12 +22,19 @@ from hosl_flower.flower.nodes import Nodes
 from hosl_flower.flower.processes import free_port
 from hosl_flower.flower.stream import client_end as dialling
 from hosl_flower.flower.stream.calls import SESSION
-from hosl_flower.flower.stream.frames import METHOD, Key, decode, encode, encode_word, read_word
+from hosl_flower.flower.stream.frames import (
+    METHOD,
+    Key,
+    decode_frame,
+    encode_frame,
+    encode_word,
+    read_word,
+)
 from hosl_flower.flower.stream.link import StreamLink, longest_frame
 from hosl_flower.flower.stream.server_end import TOKEN
 from hosl_flower.ledger.client_state import ClientState
 from hosl_flower.ledger.ledger import Entry
-from hosl_flower.protocol.checks import Limits, check_activations
+from hosl_flower.protocol.checks import ReplyLimits, check_activations
 from hosl_flower.protocol.messages.registry import (
     REPLIES,
     REQUESTS,
@@ -43,13 +50,13 @@ from hosl_flower.protocol.messages.registry import (
 from hosl_flower.protocol.wire import LONGEST_REPLY
 from hosl_flower.server.history import History
 from hosl_flower.server.in_process import InProcessLink
-from hosl_flower.tensors.activation_codec import encode as codec_encode
+from hosl_flower.tensors.activation_codec import encode_activations
 from hosl_flower.tensors.raw_bytes import DTYPES
-from hosl_flower.tensors.update_codec import encode as encode_update
+from hosl_flower.tensors.update_codec import encode_update
 from strategies.ho_sfl import HoSfl
 
 SPEC = client_spec(num_clients=5)
-LIMITS = Limits(batch=8, length=32, hidden=64, dtype="float32", classes=2)
+LIMITS = ReplyLimits(batch=8, length=32, hidden=64, dtype="float32", classes=2)
 TWO = {"num-partitions": 2}
 NODES = {7: {"partition-id": 0, **TWO}, 8: {"partition-id": 1, **TWO}}
 
@@ -291,7 +298,7 @@ HOSTILE = {
 @pytest.mark.parametrize("frame", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_frames_are_one_short_protocol_error(frame):
     with pytest.raises(ProtocolError) as refused:
-        decode(frame, REPLIES, LONGEST_REPLY)
+        decode_frame(frame, REPLIES, LONGEST_REPLY)
     assert len(str(refused.value)) < 400
 
 
@@ -407,9 +414,9 @@ def test_a_token_is_good_once_and_never_after_the_end(history, make):
 
 def test_frames_carry_messages_unchanged():
     forward = Forward(step=1, partition=2, position=0, digest="0" * 16, batch=3)
-    key, back = decode(encode(Key(4, 2, 1), forward), REQUESTS)
+    key, back = decode_frame(encode_frame(Key(4, 2, 1), forward), REQUESTS)
     assert (key, back) == (Key(4, 2, 1), forward)
-    assert read_word(encode(Key(4, 2, 1), forward)) is None
+    assert read_word(encode_frame(Key(4, 2, 1), forward)) is None
     assert read_word(encode_word("close", a=1)) == {"word": "close", "a": 1}
 
 
@@ -418,8 +425,12 @@ def test_the_longest_activations_fit_a_frame(history, dtype, codec):
     """1024 sequences of 384 tokens with answers of 256: labels are 2 MiB, scales 1.5 MiB, and
     what a frame may have beside its tensors is 1 MiB."""
     rows, tokens, answer, width = 1024, 384, 256, 64
-    limits = Limits(rows, tokens, width, dtype, 1, codec=codec, longest=answer, vocabulary=50272)
-    payload, scales = codec_encode(torch.zeros(rows, tokens, width, dtype=DTYPES[dtype]), codec)
+    limits = ReplyLimits(
+        rows, tokens, width, dtype, 1, codec=codec, longest=answer, vocabulary=50272
+    )
+    payload, scales = encode_activations(
+        torch.zeros(rows, tokens, width, dtype=DTYPES[dtype]), codec
+    )
     reply = Activations(
         step=1,
         seconds=0.0,
@@ -430,14 +441,14 @@ def test_the_longest_activations_fit_a_frame(history, dtype, codec):
         labels=torch.zeros(rows, answer, dtype=torch.int64),
     )
     check_activations(reply, limits)
-    assert len(encode(Key(1, 0, 0), reply)) <= longest_frame(limits, history)
+    assert len(encode_frame(Key(1, 0, 0), reply)) <= longest_frame(limits, history)
 
 
 def test_messages_that_no_stream_can_carry_are_refused_before_it_listens(history):
     grid = ThreadGrid(dict(NODES))
     nodes = Nodes(grid, SPEC.num_clients, 0, 20.0)
     nodes.wait(0.1, 1)
-    wide = Limits(batch=8, length=1 << 16, hidden=1 << 12, dtype="float32", classes=2)
+    wide = ReplyLimits(batch=8, length=1 << 16, hidden=1 << 12, dtype="float32", classes=2)
     with pytest.raises(ConfigError, match=r"may take \d+ bytes, .* at most 2147483647: set link"):
         StreamLink(grid, SPEC, history, wide, 20.0, nodes, 600.0)
 
@@ -468,12 +479,14 @@ def test_the_longest_gradient_fits_a_frame(codec):
     state = ClientState({"w": weights}, "rank1", "sgd", "g")
     coded = encode_update(state.rows, [("w", weights.detach())], codec, seed=1)
     reply = Gradient(step=1, seconds=0.0, peak_bytes=0, **vars(coded))
-    limits = Limits(1, 8, 8, "float32", 1)
-    assert len(encode(Key(1, 0, 0), reply)) <= longest_frame(limits, History(state, "g"))
+    limits = ReplyLimits(1, 8, 8, "float32", 1)
+    assert len(encode_frame(Key(1, 0, 0), reply)) <= longest_frame(limits, History(state, "g"))
 
 
 def broken_frames():
-    good = encode(Key(0, 0, 0), Forward(step=1, partition=2, position=0, digest="0" * 16, batch=3))
+    good = encode_frame(
+        Key(0, 0, 0), Forward(step=1, partition=2, position=0, digest="0" * 16, batch=3)
+    )
     yield b""
     yield good[:10]
     yield good + b"x"
@@ -492,7 +505,7 @@ def test_broken_frames_are_one_protocol_error(index):
         body = frame[4:]
         frame = len(body).to_bytes(4, "little") + body
     with pytest.raises(ProtocolError):
-        decode(frame, {**REQUESTS, **REPLIES})
+        decode_frame(frame, {**REQUESTS, **REPLIES})
 
 
 def test_a_client_with_weights_of_its_own_stays_with_its_worker(history, make, monkeypatch):

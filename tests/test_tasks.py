@@ -8,7 +8,7 @@ from conftest import TOKENIZER_SIZE, put_into_hub_cache
 
 from hosl_flower.config.parse import parse_config
 from hosl_flower.config.task_from_config import task_from_config
-from hosl_flower.data.encoders.prompts import Encoder, cut_longest
+from hosl_flower.data.encoders.prompts import PromptEncoder, cut_longest
 from hosl_flower.errors import CheckpointError, ConfigError, DataError
 from hosl_flower.models.processors import load_tokenizer
 from hosl_flower.tasks.known import TASKS
@@ -40,7 +40,7 @@ def test_bundled_tokenizer_is_that_of_opt(tokenizer):
 
 
 def test_prompt_is_rendered_and_tokenized_as_one_text(tokenizer):
-    encoder = Encoder(SST2, tokenizer, 32)
+    encoder = PromptEncoder(SST2, tokenizer, 32)
     assert encoder.answers.tokens == [[6587], [372]]
     for text in ("a moving film .", "", "braces {sentence} {} stay", "caf\u00e9 \U0001f600"):
         ids = encoder.encode({"sentence": text})
@@ -50,13 +50,13 @@ def test_prompt_is_rendered_and_tokenized_as_one_text(tokenizer):
 def test_prompt_of_several_columns(tokenizer):
     pair = own_task("{premise} Question: {hypothesis} Answer:")
     assert pair.fields == ["premise", "hypothesis"]
-    ids = Encoder(pair, tokenizer, 32).encode({"premise": "Rain.", "hypothesis": "Wet?"})
+    ids = PromptEncoder(pair, tokenizer, 32).encode({"premise": "Rain.", "hypothesis": "Wet?"})
     assert tokenizer.decode(ids) == "</s>Rain. Question: Wet? Answer:"
 
 
 def test_batches_are_padded_on_the_left(tokenizer):
     rows = [{"sentence": "good", "label": 1}, {"sentence": "not good at all", "label": 0}]
-    encoder = Encoder(SST2, tokenizer, 32)
+    encoder = PromptEncoder(SST2, tokenizer, 32)
     batch = encoder.collate(rows)
     short, long = (encoder.encode(row) for row in rows)
     padding = len(long) - len(short)
@@ -68,29 +68,29 @@ def test_batches_are_padded_on_the_left(tokenizer):
 
 
 def test_long_texts_are_cut_before_the_question(tokenizer):
-    encoder = Encoder(SST2, tokenizer, 8)
+    encoder = PromptEncoder(SST2, tokenizer, 8)
     ids = encoder.encode({"sentence": "one two three four five six seven eight"})
     assert tokenizer.decode(ids) == "</s>one two three four five It was"
     assert len(ids) == 8
 
 
 def test_the_longest_field_is_cut_and_the_question_survives(tokenizer):
-    boolq = Encoder(TASKS["boolq"], tokenizer, 16)
+    boolq = PromptEncoder(TASKS["boolq"], tokenizer, 16)
     example = {"passage": "one two three four five six seven eight nine ten", "question": "is it"}
     ids = boolq.encode(example)
     assert tokenizer.decode(ids) == "</s>one two three four five six seven eight nine ten is it?\n"
     for length in (15, 14, 8):
-        ids = Encoder(TASKS["boolq"], tokenizer, length).encode(example)
+        ids = PromptEncoder(TASKS["boolq"], tokenizer, length).encode(example)
         kept = " ".join(example["passage"].split()[: length - 5])
         assert tokenizer.decode(ids) == f"</s>{kept} is it?\n"
         assert len(ids) == length
     example = {"passage": "short", "question": "one two three four five six seven eight nine ten"}
-    ids = Encoder(TASKS["boolq"], tokenizer, 8).encode(example)
+    ids = PromptEncoder(TASKS["boolq"], tokenizer, 8).encode(example)
     assert tokenizer.decode(ids) == "</s>short one two three four?\n"
 
 
 def test_both_fields_of_a_pair_are_cut_when_both_are_long(tokenizer):
-    encoder = Encoder(TASKS["rte"], tokenizer, 30)
+    encoder = PromptEncoder(TASKS["rte"], tokenizer, 30)
     ids = encoder.encode({"premise": "very " * 50 + "wet", "hypothesis": "dry " * 50})
     text = tokenizer.decode(ids)
     assert len(ids) in (29, 30)
@@ -122,7 +122,7 @@ def test_no_task_loses_its_question(tokenizer, name, length):
     task = TASKS[name]
     example = {field: " ".join(["word"] * length) for field in task.fields}
     for most in (64, 128):
-        ids = Encoder(task, tokenizer, most).encode(example)
+        ids = PromptEncoder(task, tokenizer, most).encode(example)
         text = tokenizer.decode(ids[1:])
         assert len(ids) <= most
         place = 0
@@ -171,7 +171,7 @@ def test_prompts_and_words_are_those_of_mezo(tokenizer, name):
     """Prompt and word give the tokens of the text that has both: the answer of a prompt that ends
     in a newline follows it without a space."""
     example, prompt, words = MEZO[name]
-    encoder = Encoder(TASKS[name], tokenizer, 64)
+    encoder = PromptEncoder(TASKS[name], tokenizer, 64)
     ids = encoder.encode(example)
     assert ids == tokenizer(prompt)["input_ids"]
     gap = "" if prompt.endswith("\n") else " "
@@ -181,17 +181,17 @@ def test_prompts_and_words_are_those_of_mezo(tokenizer, name):
 
 
 def test_every_task_has_one_token_words_for_opt(tokenizer):
-    assert {Encoder(task, tokenizer, 64).answers.sequences for task in TASKS.values()} == {1}
+    assert {PromptEncoder(task, tokenizer, 64).answers.sequences for task in TASKS.values()} == {1}
 
 
 def test_the_answer_follows_a_space_that_the_prompt_ends_in(tokenizer):
-    encoder = Encoder(Task("own", "{text} So: ", ("bad", "good")), tokenizer, 32)
+    encoder = PromptEncoder(Task("own", "{text} So: ", ("bad", "good")), tokenizer, 32)
     assert tokenizer.decode(encoder.encode({"text": "x"})) == "</s>x So:"
     assert tokenizer.decode([t for word in encoder.answers.tokens for t in word]) == " bad good"
 
 
 def test_words_of_several_tokens_make_a_row_per_label(tokenizer):
-    encoder = Encoder(Task("own", "{text} It was", ("bad", "not bad at")), tokenizer, 8)
+    encoder = PromptEncoder(Task("own", "{text} It was", ("bad", "not bad at")), tokenizer, 8)
     bad, (no, *more) = encoder.answers.tokens
     assert (encoder.answers.sequences, encoder.answers.longest) == (2, 3)
     rows = [{"text": "a b", "label": 1}, {"text": "one two three four five six", "label": 0}]
@@ -216,7 +216,7 @@ def test_a_tokenizer_without_padding_or_prefix_will_do(tokenizer):
         def __call__(self, text, add_special_tokens=True):
             return {"input_ids": tokenizer(text, add_special_tokens=False)["input_ids"]}
 
-    encoder = Encoder(SST2, Plain(), 32)
+    encoder = PromptEncoder(SST2, Plain(), 32)
     assert encoder.pad_id == 7
     assert tokenizer.decode(encoder.encode({"sentence": "fine"})) == "fine It was"
 
@@ -231,7 +231,7 @@ def test_a_tokenizer_without_padding_or_prefix_will_do(tokenizer):
 )
 def test_what_a_vocabulary_cannot_do_is_refused(tokenizer, words, length, message):
     with pytest.raises(ConfigError, match=message):
-        Encoder(Task("own", "{text} It was", words), tokenizer, length)
+        PromptEncoder(Task("own", "{text} It was", words), tokenizer, length)
 
 
 def test_overrides_of_a_known_task():
@@ -290,7 +290,7 @@ def test_incomplete_tasks_and_idle_keys_are_refused(keys, message):
     ],
 )
 def test_braces_that_name_no_column_are_text(prompt, rendered, tokenizer):
-    encoder = Encoder(own_task(prompt), tokenizer, 32)
+    encoder = PromptEncoder(own_task(prompt), tokenizer, 32)
     ids = encoder.encode({"text": "so {dull}"})
     assert tokenizer.decode(ids[1:]) == rendered
 
@@ -316,7 +316,7 @@ def test_a_prompt_without_a_column_says_how_to_write_one(prompt):
 
 
 def test_tokenizer_larger_than_the_vocabulary_is_refused(tokenizer):
-    encoder = Encoder(SST2, tokenizer, 32)
+    encoder = PromptEncoder(SST2, tokenizer, 32)
     encoder.check_vocabulary(TOKENIZER_SIZE)
     with pytest.raises(CheckpointError, match=f"{TOKENIZER_SIZE} tokens.* only 64 rows"):
         encoder.check_vocabulary(64)
@@ -357,7 +357,7 @@ def test_tokenizer_of_a_model_that_cannot_be_had_is_refused(hub_cache):
 def test_a_special_token_without_an_embedding_is_refused_only_where_it_is_used():
     tokenizer = load_tokenizer("random:any")
     tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
-    encoder = Encoder(SST2, tokenizer, 32)
+    encoder = PromptEncoder(SST2, tokenizer, 32)
     encoder.check_vocabulary(TOKENIZER_SIZE)  # one row fewer than there are tokens
     assert encoder.encode({"sentence": "an image"})
     with pytest.raises(DataError, match=r"the text '<image>', a special token that this model"):

@@ -7,7 +7,7 @@ from specs import client_spec
 
 from hosl_flower.client.client import Client
 from hosl_flower.errors import ConfigError
-from hosl_flower.privacy.activation_noise import Veil
+from hosl_flower.privacy.activation_noise import ActivationNoise
 from hosl_flower.privacy.noise_secret import simulated_secret
 from hosl_flower.protocol.messages.registry import CutGradient, Failure, Forward, Probe
 from strategies.frozen_client import FrozenClient
@@ -35,14 +35,14 @@ def sequences(count=3, length=5, hidden=400):
 def test_noise_has_its_share_of_each_tokens_size():
     h, ids, mask = sequences()
     h[:, 2] *= 100
-    noise = Veil(0.25, b"s").over(h, ids, mask, "w") - h
+    noise = ActivationNoise(0.25, b"s").over(h, ids, mask, "w") - h
     share = noise.square().mean(-1).sqrt() / h.square().mean(-1).sqrt()
     assert share.sub(0.25).abs().max() < 4 * 0.25 / (2 * 400) ** 0.5
     assert abs(float((noise / h.square().mean(-1, keepdim=True).sqrt()).mean())) < 0.02
 
 
 def test_an_example_has_one_noise_at_the_same_weights_wherever_it_is():
-    veil = Veil(1.0, b"s")
+    veil = ActivationNoise(1.0, b"s")
     h, ids, mask = sequences()
     noise = veil.over(h, ids, mask, "w") - h
     turned = veil.over(h.flip(0), ids.flip(0), mask, "w") - h.flip(0)
@@ -53,7 +53,7 @@ def test_an_example_has_one_noise_at_the_same_weights_wherever_it_is():
     padded = veil.over(*longer, "w")
     assert padded[:, :2].abs().max() == 0
     assert (padded[:, 2:] - h).allclose(noise, atol=1e-5)
-    other = Veil(1.0, b"t").over(h, ids, mask, "w") - h
+    other = ActivationNoise(1.0, b"t").over(h, ids, mask, "w") - h
     assert (other - noise).abs().mean() > 1
     moved = veil.over(h, ids, mask, "other weights") - h
     assert (moved - noise).abs().mean() > 1
@@ -64,7 +64,7 @@ def test_an_example_has_one_noise_at_the_same_weights_wherever_it_is():
 
 
 def test_pixels_are_an_example_too():
-    veil, pixels = Veil(1.0, b"s"), torch.rand(2, 3, 4, 4)
+    veil, pixels = ActivationNoise(1.0, b"s"), torch.rand(2, 3, 4, 4)
     h, mask = torch.ones(2, 9, 6), torch.ones(2, 9, dtype=torch.int64)
     first, second = veil.over(h, pixels, mask, "w") - h
     assert (first - second).abs().mean() > 0.5
@@ -73,7 +73,7 @@ def test_pixels_are_an_example_too():
 
 def test_sixteen_bits_stay_sixteen():
     h, ids, mask = sequences()
-    assert Veil(0.5, b"s").over(h.bfloat16(), ids, mask, "w").dtype == torch.bfloat16
+    assert ActivationNoise(0.5, b"s").over(h.bfloat16(), ids, mask, "w").dtype == torch.bfloat16
 
 
 def asked(spec, *requests, secret=None):

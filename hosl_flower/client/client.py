@@ -13,8 +13,8 @@ from typing import ClassVar
 import torch
 
 from hosl_flower.client.compute import Compute
-from hosl_flower.client.ledger_follower import UNKNOWN, Answer, Follower
-from hosl_flower.client.local_weights import Branches
+from hosl_flower.client.ledger_follower import UNKNOWN, Follower, ReplyParts
+from hosl_flower.client.local_weights import LocalWeights
 from hosl_flower.config.client_spec import ClientSpec
 from hosl_flower.data.client_data import DataPool
 from hosl_flower.data.encoders.make import make_inputs
@@ -23,12 +23,13 @@ from hosl_flower.ledger.new_state import load_client_half, new_state
 from hosl_flower.models.base_model import model_config, open_base
 from hosl_flower.models.label_head import OutputHead, load_output_head
 from hosl_flower.models.submodels import ClientSubmodel
-from hosl_flower.privacy.activation_noise import veil_of
+from hosl_flower.privacy.activation_noise import activation_noise_of
 from hosl_flower.privacy.dp_scalars import mechanism_of
 from hosl_flower.privacy.noise_secret import simulated_secret
 from hosl_flower.protocol.messages.registry import (
     Activations,
     Adopt,
+    ApplyDeltas,
     Backward,
     Behind,
     CatchUp,
@@ -54,7 +55,6 @@ from hosl_flower.protocol.messages.registry import (
     LocalStep,
     LocalTrain,
     Losses,
-    Move,
     Probe,
     Reply,
     Request,
@@ -64,7 +64,7 @@ from hosl_flower.protocol.messages.registry import (
     Stepped,
     Weights,
 )
-from hosl_flower.tasks.answer_words import Answers
+from hosl_flower.tasks.answer_words import AnswerWords
 from hosl_flower.tensors.device import pick_device
 from hosl_flower.tensors.memory import Meter, peak_rss_bytes
 
@@ -73,7 +73,7 @@ log = logging.getLogger("hosl_flower")
 
 # with dp-noise all that is answered: what else there is may tell of examples
 _PRIVATE = (
-    Describe, HeadProbe, Losses, CatchUp, Restore, Move, Fetch, Adopt, Fingerprint,
+    Describe, HeadProbe, Losses, CatchUp, Restore, ApplyDeltas, Fetch, Adopt, Fingerprint,
 )  # fmt: skip
 
 
@@ -100,7 +100,7 @@ class Client(Follower):
     ):
         self.spec, self.remote = spec, remote
         self.secret = secret
-        self.mechanism, self.veil = mechanism_of(spec, secret), veil_of(spec, secret)
+        self.mechanism, self.veil = mechanism_of(spec, secret), activation_noise_of(spec, secret)
         self.device = pick_device(device or spec.device)
         self.model = model or spec.model
         self.encoder = make_inputs(spec, self.model, model_config(self.model))
@@ -110,7 +110,7 @@ class Client(Follower):
 
     def reset(self) -> None:
         """Back to the base checkpoint, before the first update."""
-        for name in ("submodel", "state", "compute", "branches"):  # never two copies
+        for name in ("submodel", "state", "compute", "local_weights"):  # never two copies
             self.__dict__.pop(name, None)
         spec = self.spec
         base = open_base(self.model, spec.seed, partial=True)
@@ -122,12 +122,12 @@ class Client(Follower):
             )
             if spec.labels == "client":
                 answers = self.encoder.answers
-                assert isinstance(answers, Answers)  # inputs.make_inputs has checked it
+                assert isinstance(answers, AnswerWords)  # inputs.make_inputs has checked it
                 head = load_output_head(
                     self.submodel, base, answers, self.device, spec.client_trainable
                 )
         self.state = new_state(self.submodel, spec)
-        self.branches = Branches(self.state)
+        self.local_weights = LocalWeights(self.state)
         self.compute = Compute(
             spec, self.submodel, self.state, self.pool, self.meter, self.device, head,
             self.mechanism, self.veil,
@@ -174,7 +174,7 @@ class Client(Follower):
             return f"{kind}: {IN_THE_LOG}, which keeps its data to itself"
         return public_reason(error)[:4000]
 
-    def _handle(self, request: Request) -> Answer:
+    def _handle(self, request: Request) -> ReplyParts:
         if self.mechanism is not None and not isinstance(request, _PRIVATE):
             raise ProtocolError(
                 f"{request.kind}: with dp-noise nothing but noisy scalars leaves this client"
@@ -193,27 +193,27 @@ class Client(Follower):
                 return self.catch_up(request)
             case Restore():
                 return self.restore(request)
-            case Move():
+            case ApplyDeltas():
                 return self.move(request)
             case Losses() | Adopt() if self.already_applied(request):
                 return self.applied()
         here = (self.state.position, self.state.digest)
         if (request.position, request.digest) != here:
             return Behind, {"position": here[0], "digest": here[1]}
-        if isinstance(request, LocalStep) and self.branches.has_taken(request):
+        if isinstance(request, LocalStep) and self.local_weights.has_taken(request):
             return Stepped, {"local": request.local + 1}  # asked again: its receipt was lost
-        on_trunk = self.branches.on_trunk
-        if not self.branches.enter(request):
+        at_shared = self.local_weights.at_shared
+        if not self.local_weights.enter(request):
             # nobody's ledger has this digest: whatever is needed will be sent
             return Behind, {"position": 0, "digest": UNKNOWN}
-        if not (on_trunk and self.branches.on_trunk):
+        if not (at_shared and self.local_weights.at_shared):
             self.compute.moved()
         handler = self._HANDLERS.get(type(request))
         if handler is None:
             raise ProtocolError(f"no answer to a {request.kind} request")
         return handler(self, request)
 
-    def _describe(self, request: Describe) -> Answer:
+    def _describe(self, request: Describe) -> ReplyParts:
         self.encoder.check(self.config)
         data = self.pool.client(request.partition)
         if self.mechanism is not None:  # a step is not to fail for what is in one example
@@ -228,56 +228,56 @@ class Client(Follower):
             "held_out_overlap": data.overlap.flat() if told and data.overlap else (),
         }
 
-    def _fingerprints(self, request: Fingerprint) -> Answer:
+    def _fingerprints(self, request: Fingerprint) -> ReplyParts:
         self.state.mark()
         trail = {p: m.fingerprint for p, m in self.state.trail.items() if p >= request.since}
         return Fingerprinted, {"positions": tuple(trail), "fingerprints": tuple(trail.values())}
 
-    def _probe(self, request: Probe) -> Answer:
+    def _probe(self, request: Probe) -> ReplyParts:
         return Activations, self.compute.probed(request)
 
-    def _forward(self, request: Forward) -> Answer:
+    def _forward(self, request: Forward) -> ReplyParts:
         return Activations, self.compute.clean(request)
 
-    def _evaluate(self, request: Evaluate) -> Answer:
+    def _evaluate(self, request: Evaluate) -> ReplyParts:
         return Activations, self.compute.evaluate(request)
 
-    def _continue(self, request: Continue) -> Answer:
+    def _continue(self, request: Continue) -> ReplyParts:
         return Continued, self.compute.writing.continued(request, self.compute.phase)
 
-    def _grade(self, request: Grade) -> Answer:
+    def _grade(self, request: Grade) -> ReplyParts:
         return Graded, {"scores": self.compute.writing.grades(request)}
 
-    def _cut_gradient(self, request: CutGradient) -> Answer:
+    def _cut_gradient(self, request: CutGradient) -> ReplyParts:
         scalars, _ = self.compute.probe_linear(request)
         return Scalars, {"scalars": torch.tensor(scalars, dtype=torch.float32)}
 
-    def _local_train(self, request: LocalTrain) -> Answer:
+    def _local_train(self, request: LocalTrain) -> ReplyParts:
         return Change, vars(self.compute.change(request))
 
-    def _head_probe(self, request: HeadProbe) -> Answer:
+    def _head_probe(self, request: HeadProbe) -> ReplyParts:
         scalars, loss = self.compute.probe_head(request)
         return Scalars, {"scalars": torch.tensor(scalars, dtype=torch.float32), "loss": loss}
 
-    def _backward(self, request: Backward) -> Answer:
+    def _backward(self, request: Backward) -> ReplyParts:
         return Gradient, vars(self.compute.gradient(request))
 
-    def _local_step(self, request: LocalStep) -> Answer:
-        self.branches.keep_trunk()
+    def _local_step(self, request: LocalStep) -> ReplyParts:
+        self.local_weights.keep_shared()
         try:
             self.compute.local_step(request)
         except BaseException:
-            self.branches.lost()
+            self.local_weights.lost()
             raise
-        self.branches.moved(request)
+        self.local_weights.moved(request)
         return Stepped, {"local": request.local + 1}
 
-    def _fetch(self, request: Fetch) -> Answer:
+    def _fetch(self, request: Fetch) -> ReplyParts:
         with self.compute.phase("exchange", self.state.elements):
             now = self.state.snapshot(request.moments)
         return Weights, {"updates": now.updates, "weights": now.weights, "moments": now.moments}
 
-    _HANDLERS: ClassVar[dict[type[Request], Callable[..., Answer]]] = {
+    _HANDLERS: ClassVar[dict[type[Request], Callable[..., ReplyParts]]] = {
         Probe: _probe,
         Forward: _forward,
         Evaluate: _evaluate,

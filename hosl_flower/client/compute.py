@@ -23,7 +23,7 @@ from hosl_flower.ledger.client_state import ClientState
 from hosl_flower.models.batch import Batch
 from hosl_flower.models.label_head import Judged, OutputHead
 from hosl_flower.models.submodels import ClientSubmodel
-from hosl_flower.privacy.activation_noise import Veil
+from hosl_flower.privacy.activation_noise import ActivationNoise
 from hosl_flower.privacy.dp_scalars import Mechanism
 from hosl_flower.protocol.messages.requests import (
     Backward,
@@ -38,14 +38,13 @@ from hosl_flower.protocol.messages.requests import (
     Probe,
     Request,
 )
-from hosl_flower.tensors.activation_codec import encode, has_scales
+from hosl_flower.tensors.activation_codec import encode_activations, has_scales
 from hosl_flower.tensors.cut_gradient import Cotangent, Pieces
 from hosl_flower.tensors.memory import Meter
 from hosl_flower.tensors.raw_bytes import dtype_name
 from hosl_flower.tensors.rows import unflat
 from hosl_flower.tensors.seeds import derive_seed
-from hosl_flower.tensors.update_codec import Coded
-from hosl_flower.tensors.update_codec import encode as encode_update
+from hosl_flower.tensors.update_codec import Coded, encode_update
 from hosl_flower.zo.estimator import Point, directional, estimate
 from hosl_flower.zo.surrogates import linear
 
@@ -81,7 +80,7 @@ class Compute:
         device: str,
         head: OutputHead | None = None,
         mechanism: Mechanism | None = None,
-        veil: Veil | None = None,
+        veil: ActivationNoise | None = None,
     ):
         self.mechanism, self.veil = mechanism, veil
         self.spec, self.submodel, self.state, self.head = spec, submodel, state, head
@@ -143,7 +142,7 @@ class Compute:
     def _reply(self, batch: Batch, pieces: Pieces, weights: str) -> dict[str, Any]:
         if self.veil is not None:
             pieces = self._veiled(batch, pieces, weights)
-        coded = ((first, encode(piece, self.spec.codec)) for first, piece in pieces)
+        coded = ((first, encode_activations(piece, self.spec.codec)) for first, piece in pieces)
         activations, scales = put_together(coded, len(batch.inputs))
         return {
             "activations": activations,

@@ -16,7 +16,7 @@ from hosl_flower.models.decoding import Prompts, checked
 from hosl_flower.models.submodels import ClientSubmodel
 from hosl_flower.protocol.messages.requests import Continue, Evaluate, Grade
 from hosl_flower.tasks.squad_score import graded
-from hosl_flower.tensors.activation_codec import encode
+from hosl_flower.tensors.activation_codec import encode_activations
 
 
 class Writing:
@@ -50,7 +50,7 @@ class Writing:
         tokens = checked(request.tokens, count, self.spec.max_new_tokens, self._vocabulary)
         with phase("evaluate", prompts.batch.input_ids.numel() + tokens.numel()):
             coded = (
-                (first, encode(piece, self.spec.codec))
+                (first, encode_activations(piece, self.spec.codec))
                 for first, piece in prompts.activations(tokens)
             )
             activations, scales = put_together(coded, count)

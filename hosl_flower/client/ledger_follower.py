@@ -6,17 +6,17 @@ from typing import Any
 import torch
 
 from hosl_flower.client.compute import Compute
-from hosl_flower.client.local_weights import Branches
+from hosl_flower.client.local_weights import LocalWeights
 from hosl_flower.errors import DriftError, ProtocolError
 from hosl_flower.ledger.client_state import ClientState
 from hosl_flower.ledger.ledger import Entry, chain, chain_entries, fingerprint
 from hosl_flower.protocol.messages.registry import (
     Adopt,
     Applied,
+    ApplyDeltas,
     Behind,
     CatchUp,
     Losses,
-    Move,
     Reply,
     Restore,
 )
@@ -24,7 +24,7 @@ from hosl_flower.tensors.seeds import derive_seed
 from hosl_flower.zo.estimator import clip, projected_gradients
 
 UNKNOWN = "0" * 16  # a digest that no ledger has
-Answer = tuple[type[Reply], dict[str, Any]]  # kind of reply and its own fields
+ReplyParts = tuple[type[Reply], dict[str, Any]]  # kind of reply and its own fields
 
 
 class Follower(ABC):
@@ -33,13 +33,13 @@ class Follower(ABC):
 
     state: ClientState
     compute: Compute
-    branches: Branches
+    local_weights: LocalWeights
 
     @abstractmethod
     def reset(self) -> None:
         """Back to the base checkpoint, before the first update."""
 
-    def adopt(self, request: Adopt) -> Answer:
+    def adopt(self, request: Adopt) -> ReplyParts:
         """The weights the client has come to by itself are everybody's."""
         own = fingerprint(self.state.parameters)
         if own != request.weights:
@@ -48,10 +48,10 @@ class Follower(ABC):
                 f"{request.weights}"
             )
         self.state.arrive(request.position + 1, request.digest_after, request.step)
-        self.branches.clear()
+        self.local_weights.clear()
         return self.applied()
 
-    def update(self, request: Losses) -> Answer:
+    def update(self, request: Losses) -> ReplyParts:
         """Phase 3 of HOSL: regenerate each direction from its seed, step along it."""
         scalars = torch.tensor(projected_gradients(request.losses, request.epsilon))
         bounded = tuple(clip(scalars, request.clip).tolist())
@@ -72,13 +72,13 @@ class Follower(ABC):
             return self.state.digest == request.digest_after
         return self.state.position > request.position
 
-    def catch_up(self, request: CatchUp) -> Answer:
+    def catch_up(self, request: CatchUp) -> ReplyParts:
         """Apply what is missing of the entries; what was applied already must be the same."""
         entries, state = request.entries, self.state  # validated before anything is lost
         digests = chain_entries(request.digest, entries)
         done = state.position - request.position
         known = 0 <= done < len(digests) and digests[done] == state.digest
-        if not (known and self.branches.on_trunk):
+        if not (known and self.local_weights.at_shared):
             if request.position:
                 return Behind, {"position": state.position, "digest": state.digest}
             self.reset()  # another history: start over from the base checkpoint
@@ -88,17 +88,17 @@ class Follower(ABC):
         self.apply(entries[done:])
         return self.applied()
 
-    def move(self, request: Move) -> Answer:
+    def move(self, request: ApplyDeltas) -> ReplyParts:
         """Make what is missing of the changes; that the weights are the server's then, fingerprints
         tell."""
         state, changes = self.state, request.changes(self.state.rows)  # before anything is lost
         digests = (request.digest, *request.digests)
         done = state.position - request.position
         known = 0 <= done < len(digests) and digests[done] == state.digest
-        if not (known and self.branches.on_trunk):
+        if not (known and self.local_weights.at_shared):
             return Behind, {"position": state.position, "digest": state.digest}
         self.compute.moved()
-        self.branches.clear()
+        self.local_weights.clear()
         try:
             with self.compute.phase("exchange", state.elements, request.values):
                 for step, digest, change in changes[done:]:
@@ -110,10 +110,10 @@ class Follower(ABC):
             raise
         return self.applied()
 
-    def restore(self, request: Restore) -> Answer:
+    def restore(self, request: Restore) -> ReplyParts:
         """Become what the server's copy is, whatever there was before."""
         here = (self.state.position, self.state.digest) == (request.position, request.digest)
-        if not (here and self.branches.on_trunk):
+        if not (here and self.local_weights.at_shared):
             self.compute.moved()
             tensors = (request.weights, request.moments)
             try:
@@ -121,18 +121,18 @@ class Follower(ABC):
                     self.state.restore(request.snapshot, request.step)
             except ValueError as error:
                 raise ProtocolError(f"restore: {error}") from error
-            self.branches.clear()
+            self.local_weights.clear()
         return self.applied()
 
     def apply(self, entries: list[Entry]) -> None:
         """Make the updates of ledger entries that follow on the position."""
         if entries:
             self.compute.moved()
-            self.branches.clear()
+            self.local_weights.clear()
             directions = max(len(entry.seeds) for entry in entries)
             with self.compute.phase("update", directions):
                 self.state.apply(entries)
 
-    def applied(self) -> Answer:
+    def applied(self) -> ReplyParts:
         """The receipt: where the client is now."""
         return Applied, {"position": self.state.position, "digest": self.state.digest}

@@ -13,7 +13,7 @@ _TRUNK: _Key = (-1, 0)  # what all clients share: the ledger's weights
 _NOWHERE: _Key = (-1, -1)  # what a local step that failed half-way has left
 
 
-class Branches:
+class LocalWeights:
     """The states of the clients of one process, one of them in place."""
 
     def __init__(self, state: ClientState):
@@ -27,7 +27,7 @@ class Branches:
         self._asked: set[int] = set()  # partitions that have been at these shared weights
 
     @property
-    def on_trunk(self) -> bool:
+    def at_shared(self) -> bool:
         """Whether the state in place is the ledger's."""
         return self._here == _TRUNK
 
@@ -52,9 +52,9 @@ class Branches:
         key = (request.partition, request.local + 1)
         return key == self._here or key in self._kept
 
-    def keep_trunk(self) -> None:
+    def keep_shared(self) -> None:
         """To be called before a local step: what others still need of the state is kept."""
-        if self.on_trunk and len(self._asked) > 1:
+        if self.at_shared and len(self._asked) > 1:
             self._kept[_TRUNK] = self.state.snapshot()
 
     def lost(self) -> None:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from hosl_flower.config.client_spec import ClientSpec
 from hosl_flower.config.node_config import PLACEHOLDER, shared_between_partitions
-from hosl_flower.data.encoders.base import Inputs
-from hosl_flower.data.encoders.prompts import Encoder
+from hosl_flower.data.encoders.base import ExampleEncoder
+from hosl_flower.data.encoders.prompts import PromptEncoder
 from hosl_flower.data.partition import make_partitioner
 from hosl_flower.errors import DataError, ProtocolError
 from hosl_flower.models.batch import Batch
@@ -40,7 +40,7 @@ class ClientData:
         self,
         train: Dataset,
         held_out: Dataset,
-        encoder: Inputs,
+        encoder: ExampleEncoder,
         order_seed: int,
         overlap: "Overlap | None" = None,
     ):
@@ -113,7 +113,11 @@ class DataPool:
     """
 
     def __init__(
-        self, spec: ClientSpec, encoder: Inputs, own: str = "", columns: tuple[str, ...] = ()
+        self,
+        spec: ClientSpec,
+        encoder: ExampleEncoder,
+        own: str = "",
+        columns: tuple[str, ...] = (),
     ):
         self.spec, self.encoder, self.own, self.columns = spec, encoder, own, columns
         self._clients: OrderedDict[int, ClientData] = OrderedDict()
@@ -121,9 +125,9 @@ class DataPool:
         self._served: int | None = None
 
     @property
-    def text_encoder(self) -> Encoder:
+    def text_encoder(self) -> PromptEncoder:
         """Of prompts: a language model's. ProtocolError where the run has another kind."""
-        if not isinstance(self.encoder, Encoder):
+        if not isinstance(self.encoder, PromptEncoder):
             raise ProtocolError(
                 f"the request is for a language model, task {self.spec.task.name} has none here: "
                 "server and client do not run the same release"

@@ -18,7 +18,7 @@ Part = dict[int, list[Request]]  # by partition: what one message asks
 
 
 @dataclass(eq=False)
-class Letter:
+class PendingMessage:
     """A message to one node, which has `seconds` to answer. answer: None while there is none; over:
     nothing more will come; dropped: nobody reads its answer any more."""
 
@@ -37,20 +37,20 @@ class Mailbox:
 
     def __init__(self, grid: AnyGrid, write: Callable[[Node, Part, float], Message]):
         self.grid, self.write = grid, write
-        self._out: dict[str, Letter] = {}  # by message id
+        self._out: dict[str, PendingMessage] = {}  # by message id
 
     def send(
         self, parts: Mapping[Node, Part], seconds: Callable[[Part], float]
-    ) -> dict[Node, Letter]:
+    ) -> dict[Node, PendingMessage]:
         """One message to each node. seconds: that a node has to answer a part."""
         letters = {}
         for node, part in parts.items():
             own = seconds(part)
-            letters[node] = Letter(node, part, own, time.monotonic() + own)
+            letters[node] = PendingMessage(node, part, own, time.monotonic() + own)
         self._push(list(letters.values()))
         return letters
 
-    def wait(self, letter: Letter, until: float = math.inf) -> bool:
+    def wait(self, letter: PendingMessage, until: float = math.inf) -> bool:
         """Until it is answered or given up; False when it is `until` before that. Polls as often
         as pays: Flower's own send_and_receive does so every 3 s in deployment."""
         pause = _FIRST_POLL_SECONDS
@@ -69,7 +69,7 @@ class Mailbox:
         """Take what has come, send again what a dying process left, give up what is too late.
         Does not wait."""
         answers = list(self.grid.pull_messages(list(self._out))) if self._out else []
-        again: dict[Letter, Message] = {}
+        again: dict[PendingMessage, Message] = {}
         for answer in answers:
             letter = self._out.pop(answer.metadata.reply_to_message_id, None)
             if letter is None or letter.dropped:
@@ -88,7 +88,7 @@ class Mailbox:
                 letter.over = True
                 del self._out[i]
 
-    def drop(self, letter: Letter) -> None:
+    def drop(self, letter: PendingMessage) -> None:
         """Do not read its answer, if it still comes."""
         letter.dropped, letter.answer = True, None
 
@@ -96,7 +96,7 @@ class Mailbox:
         """Ids of the nodes that have not yet answered what has been dropped."""
         return {letter.node.id for letter in self._out.values() if letter.dropped}
 
-    def _push(self, letters: list[Letter]) -> None:
+    def _push(self, letters: list[PendingMessage]) -> None:
         if not letters:
             return
         ids = self.grid.push_messages([self.write(x.node, x.part, x.seconds) for x in letters])

@@ -21,11 +21,11 @@ from hosl_flower.errors import (
     printable,
 )
 from hosl_flower.flower.announced import Node
-from hosl_flower.flower.mailbox import Letter, Mailbox, Part
-from hosl_flower.flower.nodes import Limit, Nodes
+from hosl_flower.flower.mailbox import Mailbox, Part, PendingMessage
+from hosl_flower.flower.nodes import Nodes, WaitLimit
 from hosl_flower.flower.records import pack, unpack_replies
 from hosl_flower.flower.superlink import AnyGrid
-from hosl_flower.protocol.checks import Limits
+from hosl_flower.protocol.checks import ReplyLimits
 from hosl_flower.protocol.messages.registry import (
     Backward,
     Evaluate,
@@ -56,7 +56,7 @@ class GridLink(Link):
         grid: AnyGrid,
         spec: ClientSpec,
         history: History,
-        limits: Limits,
+        limits: ReplyLimits,
         deadline: float,
         nodes: Nodes,
     ):
@@ -95,11 +95,11 @@ class GridLink(Link):
             streams |= {partition: exchange.read(partition) for partition in by_node[node]}
         return {partition: streams[partition] for partition in requests}
 
-    def post_to(self, node: Node, part: Part) -> Letter:
+    def post_to(self, node: Node, part: Part) -> PendingMessage:
         """A message to one node."""
         return self.mailbox.send({node: part}, self._seconds)[node]
 
-    def limit(self, part: Part) -> Limit:
+    def limit(self, part: Part) -> WaitLimit:
         """What a node may take to answer it."""
         return self.nodes.limit(self.deadline, itertools.chain(*part.values()))
 
@@ -153,9 +153,9 @@ class GridLink(Link):
 class _NodeExchange:
     """The messages of one exchange with one node, and the replies taken from them so far."""
 
-    def __init__(self, link: GridLink, node: Node, parts: list[Part], first: Letter):
+    def __init__(self, link: GridLink, node: Node, parts: list[Part], first: PendingMessage):
         self.link, self.node, self.parts = link, node, parts
-        self.letter: Letter | None = first  # the one that is waited for
+        self.letter: PendingMessage | None = first  # the one that is waited for
         self.wanted = parts[0]  # what it asks
         self.readers = {partition for part in parts for partition in part}
         self.ended: set[int] = set()  # partitions that get nothing more

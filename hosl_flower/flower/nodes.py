@@ -20,7 +20,7 @@ _POLL_SECONDS = 0.05
 _TRIES = 3
 
 
-class Limit(NamedTuple):
+class WaitLimit(NamedTuple):
     """Of a wait. key: the run-config key that allows more."""
 
     seconds: float
@@ -47,12 +47,12 @@ class Nodes:
         self._refused: set[int] = set()  # ids of nodes that serve nobody, as has been said
         self._fixed = 0  # M, once the run has started
 
-    def limit(self, deadline: float, requests: Iterable[Request]) -> Limit:
+    def limit(self, deadline: float, requests: Iterable[Request]) -> WaitLimit:
         """What a node may take to answer these: a description needs the node's data to be loaded,
         which is part of its start."""
         if any(isinstance(request, Describe) for request in requests):
-            return Limit(self.deadline, "nodes-deadline")
-        return Limit(deadline, "reply-deadline")
+            return WaitLimit(self.deadline, "nodes-deadline")
+        return WaitLimit(deadline, "reply-deadline")
 
     @property
     def count(self) -> int:

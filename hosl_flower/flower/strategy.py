@@ -15,7 +15,7 @@ from hosl_flower.errors import HoslError
 from hosl_flower.flower.open_link import open_link
 from hosl_flower.methods.method import Method
 from hosl_flower.run.loop import train
-from hosl_flower.run.recorder import Report
+from hosl_flower.run.recorder import Recorder
 from hosl_flower.run.results import Results
 from hosl_flower.run.run_log import RunLog, stop_announced
 from hosl_flower.run.start import open_run, settings
@@ -55,7 +55,7 @@ class SplitStrategy(Strategy):
         with (
             RunLog() as kept,
             stop_announced(kept, "flwr stop, or SuperLink is gone"),
-            Report(config, kept) as report,
+            Recorder(config, kept) as report,
         ):
             session, checkpoint = open_run(method, run)
             link = open_link(

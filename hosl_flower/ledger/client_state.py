@@ -18,7 +18,7 @@ from hosl_flower.optim.by_name import make_optimizer, second_moments, state_shap
 from hosl_flower.optim.gradient import Dense, Gradient, Seeded
 from hosl_flower.tensors.rounding import store
 from hosl_flower.tensors.rows import as_matrix_shape, row_chunks
-from hosl_flower.tensors.update_codec import Coded, Rows, pieces_of
+from hosl_flower.tensors.update_codec import Coded, RowLayout, pieces_of
 from hosl_flower.zo.directions import Layout
 
 _TRAIL_ELEMENTS = 1 << 20  # up to so many, every update is fingerprinted (milliseconds)
@@ -62,7 +62,7 @@ class ClientState:
     ):
         self.parameters = dict(sorted(parameters.items()))
         self.layout = Layout({n: p.shape for n, p in self.parameters.items()}, distribution)
-        self.rows = Rows(self.layout.shapes)
+        self.rows = RowLayout(self.layout.shapes)
         self.optimizer_name = optimizer
         self.optimizer = make_optimizer(optimizer)
         self.position, self.digest = 0, first_digest(genesis)

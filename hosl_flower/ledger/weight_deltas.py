@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hosl_flower.tensors.update_codec import Coded, Rows, decode, encode
+from hosl_flower.tensors.update_codec import Coded, RowLayout, decode_update, encode_update
 
 
 @dataclass(frozen=True)
-class Shift:
+class WeightDelta:
     """One change, from the ledger position and digest before it to the digest after it."""
 
     step: int
@@ -25,7 +25,7 @@ class Shift:
 
 
 @dataclass(frozen=True)
-class Passage:
+class DeltaSpan:
     """Changes that follow on each other. present bool [steps, R]; values and scales one after the
     other; digests: after each."""
 
@@ -38,7 +38,7 @@ class Passage:
     scales: Tensor
 
     @classmethod
-    def of(cls, shifts: list[Shift]) -> "Passage":
+    def of(cls, shifts: list[WeightDelta]) -> "DeltaSpan":
         """Of one or more; the tensors of one are not copied."""
         first, coded = shifts[0], [shift.coded for shift in shifts]
         alone = len(shifts) == 1
@@ -53,22 +53,22 @@ class Passage:
         )
 
 
-class Shifts:
+class WeightDeltas:
     """The latest of a run. lost: float32 [n], of what clients have not been told yet."""
 
-    def __init__(self, rows: Rows):
+    def __init__(self, rows: RowLayout):
         self.rows = rows
         self.lost: Tensor | None = None
-        self._kept: deque[Shift] = deque()
-        self._passages: dict[int, Passage] = {}  # to the latest, by position, for all clients
+        self._kept: deque[WeightDelta] = deque()
+        self._passages: dict[int, DeltaSpan] = {}  # to the latest, by position, for all clients
 
     def encode(self, change: Tensor, seed: int) -> Coded:
         """A change of the weights, float32 [n], and what earlier ones have lost of its rows."""
         lost = torch.zeros_like(change) if self.lost is None else self.lost
         moving = self._moving(change)
         wanted = torch.where(moving, change + lost, 0.0)
-        coded = encode(self.rows, self.rows.parts(wanted), "int8", seed)
-        self.lost = torch.where(moving, wanted - decode(self.rows, coded), lost)
+        coded = encode_update(self.rows, self.rows.parts(wanted), "int8", seed)
+        self.lost = torch.where(moving, wanted - decode_update(self.rows, coded), lost)
         return coded
 
     def _moving(self, change: Tensor) -> Tensor:
@@ -78,18 +78,18 @@ class Shifts:
             return torch.empty(0, dtype=torch.bool)
         return torch.cat(rows).repeat_interleave(self.rows.widths())
 
-    def keep(self, shift: Shift, limit: int) -> None:
+    def keep(self, shift: WeightDelta, limit: int) -> None:
         """For clients that follow step by step; as many of the latest as are `limit` bytes."""
         self._passages.clear()
         self._kept.append(shift)
         while sum(kept.coded.nbytes for kept in self._kept) > limit:
             self._kept.popleft()
 
-    def since(self, position: int, digest: str) -> Passage | None:
+    def since(self, position: int, digest: str) -> DeltaSpan | None:
         """From there to the latest; None where one of the changes between is not kept."""
         found = [shift for shift in self._kept if shift.position >= position]
         if not found or (found[0].position, found[0].digest) != (position, digest):
             return None
         if position not in self._passages:
-            self._passages[position] = Passage.of(found)
+            self._passages[position] = DeltaSpan.of(found)
         return self._passages[position]

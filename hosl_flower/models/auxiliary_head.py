@@ -15,7 +15,7 @@ from hosl_flower.models.families.base import HEAD
 from hosl_flower.models.families.registry import embedding_name
 from hosl_flower.models.split import fill_buffers, server_skeleton
 from hosl_flower.models.submodels import AUXILIARY, ClientSubmodel
-from hosl_flower.tasks.answer_words import Answers
+from hosl_flower.tasks.answer_words import AnswerWords
 from hosl_flower.tasks.scoring import Scoring
 
 ROWS = f"{AUXILIARY}rows"
@@ -49,7 +49,7 @@ def attach_head(client: ClientSubmodel, base: Base, answers: Scoring, device: st
             "a client with a head of its own (HERON-SFL, full ZO) needs a language model; for "
             "classifiers use another strategy"
         )
-    if not isinstance(answers, Answers):
+    if not isinstance(answers, AnswerWords):
         raise ConfigError(
             "a client with a head of its own (HERON-SFL, full ZO) needs a task with answer words: "
             "text that is generated needs the whole LM head; choose another strategy"
@@ -69,7 +69,7 @@ def attach_head(client: ClientSubmodel, base: Base, answers: Scoring, device: st
     client.head = AnswerHead(decoder, _answer_rows(client, base, answers).to(device))
 
 
-def _answer_rows(client: ClientSubmodel, base: Base, answers: Answers) -> Tensor:
+def _answer_rows(client: ClientSubmodel, base: Base, answers: AnswerWords) -> Tensor:
     """Rows [C, D] of the LM head, float32. A tied head is the embedding, which is here."""
     ids = torch.tensor(answers.ids)
     name = embedding_name(base.config)

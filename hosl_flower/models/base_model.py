@@ -16,7 +16,7 @@ from hosl_flower.models.checkpoints.model_kind import (
     not_a_config,
     without_config,
 )
-from hosl_flower.models.checkpoints.source import Checkpoint, RandomWeights, WeightSource
+from hosl_flower.models.checkpoints.source import PretrainedWeights, RandomWeights, WeightSource
 from hosl_flower.models.families.base import HEAD, Family
 from hosl_flower.models.families.decoders import FAMILIES
 from hosl_flower.models.families.registry import family_of
@@ -63,7 +63,9 @@ def open_base(model: str, seed: int = 0, partial: bool = False) -> Base:
         config, 0
     )  # an impossible configuration is refused here, not midway
     names = family.heads, family.renames(whole)
-    checkpoint = Checkpoint(base_of(model), family.base_prefix, family.blocks, partial, *names)
+    checkpoint = PretrainedWeights(
+        base_of(model), family.base_prefix, family.blocks, partial, *names
+    )
     if checkpoint.blocks() > family.count(config):
         raise CheckpointError(
             f"{model}: config.json says {family.count(config)} blocks, the weights have "

@@ -26,7 +26,7 @@ from hosl_flower.models.base_model import Base
 from hosl_flower.models.families.base import HEAD
 from hosl_flower.models.families.registry import embedding_name
 from hosl_flower.models.submodels import ClientSubmodel
-from hosl_flower.tasks.answer_words import Answers
+from hosl_flower.tasks.answer_words import AnswerWords
 
 _SLOPE = torch.ops.aten._log_softmax_backward_data.default
 _CHUNK_ELEMENTS = 1 << 22  # of the LM head at a time, in float32
@@ -44,7 +44,7 @@ class Judged(NamedTuple):
 class OutputHead:
     """The LM head [V, D], or float32 rows [C, D] of it where each answer word is one token."""
 
-    def __init__(self, answers: Answers, weight: Tensor):
+    def __init__(self, answers: AnswerWords, weight: Tensor):
         self.answers, self.weight = answers, weight
 
     @torch.no_grad()
@@ -88,7 +88,7 @@ class OutputHead:
 
 
 def load_output_head(
-    client: ClientSubmodel, base: Base, answers: Answers, device: str, trainable: str
+    client: ClientSubmodel, base: Base, answers: AnswerWords, device: str, trainable: str
 ) -> OutputHead:
     """The head of the base model, as the server has it, float32.
 

@@ -34,8 +34,10 @@ from hosl_flower.tensors.rows import as_matrix_shape, matrix_of, row_chunks
 
 _BETA2, _TINY, _CLIP = 0.999, 1e-30, 1.0
 
-Rows = slice | Tensor
-Updates = Callable[[], Iterator[tuple[Rows, Tensor]]]  # some rows' u at a time, as often as called
+RowIndex = slice | Tensor
+Updates = Callable[
+    [], Iterator[tuple[RowIndex, Tensor]]
+]  # some rows' u at a time, as often as called
 
 
 class Seen:
@@ -53,7 +55,7 @@ class Seen:
             elif tensor is not None:
                 self._values = matrix_of(tensor).to(matrix.device)
 
-    def chunks(self) -> Iterator[tuple[Rows, Tensor]]:
+    def chunks(self) -> Iterator[tuple[RowIndex, Tensor]]:
         """(which rows, their gradient as a new float32 [rows, in])."""
         for start, block in row_chunks(self.matrix if self._values is None else self._values):
             stop = start + len(block)
@@ -66,7 +68,7 @@ class Seen:
                 term.subtract_(g, self.name, start, -scalar)
             yield slice(start, stop), g
 
-    def updates(self, rows: Tensor, columns: Tensor) -> Iterator[tuple[Rows, Tensor]]:
+    def updates(self, rows: Tensor, columns: Tensor) -> Iterator[tuple[RowIndex, Tensor]]:
         """As chunks, g times rows [out] times columns [in]."""
         for which, g in self.chunks():
             yield which, g.mul_(rows[which].unsqueeze(1)).mul_(columns)
@@ -99,7 +101,7 @@ class Adafactor(Optimizer):
 
     def changes(
         self, seen: Seen, updates: Updates, scale: float, seed: int
-    ) -> Iterator[tuple[Rows, Tensor]]:
+    ) -> Iterator[tuple[RowIndex, Tensor]]:
         """Which rows of the parameter are to be changed, and by what in units of eta."""
         for which, u in updates():
             yield which, u.mul_(scale)

@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hosl_flower.optim.adafactor import Adafactor, Rows, Seen, Updates, state_size
+from hosl_flower.optim.adafactor import Adafactor, RowIndex, Seen, Updates, state_size
 from hosl_flower.tensors.rounding import OTHER_ROWS, quantize
 from hosl_flower.tensors.rows import as_matrix_shape, matrix_of, row_chunks
 
@@ -82,7 +82,7 @@ class AdafactorMomentum(Adafactor):
 
     def changes(
         self, seen: Seen, updates: Updates, scale: float, seed: int
-    ) -> Iterator[tuple[Rows, Tensor]]:
+    ) -> Iterator[tuple[RowIndex, Tensor]]:
         if seen.name not in self.averages:
             self.averages[seen.name] = _Eight.zeros(seen.matrix, torch.int8)
         codes, scales = (average := self.averages[seen.name]).codes, average.scales
@@ -136,7 +136,7 @@ class AdafactorMomentum(Adafactor):
             self.averages[name] = _Eight.of(own, p, torch.int8)
 
 
-def _over(seen: Seen, root: _Eight) -> Iterator[tuple[Rows, Tensor]]:
+def _over(seen: Seen, root: _Eight) -> Iterator[tuple[RowIndex, Tensor]]:
     """Some rows' g over sqrt(v) at a time. What was rounded to zero is less than one step of its
     row's, and counts as that: a larger divisor, never a tiny one."""
     for which, g in seen.chunks():

@@ -24,7 +24,7 @@ from hosl_flower.tensors.philox import NORMALS
 
 
 @dataclass(frozen=True)
-class Veil:
+class ActivationNoise:
     """share: s. secret: the client's own (secret.py)."""
 
     share: float
@@ -56,6 +56,6 @@ class Veil:
         return int.from_bytes(hmac.digest(self.secret, data, "sha256")[:8], "little") >> 1
 
 
-def veil_of(spec: ClientSpec, secret: bytes | None) -> Veil | None:
+def activation_noise_of(spec: ClientSpec, secret: bytes | None) -> ActivationNoise | None:
     """Of a run; None without activation-noise. ValueError for noise without a secret."""
-    return Veil(spec.activation_noise, given(secret)) if spec.activation_noise else None
+    return ActivationNoise(spec.activation_noise, given(secret)) if spec.activation_noise else None

@@ -41,7 +41,7 @@ from hosl_flower.tensors.raw_bytes import (
     largest,
     raw_bytes,
 )
-from hosl_flower.tensors.update_codec import Rows, check
+from hosl_flower.tensors.update_codec import RowLayout, check
 
 _MOST_EXAMPLES = 10**9
 _MOST_HELD_OUT = 10**6  # each of their batches is a request of the server's, at every evaluation
@@ -50,7 +50,7 @@ _MOST_BYTES = 2**46  # 64 TiB
 
 
 @dataclass(frozen=True)
-class Limits:
+class ReplyLimits:
     """What a run's replies may look like: activations of at most `batch` sequences of `length`
     tokens, of width `hidden` and `dtype`, written by `codec`, with labels of `classes` classes;
     `each` sequences per example, of `shortest` tokens or more, so that an answer has its place;
@@ -91,7 +91,7 @@ def check_measures(reply: Reply) -> None:
         raise ProtocolError(f"memory: expected at most {_MOST_BYTES} bytes, got {most}")
 
 
-def check_update(reply: Update, rows: Rows, limits: Limits) -> None:
+def check_update(reply: Update, rows: RowLayout, limits: ReplyLimits) -> None:
     """ProtocolError unless a gradient or a change of weights is of these rows, and none of its
     values would change a weight by more than `limits.step`."""
     rate = limits.rate if isinstance(reply, Gradient) else 1.0
@@ -103,7 +103,7 @@ def _most(step: float, rate: float) -> float:
     return min(LARGEST_SCALAR, step / rate) if rate else LARGEST_SCALAR
 
 
-def check_described(reply: Described, limits: Limits) -> None:
+def check_described(reply: Described, limits: ReplyLimits) -> None:
     """ProtocolError unless a client's numbers of examples fit each other and the run."""
     train, held_out, counts = reply.train_examples, reply.held_out_examples, reply.label_counts
     if not limits.label_counts:
@@ -132,7 +132,7 @@ def check_described(reply: Described, limits: Limits) -> None:
         )
 
 
-def check_activations(reply: Activations, limits: Limits) -> None:
+def check_activations(reply: Activations, limits: ReplyLimits) -> None:
     """ProtocolError unless the reply is a batch this run can use: shapes, dtypes, finite."""
     _check_sequences(reply, limits, limits.shortest)
     batch, length = reply.activations.shape[:2]
@@ -140,7 +140,7 @@ def check_activations(reply: Activations, limits: Limits) -> None:
     _check_values(reply, limits)
 
 
-def check_continued(reply: Continued, request: Continue, limits: Limits) -> None:
+def check_continued(reply: Continued, request: Continue, limits: ReplyLimits) -> None:
     """ProtocolError unless the reply is of whole prompts, or of a token after each."""
     _check_sequences(reply, limits, 1)
     batch, length = reply.activations.shape[:2]
@@ -163,7 +163,7 @@ def check_graded(reply: Graded, request: Grade) -> None:
         raise OutOfRangeError("scores: expected 0 to 1")
 
 
-def _check_sequences(reply: Activations | Continued, limits: Limits, shortest: int) -> None:
+def _check_sequences(reply: Activations | Continued, limits: ReplyLimits, shortest: int) -> None:
     """Form of activations [B, S, H], of sequences of `shortest` tokens or more, and their mask."""
     h, mask = reply.activations, reply.attention_mask
     wanted = str(wire_dtype(limits.codec, DTYPES[limits.dtype])).removeprefix("torch.")
@@ -196,7 +196,7 @@ def _is_left_padded(used: Tensor) -> bool:
     return bool((used.long().diff(dim=1) >= 0).all() and used[:, -1].all())
 
 
-def _check_values(reply: Activations | Continued, limits: Limits) -> None:
+def _check_values(reply: Activations | Continued, limits: ReplyLimits) -> None:
     h = reply.activations
     found = largest(reply.scales) * 127.0 if has_scales(limits.codec) else largest(h)
     if not math.isfinite(found):
@@ -208,7 +208,7 @@ def _check_values(reply: Activations | Continued, limits: Limits) -> None:
         )
 
 
-def _check_labels(labels: Tensor, batch: int, length: int, limits: Limits) -> None:
+def _check_labels(labels: Tensor, batch: int, length: int, limits: ReplyLimits) -> None:
     """Of the examples of `batch` sequences of `length` tokens."""
     examples, rest = divmod(batch, limits.each)
     if limits.private_labels:
@@ -232,7 +232,7 @@ def _check_labels(labels: Tensor, batch: int, length: int, limits: Limits) -> No
         )
 
 
-def _check_tokens(labels: Tensor, batch: int, length: int, limits: Limits) -> None:
+def _check_tokens(labels: Tensor, batch: int, length: int, limits: ReplyLimits) -> None:
     """Labels that are the tokens of answers, left-padded."""
     most = min(limits.longest, length)
     fits = labels.dtype == torch.int64 and labels.dim() == 2 and len(labels) == batch

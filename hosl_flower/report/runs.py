@@ -18,7 +18,7 @@ from hosl_flower.errors import CheckpointError, HoslError, printable
 from hosl_flower.run.run_files import (
     ConfigFile,
     Evaluation,
-    Measured,
+    MetricsLine,
     Read,
     ResultsFile,
     Sent,
@@ -43,7 +43,7 @@ class Run:
     name: str
     results: ResultsFile
     settings: ConfigFile
-    metrics: Sequence[Measured]
+    metrics: Sequence[MetricsLine]
     ledger: Sequence[Update]
     finished: bool
     diverged: str
@@ -149,7 +149,7 @@ def _read(path: Path, name: str) -> Run:
         name=name,
         results=results or ResultsFile(),
         settings=settings or ConfigFile(),
-        metrics=_lines(path / "metrics.jsonl", Measured, problems),
+        metrics=_lines(path / "metrics.jsonl", MetricsLine, problems),
         ledger=_lines(path / "ledger.jsonl", Update, problems),
         finished=results is not None and diverged is None,
         diverged="" if diverged is None else diverged.decode(errors="replace").strip(),

@@ -33,7 +33,7 @@ from hosl_flower.protocol.messages.registry import (
 )
 from hosl_flower.run.checkpoint import Checkpoint
 from hosl_flower.run.ending import warn_of_room
-from hosl_flower.run.recorder import Report
+from hosl_flower.run.recorder import Recorder
 from hosl_flower.run.results import Results
 from hosl_flower.run.resume import earlier_traffic
 from hosl_flower.server.evaluate import score_batches
@@ -55,7 +55,7 @@ def train(
     method: Method,
     session: Session,
     link: Link,
-    report: Report,
+    report: Recorder,
     checkpoint: Checkpoint | None = None,
 ) -> Results:
     """Run a method to the saved model, from the first step or from where a checkpoint left it;
@@ -120,7 +120,7 @@ def judge_of(session: Session, link: Link) -> Link:
 
 @contextlib.contextmanager
 def rescued(
-    method: Method, session: Session, link: Link, report: Report, done: int, saved: int
+    method: Method, session: Session, link: Link, report: Recorder, done: int, saved: int
 ) -> Iterator[None]:
     """A step that fails before it has changed anything, as most do that lack clients, loses none
     of those before it: there is a checkpoint of the last one. But none of a run that has diverged:
@@ -265,7 +265,7 @@ def _evaluate_on(session: Session, judge: Link, step: int, partition: int) -> He
     return score
 
 
-def finish(method: Method, session: Session, link: Link, report: Report) -> Results:
+def finish(method: Method, session: Session, link: Link, report: Recorder) -> Results:
     """Check the client submodels against the history, write the results, save the model.
 
     HoslError when something could not be written, after everything else has been; what it needs is

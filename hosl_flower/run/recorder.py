@@ -39,10 +39,10 @@ from hosl_flower.run.ending import Ending
 from hosl_flower.run.figures import draw_curve, draw_partition
 from hosl_flower.run.headline import headline
 from hosl_flower.run.lock import claim, lock, refuse_used
-from hosl_flower.run.results import Measured, Results, results_of
+from hosl_flower.run.results import Results, RunFigures, results_of
 from hosl_flower.run.resume import collect, run_directory
 from hosl_flower.run.run_log import RunLog
-from hosl_flower.run.summary import plan, table
+from hosl_flower.run.summary import announcement, table
 from hosl_flower.run.trackers import Trackers, check_trackers
 from hosl_flower.server.scores import HeldOut
 from hosl_flower.server.session import Session
@@ -56,7 +56,7 @@ _PROGRESS_SECONDS = 5.0
 _PACKAGES = ("hosl-flower", "flwr", "torch", "transformers", "datasets", "ray", "numpy")
 
 
-class Report:
+class Recorder:
     """The run directory and the log of one run; a context that holds the directory's lock."""
 
     def __init__(self, config: RunConfig, kept: RunLog):
@@ -87,7 +87,7 @@ class Report:
         self._last_loss = float("nan")
         self._earlier = 0.0  # seconds before the checkpoint this run goes on from
 
-    def __enter__(self) -> "Report":
+    def __enter__(self) -> "Recorder":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -117,7 +117,7 @@ class Report:
         self.trackers = Trackers(self.config.tracker_names, self.directory, self.config.as_keys())
         with self._warned("partition.png"):
             draw_partition(self.directory / "partition.png", counts, names)
-        for line in plan(method, session):
+        for line in announcement(method, session):
             log.info(line)
         log.info("run directory: %s", self.directory)
         self._started = self._last_line = time.perf_counter()
@@ -272,7 +272,7 @@ class Report:
         """Write all that was measured; log the table. checked: clients whose fingerprint is the
         one in the results."""
         assert self.final is not None
-        measured = Measured(self.final, self.evaluations, self._seconds, self._wall_seconds())
+        measured = RunFigures(self.final, self.evaluations, self._seconds, self._wall_seconds())
         results = results_of(method.name, session, traffic, measured, checked)
         text = json.dumps(asdict(results), indent=2)
         for line in table(results, traffic).splitlines():

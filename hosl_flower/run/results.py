@@ -47,7 +47,7 @@ class Results:
 _MOST_MEMORY = 1 << 46  # bytes: no client has so much, whatever it says
 
 
-class Measured(NamedTuple):
+class RunFigures(NamedTuple):
     """What was noted on the way. seconds: of all steps, by part."""
 
     final: HeldOut
@@ -57,7 +57,7 @@ class Measured(NamedTuple):
 
 
 def results_of(
-    method: str, session: Session, traffic: Traffic, measured: Measured, checked: list[int]
+    method: str, session: Session, traffic: Traffic, measured: RunFigures, checked: list[int]
 ) -> Results:
     """checked: clients whose fingerprint is the one in the results."""
     held, trained = session.client_counts()

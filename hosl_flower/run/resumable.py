@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from hosl_flower.errors import CheckpointError
 from hosl_flower.ledger.ledger import Ledger
 from hosl_flower.run.checkpoint import Checkpoint
-from hosl_flower.run.run_files import Measured
+from hosl_flower.run.run_files import MetricsLine
 from hosl_flower.system.untrusted_files import check_file, check_tree, parse_json, read_bytes
 from hosl_flower.tensors.memory import PHASES
 
@@ -125,7 +125,7 @@ def check_files(directory: Path, checkpoint: Checkpoint) -> None:
     path = directory / "metrics.jsonl"
     for number, line in enumerate(metrics.splitlines(), 1):
         try:
-            Measured.model_validate(parse_json(line))
+            MetricsLine.model_validate(parse_json(line))
         except ValueError as error:
             raise CheckpointError(f"{path}, line {number}: not a line that a run wrote") from error
     known = report.get("metrics_sha256")

@@ -28,7 +28,7 @@ from hosl_flower.run.resumable import check_files, check_links, check_values
 from hosl_flower.server.history import History
 from hosl_flower.server.session import Drop, Session
 from hosl_flower.server.traffic import Traffic
-from hosl_flower.server.trainer import Server
+from hosl_flower.server.trainer import ServerTrainer
 from hosl_flower.system.untrusted_files import read_json
 
 log = logging.getLogger("hosl_flower")
@@ -152,8 +152,8 @@ def collect(
         **{f"server.{name}": tensor for name, tensor in _server_tensors(session.server).items()},
         **{f"method.{name}": tensor for name, tensor in method.save_state().items()},
     }
-    if history.shifts.lost is not None:
-        tensors["client.lost"] = history.shifts.lost
+    if history.deltas.lost is not None:
+        tensors["client.lost"] = history.deltas.lost
     return Checkpoint(step, values, tensors)
 
 
@@ -222,10 +222,10 @@ def _restore_history(history: History, place: Mapping[str, Any], checkpoint: Che
     history.state.restore(snapshot, checkpoint.step)
     history.ledger.skip(snapshot.position, snapshot.digest)
     history.private_optimizer = place["private_optimizer"]
-    history.shifts.lost = checkpoint.tensors.get("client.lost")
+    history.deltas.lost = checkpoint.tensors.get("client.lost")
 
 
-def _server_tensors(server: Server) -> dict[str, Tensor]:
+def _server_tensors(server: ServerTrainer) -> dict[str, Tensor]:
     """Parameters and what the optimizer keeps of each."""
     found = {}
     for name, parameter in server.trained.items():
@@ -235,7 +235,7 @@ def _server_tensors(server: Server) -> dict[str, Tensor]:
     return found
 
 
-def _load_server(server: Server, tensors: Mapping[str, Tensor]) -> None:
+def _load_server(server: ServerTrainer, tensors: Mapping[str, Tensor]) -> None:
     rest = dict(tensors)
     own = server.optimizer.state_dict()
     kept: dict[int, dict[str, Tensor]] = {}

@@ -124,7 +124,7 @@ class ConfigFile(Read):
     machine: str = ""
 
 
-class Measured(Read):
+class MetricsLine(Read):
     """A line of metrics.jsonl: a step, or an evaluation."""
 
     step: Integer

@@ -10,7 +10,7 @@ from hosl_flower.methods.method import Method
 from hosl_flower.privacy.noise_secret import simulated_secret
 from hosl_flower.run.checkpoint import Checkpoint
 from hosl_flower.run.loop import train
-from hosl_flower.run.recorder import Report
+from hosl_flower.run.recorder import Recorder
 from hosl_flower.run.results import Results
 from hosl_flower.run.resume import find, restore
 from hosl_flower.run.run_log import RunLog, stop_announced
@@ -32,7 +32,7 @@ def run_in_process(method: Method) -> Results:
             "step-deadline is about clients that work side by side; in process they do so one "
             "after the other: leave it 0"
         )
-    with RunLog() as kept, stop_announced(kept), Report(method.config, kept) as report:
+    with RunLog() as kept, stop_announced(kept), Recorder(method.config, kept) as report:
         session, checkpoint = open_run(method, "in-process")
         client = Client(session.spec, secret=simulated_secret(session.spec.seed))
         link = InProcessLink(client.answer, session.history, session.limits)

@@ -10,13 +10,13 @@ from rich.table import Table
 from hosl_flower.run.figures import clients_with
 from hosl_flower.server.session import Session
 from hosl_flower.server.traffic import Traffic
-from hosl_flower.tasks.answer_words import Answers
+from hosl_flower.tasks.answer_words import AnswerWords
 
 if TYPE_CHECKING:
     from hosl_flower.run.results import Results
 
 
-def plan(method: Any, session: Session) -> Iterable[str]:
+def announcement(method: Any, session: Session) -> Iterable[str]:
     """What is about to happen, line by line."""
     config, spec = session.config, session.spec
     held, trained = session.client_counts()
@@ -38,7 +38,7 @@ def plan(method: Any, session: Session) -> Iterable[str]:
         f"{next(iter(session.clients.values())).held_out_examples} held out"
     )
     answers = session.encoder.answers
-    if isinstance(answers, Answers) and answers.sequences > 1:
+    if isinstance(answers, AnswerWords) and answers.sequences > 1:
         words = zip(spec.task.verbalizers, answers.tokens, strict=True)
         long = ", ".join(f"{word!r} has {len(t)} tokens" for word, t in words if len(t) > 1)
         yield f"{long}: each example is {answers.sequences} sequences, one for each answer"

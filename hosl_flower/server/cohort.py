@@ -28,7 +28,7 @@ from hosl_flower.server.kept_labels import KeptLabels, too_late
 from hosl_flower.server.link import NOT_YET, Link
 from hosl_flower.server.schedule import rate_factor
 from hosl_flower.server.session import Drop, Session
-from hosl_flower.tasks.answer_words import Answers
+from hosl_flower.tasks.answer_words import AnswerWords
 
 if TYPE_CHECKING:
     from hosl_flower.server.session import Session
@@ -272,6 +272,6 @@ def kept(session: "Session", link: Link, *asked: Forward) -> KeptLabels | None:
     if session.config.labels == "server":
         return None
     answers = session.encoder.answers
-    assert isinstance(answers, Answers)  # inputs.make_inputs has checked it
+    assert isinstance(answers, AnswerWords)  # inputs.make_inputs has checked it
     config = session.config
     return KeptLabels(answers, link, asked, config.step_deadline, config.min_clients)

@@ -11,9 +11,15 @@ from torch import Tensor
 from hosl_flower.errors import DivergedError, DriftError
 from hosl_flower.ledger.client_state import ClientState, Snapshot
 from hosl_flower.ledger.ledger import Entry, Ledger, fingerprint
-from hosl_flower.ledger.weight_deltas import Shift, Shifts
+from hosl_flower.ledger.weight_deltas import WeightDelta, WeightDeltas
 from hosl_flower.optim.gradient import Dense
-from hosl_flower.protocol.messages.registry import CatchUp, Fingerprinted, Move, Request, Restore
+from hosl_flower.protocol.messages.registry import (
+    ApplyDeltas,
+    CatchUp,
+    Fingerprinted,
+    Request,
+    Restore,
+)
 from hosl_flower.protocol.wire import wire_bytes
 from hosl_flower.tensors.seeds import derive_seed
 
@@ -35,7 +41,7 @@ class History:
         self.state = state
         self.ledger = Ledger(genesis)
         self.private_optimizer = False
-        self.shifts = Shifts(state.rows)
+        self.deltas = WeightDeltas(state.rows)
         self._snapshot: Snapshot | None = None
 
     @property
@@ -72,15 +78,15 @@ class History:
         """Make a change of the weights, float32 [n], part of the run as far as 8 bits say it, so
         that clients can be told of it in as many; the rest is made up for later (shifts.py)."""
         seed, state = derive_seed(step, "shift"), self.state
-        coded = self.shifts.encode(change, seed)
+        coded = self.deltas.encode(change, seed)
         position, digest = state.position, state.digest
         state.move(coded, seed)
         if not self.private_optimizer:
             state.forget_optimizer()
         self._arrive(step)
-        shift = Shift(step, position, digest, state.digest, coded)
+        shift = WeightDelta(step, position, digest, state.digest, coded)
         like = state.weights_like()
-        self.shifts.keep(shift, like.numel() * like.dtype.itemsize)
+        self.deltas.keep(shift, like.numel() * like.dtype.itemsize)
 
     def descend(
         self, step: int, gradient: Dense, learning_rate: float, codec: str = "exact"
@@ -116,8 +122,8 @@ class History:
         the end), so that it can answer `cause`: the entries or changes it lacks or a snapshot,
         whichever is fewer bytes. A client with another history starts over from its base
         checkpoint."""
-        if passage := self.shifts.since(position, digest):
-            return Move.of(passage, cause)  # kept as long as it is fewer bytes
+        if passage := self.deltas.since(position, digest):
+            return ApplyDeltas.of(passage, cause)  # kept as long as it is fewer bytes
         if not self.ledger.knows(position, digest):
             position = 0
         if self.ledger.start <= position:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from hosl_flower.protocol.checks import Limits
+from hosl_flower.protocol.checks import ReplyLimits
 from hosl_flower.protocol.messages.registry import Reply, Request
 from hosl_flower.server.history import History
 from hosl_flower.server.link import Link
@@ -18,7 +18,7 @@ class InProcessLink(Link):
         self,
         answer: Callable[[Iterable[Request]], Iterator[Reply]],
         history: History,
-        limits: Limits,
+        limits: ReplyLimits,
     ):
         super().__init__(history, limits)
         self._answer = answer

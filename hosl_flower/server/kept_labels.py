@@ -31,9 +31,9 @@ from hosl_flower.protocol.messages.registry import (
     Scored,
 )
 from hosl_flower.server.link import NOT_YET, Link
-from hosl_flower.server.losses import Piece
+from hosl_flower.server.losses import BatchPiece
 from hosl_flower.server.scores import ClientTally
-from hosl_flower.tasks.answer_words import Answers
+from hosl_flower.tasks.answer_words import AnswerWords
 
 if TYPE_CHECKING:
     pass
@@ -47,7 +47,7 @@ class KeptLabels:
     """Labels that stay on the clients. asked: the request each mini-batch is the answer to;
     seconds: after which clients are left out of a step as long as `least` remain, 0 for never."""
 
-    answers: Answers
+    answers: AnswerWords
     link: Link
     asked: Sequence[Forward]
     seconds: float = 0.0
@@ -58,7 +58,7 @@ class KeptLabels:
         return states
 
     def backward(
-        self, outputs: Tensor, batches: Sequence[Activations], pieces: Sequence[Piece],
+        self, outputs: Tensor, batches: Sequence[Activations], pieces: Sequence[BatchPiece],
         weights: Sequence[float],
     ) -> list[float]:  # fmt: skip
         """All clients of the pieces are asked at once. LostClientsError names those that fail."""
@@ -84,7 +84,7 @@ class KeptLabels:
         return [reply.loss for reply in replies]
 
     def _ask(
-        self, parts: Sequence[tuple[Piece, Tensor]]
+        self, parts: Sequence[tuple[BatchPiece, Tensor]]
     ) -> tuple[list[HiddenGradient], dict[int, Any]]:
         """Replies in order, and the errors of clients that gave none."""
         requests = {}

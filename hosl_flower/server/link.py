@@ -19,7 +19,7 @@ import torch
 from hosl_flower.errors import MOST_TOLD, ClientError, DriftError, ProtocolError, printable
 from hosl_flower.ledger.ledger import first_digest
 from hosl_flower.protocol.checks import (
-    Limits,
+    ReplyLimits,
     check_activations,
     check_continued,
     check_described,
@@ -36,6 +36,7 @@ from hosl_flower.protocol.messages.registry import (
     Activations,
     Adopt,
     Applied,
+    ApplyDeltas,
     Backward,
     Behind,
     CatchUp,
@@ -62,7 +63,6 @@ from hosl_flower.protocol.messages.registry import (
     LocalStep,
     LocalTrain,
     Losses,
-    Move,
     Probe,
     Reply,
     Request,
@@ -75,7 +75,7 @@ from hosl_flower.protocol.messages.registry import (
 )
 from hosl_flower.server.history import History
 from hosl_flower.server.traffic import Traffic
-from hosl_flower.tensors.activation_codec import decode
+from hosl_flower.tensors.activation_codec import decode_activations
 from hosl_flower.tensors.raw_bytes import DTYPES
 
 log = logging.getLogger("hosl_flower")
@@ -98,7 +98,7 @@ _ANSWERS: dict[type[Request], type[Reply]] = {
     Fetch: Weights,
     Adopt: Applied,
     CatchUp: Applied,
-    Move: Applied,
+    ApplyDeltas: Applied,
     Restore: Applied,
     Fingerprint: Fingerprinted,
 }
@@ -122,7 +122,7 @@ class Link(ABC):
     pipelined = True
     until = math.inf
 
-    def __init__(self, history: History, limits: Limits):
+    def __init__(self, history: History, limits: ReplyLimits):
         self.history, self.limits = history, limits
         self.traffic = Traffic()
         self._outbox: dict[int, list[Request]] = {}
@@ -242,7 +242,7 @@ class Link(ABC):
                     return
             if isinstance(reply, Behind) and attempts < _CATCH_UPS:
                 # another will replace it
-                index += isinstance(sent[index], CatchUp | Move | Restore | Adopt)
+                index += isinstance(sent[index], CatchUp | ApplyDeltas | Restore | Adopt)
                 rest, lead = sent[index:], max(0, lead - index) + 1
                 sent, stream = self._resend(partition, rest, reply, attempts)
                 index, attempts = 0, attempts + 1
@@ -341,7 +341,7 @@ class Link(ABC):
         """Activations as the client computed them, as far as the codec kept them."""
         if not isinstance(reply, Activations | Continued) or self.limits.codec == "exact":
             return reply
-        h = decode(reply.activations, reply.scales, DTYPES[self.limits.dtype])
+        h = decode_activations(reply.activations, reply.scales, DTYPES[self.limits.dtype])
         return replace(reply, activations=h, scales=torch.empty(0))
 
     def _check_content(self, request: Request, reply: Reply) -> None:

@@ -13,7 +13,7 @@ from hosl_flower.tasks.generated_answers import targets
 from hosl_flower.tasks.scoring import Scoring
 
 
-class Piece(NamedTuple):
+class BatchPiece(NamedTuple):
     """Examples start..stop of one client's mini-batch, number `client`."""
 
     client: int
@@ -21,14 +21,14 @@ class Piece(NamedTuple):
     stop: int
 
 
-class Labels(Protocol):
+class LossSource(Protocol):
     """What ends a forward pass and begins the backward pass."""
 
     def outputs(self, states: Tensor) -> Tensor:
         """Hidden states [n, M, D] -> [n, ...], what the loss is a function of."""
 
     def backward(
-        self, outputs: Tensor, batches: Sequence[Activations], pieces: Sequence[Piece],
+        self, outputs: Tensor, batches: Sequence[Activations], pieces: Sequence[BatchPiece],
         weights: Sequence[float],
     ) -> list[float]:  # fmt: skip
         """Back-propagate, from outputs [n, ...] of the pieces' examples, the sum of the clients'
@@ -49,7 +49,7 @@ class SentLabels:
         return self.answers.scores_of(states, self.head, self.rows, self.bias)
 
     def backward(
-        self, outputs: Tensor, batches: Sequence[Activations], pieces: Sequence[Piece],
+        self, outputs: Tensor, batches: Sequence[Activations], pieces: Sequence[BatchPiece],
         weights: Sequence[float],
     ) -> list[float]:  # fmt: skip
         """Cross-entropy of the scores."""

@@ -15,7 +15,7 @@ from hosl_flower.models.split import load_server
 from hosl_flower.server.history import History
 from hosl_flower.server.reference import reference_of
 from hosl_flower.server.session import Session, log
-from hosl_flower.server.trainer import Server
+from hosl_flower.server.trainer import ServerTrainer
 from hosl_flower.tensors.device import pick_device, use_threads
 
 
@@ -37,7 +37,7 @@ def open_session(
     task = spec.task
     base, _ = with_classes(base, class_names(task), spec.seed, task, config.fresh_head)
     submodel = load_server(base, spec.cut_layer, torch.float32, device, server_lora(config))
-    server = Server(
+    server = ServerTrainer(
         submodel,
         encoder.answers,
         config.server_optimizer,

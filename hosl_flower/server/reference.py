@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hosl_flower.data.encoders.base import Inputs
+from hosl_flower.data.encoders.base import ExampleEncoder
 from hosl_flower.models.submodels import ClientSubmodel, ServerSubmodel
 from hosl_flower.tensors.raw_bytes import largest
 
@@ -44,7 +44,7 @@ NO_REFERENCE = Reference(math.inf, math.inf, math.inf)
 
 @torch.no_grad()
 def reference_of(
-    client: ClientSubmodel, server: ServerSubmodel, encoder: Inputs, config: Any
+    client: ClientSubmodel, server: ServerSubmodel, encoder: ExampleEncoder, config: Any
 ) -> Reference:
     """Of a base model's halves; the client's is on the CPU. config: of the model."""
     inputs, mask = _inputs(encoder, config)
@@ -56,7 +56,7 @@ def reference_of(
     )
 
 
-def _inputs(encoder: Inputs, config: Any) -> tuple[Tensor, Tensor]:
+def _inputs(encoder: ExampleEncoder, config: Any) -> tuple[Tensor, Tensor]:
     """Of one example: tokens from all over the vocabulary, or pixels between -1 and 1."""
     batch = encoder.largest(1)
     inputs, mask = batch.inputs[:1], batch.attention_mask[:1]

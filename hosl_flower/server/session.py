@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hosl_flower.config.client_spec import ClientSpec
 from hosl_flower.config.run_config import RunConfig
-from hosl_flower.data.encoders.base import Inputs
+from hosl_flower.data.encoders.base import ExampleEncoder
 from hosl_flower.data.overlap import Overlap
 from hosl_flower.errors import DriftError
 from hosl_flower.ledger.new_state import load_client_half, new_state
@@ -20,13 +20,13 @@ from hosl_flower.models.base_model import Base
 from hosl_flower.models.split import client_skeleton
 from hosl_flower.models.submodels import AUXILIARY, ClientSubmodel, count
 from hosl_flower.privacy.accountant import epsilon, most_uses
-from hosl_flower.protocol.checks import Limits
+from hosl_flower.protocol.checks import ReplyLimits
 from hosl_flower.protocol.messages.registry import Described
 from hosl_flower.server.aggregate import MEANS
 from hosl_flower.server.history import History
 from hosl_flower.server.reference import NO_REFERENCE, Reference
-from hosl_flower.server.trainer import Server
-from hosl_flower.tensors.activation_codec import encode
+from hosl_flower.server.trainer import ServerTrainer
+from hosl_flower.tensors.activation_codec import encode_activations
 from hosl_flower.tensors.device import torch_dtype
 from hosl_flower.tensors.seeds import derive_seed, permutation
 from hosl_flower.zo.estimator import clip
@@ -93,8 +93,8 @@ class Session:
     spec: ClientSpec
     notice: str
     base: Base
-    encoder: Inputs
-    server: Server
+    encoder: ExampleEncoder
+    server: ServerTrainer
     history: History
     required_clients: int
     reference: Reference = NO_REFERENCE
@@ -114,11 +114,11 @@ class Session:
     done: int = 0  # steps that were completed before this session began
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> ReplyLimits:
         """What activations of this run may look like."""
         spec, answers = self.spec, self.encoder.answers
         held_out = [n for n in (spec.eval_examples, spec.held_out_examples) if n]
-        return Limits(
+        return ReplyLimits(
             batch=max(spec.batch_size, spec.eval_batch_size) * answers.sequences,
             length=self.encoder.length,
             hidden=self.base.family.width(self.base.config, spec.cut_layer),
@@ -199,7 +199,7 @@ class Session:
         not underflow in 16 bits."""
         codec, dtype = self.spec.codec, torch_dtype(self.spec.dtype)
         if codec != "exact" or dtype == torch.float32:
-            payload, scales = encode(gradient, codec)
+            payload, scales = encode_activations(gradient, codec)
             return {"gradient": payload, "scales": scales, "scale": 1.0}
         scale = float(gradient.abs().max()) or 1.0
         return {"gradient": (gradient / scale).to(dtype), "scales": torch.empty(0), "scale": scale}

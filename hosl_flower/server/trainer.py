@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hosl_flower.errors import ConfigError, DivergedError, UnusableBatchError
 from hosl_flower.models.submodels import AUXILIARY, ServerSubmodel, trainable_parameters
 from hosl_flower.protocol.messages.registry import Activations
-from hosl_flower.server.losses import Labels, Piece, SentLabels
+from hosl_flower.server.losses import BatchPiece, LossSource, SentLabels
 from hosl_flower.server.scores import Addable
 from hosl_flower.tasks.scoring import Scoring
 from hosl_flower.tensors.raw_bytes import LARGEST_LOSS, largest
@@ -32,7 +32,7 @@ _LOWER = "training has diverged; lower server-learning-rate or client-learning-r
 _DIVERGED = f"the server's logits are not finite, {_LOWER}"
 
 
-class Server:
+class ServerTrainer:
     """The server submodel and its optimizer. trained: its trained parameters, by name.
 
     answers: the tokens of the answer words. optimizer: "sgd" or "adamw".
@@ -117,7 +117,7 @@ class Server:
         return loss
 
     def train_step(
-        self, batch: Activations, factor: float = 1.0, labels: Labels | None = None
+        self, batch: Activations, factor: float = 1.0, labels: LossSource | None = None
     ) -> float:
         """One first-order step on a batch (HOSL Alg. 1, L27-30); the loss before it."""
         ((_, loss, _),) = self.propagate([batch], [1.0], cut_gradients=False, labels=labels)
@@ -130,7 +130,7 @@ class Server:
         weights: Sequence[float],
         micro_batch: int = 0,
         cut_gradients: bool = True,
-        labels: Labels | None = None,
+        labels: LossSource | None = None,
     ) -> Iterator[tuple[int, float, Tensor]]:
         """Back-propagate sum_m weights[m] * loss_m over clients' mini-batches; `apply` is the step.
 
@@ -185,8 +185,8 @@ class Server:
         h: Tensor,
         mask: Tensor,
         batches: Sequence[Activations],
-        pieces: Sequence[Piece],
-        labels: Labels,
+        pieces: Sequence[BatchPiece],
+        labels: LossSource,
     ) -> Tensor:
         """Of the pieces' activations h [n, S, H]: what their losses are a function of."""
         width = max(_width(batches[piece.client].labels) for piece in pieces)
@@ -197,7 +197,7 @@ class Server:
         batches: Sequence[Activations],
         sizes: Sequence[int],
         limit: int,
-        labels: Labels,
+        labels: LossSource,
     ) -> None:
         """UnusableBatchError, with nothing to apply, unless the step's gradient can be used. Whose
         batch it is that spoils it is found by propagating each alone."""
@@ -275,7 +275,7 @@ def _finite(outputs: Tensor) -> Tensor:
     return outputs
 
 
-def _unusable(outputs: Tensor, pieces: Sequence[Piece]) -> dict[int, str]:
+def _unusable(outputs: Tensor, pieces: Sequence[BatchPiece]) -> dict[int, str]:
     """Clients with logits, or hidden states, that are not finite; and why they are named."""
     finite = torch.isfinite(outputs).flatten(1).all(1).split([p.stop - p.start for p in pieces])
     bad = [p.client for p, own in zip(pieces, finite, strict=True) if not own.all()]
@@ -292,16 +292,16 @@ def _absurd(loss: float, gradient: float) -> str:
     return ""
 
 
-def _micro_batches(sizes: Sequence[int], limit: int) -> Iterator[list[Piece]]:
+def _micro_batches(sizes: Sequence[int], limit: int) -> Iterator[list[BatchPiece]]:
     """The examples of all mini-batches, in order, in groups of at most `limit` (0: one group)."""
     limit = limit or sum(sizes)
-    pieces: list[Piece] = []
+    pieces: list[BatchPiece] = []
     room = limit
     for index, size in enumerate(sizes):
         start = 0
         while start < size:
             stop = min(size, start + room)
-            pieces.append(Piece(index, start, stop))
+            pieces.append(BatchPiece(index, start, stop))
             room -= stop - start
             start = stop
             if not room:
@@ -312,7 +312,7 @@ def _micro_batches(sizes: Sequence[int], limit: int) -> Iterator[list[Piece]]:
 
 
 def _stack(
-    batches: Sequence[Activations], pieces: Sequence[Piece], each: int
+    batches: Sequence[Activations], pieces: Sequence[BatchPiece], each: int
 ) -> tuple[Tensor, Tensor]:
     """Activations [n, S, H] and mask [n, S] of the pieces, left-padded to the longest S. Masked
     positions change nothing at the others. each: sequences per example."""
@@ -328,7 +328,7 @@ def _stack(
 
 def _unstack(
     gradient: Tensor,
-    pieces: Sequence[Piece],
+    pieces: Sequence[BatchPiece],
     weights: Sequence[float],
     out: Mapping[int, Tensor],
     each: int,

@@ -9,20 +9,20 @@ from hosl_flower.config.run_config import RunConfig
 from hosl_flower.optim.by_name import make_optimizer
 from hosl_flower.optim.gradient import Seeded
 from hosl_flower.protocol.messages.registry import Activations
-from hosl_flower.server.trainer import Server
+from hosl_flower.server.trainer import ServerTrainer
 from hosl_flower.zo.directions import Layout
 from hosl_flower.zo.estimator import Point, estimate
 from hosl_flower.zo.perturbed import perturbed
 
 
-class ZoServer:
+class ZoTrainer:
     """Zeroth-order steps of a server's trained parameters, with the client's estimator and
     optimizers; the server's own optimizer is not used.
 
     Run-config keys: epsilon, perturbation, server-optimizer, server-learning-rate.
     """
 
-    def __init__(self, server: Server, config: RunConfig):
+    def __init__(self, server: ServerTrainer, config: RunConfig):
         self.server, self.epsilon = server, config.epsilon
         self.learning_rate = config.server_learning_rate
         shapes = {name: p.shape for name, p in server.trained.items()}

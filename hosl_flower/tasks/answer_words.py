@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class Answers:
+class AnswerWords:
     """tokens: ids of the answer words, by label.
 
     M: hidden states per example that scores are made of, one for each token of all words, or the

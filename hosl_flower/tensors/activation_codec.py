@@ -27,7 +27,7 @@ def has_scales(codec: str) -> bool:
     return codec in _LARGEST
 
 
-def encode(tensor: Tensor, codec: str) -> tuple[Tensor, Tensor]:
+def encode_activations(tensor: Tensor, codec: str) -> tuple[Tensor, Tensor]:
     """[B, S, H] -> what travels, and the scales float32 [B, S] or [0]."""
     if not has_scales(codec):
         return tensor.to(wire_dtype(codec, tensor.dtype)), torch.empty(0)
@@ -40,7 +40,7 @@ def encode(tensor: Tensor, codec: str) -> tuple[Tensor, Tensor]:
     return values.to(_DTYPES[codec]), scales
 
 
-def decode(payload: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+def decode_activations(payload: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """The inverse, as far as it goes: [B, S, H] of `dtype`. scales: as `encode` gave them."""
     if not scales.numel():
         return payload.to(dtype)

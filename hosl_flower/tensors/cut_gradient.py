@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hosl_flower.tensors.activation_codec import decode
+from hosl_flower.tensors.activation_codec import decode_activations
 
 _CHUNK_ELEMENTS = 1 << 16  # multiplied in float64 at a time: small enough to stay in cache
 
@@ -36,7 +36,7 @@ class Cotangent:
 
     def dense(self, rows: slice) -> Tensor:
         """Some sequences' lambda [b, S, H], float32."""
-        gradient = decode(self.payload[rows], self.scales[rows], torch.float32)
+        gradient = decode_activations(self.payload[rows], self.scales[rows], torch.float32)
         return gradient * self.scale if self.scale != 1 else gradient
 
     def _inner(self, first: int, piece: Tensor) -> float:
@@ -47,7 +47,7 @@ class Cotangent:
         size = max(1, _CHUNK_ELEMENTS // tokens.shape[1])
         for start in range(0, tokens.shape[0], size):
             own = slice(start, start + size)
-            gradient = decode(payload[own], scales[own], torch.float32)
+            gradient = decode_activations(payload[own], scales[own], torch.float32)
             if self.scale != 1:
                 gradient = gradient * self.scale
             total = total + _double(tokens[own]).mul(_double(gradient)).sum()

@@ -1,7 +1,7 @@
 """How what a client has computed of its trainable parameters is written for the wire.
 
 A gradient or a change of weights travels row by row, where a row is one of a matrix [out, in] or
-a whole vector. Rows that are zero do not travel: of a token embedding's gradient only those of
+a whole vector. RowLayout that are zero do not travel: of a token embedding's gradient only those of
 the batch's tokens are not.
 
     exact   float32
@@ -60,7 +60,7 @@ class Coded:
         return self.present.nbytes + self.values.nbytes + self.scales.nbytes
 
 
-class Rows:
+class RowLayout:
     """The rows of a client's trainable parameters. shapes: name -> shape, in name order."""
 
     def __init__(self, shapes: Mapping[str, torch.Size]):
@@ -96,7 +96,9 @@ def _as_rows(shape: torch.Size) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
-def encode(rows: Rows, parts: Iterable[tuple[str, Tensor]], codec: str, seed: int) -> Coded:
+def encode_update(
+    rows: RowLayout, parts: Iterable[tuple[str, Tensor]], codec: str, seed: int
+) -> Coded:
     """parts: (name, float32 of its shape, dense or as sparse rows), in any order, taken one at a
     time; a name that does not come is zero. seed: of the rounding, of this update alone."""
     spans = {name: (span, width) for name, span, width in rows.spans()}
@@ -137,7 +139,7 @@ def _rows_of(part: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return where.cpu(), own.float()
 
 
-def decode(rows: Rows, coded: Fields) -> Tensor:
+def decode_update(rows: RowLayout, coded: Fields) -> Tensor:
     """float32 [n]: all parameters one after the other, in name order. coded: of these rows."""
     whole = torch.zeros(rows.elements)
     parts = dict(rows.parts(whole))
@@ -149,7 +151,7 @@ def decode(rows: Rows, coded: Fields) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Piece:
+class RowPiece:
     """The rows of one parameter that are there. where: ascending int64 [r]; values [r, width] as
     they came; scales [r] or [0]."""
 
@@ -170,13 +172,13 @@ class Piece:
         return self.where[own], values
 
 
-def pieces_of(rows: Rows, coded: Fields) -> Iterator[tuple[str, Piece]]:
+def pieces_of(rows: RowLayout, coded: Fields) -> Iterator[tuple[str, RowPiece]]:
     """What came of each parameter; no copies."""
     value = scale = 0
     for name, span, width in rows.spans():
         where = coded.present[span].nonzero().flatten()
         values = coded.values[value : value + len(where) * width].view(-1, width)
-        yield name, Piece(where, values, coded.scales[scale : scale + len(where)])
+        yield name, RowPiece(where, values, coded.scales[scale : scale + len(where)])
         value, scale = value + values.numel(), scale + len(where)
 
 

@@ -35,7 +35,7 @@ from hosl_flower.models.label_head import Judged, OutputHead, load_output_head
 from hosl_flower.protocol.messages.registry import Activations, Forward
 from hosl_flower.run.start import run_in_process
 from hosl_flower.server.open_session import open_session
-from hosl_flower.tasks.answer_words import Answers
+from hosl_flower.tasks.answer_words import AnswerWords
 from strategies.frozen_client import FrozenClient
 
 NOISES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -45,7 +45,7 @@ TRAINED = (0.0, 1.0, 4.0)  # of these, the cost too
 class HidingHead(OutputHead):
     """Adds noise along the direction that tells a label."""
 
-    def __init__(self, answers: Answers, rows: Tensor, noise: float, seed: int):
+    def __init__(self, answers: AnswerWords, rows: Tensor, noise: float, seed: int):
         super().__init__(answers, rows)
         self.noise, self.generator = noise, torch.Generator().manual_seed(seed)
 

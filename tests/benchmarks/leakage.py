@@ -22,20 +22,20 @@ from torch import Tensor
 from hosl_flower.cli import key_value
 from hosl_flower.config.parse import parse_config
 from hosl_flower.data.client_data import DataPool
-from hosl_flower.data.encoders.prompts import Encoder
+from hosl_flower.data.encoders.prompts import PromptEncoder
 from hosl_flower.models.batch import Batch
 from hosl_flower.models.families.registry import embedding_name
 from hosl_flower.models.split import load_client
 from hosl_flower.models.submodels import ClientSubmodel
-from hosl_flower.privacy.activation_noise import Veil
+from hosl_flower.privacy.activation_noise import ActivationNoise
 from hosl_flower.server.open_session import open_session
-from hosl_flower.tensors.activation_codec import decode, encode
+from hosl_flower.tensors.activation_codec import decode_activations, encode_activations
 
 NOISES = (0.0, 0.3, 1.0, 3.0)
 RIDGE = 1e-3  # of the mean square of an activation
 
 
-def text_positions(batch: Batch, encoder: Encoder) -> Tensor:
+def text_positions(batch: Batch, encoder: PromptEncoder) -> Tensor:
     """[B, S] of tokens that are an example's own."""
     own = batch.attention_mask.bool().clone()
     common = len(encoder._suffix)
@@ -54,9 +54,9 @@ class Tokens:
         self,
         client: ClientSubmodel,
         batches: list[Batch],
-        encoder: Encoder,
+        encoder: PromptEncoder,
         codec: str,
-        veil: Veil | None,
+        veil: ActivationNoise | None,
     ):
         activations, ids = [], []
         with torch.no_grad():
@@ -64,7 +64,7 @@ class Tokens:
                 z = client(batch.input_ids, batch.attention_mask)
                 if veil is not None:
                     z = veil.over(z, batch.input_ids, batch.attention_mask, "base")
-                z = decode(*encode(z, codec), torch.float32)
+                z = decode_activations(*encode_activations(z, codec), torch.float32)
                 own = text_positions(batch, encoder)
                 activations.append(z[own])
                 ids.append(batch.input_ids[own])
@@ -106,7 +106,13 @@ def main() -> None:
         for codec in ("exact", "int8"):
             for noise in NOISES if codec == "exact" else NOISES[:1]:
                 known, secret = (
-                    Tokens(client, part, encoder, codec, Veil(noise, whose) if noise else None)
+                    Tokens(
+                        client,
+                        part,
+                        encoder,
+                        codec,
+                        ActivationNoise(noise, whose) if noise else None,
+                    )
                     for part, whose in ((public, b"the attacker's"), (private, b"the client's"))
                 )
                 share = recovered(known, secret, embedding)

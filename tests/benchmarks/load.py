@@ -37,7 +37,7 @@ from hosl_flower.flower.records import unpack_invitation
 from hosl_flower.flower.stream import client_end as dial
 from hosl_flower.flower.stream.frames import channel_options
 from hosl_flower.flower.stream.link import SESSION, StreamLink
-from hosl_flower.protocol.checks import Limits
+from hosl_flower.protocol.checks import ReplyLimits
 from hosl_flower.protocol.messages.registry import Activations, CutGradient, Forward, Scalars
 
 SEQUENCES, LENGTH, HIDDEN = 8, 64, 512
@@ -108,7 +108,7 @@ def open_link(count: int):
     grid = Grid({n + 1: {"partition-id": n, "num-partitions": count} for n in range(count)})
     nodes = Nodes(grid, count, 0, 300.0)
     nodes.wait(60.0, count)
-    limits = Limits(batch=SEQUENCES, length=LENGTH, hidden=HIDDEN, dtype="float32", classes=2)
+    limits = ReplyLimits(batch=SEQUENCES, length=LENGTH, hidden=HIDDEN, dtype="float32", classes=2)
     history = history_for(spec)
     before = memory()
     link = StreamLink(grid, spec, history, limits, 300.0, nodes, 600.0)

@@ -174,7 +174,7 @@ def soak(arguments: argparse.Namespace, folder: Path) -> dict:
     from hosl_flower.flower.nodes import Nodes
     from hosl_flower.flower.stream.link import StreamLink
     from hosl_flower.run.loop import check_clients, train
-    from hosl_flower.run.recorder import Report
+    from hosl_flower.run.recorder import Recorder
     from hosl_flower.run.run_log import RunLog
 
     for name in ("_run_id", "_node_id", "_task_id"):  # as in a ServerApp's process
@@ -193,7 +193,7 @@ def soak(arguments: argparse.Namespace, folder: Path) -> dict:
     started = time.monotonic()
     trouble.start()
     samples.start()
-    with contextlib.suppress(TimeIsUpError), RunLog() as kept, Report(config, kept) as report:
+    with contextlib.suppress(TimeIsUpError), RunLog() as kept, Recorder(config, kept) as report:
         train(strategy, session, link, report)
     seconds = time.monotonic() - started
     for thread in (trouble, samples):

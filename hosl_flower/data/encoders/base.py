@@ -8,7 +8,7 @@ from hosl_flower.tasks.scoring import Scoring
 from hosl_flower.tasks.task import Task
 
 
-class Inputs(Protocol):
+class ExampleEncoder(Protocol):
     """What is between the examples of a task and a model: a prompt's token ids here, a classifier's
     in text_inputs.py, pixels in image_inputs.py.
 

@@ -17,7 +17,7 @@ from hosl_flower.errors import CheckpointError, ConfigError
 from hosl_flower.models.batch import Batch
 from hosl_flower.models.families.encoders import TEXT_FAMILIES
 from hosl_flower.models.special_tokens import Unknown, empty_text, padding
-from hosl_flower.tasks.answer_words import Answers
+from hosl_flower.tasks.answer_words import AnswerWords
 from hosl_flower.tasks.task import Task
 
 
@@ -39,7 +39,7 @@ class TextInputs:
                 f"'{{{task.fields[0]}}} {{{task.fields[1]}}}'"
             )
         self.task, self.tokenizer, self.length = task, tokenizer, max_length
-        self.answers = Answers([[label] for label in range(len(task.verbalizers))])
+        self.answers = AnswerWords([[label] for label in range(len(task.verbalizers))])
         types = getattr(config, "type_vocab_size", 1) > 1
         self._typed = types and "token_type_ids" in tokenizer.model_input_names
         self._vocabulary: int = config.vocab_size

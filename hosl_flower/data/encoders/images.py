@@ -12,7 +12,7 @@ from hosl_flower.data.readers.images import decode
 from hosl_flower.errors import ConfigError
 from hosl_flower.models.batch import Batch
 from hosl_flower.models.families.images import IMAGE_FAMILIES, ImageFamily
-from hosl_flower.tasks.answer_words import Answers
+from hosl_flower.tasks.answer_words import AnswerWords
 from hosl_flower.tasks.task import Task
 
 
@@ -25,7 +25,7 @@ class ImageInputs:
 
     def __init__(self, task: Task, processor: Any, config: PretrainedConfig, cut: int):
         self.task, self.processor = task, processor
-        self.answers = Answers([[label] for label in range(len(task.verbalizers))])
+        self.answers = AnswerWords([[label] for label in range(len(task.verbalizers))])
         self.channels: int = config.num_channels
         self.size = _output_size(processor)
         family: ImageFamily = IMAGE_FAMILIES[config.model_type]

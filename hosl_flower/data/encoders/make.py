@@ -3,15 +3,15 @@
 from transformers import PretrainedConfig
 
 from hosl_flower.config.client_spec import ClientSpec
-from hosl_flower.data.encoders.base import Inputs
+from hosl_flower.data.encoders.base import ExampleEncoder
 from hosl_flower.data.encoders.classifier_text import TextInputs
-from hosl_flower.data.encoders.prompts import Encoder
+from hosl_flower.data.encoders.prompts import PromptEncoder
 from hosl_flower.errors import ConfigError
 from hosl_flower.models.families.registry import family_of
 from hosl_flower.models.processors import load_tokenizer
 
 
-def make_inputs(spec: ClientSpec, model: str, config: PretrainedConfig) -> Inputs:
+def make_inputs(spec: ClientSpec, model: str, config: PretrainedConfig) -> ExampleEncoder:
     """The inputs of a run's task for a model, by its configuration. ConfigError when they do not
     fit each other, or labels cannot stay on clients."""
     _check_fit(spec, model, config)
@@ -20,7 +20,7 @@ def make_inputs(spec: ClientSpec, model: str, config: PretrainedConfig) -> Input
         tokenizer = load_tokenizer(model)
         if family.classes:
             return TextInputs(spec.task, tokenizer, config, spec.max_length)
-        return Encoder(spec.task, tokenizer, spec.max_length, spec.max_new_tokens)
+        return PromptEncoder(spec.task, tokenizer, spec.max_length, spec.max_new_tokens)
     from hosl_flower.data.encoders.images import ImageInputs  # brings Pillow
     from hosl_flower.models.image_processors import load_image_processor  # brings Pillow
 

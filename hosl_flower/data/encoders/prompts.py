@@ -23,14 +23,14 @@ from hosl_flower.models.special_tokens import (
     padding,
     prefix,
 )
-from hosl_flower.tasks.answer_words import Answers
+from hosl_flower.tasks.answer_words import AnswerWords
 from hosl_flower.tasks.generated_answers import Completion
 from hosl_flower.tasks.prompt_template import pieces
 from hosl_flower.tasks.scoring import Scoring
 from hosl_flower.tasks.task import Task
 
 
-class Encoder:
+class PromptEncoder:
     """Renders examples of a task into token ids; generated ones into text.
 
     max_length: tokens of prompt and answer together. max_new_tokens: of an answer that is text.
@@ -76,8 +76,8 @@ class Encoder:
             return both[length:]
         return self._tokens(word)
 
-    def _choice(self, words: Sequence[str]) -> Answers:
-        answers = Answers([self._word_tokens(word) for word in words])
+    def _choice(self, words: Sequence[str]) -> AnswerWords:
+        answers = AnswerWords([self._word_tokens(word) for word in words])
         for place, tokens in enumerate(answers.tokens):
             if (first := answers.tokens.index(tokens)) < place:
                 names = self.task.label_names or range(len(words))
@@ -198,7 +198,9 @@ class Encoder:
             raise CheckpointError(
                 f"the tokenizer begins every text with {found}; they do not belong together"
             )
-        if isinstance(self.answers, Answers) and (found := self._unknown.first(self.answers.flat)):
+        if isinstance(self.answers, AnswerWords) and (
+            found := self._unknown.first(self.answers.flat)
+        ):
             raise ConfigError(f"verbalizers: an answer has {found}; choose another")
 
 

@@ -12,7 +12,7 @@ from hosl_flower.errors import MOST_TOLD, printable
 from hosl_flower.flower.announced import Node
 from hosl_flower.flower.records import pack_invitation
 from hosl_flower.flower.stream.client_end import Invitation
-from hosl_flower.flower.stream.server_end import Session
+from hosl_flower.flower.stream.server_end import StreamSession
 from hosl_flower.flower.superlink import AnyGrid
 
 log = logging.getLogger("hosl_flower")
@@ -22,10 +22,10 @@ _RETRY_SECONDS = 60.0
 _CALLS = 3  # times a node is called again without ever having answered between them
 
 
-class Line:
+class StreamCall:
     """A node's session, and the Flower message that called it."""
 
-    def __init__(self, node: Node, session: Session):
+    def __init__(self, node: Node, session: StreamSession):
         self.node = node
         self.begin(session)
 
@@ -34,7 +34,7 @@ class Line:
         """Seconds since it was called."""
         return time.monotonic() - self.called_at
 
-    def begin(self, session: Session) -> None:
+    def begin(self, session: StreamSession) -> None:
         """A new conversation; nobody has been called to it yet."""
         self.session = session
         self.message = ""
@@ -53,7 +53,7 @@ class Caller:
     def __init__(self, grid: AnyGrid, spec: ClientSpec, invitation: Invitation, lifetime: float):
         self.grid, self.spec, self.invitation, self.lifetime = grid, spec, invitation, lifetime
 
-    def call(self, line: Line) -> None:
+    def call(self, line: StreamCall) -> None:
         """Send the Flower message that makes a ClientApp dial."""
         line.calls = 1 if line.answered else line.calls + 1
         line.answered, line.called_at = 0, time.monotonic()
@@ -67,7 +67,7 @@ class Caller:
         )
         (line.message,) = self.grid.push_messages([message])
 
-    def hear(self, lines: Sequence[Line], closing: bool = False) -> None:
+    def hear(self, lines: Sequence[StreamCall], closing: bool = False) -> None:
         """Take Flower's replies: a ClientApp that has returned is called again, unless the
         session is closing or it said that it cannot serve."""
         by_message = {line.message: line for line in lines if line.message}
@@ -91,7 +91,7 @@ class Caller:
                 log.warning("node %d is called again: %s", line.node.id, reason or "it returned")
                 self.call(line)
 
-    def call_again(self, lines: Sequence[Line]) -> None:
+    def call_again(self, lines: Sequence[StreamCall]) -> None:
         """Of nodes without a connection, call those that nobody will hear of: a SuperNode that was
         restarted under the same id knows of no ClientApp, nor of a message it had taken; and one
         whose ClientApps have failed may have been mended after a while."""

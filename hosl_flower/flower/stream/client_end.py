@@ -11,7 +11,14 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from hosl_flower.errors import ClientError, ProtocolError, RefusedError
-from hosl_flower.flower.stream.frames import METHOD, Key, channel_options, decode, encode, read_word
+from hosl_flower.flower.stream.frames import (
+    METHOD,
+    Key,
+    channel_options,
+    decode_frame,
+    encode_frame,
+    read_word,
+)
 from hosl_flower.flower.stream.server_end import TOKEN
 from hosl_flower.protocol.messages.registry import REQUESTS, Behind, Failure, Reply, Request
 from hosl_flower.system.proxies import is_loopback
@@ -155,7 +162,7 @@ class _Caller:
             if word["word"] == "welcome":
                 self.token, self.connections = str(word.get("token", "")), self.connections + 1
             return None
-        key, request = decode(frame, REQUESTS)
+        key, request = decode_frame(frame, REQUESTS)
         return None if key[:2] in self._refused else (key, request)
 
     def _reply(
@@ -166,7 +173,7 @@ class _Caller:
             # what is asked comes in order: of earlier exchanges nothing more will
             self._refused = {known for known in self._refused if known[0] >= key.exchange}
             self._refused.add((key.exchange, key.partition))
-        frame = encode(key, reply)
+        frame = encode_frame(key, reply)
         del reply
         _put(outbox, frame, call)
 

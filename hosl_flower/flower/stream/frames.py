@@ -30,7 +30,7 @@ class Key(NamedTuple):
     place: int
 
 
-def encode(key: Key, message: Message) -> bytes:
+def encode_frame(key: Key, message: Message) -> bytes:
     """A protocol message as a frame; tensors are copied once, into it."""
     header, tensors = to_wire(message)
     listed = [[name, dtype_name(t), list(t.shape)] for name, t in tensors.items()]
@@ -50,7 +50,7 @@ def read_word(frame: bytes) -> dict[str, Any] | None:
     return envelope if "word" in envelope else None
 
 
-def decode(
+def decode_frame(
     frame: bytes, known: Mapping[str, type], longest: int = LONGEST_REQUEST
 ) -> tuple[Key, Any]:
     """Key and message of a frame, of one of the `known` kinds, its envelope of at most `longest`

@@ -12,13 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from hosl_flower.config.client_spec import ClientSpec
 from hosl_flower.errors import AbsentError, ClientError, ConfigError, ProtocolError, SuperLinkError
-from hosl_flower.flower.nodes import Limit, Nodes
-from hosl_flower.flower.stream.calls import Caller, Line
+from hosl_flower.flower.nodes import Nodes, WaitLimit
+from hosl_flower.flower.stream.calls import Caller, StreamCall
 from hosl_flower.flower.stream.client_end import Invitation
 from hosl_flower.flower.stream.frames import Key
 from hosl_flower.flower.stream.server_end import StreamServer
 from hosl_flower.flower.superlink import AnyGrid
-from hosl_flower.protocol.checks import Limits
+from hosl_flower.protocol.checks import ReplyLimits
 from hosl_flower.protocol.messages.registry import Behind, Failure, Reply, Request
 from hosl_flower.server.history import History
 from hosl_flower.server.kept_labels import STATES_BYTES
@@ -49,7 +49,7 @@ class StreamLink(Link):
         grid: AnyGrid,
         spec: ClientSpec,
         history: History,
-        limits: Limits,
+        limits: ReplyLimits,
         deadline: float,
         nodes: Nodes,
         lifetime: float,
@@ -82,8 +82,8 @@ class StreamLink(Link):
             patience=min(60.0, deadline),
         )
         self.caller = Caller(grid, spec, invitation, lifetime)
-        self._lines: dict[int, Line] = {}  # by node id
-        self._served: dict[int, Line] = {}  # by partition: who answered last
+        self._lines: dict[int, StreamCall] = {}  # by node id
+        self._served: dict[int, StreamCall] = {}  # by partition: who answered last
         self._exchange = 0
         try:
             self._call_nodes()
@@ -115,7 +115,7 @@ class StreamLink(Link):
         finally:
             self.server.stop()
 
-    def _end(self, lines: Sequence[Line]) -> None:
+    def _end(self, lines: Sequence[StreamCall]) -> None:
         """Close sessions and wait for their ClientApps to return, though not for long."""
         for line in lines:
             line.session.close()
@@ -143,7 +143,7 @@ class StreamLink(Link):
         self._renew()
         self._call_nodes()
         self._exchange += 1
-        asked: dict[Line, dict[Key, Request]] = {}
+        asked: dict[StreamCall, dict[Key, Request]] = {}
         streams: dict[int, Iterator[Reply]] = {}
         for partition, own in requests.items():
             line = self._line_of(partition)
@@ -160,7 +160,7 @@ class StreamLink(Link):
             line.session.ask(own_requests)
         return streams
 
-    def _read(self, line: Line, partition: int, asked: dict[Key, Request]) -> Iterator[Reply]:
+    def _read(self, line: StreamCall, partition: int, asked: dict[Key, Request]) -> Iterator[Reply]:
         """Replies in order, as they come; ends after Behind or Failure."""
         try:
             for key in list(asked):
@@ -183,7 +183,7 @@ class StreamLink(Link):
                 line.session.withdraw(exchange, partition)
 
     def _await(
-        self, line: Line, partition: int, key: Key, give_up: float, limit: Limit
+        self, line: StreamCall, partition: int, key: Key, give_up: float, limit: WaitLimit
     ) -> Reply | None:
         """The reply to one request; None when it has not come by `until`, or its node is gone
         and cannot be done without. give_up: when `limit` is over."""
@@ -213,7 +213,7 @@ class StreamLink(Link):
             if time.monotonic() >= self.until:
                 return None
 
-    def _line_of(self, partition: int) -> Line | None:
+    def _line_of(self, partition: int) -> StreamCall | None:
         """Who answers for a client: its node, or in simulation any worker that has come."""
         if self.nodes.simulated:
             ready = [line for line in self._lines.values() if line.session.connected]
@@ -222,7 +222,7 @@ class StreamLink(Link):
         node = self.nodes.of(partition)
         return self._lines.get(node.id) if node else None
 
-    def _line_that_served(self, partition: int) -> Line | None:
+    def _line_that_served(self, partition: int) -> StreamCall | None:
         """Who answered for a client last, if it is there, or dials again in a moment. One that
         has been let go of is told to end, even if it dials again just then."""
         line = self._served.get(partition)
@@ -252,7 +252,7 @@ class StreamLink(Link):
             del self._lines[line.node.id]
         for node in there.values():
             if node.id not in self._lines:
-                line = Line(node, self.server.session(f"node {node.id}"))
+                line = StreamCall(node, self.server.session(f"node {node.id}"))
                 self._lines[node.id] = line
                 self.caller.call(line)
         if time.monotonic() - self._heard_at < _LOOK_SECONDS:
@@ -262,7 +262,7 @@ class StreamLink(Link):
         self.caller.hear(lost)
         self.caller.call_again(lost)
 
-    def _is_there(self, line: Line) -> bool:
+    def _is_there(self, line: StreamCall) -> bool:
         """Whether a node without a connection is still one of this run's; looked up now and
         then."""
         if time.monotonic() - line.looked_at > _LOOK_SECONDS:
@@ -298,7 +298,7 @@ class StreamLink(Link):
         )
 
 
-def longest_frame(limits: Limits, history: History) -> int:
+def longest_frame(limits: ReplyLimits, history: History) -> int:
     """Bytes of the longest message there can be: activations with all that goes with them, a cut
     gradient, hidden states or a snapshot."""
     item = DTYPES[limits.dtype].itemsize

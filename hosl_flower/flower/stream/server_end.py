@@ -27,8 +27,8 @@ from hosl_flower.flower.stream.frames import (
     METHOD,
     Key,
     channel_options,
-    decode,
-    encode,
+    decode_frame,
+    encode_frame,
     encode_word,
 )
 from hosl_flower.protocol.messages.registry import REPLIES, Behind, Failure, Reply, Request
@@ -47,7 +47,7 @@ _STRANGERS = [  # what a connection may cost before one of its calls has shown a
 ]
 
 
-class Session:
+class StreamSession:
     """A conversation with one client process. node: for messages to people."""
 
     def __init__(self, node: str):
@@ -86,7 +86,7 @@ class Session:
         """Send requests, in order, as soon as the client can take them."""
         with self._changed:
             for key, request in requests.items():
-                self._unanswered[key] = encode(key, request)
+                self._unanswered[key] = encode_frame(key, request)
                 self._unsent.append(key)
             self._changed.notify_all()
 
@@ -204,7 +204,7 @@ class StreamServer:
     def __init__(
         self, bind: str, limit: int, workers: int, certificate: tuple[bytes, bytes] | None = None
     ):
-        self._sessions: list[Session] = []
+        self._sessions: list[StreamSession] = []
         # a connection takes one thread for each direction
         self._pool = futures.ThreadPoolExecutor(workers)
         options = [*channel_options(limit), *_STRANGERS]
@@ -223,13 +223,13 @@ class StreamServer:
             raise ConfigError(f"stream-bind: cannot listen on {bind}: {error}") from error
         self._server.start()
 
-    def session(self, node: str) -> Session:
+    def session(self, node: str) -> StreamSession:
         """A new session, to be dialled with its token."""
-        session = Session(node)
+        session = StreamSession(node)
         self._sessions.append(session)
         return session
 
-    def forget(self, session: Session) -> None:
+    def forget(self, session: StreamSession) -> None:
         """Nobody dials this session any more."""
         self._sessions.remove(session)
 
@@ -256,7 +256,7 @@ class StreamServer:
         yield encode_word("welcome", token=token)
         yield from session.outgoing(connection)
 
-    def admit(self, shown: bytes) -> tuple[Session, int, str] | None:
+    def admit(self, shown: bytes) -> tuple[StreamSession, int, str] | None:
         """The session whose token a call shows, its new connection and the next token; None for
         a stranger."""
         # every session is compared, so that time tells nothing about any; of a copy, since others
@@ -264,10 +264,10 @@ class StreamServer:
         opened = [(session, session.open(shown)) for session in tuple(self._sessions)]
         return next(((session, *new) for session, new in opened if new is not None), None)
 
-    def _read(self, session: Session, connection: int, frames: Iterator[bytes]) -> None:
+    def _read(self, session: StreamSession, connection: int, frames: Iterator[bytes]) -> None:
         try:
             for frame in frames:
-                key, reply = decode(frame, REPLIES, LONGEST_REPLY)
+                key, reply = decode_frame(frame, REPLIES, LONGEST_REPLY)
                 del frame  # the next may be long in coming
                 session.incoming(key, reply)
                 del reply

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hosl_flower.errors import CheckpointError
 from hosl_flower.models.checkpoints import hub
-from hosl_flower.models.checkpoints.source import Checkpoint
+from hosl_flower.models.checkpoints.source import PretrainedWeights
 from hosl_flower.models.checkpoints.torch_bin import damaged
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -112,7 +112,7 @@ class AdaptedWeights:
     adapters of another kind than LoRA's matrices, or of another model.
     """
 
-    def __init__(self, base: Checkpoint, adapters: Adapters, transposed: bool):
+    def __init__(self, base: PretrainedWeights, adapters: Adapters, transposed: bool):
         self.base, self.origin, self._transposed = base, adapters.model, transposed
         _check_settings(adapters)
         self._path = _weights(adapters)

@@ -110,7 +110,7 @@ def _scaled(uniform: Tensor, std: float) -> Tensor:
     return uniform.sub_(0.5).mul_(math.sqrt(12) * std)
 
 
-class Checkpoint:
+class PretrainedWeights:
     """A pretrained checkpoint: a local directory or a hub repository.
 
     base_prefix: what canonical names of the decoder start with ("model"); checkpoints saved

@@ -10,10 +10,10 @@ from torch import Tensor
 from hosl_flower.errors import ProtocolError
 from hosl_flower.ledger.client_state import Snapshot
 from hosl_flower.ledger.ledger import Entry, Ledger, entries_from_columns
-from hosl_flower.ledger.weight_deltas import Passage
+from hosl_flower.ledger.weight_deltas import DeltaSpan
 from hosl_flower.protocol.messages.requests import STRICT, Count, Counts, Digests, Finites, Request
 from hosl_flower.tensors.raw_bytes import dtype_name
-from hosl_flower.tensors.update_codec import Coded, Rows, check
+from hosl_flower.tensors.update_codec import Coded, RowLayout, check
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -69,7 +69,7 @@ def _check_column(what: str, column: Tensor, dtype: str) -> None:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Move(Request):
+class ApplyDeltas(Request):
     """What the weights have changed by from `position` on, of each step in turn, in 8 bits:
     present [steps, R], values and scales one after the other (update_codec.py). digests: of the
     ledger after each."""
@@ -82,11 +82,11 @@ class Move(Request):
     digests: Digests
 
     @classmethod
-    def of(cls, passage: Passage, cause: Request) -> "Move":
+    def of(cls, passage: DeltaSpan, cause: Request) -> "ApplyDeltas":
         """The request that carries a passage, so that `cause` can be answered."""
         return cls(step=cause.step, partition=cause.partition, **vars(passage))
 
-    def changes(self, rows: Rows) -> list[tuple[int, str, Coded]]:
+    def changes(self, rows: RowLayout) -> list[tuple[int, str, Coded]]:
         """(step, digest after it, change) of each; ProtocolError when they are of other rows."""
         if len(self.digests) != len(self.steps):
             raise ProtocolError(

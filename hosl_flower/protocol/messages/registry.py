@@ -22,15 +22,15 @@ they are made from what arrived; wire.py turns them into bytes and back.
     Fetch        your weights, after steps of your own              -> Weights
     Adopt        your weights are everybody's now                   -> Applied
     CatchUp      ledger entries you have missed                     -> Applied
-    Move         changes of weights, of the steps you have missed   -> Applied
+    ApplyDeltas         changes of weights, of the steps you have missed   -> Applied
     Restore      the same as weights, where those are fewer bytes   -> Applied
     Fingerprint  hashes of your submodel                            -> Fingerprinted
 
 Any request may be answered by Behind (the client's ledger is shorter or another one: send
-CatchUp, Move or Restore) or Failure.
+CatchUp, ApplyDeltas or Restore) or Failure.
 """
 
-from hosl_flower.protocol.messages.ledger import CatchUp, Move, Restore
+from hosl_flower.protocol.messages.ledger import ApplyDeltas, CatchUp, Restore
 from hosl_flower.protocol.messages.replies import (
     Activations,
     Applied,
@@ -93,7 +93,7 @@ REQUESTS: dict[str, type[Request]] = {
         Fetch,
         Adopt,
         CatchUp,
-        Move,
+        ApplyDeltas,
         Restore,
         Fingerprint,
     )
@@ -125,6 +125,7 @@ __all__ = [
     "Activations",
     "Adopt",
     "Applied",
+    "ApplyDeltas",
     "Backward",
     "Behind",
     "CatchUp",
@@ -152,7 +153,6 @@ __all__ = [
     "LocalTrain",
     "Losses",
     "Message",
-    "Move",
     "Probe",
     "Reply",
     "Request",
