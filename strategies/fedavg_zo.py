@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from hosl_flower.config.run_config import RunConfig
-from hosl_flower.protocol.messages.registry import LocalTrain
+from hosl_flower.protocol.messages.scalars import LocalTrain
 from hosl_flower.server.aggregate import check_is_mean
 from hosl_flower.server.cohort import Cohort
 from hosl_flower.server.session import Session

@@ -10,7 +10,7 @@ that we know of reports it.
 from collections.abc import Sequence
 
 from hosl_flower.methods.method import Method
-from hosl_flower.protocol.messages.registry import Forward
+from hosl_flower.protocol.messages.activations import Forward
 from hosl_flower.server.cohort import Cohort, Question, absent
 from hosl_flower.server.link import Link
 from hosl_flower.server.session import Session

@@ -21,7 +21,8 @@ before the local steps.
 from collections.abc import Sequence
 from math import nan
 
-from hosl_flower.protocol.messages.registry import Forward, HeadProbe
+from hosl_flower.protocol.messages.activations import Forward
+from hosl_flower.protocol.messages.scalars import HeadProbe
 from hosl_flower.server.cohort import Cohort, Question, absent
 from hosl_flower.server.link import Link
 from hosl_flower.server.schedule import client_rate

@@ -38,7 +38,9 @@ from torch import Tensor
 
 from hosl_flower.ledger.ledger import Entry
 from hosl_flower.methods.method import Method
-from hosl_flower.protocol.messages.registry import CutGradient, Forward, Request
+from hosl_flower.protocol.messages.activations import Forward
+from hosl_flower.protocol.messages.base import Request
+from hosl_flower.protocol.messages.scalars import CutGradient
 from hosl_flower.server.aggregate import make_aggregate
 from hosl_flower.server.cohort import Cohort, Question, absent
 from hosl_flower.server.link import Link

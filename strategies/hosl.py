@@ -25,8 +25,9 @@ from torch import Tensor
 
 from hosl_flower.ledger.ledger import Entry
 from hosl_flower.methods.method import Method
-from hosl_flower.protocol.checks import BatchKey, check_same_batch
-from hosl_flower.protocol.messages.registry import Forward, Losses, Probe, Request
+from hosl_flower.protocol.messages.activations import BatchKey, Forward, Probe, check_same_batch
+from hosl_flower.protocol.messages.base import Request
+from hosl_flower.protocol.messages.ledger import Losses
 from hosl_flower.server.cohort import kept
 from hosl_flower.server.kept_labels import KeptLabels
 from hosl_flower.server.link import Link

@@ -37,14 +37,8 @@ from torch import Tensor
 from hosl_flower.config.run_config import RunConfig
 from hosl_flower.errors import ConfigError
 from hosl_flower.optim.gradient import Dense
-from hosl_flower.protocol.messages.registry import (
-    Adopt,
-    Backward,
-    Fetch,
-    LocalStep,
-    Request,
-    Weights,
-)
+from hosl_flower.protocol.messages.base import Request
+from hosl_flower.protocol.messages.gradients import Adopt, Backward, Fetch, LocalStep, Weights
 from hosl_flower.server.aggregate import check_is_mean
 from hosl_flower.server.cohort import Cohort, Question, absent
 from hosl_flower.server.link import Link

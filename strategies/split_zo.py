@@ -19,8 +19,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hosl_flower.protocol.checks import BatchKey, check_same_batch
-from hosl_flower.protocol.messages.registry import Forward, Probe, Request
+from hosl_flower.protocol.messages.activations import BatchKey, Forward, Probe, check_same_batch
+from hosl_flower.protocol.messages.base import Request
 from hosl_flower.server.kept_labels import KeptLabels
 from hosl_flower.server.schedule import rate_factor
 from hosl_flower.server.session import Session

@@ -28,37 +28,26 @@ from hosl_flower.flower.stream.frames import Key, decode_frame, encode_frame, en
 from hosl_flower.flower.stream.server_end import StreamServer, StreamSession
 from hosl_flower.ledger.client_state import ClientState
 from hosl_flower.ledger.ledger import chain_entries
-from hosl_flower.protocol.checks import (
-    BatchKey,
-    ReplyLimits,
-    check_activations,
-    check_continued,
-    check_described,
-    check_fingerprints,
-    check_graded,
-    check_hidden_gradient,
-    check_same_batch,
-    check_scalars,
-    check_scored,
-    check_weights,
-)
-from hosl_flower.protocol.messages.registry import (
-    REPLIES,
-    REQUESTS,
+from hosl_flower.protocol.messages.activations import (
     Activations,
-    ApplyDeltas,
-    CatchUp,
-    Continue,
-    Fingerprint,
-    Grade,
-    HeadProbe,
+    BatchKey,
+    check_same_batch,
+)
+from hosl_flower.protocol.messages.base import Message, Reply
+from hosl_flower.protocol.messages.generation import Continue, Grade
+from hosl_flower.protocol.messages.kept_labels import (
     HeldOutStates,
     HiddenStates,
-    LocalProbe,
-    Message,
-    Reply,
+)
+from hosl_flower.protocol.messages.ledger import (
+    ApplyDeltas,
+    CatchUp,
+    Fingerprint,
     Restore,
 )
+from hosl_flower.protocol.messages.registry import REPLIES, REQUESTS
+from hosl_flower.protocol.messages.scalars import HeadProbe, LocalProbe
+from hosl_flower.protocol.reply_limits import ReplyLimits
 from hosl_flower.tasks.generated_answers import IGNORED
 from hosl_flower.tensors import update_codec
 
@@ -200,23 +189,23 @@ class Fuzz:
         limits = self.random.choice(self.others) if few else self.limits
         checks: dict[str, Callable[[Any], None]] = {
             "activations": lambda r: self._check_batch(r, limits),
-            "continued": lambda r: check_continued(r, CONTINUE, limits),
-            "graded": lambda r: check_graded(r, GRADE),
-            "described": lambda r: check_described(r, limits),
+            "continued": lambda r: r.check(CONTINUE, limits, None),
+            "graded": lambda r: r.check(GRADE, None, None),
+            "described": lambda r: r.check(None, limits, None),
             "change": lambda r: update_codec.check(_state().rows.widths(), r, "int8", r.kind),
             "gradient": lambda r: update_codec.check(_state().rows.widths(), r, "exact", r.kind),
-            "scalars": lambda r: check_scalars(r, _ASKED),
-            "weights": lambda r: check_weights(r, _state()),
-            "fingerprinted": lambda r: check_fingerprints(r, _SINCE),
-            "hidden-gradient": lambda r: check_hidden_gradient(r, self.asked["hidden-states"]),
-            "scored": lambda r: check_scored(r, self.asked["held-out-states"]),
+            "scalars": lambda r: r.check(_ASKED, limits, None),
+            "weights": lambda r: r.check(None, limits, _state()),
+            "fingerprinted": lambda r: r.check(_SINCE, None, None),
+            "hidden-gradient": lambda r: r.check(self.asked["hidden-states"], limits, None),
+            "scored": lambda r: r.check(self.asked["held-out-states"], None, None),
         }
         if isinstance(message, Reply) and (check := checks.get(message.kind)) is not None:
             check(message)
 
     def _check_batch(self, reply: Activations, limits: ReplyLimits) -> None:
         """Of a client that answers for a step in several replies, too."""
-        check_activations(reply, limits)
+        reply.check(None, limits, None)
         key = BatchKey.of(reply)
         if key not in self.batches:
             check_same_batch([*self.batches[:1], key], reply.step)

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hosl_flower.errors import ProtocolError
 from hosl_flower.models.base_model import open_base
 from hosl_flower.models.split import load_client, load_server
-from hosl_flower.protocol.checks import ReplyLimits, check_activations
-from hosl_flower.protocol.messages.registry import Activations
+from hosl_flower.protocol.messages.activations import Activations
+from hosl_flower.protocol.reply_limits import ReplyLimits
 from hosl_flower.server.scores import Score
 from hosl_flower.server.trainer import ServerTrainer
 from hosl_flower.tasks.answer_words import AnswerWords
@@ -171,10 +171,10 @@ LIMITS = ReplyLimits(
 def test_replies_must_have_a_label_for_every_three_sequences(halves):
     client, server, _ = halves(WORDS)
     batch = reply(client, server.answers)
-    check_activations(batch, LIMITS)
+    batch.check(None, LIMITS, None)
     for wrong in (torch.zeros(15), torch.zeros(4), torch.zeros(6)):
         with pytest.raises(ProtocolError, match=r"labels: expected int64\[5\], one for 3 of 15"):
-            check_activations(replace(batch, labels=wrong.long()), LIMITS)
+            replace(batch, labels=wrong.long()).check(None, LIMITS, None)
     rows = slice(0, 14)
     cut = replace(
         batch,
@@ -183,16 +183,16 @@ def test_replies_must_have_a_label_for_every_three_sequences(halves):
         labels=batch.labels[:4],
     )
     with pytest.raises(ProtocolError, match=r"one for 3 of 14 sequences"):
-        check_activations(cut, LIMITS)
+        cut.check(None, LIMITS, None)
     short = replace(
         batch,
         activations=batch.activations[:, -2:],
         attention_mask=batch.attention_mask[:, -2:],
     )
     with pytest.raises(ProtocolError, match=r"sequences of 3 to 16 tokens, got 15 of 2"):
-        check_activations(short, LIMITS)
+        short.check(None, LIMITS, None)
     with pytest.raises(ProtocolError, match="at most 12 sequences"):
-        check_activations(batch, replace(LIMITS, batch=12))
+        batch.check(None, replace(LIMITS, batch=12), None)
 
 
 @pytest.mark.parametrize("method", [Hosl, HoSfl, FedAvgZo])

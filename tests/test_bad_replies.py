@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -21,20 +22,14 @@ from hosl_flower.errors import (
     ProtocolError,
     printable,
 )
-from hosl_flower.protocol.checks import ReplyLimits, check_update
-from hosl_flower.protocol.messages.registry import (
-    Activations,
-    Applied,
-    Change,
-    Describe,
-    Described,
-    Failure,
-    Fingerprinted,
-    Gradient,
-    HiddenGradient,
-    Scalars,
-    Weights,
-)
+from hosl_flower.protocol.messages.activations import Activations
+from hosl_flower.protocol.messages.base import Failure
+from hosl_flower.protocol.messages.describe import Describe, Described
+from hosl_flower.protocol.messages.gradients import Change, Gradient, Weights
+from hosl_flower.protocol.messages.kept_labels import HiddenGradient
+from hosl_flower.protocol.messages.ledger import Applied, Fingerprinted
+from hosl_flower.protocol.messages.scalars import Scalars
+from hosl_flower.protocol.reply_limits import ReplyLimits
 from hosl_flower.run import loop as training
 from hosl_flower.run.checkpoint import Checkpoint, _sha256, read, write
 from hosl_flower.server import session as sessions
@@ -246,10 +241,10 @@ def test_limits_are_far_from_honest_numbers():
         values = torch.zeros(rows.elements)
         values[0] = 0.99 * most
         reply = kind(1, 0.0, 0, present=present, values=values, scales=torch.empty(0))
-        check_update(reply, rows, limits)
+        reply.check(None, limits, SimpleNamespace(rows=rows))
         values[0] = -1.01 * most
         with pytest.raises(OutOfRangeError, match="expected values of at most"):
-            check_update(reply, rows, limits)
+            reply.check(None, limits, SimpleNamespace(rows=rows))
 
 
 def test_a_run_whose_loss_has_diverged_does_not_end_well(make, monkeypatch):

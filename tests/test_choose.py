@@ -11,7 +11,7 @@ from hosl_flower.errors import ConfigError
 from hosl_flower.flower.message_link import GridLink
 from hosl_flower.flower.nodes import Nodes
 from hosl_flower.flower.open_link import _bind, _certificates, check_stream, open_link
-from hosl_flower.protocol.checks import ReplyLimits
+from hosl_flower.protocol.reply_limits import ReplyLimits
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,10 @@ from specs import client_spec
 from hosl_flower.client.client import Client
 from hosl_flower.client.forwards import put_together
 from hosl_flower.ledger.ledger import Entry
-from hosl_flower.protocol.messages.registry import (
-    CatchUp,
-    CutGradient,
-    Forward,
-    LocalStep,
-    LocalTrain,
-    Probe,
-)
+from hosl_flower.protocol.messages.activations import Forward, Probe
+from hosl_flower.protocol.messages.gradients import LocalStep
+from hosl_flower.protocol.messages.ledger import CatchUp
+from hosl_flower.protocol.messages.scalars import CutGradient, LocalTrain
 from hosl_flower.tensors.cut_gradient import Cotangent
 from hosl_flower.tensors.memory import Meter
 from hosl_flower.tensors.update_codec import decode_update

@@ -11,7 +11,8 @@ from test_ho_sfl import link_that, scalars_of
 
 from hosl_flower.config.parse import parse_config
 from hosl_flower.errors import ConfigError, DivergedError
-from hosl_flower.protocol.messages.registry import Activations, Scalars
+from hosl_flower.protocol.messages.activations import Activations
+from hosl_flower.protocol.messages.scalars import Scalars
 from hosl_flower.server.cohort import Cohort
 from hosl_flower.server.session import Session
 from hosl_flower.zo.estimator import clip

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hosl_flower.errors import ProtocolError
-from hosl_flower.protocol.checks import ReplyLimits, check_activations
-from hosl_flower.protocol.messages.registry import Activations
+from hosl_flower.protocol.messages.activations import Activations
+from hosl_flower.protocol.reply_limits import ReplyLimits
 from hosl_flower.tensors.activation_codec import decode_activations, encode_activations
 
 H = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)) * 3
@@ -53,7 +53,7 @@ def test_only_the_runs_codec_is_taken(codec):
     for other in ("exact", "bf16", "fp16", "int8"):
         limits = ReplyLimits(batch=2, length=5, hidden=32, dtype="float32", classes=2, codec=other)
         if other == codec:
-            check_activations(reply, limits)
+            reply.check(None, limits, None)
         else:
             with pytest.raises(ProtocolError, match="activations: expected"):
-                check_activations(reply, limits)
+                reply.check(None, limits, None)

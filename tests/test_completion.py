@@ -17,20 +17,15 @@ from hosl_flower.config.parse import parse_config
 from hosl_flower.errors import ClientError, ConfigError, ProtocolError
 from hosl_flower.models.batch import Batch
 from hosl_flower.models.decoding import Prompts, Writer, greedy
-from hosl_flower.protocol.checks import (
-    ReplyLimits,
-    check_activations,
-    check_continued,
-    check_graded,
-)
-from hosl_flower.protocol.messages.registry import (
-    Activations,
+from hosl_flower.protocol.messages.activations import Activations
+from hosl_flower.protocol.messages.base import Failure
+from hosl_flower.protocol.messages.generation import (
     Continue,
     Continued,
-    Failure,
     Grade,
     Graded,
 )
+from hosl_flower.protocol.reply_limits import ReplyLimits
 from hosl_flower.run.plan import plan
 from hosl_flower.server.trainer import ServerTrainer
 from hosl_flower.tasks.generated_answers import IGNORED, Completion
@@ -281,7 +276,7 @@ def sent(labels, length=5):
 
 
 def test_labels_that_are_no_tokens_of_answers_are_refused():
-    check_activations(sent([[IGNORED, 5], [7, 63]]), LIMITS)
+    sent([[IGNORED, 5], [7, 63]]).check(None, LIMITS, None)
     for labels, complaint in (
         ([5, 7], r"expected int64\[2, A\] with A at most 3"),
         ([[5, 6, 7, 8]], "A at most 3"),
@@ -291,9 +286,9 @@ def test_labels_that_are_no_tokens_of_answers_are_refused():
         ([[-1, 6]], r"0\.\.63"),
     ):
         with pytest.raises(ProtocolError, match=complaint):
-            check_activations(sent(labels), LIMITS)
+            sent(labels).check(None, LIMITS, None)
     with pytest.raises(ProtocolError, match="A at most 1"):
-        check_activations(sent([[5, 6]], length=1), LIMITS)
+        sent([[5, 6]], length=1).check(None, LIMITS, None)
 
 
 def continued(batch, length):
@@ -305,16 +300,16 @@ def continued(batch, length):
 def test_activations_that_do_not_follow_are_refused():
     start = Continue(**AT, tokens=torch.empty((0, 0), dtype=torch.int64))
     then = Continue(**AT, tokens=torch.ones((2, 1), dtype=torch.int64))
-    check_continued(continued(2, 5), start, LIMITS)
-    check_continued(continued(2, 1), then, LIMITS)
+    continued(2, 5).check(start, LIMITS, None)
+    continued(2, 1).check(then, LIMITS, None)
     for batch, length in ((3, 1), (2, 2)):
         with pytest.raises(ProtocolError, match="expected 2 sequences of 1"):
-            check_continued(continued(batch, length), then, LIMITS)
+            continued(batch, length).check(then, LIMITS, None)
     asked = Grade(**AT, tokens=torch.ones((2, 1), dtype=torch.int64))
-    check_graded(Graded(**DONE, scores=torch.ones(2, 2)), asked)
+    Graded(**DONE, scores=torch.ones(2, 2)).check(asked, None, None)
     for scores in (torch.ones(2), torch.ones(3, 2), torch.full((2, 2), 1.5), -torch.ones(2, 2)):
         with pytest.raises(ProtocolError, match="scores: expected"):
-            check_graded(Graded(**DONE, scores=scores), asked)
+            Graded(**DONE, scores=scores).check(asked, None, None)
 
 
 def test_a_client_refuses_tokens_that_cannot_follow(make, tmp_path):

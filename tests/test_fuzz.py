@@ -7,7 +7,7 @@ from fuzzing import Fuzz
 from test_messages import ALL, LIMITS
 
 from hosl_flower.errors import ProtocolError
-from hosl_flower.protocol.messages.registry import CatchUp
+from hosl_flower.protocol.messages.ledger import CatchUp
 
 
 @pytest.mark.parametrize("seed", [0, 1])

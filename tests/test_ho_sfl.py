@@ -18,7 +18,10 @@ from hosl_flower.errors import (
     ProtocolError,
 )
 from hosl_flower.ledger.ledger import Ledger
-from hosl_flower.protocol.messages.registry import Activations, Described, Failure, Scalars
+from hosl_flower.protocol.messages.activations import Activations
+from hosl_flower.protocol.messages.base import Failure
+from hosl_flower.protocol.messages.describe import Described
+from hosl_flower.protocol.messages.scalars import Scalars
 from strategies.fedavg_zo import FedAvgZo
 from strategies.ho_sfl import HoSfl
 

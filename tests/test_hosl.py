@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hosl_flower.errors import ConfigError, DivergedError, DriftError
 from hosl_flower.ledger.ledger import Ledger, fingerprint
-from hosl_flower.protocol.messages.registry import Evaluate
+from hosl_flower.protocol.messages.activations import Evaluate
 from hosl_flower.server.in_process import InProcessLink
 from strategies.hosl import Hosl
 

@@ -23,7 +23,8 @@ from hosl_flower.errors import ConfigError
 from hosl_flower.ledger.ledger import Ledger, fingerprint
 from hosl_flower.models.architectures import IMAGE_ARCHITECTURES
 from hosl_flower.models.base_model import open_base
-from hosl_flower.protocol.messages.registry import CutGradient, Forward, Probe
+from hosl_flower.protocol.messages.activations import Forward, Probe
+from hosl_flower.protocol.messages.scalars import CutGradient
 from hosl_flower.run.plan import plan
 from hosl_flower.run.start import open_run, run_in_process
 from strategies.heron import Heron

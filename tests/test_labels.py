@@ -18,8 +18,8 @@ from hosl_flower.models.base_model import open_base
 from hosl_flower.models.families.registry import embedding_name
 from hosl_flower.models.label_head import OutputHead, load_output_head
 from hosl_flower.models.split import load_client, load_server
-from hosl_flower.protocol.checks import ReplyLimits
-from hosl_flower.protocol.messages.registry import HeldOutStates, HiddenStates, Scored
+from hosl_flower.protocol.messages.kept_labels import HeldOutStates, HiddenStates, Scored
+from hosl_flower.protocol.reply_limits import ReplyLimits
 from hosl_flower.protocol.wire import to_wire
 from hosl_flower.server.kept_labels import score_by_client
 from hosl_flower.server.link import Link

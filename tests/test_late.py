@@ -33,8 +33,11 @@ from hosl_flower.flower.stream.link import StreamLink
 from hosl_flower.flower.superlink import SuperLink
 from hosl_flower.ledger.ledger import Entry
 from hosl_flower.methods.load import load_method
-from hosl_flower.protocol.checks import ReplyLimits
-from hosl_flower.protocol.messages.registry import Describe, Fetch, Fingerprint, Forward
+from hosl_flower.protocol.messages.activations import Forward
+from hosl_flower.protocol.messages.describe import Describe
+from hosl_flower.protocol.messages.gradients import Fetch
+from hosl_flower.protocol.messages.ledger import Fingerprint
+from hosl_flower.protocol.reply_limits import ReplyLimits
 from hosl_flower.run.start import run_in_process
 from hosl_flower.server.cohort import Cohort, Question, absent, kept
 from hosl_flower.server.losses import BatchPiece

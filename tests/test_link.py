@@ -23,18 +23,11 @@ from hosl_flower.flower.message_link import EXCHANGE, GridLink
 from hosl_flower.flower.nodes import Nodes
 from hosl_flower.flower.records import pack
 from hosl_flower.ledger.ledger import Entry
-from hosl_flower.protocol.checks import ReplyLimits
-from hosl_flower.protocol.messages.registry import (
-    Activations,
-    Applied,
-    Behind,
-    Describe,
-    Failure,
-    Fingerprint,
-    Forward,
-    Losses,
-    Probe,
-)
+from hosl_flower.protocol.messages.activations import Activations, Forward, Probe
+from hosl_flower.protocol.messages.base import Behind, Failure
+from hosl_flower.protocol.messages.describe import Describe
+from hosl_flower.protocol.messages.ledger import Applied, Fingerprint, Losses
+from hosl_flower.protocol.reply_limits import ReplyLimits
 from hosl_flower.server.in_process import InProcessLink
 from hosl_flower.zo.estimator import projected_gradients
 

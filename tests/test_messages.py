@@ -10,56 +10,50 @@ from specs import client_spec
 from hosl_flower.errors import ProtocolError
 from hosl_flower.flower.records import pack, unpack_replies, unpack_requests
 from hosl_flower.ledger.ledger import Entry, Ledger
-from hosl_flower.protocol.checks import (
-    BatchKey,
-    ReplyLimits,
-    check_activations,
-    check_described,
-    check_fingerprints,
-    check_hidden_gradient,
-    check_same_batch,
-    check_scalars,
-    check_scored,
-)
-from hosl_flower.protocol.messages.registry import (
-    REPLIES,
-    REQUESTS,
+from hosl_flower.protocol.messages.activations import (
     Activations,
-    Adopt,
-    Applied,
-    ApplyDeltas,
-    Backward,
-    Behind,
-    CatchUp,
-    Change,
-    Continue,
-    Continued,
-    CutGradient,
-    Describe,
-    Described,
+    BatchKey,
     Evaluate,
-    Failure,
-    Fetch,
-    Fingerprint,
-    Fingerprinted,
     Forward,
-    Grade,
-    Graded,
-    Gradient,
-    HeadProbe,
-    HeldOutStates,
-    HiddenGradient,
-    HiddenStates,
-    LocalStep,
-    LocalTrain,
-    Losses,
     Probe,
-    Restore,
-    Scalars,
-    Scored,
+    check_same_batch,
+)
+from hosl_flower.protocol.messages.base import Behind, Failure
+from hosl_flower.protocol.messages.describe import Describe, Described
+from hosl_flower.protocol.messages.generation import Continue, Continued, Grade, Graded
+from hosl_flower.protocol.messages.gradients import (
+    Adopt,
+    Backward,
+    Change,
+    Fetch,
+    Gradient,
+    LocalStep,
     Stepped,
     Weights,
 )
+from hosl_flower.protocol.messages.kept_labels import (
+    HeldOutStates,
+    HiddenGradient,
+    HiddenStates,
+    Scored,
+)
+from hosl_flower.protocol.messages.ledger import (
+    Applied,
+    ApplyDeltas,
+    CatchUp,
+    Fingerprint,
+    Fingerprinted,
+    Losses,
+    Restore,
+)
+from hosl_flower.protocol.messages.registry import REPLIES, REQUESTS
+from hosl_flower.protocol.messages.scalars import (
+    CutGradient,
+    HeadProbe,
+    LocalTrain,
+    Scalars,
+)
+from hosl_flower.protocol.reply_limits import ReplyLimits
 from hosl_flower.protocol.wire import from_wire, to_wire, wire_bytes
 from hosl_flower.tensors.raw_bytes import DTYPES, raw_bytes, tensor_from_bytes
 from hosl_flower.tensors.update_codec import RowLayout, check
@@ -260,7 +254,7 @@ def test_any_text_is_refused_with_a_protocol_error(header):
 )
 def test_activations_that_do_not_fit_the_run_are_refused(changes, complaint):
     with pytest.raises(ProtocolError, match=complaint):
-        check_activations(activations(**changes), LIMITS)
+        activations(**changes).check(None, LIMITS, None)
 
 
 @pytest.mark.parametrize(
@@ -294,9 +288,9 @@ def test_local_seeds_are_those_of_each_step():
     ],
 )
 def test_scalars_that_do_not_fit_the_request_are_refused(scalars):
-    check_scalars(Scalars(**DONE, scalars=torch.zeros(2, 2)), CutGradient(**CUT))
+    Scalars(**DONE, scalars=torch.zeros(2, 2)).check(CutGradient(**CUT), LIMITS, None)
     with pytest.raises(ProtocolError, match="scalars: "):
-        check_scalars(Scalars(**DONE, scalars=scalars), CutGradient(**CUT))
+        Scalars(**DONE, scalars=scalars).check(CutGradient(**CUT), LIMITS, None)
 
 
 @pytest.mark.parametrize(
@@ -317,27 +311,27 @@ def test_scalars_that_do_not_fit_the_request_are_refused(scalars):
 def test_a_description_that_cannot_be_is_refused(changes, complaint):
     good = next(vars(m) for m in ALL if isinstance(m, Described))
     limits = ReplyLimits(batch=8, length=16, hidden=4, dtype="float32", classes=2, held_out=40)
-    check_described(Described(**good), limits)
+    Described(**good).check(None, limits, None)
     with pytest.raises(ProtocolError, match=complaint):
-        check_described(Described(**{**good, **changes}), limits)
+        Described(**{**good, **changes}).check(None, limits, None)
 
 
 def test_a_client_cannot_have_an_evaluation_without_end():
     good = next(vars(m) for m in ALL if isinstance(m, Described))
-    check_described(Described(**{**good, "held_out_examples": 10**6}), LIMITS)
+    Described(**{**good, "held_out_examples": 10**6}).check(None, LIMITS, None)
     with pytest.raises(ProtocolError, match="expected 1 to 1000000 held-out examples, got 1000001"):
-        check_described(Described(**{**good, "held_out_examples": 10**6 + 1}), LIMITS)
+        Described(**{**good, "held_out_examples": 10**6 + 1}).check(None, LIMITS, None)
 
 
 def test_no_labels_are_taken_where_they_are_the_clients():
     limits = ReplyLimits(8, 16, 4, "float32", 2, private_labels=True, label_counts=False)
     good = next(vars(m) for m in ALL if isinstance(m, Described))
-    check_described(Described(**{**good, "label_counts": ()}), limits)
+    Described(**{**good, "label_counts": ()}).check(None, limits, None)
     with pytest.raises(ProtocolError, match="no label counts, which stay on the client; got 5"):
-        check_described(Described(**good), limits)
-    check_activations(activations(labels=torch.empty(0, dtype=torch.int64)), limits)
+        Described(**good).check(None, limits, None)
+    activations(labels=torch.empty(0, dtype=torch.int64)).check(None, limits, None)
     with pytest.raises(ProtocolError, match="expected none, they stay on the client"):
-        check_activations(activations(), limits)
+        activations().check(None, limits, None)
 
 
 @pytest.mark.parametrize(
@@ -355,18 +349,18 @@ def test_no_labels_are_taken_where_they_are_the_clients():
 def test_a_gradient_that_does_not_fit_the_hidden_states_is_refused(changes):
     request = HiddenStates(**AT, batch=4, first=0, states=torch.randn(2, 3, 4))
     good = {"loss": 0.5, "gradient": torch.zeros(2, 3, 4)}
-    check_hidden_gradient(HiddenGradient(**DONE, **good), request)
+    HiddenGradient(**DONE, **good).check(request, LIMITS, None)
     with pytest.raises(ProtocolError, match=r"gradient: expected|loss: expected"):
-        check_hidden_gradient(HiddenGradient(**DONE, **{**good, **changes}), request)
+        HiddenGradient(**DONE, **{**good, **changes}).check(request, LIMITS, None)
 
 
 @pytest.mark.parametrize("changes", [{"correct": 3}, {"loss_sum": -1.0}, {"loss_sum": 1e20}])
 def test_totals_that_cannot_be_are_refused(changes):
     request = HeldOutStates(**AT, first=40, states=torch.randn(2, 3, 4))
     good = {"correct": 2, "loss_sum": 1.5}
-    check_scored(Scored(**DONE, **good), request)
+    Scored(**DONE, **good).check(request, None, None)
     with pytest.raises(ProtocolError, match=r"correct: expected|loss_sum: expected"):
-        check_scored(Scored(**DONE, **{**good, **changes}), request)
+        Scored(**DONE, **{**good, **changes}).check(request, None, None)
 
 
 ROWS = RowLayout({"a": torch.Size([2, 3]), "b": torch.Size([4])})
@@ -416,7 +410,7 @@ def test_only_the_runs_update_codec_is_taken(codec):
 def test_fingerprints_of_other_positions_are_refused(positions):
     reply = Fingerprinted(**DONE, positions=positions, fingerprints=(D,) * len(positions))
     with pytest.raises(ProtocolError, match="fingerprints: expected positions up to 2"):
-        check_fingerprints(reply, Fingerprint(**AT, since=0))
+        reply.check(Fingerprint(**AT, since=0), None, None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

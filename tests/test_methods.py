@@ -17,16 +17,11 @@ from hosl_flower.errors import ClientError, ConfigError, ProtocolError
 from hosl_flower.ledger.ledger import Ledger
 from hosl_flower.optim.adafactor import Adafactor
 from hosl_flower.optim.gradient import Dense
-from hosl_flower.protocol.checks import check_weights
-from hosl_flower.protocol.messages.registry import (
-    Activations,
-    Adopt,
-    Behind,
-    Fetch,
-    Forward,
-    LocalStep,
-    Restore,
-)
+from hosl_flower.protocol.messages.activations import Activations, Forward
+from hosl_flower.protocol.messages.base import Behind
+from hosl_flower.protocol.messages.gradients import Adopt, Fetch, LocalStep
+from hosl_flower.protocol.messages.ledger import Restore
+from hosl_flower.protocol.reply_limits import ReplyLimits
 from hosl_flower.server.in_process import InProcessLink
 from hosl_flower.server.open_session import open_session
 from hosl_flower.server.trainer import ServerTrainer
@@ -355,10 +350,10 @@ def test_adafactors_state_is_checked_like_any_other(make, optimizer):
     client.state.update(Dense(unflat(-gradient, client.state.parameters)), 0.2)
     (own,) = client.answer([Fetch(**session.at(1, 0), moments=True)])
     assert own.moments.shape == state.moments_shape
-    check_weights(own, state)
+    own.check(None, ReplyLimits(1, 1, 1, "float32", 1), state)
     for moments, expected in ((own.moments[:, 1:], "expected"), (-own.moments, "0 or more")):
         with pytest.raises(ProtocolError, match=expected):
-            check_weights(replace(own, moments=moments), state)
+            replace(own, moments=moments).check(None, ReplyLimits(1, 1, 1, "float32", 1), state)
     session.history.jump(1, own.weights, own.moments, own.updates)
     fresh = Client(session.spec)
     restore = Restore.of(session.history.snapshot(), Forward(**session.at(2, 0), batch=0))

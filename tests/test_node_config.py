@@ -21,7 +21,8 @@ from hosl_flower.flower.message_link import EXCHANGE
 from hosl_flower.flower.records import pack, pack_invitation, unpack_replies
 from hosl_flower.flower.stream import client_end as dial
 from hosl_flower.flower.stream.calls import SESSION
-from hosl_flower.protocol.messages.registry import Describe, Described, Failure
+from hosl_flower.protocol.messages.base import Failure
+from hosl_flower.protocol.messages.describe import Describe, Described
 from hosl_flower.tasks.task import Task
 
 SECRET = "hunter2"

@@ -30,16 +30,11 @@ from hosl_flower.privacy.dp_scalars import (
     in_units,
 )
 from hosl_flower.privacy.noise_secret import device_secret, simulated_secret
-from hosl_flower.protocol.messages.registry import (
-    Describe,
-    Described,
-    Failure,
-    Fetch,
-    Fingerprint,
-    HeadProbe,
-    Request,
-    Scalars,
-)
+from hosl_flower.protocol.messages.base import Failure, Request
+from hosl_flower.protocol.messages.describe import Describe, Described
+from hosl_flower.protocol.messages.gradients import Fetch
+from hosl_flower.protocol.messages.ledger import Fingerprint
+from hosl_flower.protocol.messages.scalars import HeadProbe, Scalars
 from hosl_flower.run.plan import plan
 from strategies.full_zo import FullZo
 from strategies.heron import Heron

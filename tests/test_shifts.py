@@ -11,14 +11,8 @@ from hosl_flower.errors import ProtocolError
 from hosl_flower.ledger.client_state import ClientState
 from hosl_flower.ledger.ledger import fingerprint
 from hosl_flower.ledger.weight_deltas import WeightDeltas
-from hosl_flower.protocol.messages.registry import (
-    Applied,
-    ApplyDeltas,
-    Behind,
-    Failure,
-    Fingerprint,
-    Restore,
-)
+from hosl_flower.protocol.messages.base import Behind, Failure
+from hosl_flower.protocol.messages.ledger import Applied, ApplyDeltas, Fingerprint, Restore
 from hosl_flower.server.history import History
 from hosl_flower.tensors.update_codec import RowLayout, decode_update
 

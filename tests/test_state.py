@@ -11,7 +11,8 @@ from hosl_flower.ledger.client_state import ClientState
 from hosl_flower.ledger.ledger import Entry
 from hosl_flower.optim.gradient import Seeded
 from hosl_flower.optim.optimizer import AdamW, square_root
-from hosl_flower.protocol.messages.registry import CatchUp, Fingerprinted, Forward, Restore
+from hosl_flower.protocol.messages.activations import Forward
+from hosl_flower.protocol.messages.ledger import CatchUp, Fingerprinted, Restore
 from hosl_flower.protocol.wire import wire_bytes
 from hosl_flower.server.history import History
 from hosl_flower.tensors.rounding import to_float32

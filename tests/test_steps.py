@@ -6,7 +6,9 @@ import torch
 from runs import metrics, run_factory
 
 from hosl_flower.ledger.ledger import Ledger
-from hosl_flower.protocol.messages.registry import CutGradient, Forward, Losses, Probe
+from hosl_flower.protocol.messages.activations import Forward, Probe
+from hosl_flower.protocol.messages.ledger import Losses
+from hosl_flower.protocol.messages.scalars import CutGradient
 from hosl_flower.run.loop import grouped
 from hosl_flower.server.in_process import InProcessLink
 from strategies.fedavg_zo import FedAvgZo

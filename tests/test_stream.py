@@ -34,19 +34,12 @@ from hosl_flower.flower.stream.link import StreamLink, longest_frame
 from hosl_flower.flower.stream.server_end import TOKEN
 from hosl_flower.ledger.client_state import ClientState
 from hosl_flower.ledger.ledger import Entry
-from hosl_flower.protocol.checks import ReplyLimits, check_activations
-from hosl_flower.protocol.messages.registry import (
-    REPLIES,
-    REQUESTS,
-    Activations,
-    Describe,
-    Fetch,
-    Fingerprint,
-    Forward,
-    Gradient,
-    LocalStep,
-    Probe,
-)
+from hosl_flower.protocol.messages.activations import Activations, Forward, Probe
+from hosl_flower.protocol.messages.describe import Describe
+from hosl_flower.protocol.messages.gradients import Fetch, Gradient, LocalStep
+from hosl_flower.protocol.messages.ledger import Fingerprint
+from hosl_flower.protocol.messages.registry import REPLIES, REQUESTS
+from hosl_flower.protocol.reply_limits import ReplyLimits
 from hosl_flower.protocol.wire import LONGEST_REPLY
 from hosl_flower.server.history import History
 from hosl_flower.server.in_process import InProcessLink
@@ -440,7 +433,7 @@ def test_the_longest_activations_fit_a_frame(history, dtype, codec):
         attention_mask=torch.ones(rows, tokens, dtype=torch.bool),
         labels=torch.zeros(rows, answer, dtype=torch.int64),
     )
-    check_activations(reply, limits)
+    reply.check(None, limits, None)
     assert len(encode_frame(Key(1, 0, 0), reply)) <= longest_frame(limits, history)
 
 

@@ -28,7 +28,7 @@ from hosl_flower.errors import CheckpointError, ConfigError, DataError
 from hosl_flower.ledger.ledger import Ledger, fingerprint
 from hosl_flower.models.architectures import TEXT_ARCHITECTURES
 from hosl_flower.models.base_model import model_config, open_base
-from hosl_flower.protocol.messages.registry import Forward, Probe
+from hosl_flower.protocol.messages.activations import Forward, Probe
 from hosl_flower.run.plan import plan
 from hosl_flower.run.start import open_run
 from hosl_flower.tasks.known import TASKS

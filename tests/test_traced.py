@@ -11,7 +11,9 @@ from specs import client_spec
 from hosl_flower.client.client import Client
 from hosl_flower.ledger.ledger import Entry
 from hosl_flower.models.batch import Batch
-from hosl_flower.protocol.messages.registry import CutGradient, Forward, LocalStep, Probe
+from hosl_flower.protocol.messages.activations import Forward, Probe
+from hosl_flower.protocol.messages.gradients import LocalStep
+from hosl_flower.protocol.messages.scalars import CutGradient
 from hosl_flower.tensors.memory import Meter
 from hosl_flower.tensors.shapes_only import shapes_only
 

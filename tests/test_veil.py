@@ -9,7 +9,9 @@ from hosl_flower.client.client import Client
 from hosl_flower.errors import ConfigError
 from hosl_flower.privacy.activation_noise import ActivationNoise
 from hosl_flower.privacy.noise_secret import simulated_secret
-from hosl_flower.protocol.messages.registry import CutGradient, Failure, Forward, Probe
+from hosl_flower.protocol.messages.activations import Forward, Probe
+from hosl_flower.protocol.messages.base import Failure
+from hosl_flower.protocol.messages.scalars import CutGradient
 from strategies.frozen_client import FrozenClient
 from strategies.full_zo import FullZo
 from strategies.ho_sfl import HoSfl

@@ -26,55 +26,40 @@ from hosl_flower.models.submodels import ClientSubmodel
 from hosl_flower.privacy.activation_noise import activation_noise_of
 from hosl_flower.privacy.dp_scalars import mechanism_of
 from hosl_flower.privacy.noise_secret import simulated_secret
-from hosl_flower.protocol.messages.registry import (
-    Activations,
+from hosl_flower.protocol.messages.activations import Activations, Evaluate, Forward, Probe
+from hosl_flower.protocol.messages.base import Behind, Failure, Reply, Request
+from hosl_flower.protocol.messages.describe import Describe, Described
+from hosl_flower.protocol.messages.generation import Continue, Continued, Grade, Graded
+from hosl_flower.protocol.messages.gradients import (
     Adopt,
-    ApplyDeltas,
     Backward,
-    Behind,
-    CatchUp,
     Change,
-    Continue,
-    Continued,
-    CutGradient,
-    Describe,
-    Described,
-    Evaluate,
-    Failure,
     Fetch,
-    Fingerprint,
-    Fingerprinted,
-    Forward,
-    Grade,
-    Graded,
     Gradient,
-    HeadProbe,
-    HeldOutStates,
-    HiddenGradient,
-    HiddenStates,
     LocalStep,
-    LocalTrain,
-    Losses,
-    Probe,
-    Reply,
-    Request,
-    Restore,
-    Scalars,
-    Scored,
     Stepped,
     Weights,
 )
+from hosl_flower.protocol.messages.kept_labels import (
+    HeldOutStates,
+    HiddenGradient,
+    HiddenStates,
+    Scored,
+)
+from hosl_flower.protocol.messages.ledger import (
+    ApplyDeltas,
+    CatchUp,
+    Fingerprint,
+    Fingerprinted,
+    Losses,
+    Restore,
+)
+from hosl_flower.protocol.messages.scalars import CutGradient, HeadProbe, LocalTrain, Scalars
 from hosl_flower.tasks.answer_words import AnswerWords
 from hosl_flower.tensors.device import pick_device
 from hosl_flower.tensors.memory import Meter, peak_rss_bytes
 
 log = logging.getLogger("hosl_flower")
-
-
-# with dp-noise all that is answered: what else there is may tell of examples
-_PRIVATE = (
-    Describe, HeadProbe, Losses, CatchUp, Restore, ApplyDeltas, Fetch, Adopt, Fingerprint,
-)  # fmt: skip
 
 
 class Client(Follower):
@@ -175,7 +160,7 @@ class Client(Follower):
         return public_reason(error)[:4000]
 
     def _handle(self, request: Request) -> ReplyParts:
-        if self.mechanism is not None and not isinstance(request, _PRIVATE):
+        if self.mechanism is not None and not request.private:
             raise ProtocolError(
                 f"{request.kind}: with dp-noise nothing but noisy scalars leaves this client"
             )

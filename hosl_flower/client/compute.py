@@ -25,19 +25,11 @@ from hosl_flower.models.label_head import Judged, OutputHead
 from hosl_flower.models.submodels import ClientSubmodel
 from hosl_flower.privacy.activation_noise import ActivationNoise
 from hosl_flower.privacy.dp_scalars import Mechanism
-from hosl_flower.protocol.messages.requests import (
-    Backward,
-    CutGradient,
-    Evaluate,
-    Forward,
-    HeadProbe,
-    HeldOutStates,
-    HiddenStates,
-    LocalStep,
-    LocalTrain,
-    Probe,
-    Request,
-)
+from hosl_flower.protocol.messages.activations import Evaluate, Forward, Probe
+from hosl_flower.protocol.messages.base import Request
+from hosl_flower.protocol.messages.gradients import Backward, LocalStep
+from hosl_flower.protocol.messages.kept_labels import HeldOutStates, HiddenStates
+from hosl_flower.protocol.messages.scalars import CutGradient, HeadProbe, LocalTrain
 from hosl_flower.tensors.activation_codec import encode_activations, has_scales
 from hosl_flower.tensors.cut_gradient import Cotangent, Pieces
 from hosl_flower.tensors.memory import Meter

@@ -14,7 +14,8 @@ from hosl_flower.data.client_data import DataPool
 from hosl_flower.errors import ProtocolError
 from hosl_flower.models.decoding import Prompts, checked
 from hosl_flower.models.submodels import ClientSubmodel
-from hosl_flower.protocol.messages.requests import Continue, Evaluate, Grade
+from hosl_flower.protocol.messages.activations import Evaluate
+from hosl_flower.protocol.messages.generation import Continue, Grade
 from hosl_flower.tasks.squad_score import graded
 from hosl_flower.tensors.activation_codec import encode_activations
 

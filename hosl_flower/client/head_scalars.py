@@ -8,7 +8,7 @@ from hosl_flower.client.forwards import Forwards
 from hosl_flower.client.local_steps import Estimator
 from hosl_flower.models.batch import Batch
 from hosl_flower.privacy.dp_scalars import Mechanism, example_gradients
-from hosl_flower.protocol.messages.requests import HeadProbe
+from hosl_flower.protocol.messages.scalars import HeadProbe
 from hosl_flower.zo.estimator import estimate
 from hosl_flower.zo.surrogates import head_loss
 

@@ -10,16 +10,9 @@ from hosl_flower.client.local_weights import LocalWeights
 from hosl_flower.errors import DriftError, ProtocolError
 from hosl_flower.ledger.client_state import ClientState
 from hosl_flower.ledger.ledger import Entry, chain, chain_entries, fingerprint
-from hosl_flower.protocol.messages.registry import (
-    Adopt,
-    Applied,
-    ApplyDeltas,
-    Behind,
-    CatchUp,
-    Losses,
-    Reply,
-    Restore,
-)
+from hosl_flower.protocol.messages.base import Behind, Reply
+from hosl_flower.protocol.messages.gradients import Adopt
+from hosl_flower.protocol.messages.ledger import Applied, ApplyDeltas, CatchUp, Losses, Restore
 from hosl_flower.tensors.seeds import derive_seed
 from hosl_flower.zo.estimator import clip, projected_gradients
 

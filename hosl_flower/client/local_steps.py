@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hosl_flower.ledger.client_state import ClientState
-from hosl_flower.protocol.messages.requests import LocalProbe, LocalTrain
+from hosl_flower.protocol.messages.scalars import LocalProbe, LocalTrain
 
 # Projected gradients [P] of a local step, by its number, along the directions of seeds [P].
 Estimator = Callable[[int, Sequence[int]], list[float]]

@@ -6,7 +6,7 @@ several keeps the others' weights, and those they all started from, while it wor
 """
 
 from hosl_flower.ledger.client_state import ClientState, Snapshot
-from hosl_flower.protocol.messages.requests import Request
+from hosl_flower.protocol.messages.base import Request
 
 _Key = tuple[int, int]  # partition and its local steps
 _TRUNK: _Key = (-1, 0)  # what all clients share: the ledger's weights

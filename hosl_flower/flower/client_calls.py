@@ -18,7 +18,7 @@ from hosl_flower.flower.records import pack, unpack_invitation, unpack_requests
 from hosl_flower.flower.stream.client_end import serve
 from hosl_flower.models.checkpoints.adapters import find_adapters
 from hosl_flower.privacy.noise_secret import device_secret, simulated_secret
-from hosl_flower.protocol.messages.registry import Failure
+from hosl_flower.protocol.messages.base import Failure
 from hosl_flower.tensors.device import use_threads
 
 log = logging.getLogger("hosl_flower")

@@ -9,7 +9,7 @@ from flwr.app import Message
 
 from hosl_flower.flower.announced import Node
 from hosl_flower.flower.superlink import AnyGrid
-from hosl_flower.protocol.messages.registry import Request
+from hosl_flower.protocol.messages.base import Request
 
 _FIRST_POLL_SECONDS, _LAST_POLL_SECONDS = 0.002, 0.25
 _TRIES = 3  # of a message whose process died: what it asks for is the same whoever answers

@@ -6,7 +6,6 @@ Flower's mailbox costs: 0.1 s per exchange in simulation, seconds in deployment.
 """
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from flwr.app import Message
@@ -25,22 +24,11 @@ from hosl_flower.flower.mailbox import Mailbox, Part, PendingMessage
 from hosl_flower.flower.nodes import Nodes, WaitLimit
 from hosl_flower.flower.records import pack, unpack_replies
 from hosl_flower.flower.superlink import AnyGrid
-from hosl_flower.protocol.checks import ReplyLimits
-from hosl_flower.protocol.messages.registry import (
-    Backward,
-    Evaluate,
-    Failure,
-    Fetch,
-    Forward,
-    LocalTrain,
-    Probe,
-    Reply,
-    Request,
-)
+from hosl_flower.protocol.messages.base import Failure, Reply, Request
+from hosl_flower.protocol.reply_limits import ReplyLimits
 from hosl_flower.protocol.wire import to_wire
 from hosl_flower.server.history import History
 from hosl_flower.server.link import NOT_YET, Link
-from hosl_flower.tensors.raw_bytes import DTYPES
 
 EXCHANGE = "train.exchange"
 _MESSAGE_BYTES = 64 << 20  # activations that one message may carry, if it carries several
@@ -126,19 +114,10 @@ class GridLink(Link):
         return parts
 
     def _tensor_bytes(self, request: Request) -> int:
-        """Of a request or its reply, whichever is more."""
+        """Bytes of a request or of its reply, whichever is more."""
         _, tensors = to_wire(request)
         size = sum(tensor.nbytes for tensor in tensors.values())
-        if type(request) in (Forward, Probe, Evaluate):
-            limits = self.limits
-            item = DTYPES[limits.dtype].itemsize
-            size = max(size, limits.batch * limits.length * limits.hidden * item)
-        if type(request) in (LocalTrain, Backward, Fetch):
-            state = self.history.state
-            fetched = isinstance(request, Fetch) and request.moments
-            moments = math.prod(state.moments_shape) if fetched else 0
-            size = max(size, 4 * (state.elements + moments))
-        return size
+        return max(size, request.reply.largest(request, self.limits, self.history.state))
 
     def _write(self, node: Node, part: Part, seconds: float) -> Message:
         return Message(

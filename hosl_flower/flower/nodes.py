@@ -12,7 +12,8 @@ from hosl_flower.errors import ClientError, ConfigError
 from hosl_flower.flower.announced import Node, check_agreement, question, read_answer, some
 from hosl_flower.flower.node import is_simulated
 from hosl_flower.flower.superlink import AnyGrid
-from hosl_flower.protocol.messages.registry import Describe, Request
+from hosl_flower.protocol.messages.base import Request
+from hosl_flower.protocol.messages.describe import Describe
 
 log = logging.getLogger("hosl_flower")
 

@@ -11,7 +11,7 @@ from hosl_flower.flower.message_link import GridLink
 from hosl_flower.flower.nodes import Nodes
 from hosl_flower.flower.stream.link import StreamLink
 from hosl_flower.flower.superlink import SuperLink
-from hosl_flower.protocol.checks import ReplyLimits
+from hosl_flower.protocol.reply_limits import ReplyLimits
 from hosl_flower.server.history import History
 from hosl_flower.server.link import Link
 from hosl_flower.system.proxies import is_loopback

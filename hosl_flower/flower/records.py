@@ -18,7 +18,8 @@ from torch import Tensor
 from hosl_flower.config.client_spec import ClientSpec
 from hosl_flower.errors import ProtocolError
 from hosl_flower.flower.stream.client_end import Invitation
-from hosl_flower.protocol.messages.registry import REPLIES, REQUESTS, Message, Reply, Request
+from hosl_flower.protocol.messages.base import Message, Reply, Request
+from hosl_flower.protocol.messages.registry import REPLIES, REQUESTS
 from hosl_flower.protocol.wire import LONGEST_REPLY, LONGEST_REQUEST, from_wire, to_wire
 from hosl_flower.tensors.raw_bytes import dtype_name, raw_bytes, tensor_from_bytes
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from hosl_flower.errors import ProtocolError
-from hosl_flower.protocol.messages.registry import Message
+from hosl_flower.protocol.messages.base import Message
 
 # bytes of a JSON header, which takes some forty times that while it is read: a request may list a
 # whole ledger; the longest reply is a trail of fingerprints (state.py)

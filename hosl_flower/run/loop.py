@@ -25,12 +25,8 @@ from hosl_flower.methods.method import Method
 from hosl_flower.models.lora import save_adapters
 from hosl_flower.models.save_merged import save_merged
 from hosl_flower.models.submodels import count, trainable_parameters
-from hosl_flower.protocol.messages.registry import (
-    Describe,
-    Described,
-    Fingerprint,
-    Fingerprinted,
-)
+from hosl_flower.protocol.messages.describe import Describe, Described
+from hosl_flower.protocol.messages.ledger import Fingerprint, Fingerprinted
 from hosl_flower.run.checkpoint import Checkpoint
 from hosl_flower.run.ending import warn_of_room
 from hosl_flower.run.recorder import Recorder

@@ -20,7 +20,7 @@ from hosl_flower.errors import ConfigError
 from hosl_flower.methods.load import load_method
 from hosl_flower.methods.method import Method
 from hosl_flower.privacy.noise_secret import simulated_secret
-from hosl_flower.protocol.messages.requests import HeldOutStates
+from hosl_flower.protocol.messages.kept_labels import HeldOutStates
 from hosl_flower.run.loop import describe_all, judge_of
 from hosl_flower.run.start import open_run
 from hosl_flower.server.evaluate import score_batches

@@ -17,13 +17,9 @@ from hosl_flower.errors import (
     ProtocolError,
     UnusableBatchError,
 )
-from hosl_flower.protocol.messages.registry import (
-    Activations,
-    Describe,
-    Described,
-    Forward,
-    Request,
-)
+from hosl_flower.protocol.messages.activations import Activations, Forward
+from hosl_flower.protocol.messages.base import Request
+from hosl_flower.protocol.messages.describe import Describe, Described
 from hosl_flower.server.kept_labels import KeptLabels, too_late
 from hosl_flower.server.link import NOT_YET, Link
 from hosl_flower.server.schedule import rate_factor

@@ -12,15 +12,9 @@ from torch import Tensor
 
 from hosl_flower.errors import ProtocolError
 from hosl_flower.models.decoding import Writer, greedy
-from hosl_flower.protocol.messages.registry import (
-    Activations,
-    Continue,
-    Continued,
-    Evaluate,
-    Grade,
-    Graded,
-    Request,
-)
+from hosl_flower.protocol.messages.activations import Activations, Evaluate
+from hosl_flower.protocol.messages.base import Request
+from hosl_flower.protocol.messages.generation import Continue, Continued, Grade, Graded
 from hosl_flower.server.kept_labels import score_by_client
 from hosl_flower.server.link import Link
 from hosl_flower.server.scores import HeldOut, TextScore, new_score

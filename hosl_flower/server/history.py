@@ -13,13 +13,8 @@ from hosl_flower.ledger.client_state import ClientState, Snapshot
 from hosl_flower.ledger.ledger import Entry, Ledger, fingerprint
 from hosl_flower.ledger.weight_deltas import WeightDelta, WeightDeltas
 from hosl_flower.optim.gradient import Dense
-from hosl_flower.protocol.messages.registry import (
-    ApplyDeltas,
-    CatchUp,
-    Fingerprinted,
-    Request,
-    Restore,
-)
+from hosl_flower.protocol.messages.base import Request
+from hosl_flower.protocol.messages.ledger import ApplyDeltas, CatchUp, Fingerprinted, Restore
 from hosl_flower.protocol.wire import wire_bytes
 from hosl_flower.tensors.seeds import derive_seed
 

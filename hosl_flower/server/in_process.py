@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from hosl_flower.protocol.checks import ReplyLimits
-from hosl_flower.protocol.messages.registry import Reply, Request
+from hosl_flower.protocol.messages.base import Reply, Request
+from hosl_flower.protocol.reply_limits import ReplyLimits
 from hosl_flower.server.history import History
 from hosl_flower.server.link import Link
 

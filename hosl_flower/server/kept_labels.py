@@ -22,9 +22,8 @@ from hosl_flower.errors import (
     LostClientsError,
     ProtocolError,
 )
-from hosl_flower.protocol.messages.registry import (
-    Activations,
-    Forward,
+from hosl_flower.protocol.messages.activations import Activations, Forward
+from hosl_flower.protocol.messages.kept_labels import (
     HeldOutStates,
     HiddenGradient,
     HiddenStates,

@@ -18,61 +18,25 @@ import torch
 
 from hosl_flower.errors import MOST_TOLD, ClientError, DriftError, ProtocolError, printable
 from hosl_flower.ledger.ledger import first_digest
-from hosl_flower.protocol.checks import (
-    ReplyLimits,
-    check_activations,
-    check_continued,
-    check_described,
-    check_fingerprints,
-    check_graded,
-    check_hidden_gradient,
-    check_measures,
-    check_scalars,
-    check_scored,
-    check_update,
-    check_weights,
-)
-from hosl_flower.protocol.messages.registry import (
+from hosl_flower.protocol.messages.activations import (
     Activations,
+)
+from hosl_flower.protocol.messages.base import Behind, Failure, Reply, Request
+from hosl_flower.protocol.messages.describe import Describe
+from hosl_flower.protocol.messages.generation import (
+    Continued,
+)
+from hosl_flower.protocol.messages.gradients import (
     Adopt,
+)
+from hosl_flower.protocol.messages.ledger import (
     Applied,
     ApplyDeltas,
-    Backward,
-    Behind,
     CatchUp,
-    Change,
-    Continue,
-    Continued,
-    CutGradient,
-    Describe,
-    Described,
-    Evaluate,
-    Failure,
-    Fetch,
-    Fingerprint,
-    Fingerprinted,
-    Forward,
-    Grade,
-    Graded,
-    Gradient,
-    HeadProbe,
-    HeldOutStates,
-    HiddenGradient,
-    HiddenStates,
-    LocalProbe,
-    LocalStep,
-    LocalTrain,
     Losses,
-    Probe,
-    Reply,
-    Request,
     Restore,
-    Scalars,
-    Scored,
-    Stepped,
-    Update,
-    Weights,
 )
+from hosl_flower.protocol.reply_limits import ReplyLimits
 from hosl_flower.server.history import History
 from hosl_flower.server.traffic import Traffic
 from hosl_flower.tensors.activation_codec import decode_activations
@@ -80,33 +44,8 @@ from hosl_flower.tensors.raw_bytes import DTYPES
 
 log = logging.getLogger("hosl_flower")
 
-_ANSWERS: dict[type[Request], type[Reply]] = {
-    Describe: Described,
-    Forward: Activations,
-    Probe: Activations,
-    Evaluate: Activations,
-    Continue: Continued,
-    Grade: Graded,
-    HiddenStates: HiddenGradient,
-    HeldOutStates: Scored,
-    Losses: Applied,
-    CutGradient: Scalars,
-    LocalTrain: Change,
-    HeadProbe: Scalars,
-    Backward: Gradient,
-    LocalStep: Stepped,
-    Fetch: Weights,
-    Adopt: Applied,
-    CatchUp: Applied,
-    ApplyDeltas: Applied,
-    Restore: Applied,
-    Fingerprint: Fingerprinted,
-}
-
-
 NOT_YET: Any = None  # in place of a reply that has not come by a link's `until`
 
-_ANYWHERE = (Describe, HiddenStates, HeldOutStates)  # answered at any position
 _CLOCKS_DIFFER = 1.0  # seconds, of one exchange
 _CATCH_UPS = 4  # resends per request, each of which may land in another process
 
@@ -201,7 +140,7 @@ class Link(ABC):
 
     def _lead(self, partition: int, work: Sequence[Request]) -> list[Request]:
         """What a client lacks, as far as is known, to answer its work."""
-        first = next((request for request in work if not isinstance(request, _ANYWHERE)), None)
+        first = next((request for request in work if not request.anywhere), None)
         start = (0, first_digest(self.history.ledger.genesis))
         position, digest = self._positions.get(partition, start)
         if first is None or position >= first.position:
@@ -287,7 +226,7 @@ class Link(ABC):
         """Add what a client says it took to the traffic; the seconds of it that count: not more
         than have passed since it was asked."""
         try:
-            check_measures(reply)
+            reply.check_measures()
         except ProtocolError as error:
             raise type(error)(f"{self._where(partition, request)}: {error}") from error
         traffic, believed = self.traffic, min(reply.seconds, max(0.0, passed))
@@ -308,14 +247,14 @@ class Link(ABC):
         where = self._where(partition, request)
         if isinstance(reply, Failure):
             raise ClientError(f"{where}: {printable(reply.error, MOST_TOLD)}")
-        expected = _ANSWERS[type(request)]
+        expected = request.reply
         if not isinstance(reply, expected) or reply.step != request.step:
             raise ProtocolError(
                 f"{where}: expected {expected.kind} of step {request.step}, "
                 f"got {reply.kind} of step {reply.step}"
             )
         try:
-            self._check_content(request, reply)
+            reply.check(request, self.limits, self.history.state)
         except ProtocolError as error:
             raise type(error)(f"{where}: {error}") from error
         if isinstance(reply, Applied):
@@ -343,33 +282,6 @@ class Link(ABC):
             return reply
         h = decode_activations(reply.activations, reply.scales, DTYPES[self.limits.dtype])
         return replace(reply, activations=h, scales=torch.empty(0))
-
-    def _check_content(self, request: Request, reply: Reply) -> None:
-        match request, reply:
-            case _, Described():
-                check_described(reply, self.limits)
-            case _, Activations():
-                check_activations(reply, self.limits)
-            case Continue(), Continued():
-                check_continued(reply, request, self.limits)
-            case Grade(), Graded():
-                check_graded(reply, request)
-            case LocalProbe(), Scalars():
-                check_scalars(reply, request, self.limits.scalar_step)
-            case _, Update():
-                check_update(reply, self.history.state.rows, self.limits)
-            case HiddenStates(), HiddenGradient():
-                check_hidden_gradient(reply, request, self.limits.state_gradient)
-            case HeldOutStates(), Scored():
-                check_scored(reply, request)
-            case _, Weights():
-                check_weights(reply, self.history.state, self.limits.step)
-            case _, Stepped() if reply.local != request.local + 1:
-                raise ProtocolError(
-                    f"expected {request.local + 1} local steps, the client is at {reply.local}"
-                )
-            case Fingerprint(), Fingerprinted():
-                check_fingerprints(reply, request)
 
     def _where(self, partition: int, request: Request) -> str:
         who = self.describe_client(partition)

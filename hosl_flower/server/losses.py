@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hosl_flower.protocol.messages.registry import Activations
+from hosl_flower.protocol.messages.activations import Activations
 from hosl_flower.tasks.generated_answers import targets
 from hosl_flower.tasks.scoring import Scoring
 

@@ -20,8 +20,8 @@ from hosl_flower.models.base_model import Base
 from hosl_flower.models.split import client_skeleton
 from hosl_flower.models.submodels import AUXILIARY, ClientSubmodel, count
 from hosl_flower.privacy.accountant import epsilon, most_uses
-from hosl_flower.protocol.checks import ReplyLimits
-from hosl_flower.protocol.messages.registry import Described
+from hosl_flower.protocol.messages.describe import Described
+from hosl_flower.protocol.reply_limits import ReplyLimits
 from hosl_flower.server.aggregate import MEANS
 from hosl_flower.server.history import History
 from hosl_flower.server.reference import NO_REFERENCE, Reference

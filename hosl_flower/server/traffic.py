@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from hosl_flower.protocol.messages.registry import Message
+from hosl_flower.protocol.messages.base import Message
 from hosl_flower.protocol.wire import wire_bytes
 from hosl_flower.tensors.memory import PHASES
 

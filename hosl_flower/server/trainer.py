@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hosl_flower.errors import ConfigError, DivergedError, UnusableBatchError
 from hosl_flower.models.submodels import AUXILIARY, ServerSubmodel, trainable_parameters
-from hosl_flower.protocol.messages.registry import Activations
+from hosl_flower.protocol.messages.activations import Activations
 from hosl_flower.server.losses import BatchPiece, LossSource, SentLabels
 from hosl_flower.server.scores import Addable
 from hosl_flower.tasks.scoring import Scoring

@@ -8,7 +8,7 @@ from torch import Tensor
 from hosl_flower.config.run_config import RunConfig
 from hosl_flower.optim.by_name import make_optimizer
 from hosl_flower.optim.gradient import Seeded
-from hosl_flower.protocol.messages.registry import Activations
+from hosl_flower.protocol.messages.activations import Activations
 from hosl_flower.server.trainer import ServerTrainer
 from hosl_flower.zo.directions import Layout
 from hosl_flower.zo.estimator import Point, estimate

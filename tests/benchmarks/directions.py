@@ -47,7 +47,7 @@ from hosl_flower.config.parse import parse_config
 from hosl_flower.gradients.backprop import gradients
 from hosl_flower.gradients.residual.gradients import residual_gradients
 from hosl_flower.models.submodels import trainable_parameters
-from hosl_flower.protocol.messages.registry import Activations, Forward
+from hosl_flower.protocol.messages.activations import Activations, Forward
 from hosl_flower.server.open_session import open_session
 from hosl_flower.tensors.cut_gradient import Cotangent
 from hosl_flower.zo.directions import DISTRIBUTIONS

@@ -22,7 +22,7 @@ from hosl_flower.gradients.backprop import gradients
 from hosl_flower.gradients.residual.gradients import fed_back, residual_gradients
 from hosl_flower.models.batch import Batch
 from hosl_flower.models.submodels import trainable_parameters
-from hosl_flower.protocol.messages.registry import Activations, Forward
+from hosl_flower.protocol.messages.activations import Activations, Forward
 from hosl_flower.server.open_session import open_session
 from hosl_flower.tensors.cut_gradient import Cotangent
 

@@ -32,7 +32,7 @@ from hosl_flower.cli import key_value
 from hosl_flower.client.client import Client
 from hosl_flower.config.parse import parse_config
 from hosl_flower.models.label_head import Judged, OutputHead, load_output_head
-from hosl_flower.protocol.messages.registry import Activations, Forward
+from hosl_flower.protocol.messages.activations import Activations, Forward
 from hosl_flower.run.start import run_in_process
 from hosl_flower.server.open_session import open_session
 from hosl_flower.tasks.answer_words import AnswerWords

@@ -36,7 +36,10 @@ from hosl_flower.flower.stream.client_end import Invitation, serve
 from hosl_flower.flower.stream.frames import Key
 from hosl_flower.flower.stream.server_end import StreamServer
 from hosl_flower.methods.load import load_method
-from hosl_flower.protocol.messages.registry import Applied, Change, Describe, LocalTrain
+from hosl_flower.protocol.messages.describe import Describe
+from hosl_flower.protocol.messages.gradients import Change
+from hosl_flower.protocol.messages.ledger import Applied
+from hosl_flower.protocol.messages.scalars import LocalTrain
 from hosl_flower.run.run_log import log_to_stderr
 from hosl_flower.run.start import run_in_process
 

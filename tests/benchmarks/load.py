@@ -37,8 +37,9 @@ from hosl_flower.flower.records import unpack_invitation
 from hosl_flower.flower.stream import client_end as dial
 from hosl_flower.flower.stream.frames import channel_options
 from hosl_flower.flower.stream.link import SESSION, StreamLink
-from hosl_flower.protocol.checks import ReplyLimits
-from hosl_flower.protocol.messages.registry import Activations, CutGradient, Forward, Scalars
+from hosl_flower.protocol.messages.activations import Activations, Forward
+from hosl_flower.protocol.messages.scalars import CutGradient, Scalars
+from hosl_flower.protocol.reply_limits import ReplyLimits
 
 SEQUENCES, LENGTH, HIDDEN = 8, 64, 512
 PROCESSES = 2  # of clients

@@ -88,13 +88,10 @@ def _client(shape: tuple, column: str, device: str) -> dict[str, Any]:
     from hosl_flower.client.client import Client
     from hosl_flower.ledger.ledger import Entry
     from hosl_flower.models.batch import Batch
-    from hosl_flower.protocol.messages.registry import (
-        CutGradient,
-        Failure,
-        Forward,
-        LocalStep,
-        Probe,
-    )
+    from hosl_flower.protocol.messages.activations import Forward, Probe
+    from hosl_flower.protocol.messages.base import Failure
+    from hosl_flower.protocol.messages.gradients import LocalStep
+    from hosl_flower.protocol.messages.scalars import CutGradient
     from hosl_flower.tensors.device import torch_dtype
     from hosl_flower.tensors.memory import Meter
 
@@ -332,7 +329,8 @@ def process() -> dict[str, Any]:
     from specs import client_spec
 
     from hosl_flower.client.client import Client
-    from hosl_flower.protocol.messages.registry import Describe, Forward, Probe
+    from hosl_flower.protocol.messages.activations import Forward, Probe
+    from hosl_flower.protocol.messages.describe import Describe
 
     spec = client_spec(
         model="random:opt-125m", cut_layer=5, client_trainable="full", batch_size=8, max_length=64,

@@ -20,7 +20,8 @@ from hosl_flower.flower.stream.frames import (
     read_word,
 )
 from hosl_flower.flower.stream.server_end import TOKEN
-from hosl_flower.protocol.messages.registry import REQUESTS, Behind, Failure, Reply, Request
+from hosl_flower.protocol.messages.base import Behind, Failure, Reply, Request
+from hosl_flower.protocol.messages.registry import REQUESTS
 from hosl_flower.system.proxies import is_loopback
 
 log = logging.getLogger("hosl_flower")

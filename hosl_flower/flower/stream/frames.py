@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from hosl_flower.errors import ProtocolError
-from hosl_flower.protocol.messages.registry import Message
+from hosl_flower.protocol.messages.base import Message
 from hosl_flower.protocol.wire import LONGEST_REQUEST, from_wire, to_wire
 from hosl_flower.tensors.raw_bytes import dtype_name, raw_bytes, tensor_from_bytes, tensor_size
 

@@ -18,8 +18,8 @@ from hosl_flower.flower.stream.client_end import Invitation
 from hosl_flower.flower.stream.frames import Key
 from hosl_flower.flower.stream.server_end import StreamServer
 from hosl_flower.flower.superlink import AnyGrid
-from hosl_flower.protocol.checks import ReplyLimits
-from hosl_flower.protocol.messages.registry import Behind, Failure, Reply, Request
+from hosl_flower.protocol.messages.base import Behind, Failure, Reply, Request
+from hosl_flower.protocol.reply_limits import ReplyLimits
 from hosl_flower.server.history import History
 from hosl_flower.server.kept_labels import STATES_BYTES
 from hosl_flower.server.link import NOT_YET, Link

@@ -31,7 +31,8 @@ from hosl_flower.flower.stream.frames import (
     encode_frame,
     encode_word,
 )
-from hosl_flower.protocol.messages.registry import REPLIES, Behind, Failure, Reply, Request
+from hosl_flower.protocol.messages.base import Behind, Failure, Reply, Request
+from hosl_flower.protocol.messages.registry import REPLIES
 from hosl_flower.protocol.wire import LONGEST_REPLY
 
 TOKEN = "hosl-token-bin"  # the key of the token in a call's metadata; its value is bytes

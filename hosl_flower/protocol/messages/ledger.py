@@ -1,6 +1,10 @@
-"""What brings a client that is behind to where the run is: see messages.py for the protocol."""
+"""The ledger on its way: what brings a client to where the run is, and shows that it is there.
 
-from typing import Annotated, ClassVar
+Losses, CatchUp, ApplyDeltas, Restore -> Applied, Fingerprint -> Fingerprinted.
+"""
+
+from dataclasses import field
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -8,19 +12,41 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from hosl_flower.errors import ProtocolError
-from hosl_flower.ledger.client_state import Snapshot
+from hosl_flower.ledger.client_state import ClientState, Snapshot
 from hosl_flower.ledger.ledger import Entry, Ledger, entries_from_columns
 from hosl_flower.ledger.weight_deltas import DeltaSpan
-from hosl_flower.protocol.messages.requests import STRICT, Count, Counts, Digests, Finites, Request
+from hosl_flower.protocol.messages.base import (
+    STRICT,
+    Count,
+    Counts,
+    Digest,
+    Digests,
+    Finite,
+    Finites,
+    Reply,
+    Request,
+)
+from hosl_flower.protocol.reply_limits import ReplyLimits
 from hosl_flower.tensors.raw_bytes import dtype_name
 from hosl_flower.tensors.update_codec import Coded, RowLayout, check
+
+
+@dataclass(frozen=True, config=STRICT)
+class Applied(Reply):
+    """The ledger position and digest the client is at now."""
+
+    kind = "applied"
+    position: Count
+    digest: Digest
 
 
 @dataclass(frozen=True, config=STRICT)
 class CatchUp(Request):
     """Entries from `position` on, as columns: seeds int64 [n], scalars float32 [n] ..."""
 
-    kind: ClassVar[str] = "catch-up"
+    kind = "catch-up"
+    reply = Applied
+    private = True
     steps: Counts
     counts: Counts
     learning_rates: Finites
@@ -74,7 +100,9 @@ class ApplyDeltas(Request):
     present [steps, R], values and scales one after the other (update_codec.py). digests: of the
     ledger after each."""
 
-    kind: ClassVar[str] = "move"
+    kind = "move"
+    reply = Applied
+    private = True
     steps: Annotated[Counts, Field(min_length=1)]
     present: Tensor
     values: Tensor
@@ -116,7 +144,9 @@ class ApplyDeltas(Request):
 class Restore(Request):
     """The client state at `position` as weights [n] and optimizer moments [k, m] (state.py)."""
 
-    kind: ClassVar[str] = "restore"
+    kind = "restore"
+    reply = Applied
+    private = True
     updates: Count
     weights: Tensor
     moments: Tensor
@@ -130,3 +160,57 @@ class Restore(Request):
     def snapshot(self) -> Snapshot:
         """The state carried."""
         return Snapshot(self.position, self.digest, self.updates, self.weights, self.moments)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Losses(Request):
+    """Losses of the probes of each seed, of which the client makes its update.
+
+    Attributes:
+        seeds: [Q].
+        losses: [2Q], at +eps and -eps of each seed.
+        epsilon: the probe distance.
+        learning_rate: of the update.
+        digest_after: of the ledger with the update.
+        clip: the bound of the scalars, 0 for none.
+    """
+
+    kind = "losses"
+    reply = Applied
+    private = True
+    seeds: Counts
+    losses: Finites
+    epsilon: Finite
+    learning_rate: Finite
+    digest_after: Digest
+    clip: Annotated[Finite, Field(ge=0)] = field(default=0.0, kw_only=True)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Fingerprinted(Reply):
+    """Fingerprints (ledger.fingerprint) at the ledger positions the client has kept them of,
+    in order, that of the request last."""
+
+    kind = "fingerprinted"
+    positions: Counts
+    fingerprints: Digests
+
+    def check(self, request: Any, limits: ReplyLimits, state: ClientState) -> None:
+        """ProtocolError unless they are of positions since.., in order, the request's last."""
+        positions = list(self.positions)
+        fits = len(positions) == len(self.fingerprints) and positions == sorted(set(positions))
+        if not fits or not positions or positions[-1] != request.position:
+            raise ProtocolError(
+                f"fingerprints: expected positions up to {request.position}, got {positions[-3:]} "
+                f"with {len(self.fingerprints)} fingerprints"
+            )
+
+
+@dataclass(frozen=True, config=STRICT)
+class Fingerprint(Request):
+    """Asks for the hashes of the trainable client parameters from position `since` on."""
+
+    kind = "fingerprint"
+    reply = Fingerprinted
+    private = True
+    since: Count
