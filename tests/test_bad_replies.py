@@ -32,7 +32,7 @@ from hosl_flower.protocol.messages.scalars import Scalars
 from hosl_flower.protocol.reply_limits import ReplyLimits
 from hosl_flower.run import loop as training
 from hosl_flower.run.checkpoint import Checkpoint, _sha256, read, write
-from hosl_flower.server import session as sessions
+from hosl_flower.server import open_session as sessions
 from hosl_flower.server.in_process import InProcessLink
 from hosl_flower.server.reference import NO_REFERENCE
 from hosl_flower.server.session import MOST_DROPS, Drop, Drops
@@ -70,7 +70,7 @@ def replies_are(monkeypatch):
                 for request, reply in zip(sent, stream, strict=False):
                     yield change(partition, request, reply) or reply
 
-        monkeypatch.setattr("hosl_flower.methods.method.InProcessLink", Rogue)
+        monkeypatch.setattr("hosl_flower.run.start.InProcessLink", Rogue)
 
     return rogue
 
@@ -449,7 +449,7 @@ class Claims(InProcessLink):
 def described(client, **claim):
     history = history_for(client.spec)
     client.reset()
-    link = Claims(client, history, LIMITS)
+    link = Claims(client.answer, history, LIMITS)
     link.claim = claim
     at = {"step": 1, "partition": 0, "position": 0, "digest": history.ledger.digest()}
     (reply,) = link.exchange({0: [Describe(**at)]})[0]

@@ -234,7 +234,7 @@ def test_a_run_of_default_name_leaves_the_directory_of_another_alone(
 def test_an_output_directory_that_cannot_be_written_is_found_before_anything_is_loaded(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("hosl_flower.methods.method.open_session", None)  # as loading would begin
+    monkeypatch.setattr("hosl_flower.run.start.open_session", None)  # as loading would begin
     (tmp_path / "file").touch()
     names = ("file", "file/deeper", "n" * 200 + "/" + "/".join(["m" * 200] * 30))
     for name in (*names, "/proc/nope"):

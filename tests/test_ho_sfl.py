@@ -22,6 +22,7 @@ from hosl_flower.protocol.messages.activations import Activations
 from hosl_flower.protocol.messages.base import Failure
 from hosl_flower.protocol.messages.describe import Described
 from hosl_flower.protocol.messages.scalars import Scalars
+from hosl_flower.run import start
 from strategies.fedavg_zo import FedAvgZo
 from strategies.ho_sfl import HoSfl
 
@@ -198,7 +199,7 @@ def test_fedavg_takes_local_steps_and_ends_with_one_submodel(make, optimizer):
 
 def link_that(monkeypatch, change):
     """In-process links whose clients' replies are changed on their way."""
-    original = HoSfl.run_in_process.__globals__["InProcessLink"]
+    original = start.InProcessLink
 
     class Rogue(original):
         def _deliver(self, requests):
@@ -209,7 +210,7 @@ def link_that(monkeypatch, change):
             for request, reply in zip(sent, stream, strict=False):
                 yield change(partition, request, reply)
 
-    monkeypatch.setitem(HoSfl.run_in_process.__globals__, "InProcessLink", Rogue)
+    monkeypatch.setattr(start, "InProcessLink", Rogue)
 
 
 def absurd(partition, request, reply):
@@ -267,7 +268,7 @@ def test_a_failing_client_is_left_out_and_the_weights_renormalised(make, monkeyp
 
 
 def test_a_client_that_is_not_there_is_stood_in_for(make, monkeypatch):
-    original = HoSfl.run_in_process.__globals__["InProcessLink"]
+    original = start.InProcessLink
     monkeypatch.setattr(original, "absent", lambda self: {0, 1, 2}, raising=False)
     results, _, _ = make(num_clients=7, clients_per_step=2, steps=6, eval_every=6)
     assert set(results.clients["steps_taken_part"]) <= {"3", "4", "5", "6"}
@@ -275,7 +276,7 @@ def test_a_client_that_is_not_there_is_stood_in_for(make, monkeypatch):
 
 
 def test_a_step_that_finds_nobody_says_so(make, monkeypatch):
-    original = HoSfl.run_in_process.__globals__["InProcessLink"]
+    original = start.InProcessLink
     monkeypatch.setattr(original, "absent", lambda self: set(range(7)), raising=False)
     with pytest.raises(ClientError, match=r"step 1: 0 client\(s\) left.*no other is connected"):
         make()
@@ -339,7 +340,7 @@ def test_too_few_clients_end_the_run_with_the_reasons(make, monkeypatch):
 
 
 def test_drift_is_found_at_the_next_evaluation_and_names_the_step(make, monkeypatch):
-    original = HoSfl.run_in_process.__globals__["Client"]
+    original = start.Client
 
     class Flipped(original):
         """Its memory is damaged while it applies step 3."""
@@ -352,7 +353,7 @@ def test_drift_is_found_at_the_next_evaluation_and_names_the_step(make, monkeypa
                 self.state.trail.pop(3, None)
                 self.state.mark()
 
-    monkeypatch.setitem(HoSfl.run_in_process.__globals__, "Client", Flipped)
+    monkeypatch.setattr(start, "Client", Flipped)
     with pytest.raises(DriftError, match=r"client \d: the client submodel drifted at step 3"):
         make(steps=6, eval_every=6)
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hosl_flower.errors import ConfigError, DivergedError, DriftError
 from hosl_flower.ledger.ledger import Ledger, fingerprint
 from hosl_flower.protocol.messages.activations import Evaluate
+from hosl_flower.run import start
 from hosl_flower.server.in_process import InProcessLink
 from strategies.hosl import Hosl
 
@@ -110,15 +111,15 @@ def test_relay_trains_one_model_over_all_clients(make):
 
 
 def test_a_client_with_another_base_is_found_before_training(make, monkeypatch, tmp_path):
-    opened = Hosl.run_in_process.__globals__["InProcessLink"]
+    opened = start.InProcessLink
 
     class OtherBase(opened):
-        def __init__(self, client, *rest):
-            super().__init__(client, *rest)
+        def __init__(self, answer, *rest):
+            super().__init__(answer, *rest)
             with torch.no_grad():
-                next(iter(client.state.parameters.values())).add_(0.01)
+                next(iter(answer.__self__.state.parameters.values())).add_(0.01)
 
-    monkeypatch.setitem(Hosl.run_in_process.__globals__, "InProcessLink", OtherBase)
+    monkeypatch.setattr(start, "InProcessLink", OtherBase)
     with pytest.raises(DriftError, match=r"client 0.*before the first step.*base checkpoint"):
         make(num_clients=2)
     assert not (tmp_path / "runs").exists()

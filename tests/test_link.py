@@ -248,7 +248,7 @@ def test_a_bad_reply_names_client_step_and_request(client, history, change, erro
         changed = {"attention_mask": mask, **change} if "activations" in change else change
         return Activations(**{**vars(reply), **changed})
 
-    link = Rogue(tamper, client, history, LIMITS)
+    link = Rogue(tamper, client.answer, history, LIMITS)
     with pytest.raises(error, match=rf"client 0, step 1, forward: .*{complaint}"):
         ask(link, Forward(**at(history), batch=0))
 
@@ -256,7 +256,7 @@ def test_a_bad_reply_names_client_step_and_request(client, history, change, erro
 def test_a_reply_of_another_kind_or_none_is_refused(client, history):
     client.reset()
     done = {"step": 1, "seconds": 0.0, "peak_bytes": 0}
-    silent = Rogue(lambda r: r, client, history, LIMITS)
+    silent = Rogue(lambda r: r, client.answer, history, LIMITS)
     silent._deliver = lambda requests: {0: iter(())}
     with pytest.raises(ClientError, match="client 0, step 1, forward: no reply"):
         ask(silent, Forward(**at(history), batch=0))
@@ -268,14 +268,14 @@ def test_a_reply_of_another_kind_or_none_is_refused(client, history):
     )
     with pytest.raises(ProtocolError, match="catch-up: expected applied of step 1, got behind"):
         ask(stubborn, Forward(**at(history), batch=0))
-    failing = Rogue(lambda r: Failure(**done, error="DataError: gone"), client, history, LIMITS)
+    failing = Rogue(lambda r: Failure(**done, error="DataError: gone"), client.answer, history, LIMITS)
     with pytest.raises(ClientError, match="client 0, step 1, forward: DataError: gone"):
         ask(failing, Forward(**at(history), batch=0))
 
 
 def test_a_receipt_with_the_wrong_digest_is_drift(client, history):
     client.reset()
-    link = Rogue(lambda r: type(r)(**{**vars(r), "digest": "0" * 16}), client, history, LIMITS)
+    link = Rogue(lambda r: type(r)(**{**vars(r), "digest": "0" * 16}), client.answer, history, LIMITS)
     with pytest.raises(DriftError, match="client 0, step 1, losses"):
         ask(link, update(history))
 

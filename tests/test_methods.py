@@ -137,7 +137,7 @@ def test_a_client_that_lost_its_local_weights_is_left_out_until_the_next_averagi
                 return Behind, {"position": 0, "digest": "0" * 16}
             return super()._handle(request)
 
-    monkeypatch.setattr("hosl_flower.methods.method.Client", Forgetful)
+    monkeypatch.setattr("hosl_flower.run.start.Client", Forgetful)
     results, _, _ = make(SplitFo, **ONE, **FO, num_clients=2, local_steps=2, steps=4, eval_every=4)
     (drop,) = results.clients["dropped"]
     assert (drop["partition"], drop["step"]) == (1, 2)

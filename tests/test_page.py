@@ -103,8 +103,8 @@ def undrawn(monkeypatch):
     def to_svg(drawn, name, description):
         return tag("svg", description)
 
-    for module in ("page_curves", "page_bars"):
-        monkeypatch.setattr(f"hosl_flower.{module}.to_svg", to_svg)
+    for module in ("curves", "bars"):
+        monkeypatch.setattr(f"hosl_flower.report.{module}.to_svg", to_svg)
 
 
 def checked(*directories):
