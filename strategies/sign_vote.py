@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from hosl_flower.server.cohort import Cohort
-from hosl_flower.server.session import Session
+from hosl_flower import Cohort, Session
 from strategies.ho_sfl import HoSfl
 
 
@@ -29,7 +28,6 @@ class SignVote(HoSfl):
 
     name = "sign-vote"
     keys = HoSfl.keys - {"aggregation", "trim-fraction", "scalar-clip"}
-    # refused when set: no silent wishes
 
     def merge(self, session: Session, cohort: Cohort, replies: dict[int, Any]) -> Any:
         """One ledger entry per local step, of the clients' votes."""

@@ -65,7 +65,7 @@ NAN, INFINITY = float("nan"), float("inf")
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("strategy", "hosl"),
+        ("strategy", "ho sfl"),
         ("model", " "),
         ("cut-layer", -1),
         ("cut-layer", 1.5),

@@ -11,6 +11,7 @@ import typer
 
 from hosl_flower.cli import cli
 from hosl_flower.config.run_config import RunConfig
+from hosl_flower.methods.load import registered
 
 ROOT = Path(__file__).parents[1]
 KEYS = {field.alias for field in RunConfig.model_fields.values()}
@@ -129,9 +130,10 @@ def test_the_strategy_that_is_walked_through_is_the_one_there_is():
 
 def test_the_page_of_strategies_has_all_of_them():
     page = (ROOT / "docs" / "guides" / "strategies.md").read_text()
-    named = set(re.findall(r"^\| `(\w+):\w+` \|", page, re.M))
-    there = {path.stem for path in tracked("strategies/*.py")} - {"__init__"}
-    assert named == there
+    named = set(re.findall(r"^\| `([\w-]+)` \|", page, re.M)) - {"strategy"}
+    assert named == registered().keys()
+    files = {entry.module.removeprefix("strategies.") for entry in registered().values()}
+    assert files == {path.stem for path in tracked("strategies/*.py")} - {"__init__"}
 
 
 def test_the_site_has_every_page_it_lists():

@@ -377,6 +377,7 @@ def test_what_the_terminal_cannot_show_is_escaped(tmp_path):
 class Typer:
     def __init__(self, **_): pass
     def command(self): return lambda function: function
+    callback = command
     def __call__(self, **_): print("caf\\N{LATIN SMALL LETTER E WITH ACUTE}")
 Argument = Option = lambda *_, **__: None
 """

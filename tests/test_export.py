@@ -130,7 +130,7 @@ def test_the_card_says_what_how_and_how_well_and_no_paths(make, tmp_path):
         in card.text
     )
     for said in (
-        "opt0 (a local directory)", "Method: ho-sfl (`strategies.", "Cut layer: 2", "steps = 2",
+        "opt0 (a local directory)", "Method: ho-sfl (`", "Cut layer: 2", "steps = 2",
         "24 held-out", "by label: `terrible`, `great`", "`reviews`, a local file",
         'prompt = "{text} It was"', "client-learning-rate = 0.001", "activations travelled as bf16",
         "python -m hosl_flower run APP", "transformers 5.",

@@ -268,14 +268,18 @@ def test_a_reply_of_another_kind_or_none_is_refused(client, history):
     )
     with pytest.raises(ProtocolError, match="catch-up: expected applied of step 1, got behind"):
         ask(stubborn, Forward(**at(history), batch=0))
-    failing = Rogue(lambda r: Failure(**done, error="DataError: gone"), client.answer, history, LIMITS)
+    failing = Rogue(
+        lambda r: Failure(**done, error="DataError: gone"), client.answer, history, LIMITS
+    )
     with pytest.raises(ClientError, match="client 0, step 1, forward: DataError: gone"):
         ask(failing, Forward(**at(history), batch=0))
 
 
 def test_a_receipt_with_the_wrong_digest_is_drift(client, history):
     client.reset()
-    link = Rogue(lambda r: type(r)(**{**vars(r), "digest": "0" * 16}), client.answer, history, LIMITS)
+    link = Rogue(
+        lambda r: type(r)(**{**vars(r), "digest": "0" * 16}), client.answer, history, LIMITS
+    )
     with pytest.raises(DriftError, match="client 0, step 1, losses"):
         ask(link, update(history))
 
