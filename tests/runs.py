@@ -55,7 +55,10 @@ def write_questions(directory):
 
 
 def run_factory(strategy, tiny_opt, tmp_path, **own):
-    """make(**config) -> (results, run directory, config); own: defaults of this factory."""
+    """make(**config) -> (results, run directory, config); own: defaults of this factory.
+
+    With method=None nothing is run.
+    """
     model, _ = tiny_opt(vocab_size=50272, max_position_embeddings=128)
     data = write_reviews(tmp_path / "reviews")
     defaults = {
@@ -74,7 +77,7 @@ def run_factory(strategy, tiny_opt, tmp_path, **own):
             for picture in () if pictures else ("draw_curve", "draw_partition"):
                 # drawing takes half of such a short run
                 without.enter_context(mock.patch(f"hosl_flower.run.recorder.{picture}"))
-            results = run_in_process(method(config))
+            results = None if method is None else run_in_process(method(config))
         return results, tmp_path / "runs" / name, config
 
     return run

@@ -262,7 +262,7 @@ def test_a_reply_of_another_kind_or_none_is_refused(client, history):
         ask(silent, Forward(**at(history), batch=0))
     stubborn = Rogue(
         lambda r: Behind(**done, position=0, digest=history.ledger.digest()),
-        client,
+        client.answer,
         history,
         LIMITS,
     )

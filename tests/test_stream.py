@@ -307,7 +307,7 @@ def test_a_client_that_sends_garbage_is_told_apart_at_once(history, make, monkey
     def garbage(key, message):
         return frame if key.partition == 0 else original(key, message)
 
-    monkeypatch.setattr(dialling, "encode", garbage)
+    monkeypatch.setattr(dialling, "encode_frame", garbage)
     streams = link.exchange(work(history, (0, 1)))
     started = time.monotonic()
     with pytest.raises(ProtocolError, match=r"client 0 \(node 7\): "):
