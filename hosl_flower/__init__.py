@@ -47,6 +47,7 @@ _WHERE = {
     "DivergedError": "errors",
     "DriftError": "errors",
     "HoslError": "errors",
+    "ModelError": "errors",
     "ProtocolError": "errors",
 }
 __all__ = ["__version__", *_WHERE]  # a list of names
@@ -72,6 +73,7 @@ if TYPE_CHECKING:  # the same names, for type checkers
     from hosl_flower.errors import DivergedError as DivergedError
     from hosl_flower.errors import DriftError as DriftError
     from hosl_flower.errors import HoslError as HoslError
+    from hosl_flower.errors import ModelError as ModelError
     from hosl_flower.errors import ProtocolError as ProtocolError
     from hosl_flower.export.export import export_run as export_run
     from hosl_flower.export.finished_run import open_trained as open_trained

@@ -63,8 +63,12 @@ class DataError(HoslError):
     """A data set cannot be found, read, or does not have what the task needs."""
 
 
-class CheckpointError(HoslError):
+class ModelError(HoslError):
     """A model directory or weight file is missing, damaged or of another model."""
+
+
+class CheckpointError(HoslError):
+    """A run directory or a checkpoint in it is missing, damaged or of another run."""
 
 
 class PeerError(HoslError):

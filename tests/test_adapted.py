@@ -13,7 +13,7 @@ from test_families import FULL, IDS, halves, whole_logits
 from test_families import saved as saved  # a fixture
 from transformers import AutoModelForCausalLM
 
-from hosl_flower.errors import CheckpointError, ConfigError
+from hosl_flower.errors import ConfigError, ModelError
 from hosl_flower.export.generate import chooser, continuation
 from hosl_flower.models.base_model import open_base
 from hosl_flower.models.checkpoints import hub
@@ -125,7 +125,7 @@ def test_what_cannot_be_folded_in_is_said_in_a_line(adapters, case):
     directory, _ = adapters("opt-tiny", ["q_proj"])
     damage, message = DAMAGES[case]
     damage(directory)
-    with pytest.raises(CheckpointError, match=message) as error:
+    with pytest.raises(ModelError, match=message) as error:
         load_client(open_base(str(directory)), 2, torch.float32, "cpu")
     assert str(directory) in str(error.value)
 
@@ -134,7 +134,7 @@ def test_adapters_of_adapters_are_refused(adapters, tmp_path):
     directory, _ = adapters("opt-tiny", ["q_proj"])
     shutil.copytree(directory, tmp_path / "again")
     change(base_model_name_or_path=str(directory))(tmp_path / "again")
-    with pytest.raises(CheckpointError, match="itself adapters: merge them"):
+    with pytest.raises(ModelError, match="itself adapters: merge them"):
         open_base(str(tmp_path / "again"))
 
 
@@ -151,7 +151,7 @@ def test_adapters_on_the_hub_are_found_without_a_config_of_a_model(adapters, mon
         return path if path.is_file() else None
 
     monkeypatch.setattr(hub, "fetch", fetch)
-    with pytest.raises(CheckpointError, match="on the hub may name no directory of this machine"):
+    with pytest.raises(ModelError, match="on the hub may name no directory of this machine"):
         open_base("org/bad")
     own, same = (open_base(m).source for m in ("org/a", str(directory)))
     name = "model.decoder.layers.0.self_attn.q_proj.weight"

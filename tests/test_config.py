@@ -14,7 +14,7 @@ from hosl_flower.config.client_spec import ClientSpec
 from hosl_flower.config.parse import help_table, parse_config
 from hosl_flower.config.resolve import banner, resolve
 from hosl_flower.config.run_config import RunConfig
-from hosl_flower.errors import CheckpointError, ConfigError, HoslError, ProtocolError
+from hosl_flower.errors import ConfigError, HoslError, ModelError, ProtocolError
 from hosl_flower.methods.load import load_method
 from hosl_flower.tasks.known import TASKS
 
@@ -177,7 +177,7 @@ def test_without_hub_and_cache_the_run_falls_back_and_says_so(hub_cache):
 
 
 def test_without_fallback_what_is_missing_is_an_error(hub_cache):
-    with pytest.raises(CheckpointError, match=r"'facebook/opt-125m' .*offline-fallback is false"):
+    with pytest.raises(ModelError, match=r"'facebook/opt-125m' .*offline-fallback is false"):
         settle(offline_fallback=False)
     with pytest.raises(ConfigError, match=r"nyu-mll/glue/sst2 .*offline-fallback .*data-path"):
         settle(model="random:opt-125m", offline_fallback=False)
@@ -185,13 +185,13 @@ def test_without_fallback_what_is_missing_is_an_error(hub_cache):
 
 @pytest.mark.parametrize("model", ["org/unknown", "/nowhere/opt-125m", "./opt-125m", "opt-9000"])
 def test_models_without_a_stand_in_are_an_error(hub_cache, model):
-    with pytest.raises(CheckpointError, match=model):
+    with pytest.raises(ModelError, match=model):
         settle(model=model)
 
 
 def test_a_missing_directory_is_named_besides_the_hub(hub_cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match=rf"no directory \({tmp_path}/mymodle is not there"):
+    with pytest.raises(ModelError, match=rf"no directory \({tmp_path}/mymodle is not there"):
         settle(model="mymodle")
 
 

@@ -21,7 +21,7 @@ from runs import run_factory
 
 from hosl_flower.config.parse import parse_config
 from hosl_flower.config.resolve import resolve
-from hosl_flower.errors import CheckpointError, ConfigError
+from hosl_flower.errors import ConfigError, ModelError
 from hosl_flower.flower import local_run as local_flower
 from hosl_flower.flower import processes
 from hosl_flower.flower.stream import client_end as dial
@@ -159,7 +159,7 @@ def test_a_proxy_that_keeps_the_hub_away_is_named(environment, online, variables
     assert named in first
     assert "secret" not in settled.notice
     keys = {"model": "facebook/opt-125m", "offline-fallback": False}
-    with pytest.raises(CheckpointError, match="cannot be reached \\(proxy: ") as caught:
+    with pytest.raises(ModelError, match="cannot be reached \\(proxy: ") as caught:
         resolve(parse_config(keys), "run")
     assert named in str(caught.value)
 
@@ -270,11 +270,11 @@ def test_a_cache_that_cannot_be_written_is_named_with_what_to_set(
 ):
     (tmp_path / "file").touch()
     monkeypatch.setenv("HOSL_CACHE", str(tmp_path / "file"))
-    with pytest.raises(CheckpointError, match=r"file.*set HOSL_CACHE"):
+    with pytest.raises(ModelError, match=r"file.*set HOSL_CACHE"):
         legacy_keys(legacy_file)
     monkeypatch.setenv("HOSL_CACHE", "")
     monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as of a user id without account
-    with pytest.raises(CheckpointError, match="no home directory: set HOSL_CACHE"):
+    with pytest.raises(ModelError, match="no home directory: set HOSL_CACHE"):
         legacy_keys(legacy_file)
 
 
@@ -285,7 +285,7 @@ def test_a_tensor_in_the_cache_of_another_user_needs_no_lock(tmp_path):
     remote = ranged.RemoteFile("m/model.safetensors", "http://none", tmp_path, {}, 8)
     assert remote.tensor("x") == tmp_path / "x.safetensors"
     (tmp_path / "y.safetensors.lock").mkdir()
-    with pytest.raises(CheckpointError, match="set HOSL_CACHE"):
+    with pytest.raises(ModelError, match="set HOSL_CACHE"):
         remote.tensor("y")
 
 

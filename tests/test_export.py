@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from hosl_flower.cli import cli
 from hosl_flower.config.task_from_config import task_from_config
 from hosl_flower.data.sources import load_source
-from hosl_flower.errors import CheckpointError
+from hosl_flower.errors import ModelError
 from hosl_flower.export.export import export_run
 from hosl_flower.models.base_model import open_base
 from hosl_flower.models.families.base import HEAD
@@ -109,9 +109,9 @@ def test_each_half_holds_its_own_tensors_and_loads_without_the_rest(make, tmp_pa
     assert HEAD in stored["server"]
     kinds = {tensor.dtype for tensor in stored["client"].values()}
     assert kinds == {torch.float32 if changes else torch.bfloat16}  # merged adapters are float32
-    with pytest.raises(CheckpointError, match=r"has no tensor 'model.decoder.final_layer"):
+    with pytest.raises(ModelError, match=r"has no tensor 'model.decoder.final_layer"):
         load_server(open_base(str(tmp_path / "client")), 2, torch.float32, "cpu")
-    with pytest.raises(CheckpointError, match=r"has no tensor 'model.decoder.layers.2"):
+    with pytest.raises(ModelError, match=r"has no tensor 'model.decoder.layers.2"):
         load_client(open_base(str(tmp_path / "client")), 3, torch.float32, "cpu")
 
 

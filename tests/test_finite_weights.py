@@ -9,7 +9,7 @@ from conftest import store_shards
 from safetensors.torch import load_file, save_file
 
 from hosl_flower.config.parse import parse_config
-from hosl_flower.errors import CheckpointError
+from hosl_flower.errors import ModelError
 from hosl_flower.models.base_model import open_base
 from hosl_flower.models.split import load_client, load_server
 from hosl_flower.server.open_session import open_session
@@ -34,9 +34,9 @@ def test_the_tensor_is_named_on_the_side_that_has_it(tiny_opt, dtype, value):
     load_client(base, 2, torch.float32, "cpu")  # has none of it
     expected = rf"model.safetensors: {re.escape(MATRIX.format(2))} holds NaN or infinity"
     for wanted in (torch.float32, torch.bfloat16):
-        with pytest.raises(CheckpointError, match=expected):
+        with pytest.raises(ModelError, match=expected):
             load_client(base, 3, wanted, "cpu")
-    with pytest.raises(CheckpointError, match=expected):
+    with pytest.raises(ModelError, match=expected):
         load_server(base, 2, torch.float32, "cpu")
 
 
@@ -45,7 +45,7 @@ def test_of_a_legacy_file_too(tiny_opt, tmp_path, monkeypatch):
     directory, model = tiny_opt()
     model.model.decoder.final_layer_norm.bias.data[3] = math.nan
     store_shards(directory, model.state_dict(), "bin")
-    with pytest.raises(CheckpointError, match=rf"head.bin: {re.escape(NORM)} holds NaN or inf"):
+    with pytest.raises(ModelError, match=rf"head.bin: {re.escape(NORM)} holds NaN or inf"):
         load_server(open_base(str(directory)), 2, torch.float32, "cpu")
 
 
@@ -55,7 +55,7 @@ def test_numbers_beyond_16_bits_are_refused_in_them_alone(tiny_opt):
     base = open_base(str(directory))
     for dtype in (torch.float32, torch.bfloat16):
         load_client(base, 1, dtype, "cpu")
-    with pytest.raises(CheckpointError, match=r"fc1.weight holds 1e\+06, .* beyond torch.float16"):
+    with pytest.raises(ModelError, match=r"fc1.weight holds 1e\+06, .* beyond torch.float16"):
         load_client(base, 1, torch.float16, "cpu")
 
 
@@ -65,5 +65,5 @@ def test_a_run_does_not_start_from_them(tiny_opt, tmp_path, block):
     damage(directory, MATRIX.format(block), math.nan)
     keys = {"model": str(directory), "task": "sms-spam", "cut-layer": 1, "max-length": 32}
     config = parse_config({**keys, "output-dir": str(tmp_path), "device": "cpu", "threads": 1})
-    with pytest.raises(CheckpointError, match=rf"layers.{block}.fc1.weight holds NaN"):
+    with pytest.raises(ModelError, match=rf"layers.{block}.fc1.weight holds NaN"):
         open_session(config, "x", 1)

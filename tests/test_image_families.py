@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from test_client_gradients import both
 from transformers import AutoConfig, AutoModelForImageClassification, ViTModel
 
-from hosl_flower.errors import CheckpointError, ConfigError
+from hosl_flower.errors import ConfigError, ModelError
 from hosl_flower.gradients.recompute import recomputed_gradients
 from hosl_flower.gradients.residual.gradients import fed_back, residual_gradients
 from hosl_flower.models.architectures import IMAGE_ARCHITECTURES, architecture
@@ -118,7 +118,7 @@ def test_old_names_and_those_of_a_bare_vit_are_read(saved):
     bare.save_pretrained(directory)
     base = open_base(str(directory))
     assert base.source.blocks() == 3
-    with pytest.raises(CheckpointError, match=r"no tensor 'classifier.weight'"):
+    with pytest.raises(ModelError, match=r"no tensor 'classifier.weight'"):
         load_server(base, 1, torch.float32, "cpu")
     headed, fresh = with_classes(base, ["a", "b", "c", "d", "e"], seed=4)  # as many as before
     assert fresh

@@ -8,7 +8,7 @@ from conftest import store_shards
 from safetensors.torch import load_file
 from test_weights import BIN, INDEX, SINGLE, assert_same, configure, store, store_bin
 
-from hosl_flower.errors import CheckpointError
+from hosl_flower.errors import ModelError
 from hosl_flower.models.base_model import load_model_config, open_base
 from hosl_flower.models.processors import load_tokenizer
 from hosl_flower.models.split import load_client
@@ -54,7 +54,7 @@ LAYOUTS = {
 def test_a_pointer_of_git_lfs_is_called_one(tiny_opt, file):
     directory, _ = tiny_opt(vocab_size=50272)
     pointer(directory, file, LAYOUTS[file])
-    with pytest.raises(CheckpointError, match=rf"{directory / file} is a Git LFS .*`git lfs pull`"):
+    with pytest.raises(ModelError, match=rf"{directory / file} is a Git LFS .*`git lfs pull`"):
         both(directory)
 
 
@@ -65,7 +65,7 @@ def test_a_link_to_nothing_is_called_one(tiny_opt, file):
     (directory / file).unlink()
     (directory / file).symlink_to(directory / "gone")
     expected = rf"{directory / file} cannot be read: it is a link to a file that does not exist"
-    with pytest.raises(CheckpointError, match=expected):
+    with pytest.raises(ModelError, match=expected):
         both(directory)
 
 
@@ -82,7 +82,7 @@ def test_a_file_of_somebody_else_is_called_unreadable(tiny_opt, file, monkeypatc
         return real(path, *arguments, **options)
 
     monkeypatch.setattr(f"pathlib.Path.{method}", denied)
-    with pytest.raises(CheckpointError, match=rf"{directory}.* cannot be read: permission denied"):
+    with pytest.raises(ModelError, match=rf"{directory}.* cannot be read: permission denied"):
         both(directory)
 
 
@@ -155,13 +155,13 @@ def test_the_kind_is_named_with_what_to_use_instead(tiny_opt, kind):
     directory, _ = tiny_opt()
     change, expected = KINDS[kind]
     change(directory)
-    with pytest.raises(CheckpointError, match=expected):
+    with pytest.raises(ModelError, match=expected):
         load_client(open_base(str(directory)), 3, torch.float32, "cpu")
 
 
 def test_a_file_is_no_model_directory(tiny_opt):
     directory, _ = tiny_opt()
-    with pytest.raises(CheckpointError, match=r"is a file, expected the directory of a Hugging"):
+    with pytest.raises(ModelError, match=r"is a file, expected the directory of a Hugging"):
         open_base(str(directory / SINGLE))
 
 

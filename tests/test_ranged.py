@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from safetensors import safe_open
 from test_hub import Hub
 
-from hosl_flower.errors import CheckpointError
+from hosl_flower.errors import ModelError
 from hosl_flower.models.base_model import open_base
 from hosl_flower.models.checkpoints import hub as hub_module
 from hosl_flower.models.checkpoints import partial_download as ranged
@@ -105,7 +105,7 @@ def test_what_was_downloaded_works_without_the_hub(hub, monkeypatch):
     monkeypatch.setattr(hub_module, "is_reachable", lambda: False)
     endpoint(monkeypatch, 9)  # nobody listens there
     assert same(client(), hub.model)
-    with pytest.raises(CheckpointError, match=r"layers.1.* stopped after 0 of \d+ bytes"):
+    with pytest.raises(ModelError, match=r"layers.1.* stopped after 0 of \d+ bytes"):
         client(cut=2)
 
 
@@ -131,7 +131,7 @@ def test_a_download_that_failed_is_continued_by_the_next_process(hub, monkeypatc
     original = ranged._range
     monkeypatch.setattr(ranged, "_range", fails)
     message = r"'model.decoder.\S+' of org/opt-test/model.safetensors stopped after \d+ of \d+ byt"
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(ModelError, match=message):
         client()
     assert list(tmp_path.glob("cache/**/*.part"))
     monkeypatch.setattr(ranged, "_range", original)
@@ -171,7 +171,7 @@ def test_another_version_on_the_hub_is_another_file(hub, tmp_path):
 )
 def test_a_damaged_file_is_one_clear_line(hub, content, complaint):
     (hub.repositories[MODEL] / "model.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError, match=complaint) as caught:
+    with pytest.raises(ModelError, match=complaint) as caught:
         client()
     assert "\n" not in str(caught.value)
 
@@ -192,5 +192,5 @@ def test_pieces_are_safetensors_files(hub):
 
 def test_unknown_names_are_one_clear_line(hub):
     assert ranged.locate(MODEL, "other.safetensors") is None
-    with pytest.raises(CheckpointError, match="check the name"):
+    with pytest.raises(ModelError, match="check the name"):
         ranged.locate("org/unknown", "model.safetensors")

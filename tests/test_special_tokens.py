@@ -18,7 +18,7 @@ from transformers import (
 
 from hosl_flower.data.encoders.classifier_text import TextInputs
 from hosl_flower.data.encoders.prompts import PromptEncoder
-from hosl_flower.errors import CheckpointError, ConfigError, DataError
+from hosl_flower.errors import ConfigError, DataError, ModelError
 from hosl_flower.export.generate import _prompt_ids
 from hosl_flower.models import special_tokens
 from hosl_flower.models.processors import load_tokenizer
@@ -131,7 +131,7 @@ def test_a_token_before_every_text_needs_a_row():
     tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
         single="<begin> $A", special_tokens=[("<begin>", rows)]
     )
-    with pytest.raises(CheckpointError, match="begins every text with '<begin>', a special token"):
+    with pytest.raises(ModelError, match="begins every text with '<begin>', a special token"):
         PromptEncoder(OWN, tokenizer, 64).check_vocabulary(rows)
 
 
@@ -212,9 +212,7 @@ def test_a_classifier_whose_tokenizer_adds_nothing_gets_a_token_for_an_empty_tex
 @pytest.mark.parametrize("config", [BertConfig, LlamaConfig, GPT2Config])
 def test_a_model_without_any_tokenizer_file_is_refused(tmp_path, config):
     config().save_pretrained(tmp_path)
-    with pytest.raises(
-        CheckpointError, match=f"{tmp_path} has no (usable tokenizer|tokenizer fil)"
-    ):
+    with pytest.raises(ModelError, match=f"{tmp_path} has no (usable tokenizer|tokenizer fil)"):
         load_tokenizer(str(tmp_path))
 
 
@@ -224,14 +222,14 @@ def test_what_only_sentencepiece_reads_names_the_extra(tmp_path, monkeypatch):
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     expected = r"tokenizer.model alone, .*: {}.* pip install 'hosl-flower\[sentencepiece\]'"
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(CheckpointError, match=expected.format("it is not installed")):
+    with pytest.raises(ModelError, match=expected.format("it is not installed")):
         load_tokenizer(str(tmp_path))
 
     def too_old(name):
         raise TypeError("protobuf 6 is too old")
 
     monkeypatch.setattr(special_tokens.importlib, "import_module", too_old)
-    with pytest.raises(CheckpointError, match=expected.format("the .* of no use .protobuf 6 is")):
+    with pytest.raises(ModelError, match=expected.format("the .* of no use .protobuf 6 is")):
         special_tokens.check_sentencepiece(str(tmp_path))
 
 

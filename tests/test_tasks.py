@@ -9,7 +9,7 @@ from conftest import TOKENIZER_SIZE, put_into_hub_cache
 from hosl_flower.config.parse import parse_config
 from hosl_flower.config.task_from_config import task_from_config
 from hosl_flower.data.encoders.prompts import PromptEncoder, cut_longest
-from hosl_flower.errors import CheckpointError, ConfigError, DataError
+from hosl_flower.errors import ConfigError, DataError, ModelError
 from hosl_flower.models.processors import load_tokenizer
 from hosl_flower.tasks.known import TASKS
 from hosl_flower.tasks.task import Task
@@ -318,7 +318,7 @@ def test_a_prompt_without_a_column_says_how_to_write_one(prompt):
 def test_tokenizer_larger_than_the_vocabulary_is_refused(tokenizer):
     encoder = PromptEncoder(SST2, tokenizer, 32)
     encoder.check_vocabulary(TOKENIZER_SIZE)
-    with pytest.raises(CheckpointError, match=f"{TOKENIZER_SIZE} tokens.* only 64 rows"):
+    with pytest.raises(ModelError, match=f"{TOKENIZER_SIZE} tokens.* only 64 rows"):
         encoder.check_vocabulary(64)
 
 
@@ -335,7 +335,7 @@ def test_model_without_tokenizer_files_is_refused(tiny_opt, missing):
     for file in missing:
         (directory / file).unlink()
     with pytest.raises(
-        CheckpointError, match=f"{directory} has no (usable tokenizer: .+|tokenizer files)"
+        ModelError, match=f"{directory} has no (usable tokenizer: .+|tokenizer files)"
     ):
         load_tokenizer(str(directory))
 
@@ -344,13 +344,13 @@ def test_damaged_tokenizer_is_refused(tiny_opt):
     directory, _ = tiny_opt(vocab_size=50272)
     (directory / "vocab.json").write_text("{")
     with pytest.raises(
-        CheckpointError, match=f"{directory} has no (usable tokenizer: .+|tokenizer files)"
+        ModelError, match=f"{directory} has no (usable tokenizer: .+|tokenizer files)"
     ):
         load_tokenizer(str(directory))
 
 
 def test_tokenizer_of_a_model_that_cannot_be_had_is_refused(hub_cache):
-    with pytest.raises(CheckpointError, match="org/tiny has no usable tokenizer"):
+    with pytest.raises(ModelError, match="org/tiny has no usable tokenizer"):
         load_tokenizer("org/tiny")
 
 

@@ -24,7 +24,7 @@ from hosl_flower.config.task_from_config import task_from_config
 from hosl_flower.data.encoders.classifier_text import TextInputs
 from hosl_flower.data.encoders.make import make_inputs
 from hosl_flower.data.sources import load_source
-from hosl_flower.errors import CheckpointError, ConfigError, DataError
+from hosl_flower.errors import ConfigError, DataError, ModelError
 from hosl_flower.ledger.ledger import Ledger, fingerprint
 from hosl_flower.models.architectures import TEXT_ARCHITECTURES
 from hosl_flower.models.base_model import model_config, open_base
@@ -233,11 +233,11 @@ def test_a_pair_is_what_the_tokenizer_makes_of_two_columns(wordpiece):
 def test_a_tokenizer_that_does_not_fit_is_said_in_a_line(wordpiece):
     tokenizer, config = wordpiece
     inputs = TextInputs(TASKS["sst2"], tokenizer, config, 17)
-    with pytest.raises(CheckpointError, match="max-length = 17, but the model has 16 positions"):
+    with pytest.raises(ModelError, match="max-length = 17, but the model has 16 positions"):
         inputs.check(config)
     inputs = TextInputs(TASKS["sst2"], tokenizer, config, 16)
     config.vocab_size = 10
-    with pytest.raises(CheckpointError, match="has 11 tokens, the model's embedding only 10 rows"):
+    with pytest.raises(ModelError, match="has 11 tokens, the model's embedding only 10 rows"):
         inputs.check(config)
     tokenizer.add_special_tokens({"additional_special_tokens": ["[X]"]})
     config.vocab_size = 11
@@ -293,7 +293,7 @@ def test_residual_feedback_and_heads_on_clients_are_refused(run):
 def test_positions_of_roberta_begin_after_the_padding(run):
     spec = client_spec(model="random:roberta-tiny", max_length=255)
     config = model_config(spec.model)
-    with pytest.raises(CheckpointError, match="max-length = 255, but the model has 254 positions"):
+    with pytest.raises(ModelError, match="max-length = 255, but the model has 254 positions"):
         make_inputs(spec, spec.model, config).check(config)
 
 

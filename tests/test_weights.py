@@ -13,7 +13,7 @@ import torch
 from conftest import put_into_hub_cache, store_shards
 from safetensors.torch import load_file, save_file
 
-from hosl_flower.errors import CheckpointError
+from hosl_flower.errors import ModelError
 from hosl_flower.models.architectures import architecture
 from hosl_flower.models.base_model import open_base
 from hosl_flower.models.checkpoints.source import RandomWeights
@@ -124,7 +124,7 @@ def test_shards_of_the_other_side_may_be_missing(tiny_opt, load, needed, suffix)
     assert all(torch.equal(t, state[name]) for name, t in side_of(load, directory).items())
     missing = f"{needed[0]}.{suffix}"
     (directory / missing).unlink()
-    with pytest.raises(CheckpointError, match=f"{directory}.*{missing}"):
+    with pytest.raises(ModelError, match=f"{directory}.*{missing}"):
         side_of(load, directory)
 
 
@@ -212,14 +212,14 @@ def test_damage_is_one_checkpoint_error(tiny_opt, monkeypatch, tmp_path, case):
     directory, _ = tiny_opt()
     damage(directory)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(ModelError) as caught:
         client_of(directory)
     assert [p for p in [str(directory), *fragments] if p not in str(caught.value)] == []
     assert not (tmp_path / "executed").exists()
 
 
 def test_unreachable_hub_names_the_model(hub_cache):
-    with pytest.raises(CheckpointError, match=r"'facebook/opt-125m' .* local model directory"):
+    with pytest.raises(ModelError, match=r"'facebook/opt-125m' .* local model directory"):
         open_base("facebook/opt-125m")
 
 

@@ -10,7 +10,7 @@ from hosl_flower.config.run_config import (
     RunConfig,
 )
 from hosl_flower.config.task_from_config import task_from_config
-from hosl_flower.errors import CheckpointError, ConfigError
+from hosl_flower.errors import ConfigError, ModelError
 from hosl_flower.models.architectures import known_architectures
 from hosl_flower.models.base_model import RANDOM, check_cut, open_base
 from hosl_flower.models.checkpoints import hub
@@ -33,7 +33,7 @@ def resolve(config: RunConfig, run: str, client_head: bool = False) -> Resolved:
 
     Without hub and cache, and with offline-fallback, a hub model becomes its architecture with
     random weights and a hub data set becomes bundled data, the SMS collection or digits. Raises
-    ConfigError or CheckpointError otherwise.
+    ConfigError or ModelError otherwise.
     """
     notes = []
     model = config.model
@@ -41,7 +41,7 @@ def resolve(config: RunConfig, run: str, client_head: bool = False) -> Resolved:
         try:
             check_cut(open_base(model).config, config.cut_layer)
             model = _absolute(model) if hub.local_directory(model) else model
-        except CheckpointError as error:
+        except ModelError as error:
             model = _fallback_model(config, error)
             notes.append(f"{config.model} -> the same architecture with RANDOM weights")
     config_task, source = task_from_config(config), config.data_path
@@ -85,7 +85,7 @@ def _absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
-def _fallback_model(config: RunConfig, error: CheckpointError) -> str:
+def _fallback_model(config: RunConfig, error: ModelError) -> str:
     """random:<architecture> for a known hub model that cannot be had; else the error."""
     architecture = config.model.rpartition("/")[2].lower()
     is_hub_model = config.model.count("/") == 1 and not config.model.startswith((".", "/", "~"))
@@ -94,7 +94,7 @@ def _fallback_model(config: RunConfig, error: CheckpointError) -> str:
     if is_hub_model and unreachable and config.offline_fallback and architecture in known:
         return f"{RANDOM}{architecture}"
     if is_hub_model and unreachable and not config.offline_fallback:
-        raise CheckpointError(f"{error} (offline-fallback is false)") from error
+        raise ModelError(f"{error} (offline-fallback is false)") from error
     raise error
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from hosl_flower.config.parse import parse_config
 from hosl_flower.config.run_config import RunConfig
-from hosl_flower.errors import CheckpointError, ConfigError, DataError
+from hosl_flower.errors import ConfigError, DataError, ModelError
 from hosl_flower.tasks.known import BUNDLED_TASK, TASKS
 from hosl_flower.tasks.known_images import IMAGE_TASKS, image_task
 from hosl_flower.tasks.labels import MOST_LABELS, is_no_label, label_key, label_text, same_labels
@@ -159,7 +159,7 @@ def _is_classifier(config: RunConfig) -> bool:
 
     try:
         return family_of(model_config(config.model)).classes
-    except CheckpointError:  # it is said where the model is opened to be used
+    except ModelError:  # it is said where the model is opened to be used
         return False
 
 

@@ -28,7 +28,7 @@ def continuation(
 
     source: a run directory; or a model directory, hub id or `random:<architecture>`, and where to
     cut it. choose: of the logits, see `chooser`; the likeliest token where it is not given.
-    Raises ConfigError or CheckpointError.
+    Raises ConfigError, CheckpointError or ModelError.
     """
     trained = open_trained(source, cut)
     if (family := trained.base.family).classes:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
-from hosl_flower.errors import CheckpointError, ConfigError, first_line
+from hosl_flower.errors import ConfigError, ModelError, first_line
 from hosl_flower.models.architectures import architecture
 from hosl_flower.models.checkpoints import hub
 from hosl_flower.models.checkpoints.adapters import AdaptedWeights, base_of, find_adapters
@@ -50,7 +50,7 @@ def open_base(model: str, seed: int = 0, partial: bool = False) -> Base:
     `random:<architecture>`; reads headers only.
 
     seed: of the weights of `random:` models. partial: download no more of a hub model than the
-    tensors that are then asked for. Raises CheckpointError or ConfigError.
+    tensors that are then asked for. Raises ModelError or ConfigError.
     """
     config = model_config(model)
     family = family_of(config)
@@ -67,7 +67,7 @@ def open_base(model: str, seed: int = 0, partial: bool = False) -> Base:
         base_of(model), family.base_prefix, family.blocks, partial, *names
     )
     if checkpoint.blocks() > family.count(config):
-        raise CheckpointError(
+        raise ModelError(
             f"{model}: config.json says {family.count(config)} blocks, the weights have "
             f"{checkpoint.blocks()}; they do not belong together"
         )
@@ -86,17 +86,17 @@ def model_config(model: str) -> PretrainedConfig:
 
 
 def load_model_config(model: str) -> PretrainedConfig:
-    """config.json of a directory or hub id, or of the base model of adapters; CheckpointError when
+    """config.json of a directory or hub id, or of the base model of adapters; ModelError when
     there is none."""
     model = base_of(model)
     path = hub.locate(model, "config.json")
     if path is None:
-        raise CheckpointError(f"{model} has no config.json: {without_config(model)}")
+        raise ModelError(f"{model} has no config.json: {without_config(model)}")
     try:
         config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for a damaged configuration
         reason = not_a_config(path) or f"{path} cannot be used: {first_line(error)}"
-        raise CheckpointError(reason) from error
+        raise ModelError(reason) from error
     check_plain(config, model)
     if config.model_type in FAMILIES:
         check_head(config, model)
@@ -131,7 +131,7 @@ def model_skeleton(
         with torch.device("meta"):
             model = family.auto.from_config(config, **family.attention)
     except (ValueError, RuntimeError, KeyError, TypeError, AssertionError) as error:
-        raise CheckpointError(
+        raise ModelError(
             f"{config.name_or_path}: config.json describes no possible {config.model_type} "
             f"model: {first_line(error)}"
         ) from error

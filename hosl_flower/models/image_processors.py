@@ -5,7 +5,7 @@ from typing import Any
 from transformers import PretrainedConfig
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from hosl_flower.errors import CheckpointError, ConfigError, first_line
+from hosl_flower.errors import ConfigError, ModelError, first_line
 from hosl_flower.models.checkpoints import hub
 from hosl_flower.models.checkpoints.adapters import holder
 from hosl_flower.models.families.images import IMAGE_FAMILIES
@@ -16,7 +16,7 @@ _LARGEST = 4096  # height and width
 def load_image_processor(model: str, config: PretrainedConfig, size: int = 0) -> Any:
     """The image processor of a model; `random:` models, and those without one, get one that only
     resizes, and scales pixels to -1..1. size: to resize to, instead of what the processor does,
-    with its mean and deviation. Raises CheckpointError, or ConfigError for a size that cannot be.
+    with its mean and deviation. Raises ModelError, or ConfigError for a size that cannot be.
     """
     if size > _LARGEST:
         raise ConfigError(f"image-size = {size}: expected at most {_LARGEST}")
@@ -41,4 +41,4 @@ def _saved_processor(model: str) -> Any:
     try:
         return AutoImageProcessor.from_pretrained(path.parent, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for a damaged file
-        raise CheckpointError(f"{path} cannot be used: {first_line(error)}") from error
+        raise ModelError(f"{path} cannot be used: {first_line(error)}") from error

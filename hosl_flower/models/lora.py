@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hosl_flower.errors import CheckpointError, ConfigError, first_line
+from hosl_flower.errors import ConfigError, ModelError, first_line
 from hosl_flower.system.whole_files import made_whole, put, save_tensors
 from hosl_flower.tensors.seeds import derive_seed
 
@@ -170,7 +170,7 @@ def save_adapters(
 @torch.no_grad()
 def load_adapters(directory: Path, parameters: Mapping[str, Tensor]) -> None:
     """Fill one side's adapters, which are those of `parameters` by canonical name that are any,
-    with what `save_adapters` wrote. Raises CheckpointError when they are not there or do not fit.
+    with what `save_adapters` wrote. Raises ModelError when they are not there or do not fit.
     """
     path = directory / "adapter_model.safetensors"
     try:
@@ -179,6 +179,6 @@ def load_adapters(directory: Path, parameters: Mapping[str, Tensor]) -> None:
                 stored = file.get_tensor(f"{_PEFT}{name}")
                 parameters[name].copy_(stored.view(parameters[name].shape))
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise CheckpointError(
+        raise ModelError(
             f"{path} does not hold the adapters of this model: {first_line(error)}"
         ) from error

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PretrainedConfig
 
-from hosl_flower.errors import CheckpointError, first_line
+from hosl_flower.errors import ModelError, first_line
 from hosl_flower.models.checkpoints import hub
 from hosl_flower.models.checkpoints.adapters import holder
 from hosl_flower.models.families.registry import family_of
@@ -30,11 +30,11 @@ def load_tokenizer(model: str) -> Any:
             local_files_only=directory is None and not hub.is_reachable(),
             trust_remote_code=False,
         )
-    except CheckpointError:
+    except ModelError:
         raise
     except Exception as error:  # tokenizers raises bare Exceptions for damaged files
         check_sentencepiece(model)
-        raise CheckpointError(f"{model} has no usable tokenizer: {first_line(error)}") from error
+        raise ModelError(f"{model} has no usable tokenizer: {first_line(error)}") from error
     check_has_vocabulary(tokenizer, model)
     return tokenizer
 

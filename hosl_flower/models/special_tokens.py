@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hosl_flower.errors import CheckpointError, DataError, first_line
+from hosl_flower.errors import DataError, ModelError, first_line
 from hosl_flower.models.checkpoints import hub
 
 _SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -25,18 +25,18 @@ def tokenizer_files(directory: Path) -> list[Path]:
 
 
 def check_has_vocabulary(tokenizer: Any, model: str) -> None:
-    """CheckpointError when there is none: without its files transformers makes a tokenizer of
+    """ModelError when there is none: without its files transformers makes a tokenizer of
     special tokens alone."""
     own = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
     if not own or not tokenizer("a", add_special_tokens=False)["input_ids"]:
-        raise CheckpointError(
+        raise ModelError(
             f"{model} has no tokenizer files; copy tokenizer.json, or what else the tokenizer of "
             "this model consists of, into its directory"
         )
 
 
 def check_sentencepiece(model: str) -> None:
-    """CheckpointError for a tokenizer that needs sentencepiece where that cannot be used."""
+    """ModelError for a tokenizer that needs sentencepiece where that cannot be used."""
     directory = hub.local_directory(model)
 
     def has(name: str) -> bool:
@@ -45,7 +45,7 @@ def check_sentencepiece(model: str) -> None:
     name = next(filter(has, _SENTENCEPIECE), None)
     reason = _no_sentencepiece() if name and not has("tokenizer.json") else ""
     if reason:
-        raise CheckpointError(
+        raise ModelError(
             f"{model} has its tokenizer as {name} alone, which needs sentencepiece: {reason}. "
             "Install it with pip install 'hosl-flower[sentencepiece]', or add the model's "
             "tokenizer.json"
@@ -97,12 +97,12 @@ class Unknown:
     """Tokens, by id, that a model has no embedding row for, though its tokenizer has them."""
 
     def __init__(self, tokenizer: Any, vocabulary: int):
-        """CheckpointError when there are others than special and added ones, which no text means
+        """ModelError when there are others than special and added ones, which no text means
         that does not spell them out (Gemma 3 has one for images, its text models no row for it)."""
         beyond = {t: i for t, i in tokenizer.get_vocab().items() if i >= vocabulary}
         self._added: Mapping[int, Any] = tokenizer.added_tokens_decoder
         if not all(i in self._added for i in beyond.values()):
-            raise CheckpointError(
+            raise ModelError(
                 f"the tokenizer has {len(tokenizer)} tokens, the model's embedding only "
                 f"{vocabulary} rows; they do not belong together"
             )

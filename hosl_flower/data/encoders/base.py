@@ -35,7 +35,7 @@ class ExampleEncoder(Protocol):
         """The largest mini-batch of so many examples there can be; of any content."""
 
     def check(self, config: Any) -> None:
-        """CheckpointError unless the model of this configuration can take these inputs."""
+        """ModelError unless the model of this configuration can take these inputs."""
 
     def by_length(self, data: Any) -> Any:
         """A data set in an order in which there is little padding."""

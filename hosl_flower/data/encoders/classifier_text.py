@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from hosl_flower.data.encoders.base import by_length
 from hosl_flower.data.encoders.prompts import left_padded
-from hosl_flower.errors import CheckpointError, ConfigError
+from hosl_flower.errors import ConfigError, ModelError
 from hosl_flower.models.batch import Batch
 from hosl_flower.models.families.encoders import TEXT_FAMILIES
 from hosl_flower.models.special_tokens import Unknown, empty_text, padding
@@ -84,16 +84,12 @@ class TextInputs:
         return by_length(data, self.task.fields)
 
     def check(self, config: PretrainedConfig) -> None:
-        """CheckpointError when the model has too few positions or too small a vocabulary."""
+        """ModelError when the model has too few positions or too small a vocabulary."""
         first = TEXT_FAMILIES[config.model_type].first_position(config)
         positions = config.max_position_embeddings - first
         if self.length > positions:
-            raise CheckpointError(
-                f"max-length = {self.length}, but the model has {positions} positions"
-            )
+            raise ModelError(f"max-length = {self.length}, but the model has {positions} positions")
         self._unknown = Unknown(self.tokenizer, config.vocab_size)
         found = self._unknown.first(self.tokenizer("a")["input_ids"])
         if found:
-            raise CheckpointError(
-                f"the tokenizer gives every text {found}; they do not belong together"
-            )
+            raise ModelError(f"the tokenizer gives every text {found}; they do not belong together")

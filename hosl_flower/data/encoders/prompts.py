@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hosl_flower.data.encoders.base import by_length
-from hosl_flower.errors import CheckpointError, ConfigError
+from hosl_flower.errors import ConfigError, ModelError
 from hosl_flower.models.batch import Batch
 from hosl_flower.models.special_tokens import (
     Unknown,
@@ -182,20 +182,20 @@ class PromptEncoder:
         return by_length(data, self.task.fields)
 
     def check(self, config: Any) -> None:
-        """CheckpointError when the model has too few positions or too small a vocabulary."""
+        """ModelError when the model has too few positions or too small a vocabulary."""
         positions = config.max_position_embeddings
         if self.max_length > positions:
-            raise CheckpointError(
+            raise ModelError(
                 f"max-length = {self.max_length}, but the model has {positions} positions"
             )
         self.check_vocabulary(config.vocab_size)
 
     def check_vocabulary(self, vocabulary: int) -> None:
-        """CheckpointError when the tokenizer makes tokens that the model has no embedding row for,
+        """ModelError when the tokenizer makes tokens that the model has no embedding row for,
         ConfigError when an answer has one; a text that has one is refused by `encode`."""
         self._vocabulary, self._unknown = vocabulary, Unknown(self.tokenizer, vocabulary)
         if found := self._unknown.first(self._prefix):
-            raise CheckpointError(
+            raise ModelError(
                 f"the tokenizer begins every text with {found}; they do not belong together"
             )
         if isinstance(self.answers, AnswerWords) and (

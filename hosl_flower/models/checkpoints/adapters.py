@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hosl_flower.errors import CheckpointError
+from hosl_flower.errors import ModelError
 from hosl_flower.models.checkpoints import hub
 from hosl_flower.models.checkpoints.source import PretrainedWeights
 from hosl_flower.models.checkpoints.torch_bin import damaged
@@ -49,7 +49,7 @@ class Adapters:
 def find_adapters(model: str) -> Adapters | None:
     """The adapters that a model consists of; None for a model with weights of its own.
 
-    As in transformers adapters come first where a directory has both. Raises CheckpointError for
+    As in transformers adapters come first where a directory has both. Raises ModelError for
     an adapter_config.json that names no base model.
     """
     if model.startswith("random:"):
@@ -62,9 +62,9 @@ def find_adapters(model: str) -> Adapters | None:
         settings = json.loads(path.read_text(encoding="utf-8"))
         base = settings["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is no configuration of adapters: {error!r}") from error
+        raise ModelError(f"{path} is no configuration of adapters: {error!r}") from error
     if not isinstance(base, str) or not base:
-        raise CheckpointError(
+        raise ModelError(
             f"{path} names no base model: set base_model_name_or_path, or give the merged model"
         )
     return Adapters(model, base, settings)
@@ -77,7 +77,7 @@ def _on_hub(model: str) -> Path | None:
 
 
 def base_of(model: str) -> str:
-    """The model itself, or the one that its adapters belong to. CheckpointError where that cannot
+    """The model itself, or the one that its adapters belong to. ModelError where that cannot
     be had, or is adapters again."""
     found = find_adapters(model)
     if found is None:
@@ -85,15 +85,15 @@ def base_of(model: str) -> str:
     on_hub = hub.local_directory(model) is None
     try:
         if on_hub and hub.local_directory(found.base) is not None:
-            raise CheckpointError("adapters on the hub may name no directory of this machine")
+            raise ModelError("adapters on the hub may name no directory of this machine")
         again = find_adapters(found.base)
-    except CheckpointError as error:
-        raise CheckpointError(
+    except ModelError as error:
+        raise ModelError(
             f"{model} has adapters of the model {found.base!r}, which cannot be read: {error}. "
             f"Copy it there, or change base_model_name_or_path in its {_CONFIG}"
         ) from error
     if again is not None:
-        raise CheckpointError(f"{model} has adapters of {found.base}, itself adapters: {_MERGE}")
+        raise ModelError(f"{model} has adapters of {found.base}, itself adapters: {_MERGE}")
     return found.base
 
 
@@ -108,7 +108,7 @@ def holder(model: str, *files: str) -> str:
 class AdaptedWeights:
     """A base model's weights with adapters folded in; see weights.WeightSource.
 
-    transposed: whether the adapted matrices are stored [in, out]. Raises CheckpointError for
+    transposed: whether the adapted matrices are stored [in, out]. Raises ModelError for
     adapters of another kind than LoRA's matrices, or of another model.
     """
 
@@ -128,11 +128,11 @@ class AdaptedWeights:
                 stem = key.removesuffix(_A).removesuffix(_B)
                 name = self.base.canonical(f"{stem.removeprefix(_PREFIX)}.weight")
                 if stem == key:
-                    raise CheckpointError(
+                    raise ModelError(
                         f"{self._path} has {key}, no LoRA matrix of a linear module: {_MERGE}"
                     )
                 if name not in self.base:
-                    raise CheckpointError(
+                    raise ModelError(
                         f"{self._path} has {key}, but {self.base.origin} has no {name!r}: adapters "
                         f"of another model, or of a head tied to the embedding; {_MERGE}"
                     )
@@ -177,13 +177,13 @@ class AdaptedWeights:
             a, b = (file.get_tensor(f"{stem}{end}").float() for end in (_A, _B))
         expected = tuple(shape)[::-1] if self._transposed else tuple(shape)
         if a.dim() != 2 or b.dim() != 2 or (b.shape[0], a.shape[1]) != expected:
-            raise CheckpointError(
+            raise ModelError(
                 f"{self._path}: {stem} has adapters of shapes {list(a.shape)} and {list(b.shape)}, "
                 f"which do not fit a matrix of {list(shape)}: adapters of another model?"
             )
         change = (b @ a) * (self._alpha / (math.sqrt(len(a)) if self._stabilised else len(a)))
         if not bool(change.isfinite().all()):
-            raise CheckpointError(
+            raise ModelError(
                 f"{self._path}: {stem} has NaN or infinity: use adapters from before their "
                 "training diverged"
             )
@@ -196,7 +196,7 @@ def _check_settings(adapters: Adapters) -> None:
     if isinstance(start, str) and start.startswith(_CHANGE_BASE):
         odd.append("init_lora_weights")
     if odd:
-        raise CheckpointError(
+        raise ModelError(
             f"{adapters.model}: {_CONFIG} has {odd[0]} = {settings[odd[0]]!r}, and only plain LoRA "
             f"adapters are read: {_MERGE}"
         )
@@ -205,7 +205,7 @@ def _check_settings(adapters: Adapters) -> None:
 def _weights(adapters: Adapters) -> Path:
     path = hub.locate(adapters.model, _WEIGHTS)
     if path is None:
-        raise CheckpointError(
+        raise ModelError(
             f"{adapters.model} has {_CONFIG} but no {_WEIGHTS}; a file of another format is to be "
             "loaded and saved again with peft"
         )

@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 
-from hosl_flower.errors import CheckpointError, ConfigError, HoslError, first_line
+from hosl_flower.errors import ConfigError, HoslError, ModelError, first_line
 from hosl_flower.system import proxies
 
 PROBE_SECONDS = 4.0
@@ -66,7 +66,7 @@ def proxy_note() -> str:
 def locate(model: str, filename: str) -> Path | None:
     """One file of a model given as a local directory or hub id; None where it has no such file.
 
-    Raises CheckpointError when the model itself cannot be had, or the file cannot be read.
+    Raises ModelError when the model itself cannot be had, or the file cannot be read.
     """
     directory = local_directory(model)
     path = fetch(model, filename) if directory is None else directory / filename
@@ -77,14 +77,14 @@ def locate(model: str, filename: str) -> Path | None:
 
 
 def check_readable(path: Path) -> None:
-    """CheckpointError for a file that may not be read, a link to nothing, or a Git LFS pointer."""
+    """ModelError for a file that may not be read, a link to nothing, or a Git LFS pointer."""
     try:
         with path.open("rb") as file:
             pointer = file.read(len(_LFS)) == _LFS
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {_reason(error)}") from error
+        raise ModelError(f"{path} cannot be read: {_reason(error)}") from error
     if pointer:
-        raise CheckpointError(
+        raise ModelError(
             f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in "
             f"{path.parent} (git-lfs must be installed), or download the file"
         )
@@ -99,7 +99,7 @@ def _reason(error: OSError) -> str:
 def local_directory(model: str) -> Path | None:
     """The directory a model name means, None when it is a hub id.
 
-    Raises CheckpointError for what can only be a path and is not there, is a file or cannot be
+    Raises ModelError for what can only be a path and is not there, is a file or cannot be
     read.
     """
     try:
@@ -111,21 +111,21 @@ def local_directory(model: str) -> Path | None:
             return directory
     except (OSError, RuntimeError) as error:  # RuntimeError: the home directory of nobody
         reason = _reason(error) if isinstance(error, OSError) else first_line(error)
-        raise CheckpointError(f"model directory {model!r} cannot be read: {reason}") from error
+        raise ModelError(f"model directory {model!r} cannot be read: {reason}") from error
     if is_file:
-        raise CheckpointError(
+        raise ModelError(
             f"model = {model!r} is a file, expected the directory of a Hugging Face model: the one "
             "that has its config.json, weights and tokenizer"
         )
     if directory.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
-        raise CheckpointError(f"model directory {model!r} does not exist")
+        raise ModelError(f"model directory {model!r} does not exist")
     return None
 
 
 def fetch(repository: str, filename: str) -> Path | None:
     """The local path of one file of a hub repository, downloaded unless cached.
 
-    None when the repository has no such file. Raises CheckpointError when the repository
+    None when the repository has no such file. Raises ModelError when the repository
     cannot be had: not cached and no hub, unknown name, no permission.
     """
     offline = not is_reachable()
@@ -134,7 +134,7 @@ def fetch(repository: str, filename: str) -> Path | None:
     except LocalEntryNotFoundError as error:
         if _is_cached(repository):  # the snapshot is there, this file is not part of it
             return None
-        raise CheckpointError(
+        raise ModelError(
             f"{repository!r} is no directory ({_here(repository)} is not there), it is not in the "
             f"local Hugging Face cache, and {constants.ENDPOINT} cannot be reached"
             f"{proxy_note()}; give the absolute path of a local model directory, or connect"
@@ -143,11 +143,11 @@ def fetch(repository: str, filename: str) -> Path | None:
         return None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         if isinstance(error, PermissionError) or getattr(error, "errno", 0) == errno.EROFS:
-            raise CheckpointError(
+            raise ModelError(
                 f"the Hugging Face cache cannot be written: {error}; set HF_HOME to a directory "
                 "that can"
             ) from error
-        raise CheckpointError(
+        raise ModelError(
             f"the hub does not give {filename!r} of {repository!r}: {first_line(error)}; "
             "check the name and, for a gated model, HF_TOKEN; there is no directory "
             f"{_here(repository)} either"
@@ -205,7 +205,7 @@ def cache_directory() -> Path:
     try:
         return root.expanduser()
     except RuntimeError as error:  # a user id without an account
-        raise CheckpointError(
+        raise ModelError(
             f"{root} is unknown, since there is no home directory: set HOSL_CACHE to a directory "
             "that can be written"
         ) from error
@@ -213,13 +213,13 @@ def cache_directory() -> Path:
 
 @contextlib.contextmanager
 def using_cache() -> Iterator[None]:
-    """Within it, a cache directory that cannot be used is a CheckpointError that names it."""
+    """Within it, a cache directory that cannot be used is a ModelError that names it."""
     try:
         yield
     except (OSError, SafetensorError) as error:  # the latter for a full disk
         if isinstance(error, HfHubHTTPError | ConnectionError | TimeoutError):
             raise  # of the network
-        raise CheckpointError(
+        raise ModelError(
             f"the cache of hosl-flower cannot be read or written: {error}; set HOSL_CACHE to a "
             "directory that can, with room for a copy of the model's weights"
         ) from error

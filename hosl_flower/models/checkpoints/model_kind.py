@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from hosl_flower.errors import CheckpointError
+from hosl_flower.errors import ModelError
 from hosl_flower.models.checkpoints import hub
 
 # weights of other formats, by the end of the file's name
@@ -74,7 +74,7 @@ def not_a_config(path: Path) -> str:
 
 
 def check_plain(config: PretrainedConfig, model: str) -> None:
-    """CheckpointError for a quantised model, by its configuration."""
+    """ModelError for a quantised model, by its configuration."""
     settings = getattr(config, "quantization_config", None)
     if settings is None:
         return
@@ -86,9 +86,9 @@ def check_plain(config: PretrainedConfig, model: str) -> None:
     raise quantised(model, f"{method}, {bits} bits" if bits else method)
 
 
-def quantised(model: str, method: str) -> CheckpointError:
+def quantised(model: str, method: str) -> ModelError:
     """The error for a model whose weights are not floating point numbers."""
-    return CheckpointError(
+    return ModelError(
         f"{model} is a quantised model ({method}), whose weights cannot be trained or cut here: "
         "use the model that it was made from, in 16 or 32 bits; dtype = bfloat16 or "
         "client-quantization = int8 saves memory on clients"
@@ -96,12 +96,12 @@ def quantised(model: str, method: str) -> CheckpointError:
 
 
 def check_head(config: PretrainedConfig, model: str) -> None:
-    """CheckpointError for a decoder that was saved with another head than a language model's: where
+    """ModelError for a decoder that was saved with another head than a language model's: where
     that is tied to the embedding, it would be there, untrained, and nothing would be missing."""
     for name in config.architectures or ():
         kind = next((own for end, own in _HEADS.items() if name.endswith(end)), None)
         if kind:
-            raise CheckpointError(
+            raise ModelError(
                 f"{model} is a {name}, {kind}; a {config.model_type} model answers with words here "
                 "and needs the head of a language model: use the language model that it was made "
                 "from, or, for classes without words, a classifier such as BERT"

@@ -22,7 +22,7 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-from hosl_flower.errors import CheckpointError, first_line
+from hosl_flower.errors import ModelError, first_line
 from hosl_flower.models.checkpoints import hub
 
 _MOST_HEADER = 100 << 20  # bytes: the format's own limit
@@ -52,7 +52,7 @@ class RemoteFile:
 
     def tensor(self, key: str) -> Path:
         """A local safetensors file that holds one tensor, downloaded unless cached. Raises
-        CheckpointError when the hub does not give it."""
+        ModelError when the hub does not give it."""
         path = self.directory / f"{_plain(key)}.safetensors"
         with hub.using_cache():
             if path.is_file():
@@ -72,13 +72,13 @@ class RemoteFile:
         try:
             _complete(path, header, self.url, span, what)
         except (HfHubHTTPError, _NoRanges) as error:
-            raise CheckpointError(f"the hub does not give {what}: {first_line(error)}") from error
+            raise ModelError(f"the hub does not give {what}: {first_line(error)}") from error
 
 
 def locate(repository: str, filename: str) -> RemoteFile | Path | None:
     """A safetensors file of a hub repository: what is known of it, or its path where it is cached
     whole or the server knows no ranges; None where the repository has no such file. Raises
-    CheckpointError when the repository cannot be had."""
+    ModelError when the repository cannot be had."""
     whole = hub.cached(repository, filename)
     if whole is not None:
         return whole
@@ -93,7 +93,7 @@ def locate(repository: str, filename: str) -> RemoteFile | Path | None:
     except _NoRanges:
         return hub.fetch(repository, filename)
     except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError) as error:
-        raise CheckpointError(
+        raise ModelError(
             f"the hub does not give {filename!r} of {repository!r}: {first_line(error)}; "
             "check the name and, for a gated model, HF_TOKEN"
         ) from error
@@ -131,7 +131,7 @@ def _opened(repository: str, filename: str, directory: Path) -> RemoteFile:
         _complete(length, b"", url, (0, 8), name)
         size = int.from_bytes(length.read_bytes(), "little")
         if not 2 <= size <= _MOST_HEADER:
-            raise CheckpointError(f"{name} is no safetensors file: its header has {size} bytes")
+            raise ModelError(f"{name} is no safetensors file: its header has {size} bytes")
         _complete(stored, b"", url, (8, 8 + size), name)
     header = stored.read_bytes()
     return RemoteFile(name, url, directory, _check(header, name), 8 + len(header))
@@ -145,15 +145,15 @@ def _check(header: bytes, name: str) -> dict[str, dict[str, Any]]:
         ranges = [entry["data_offsets"] for entry in entries.values()]
         sound = all(0 <= first <= last for first, last in ranges)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{name} is no safetensors file: {first_line(error)}") from error
+        raise ModelError(f"{name} is no safetensors file: {first_line(error)}") from error
     if not sound:
-        raise CheckpointError(f"{name} is no safetensors file: a tensor ends before it begins")
+        raise ModelError(f"{name} is no safetensors file: a tensor ends before it begins")
     return entries
 
 
 def _complete(path: Path, prefix: bytes, url: str, span: tuple[int, int], what: str) -> None:
     """Make a file of a prefix and a span of bytes of what is at a URL; what is there of it, from an
-    attempt that ended halfway, is kept. Raises CheckpointError when nothing comes any more."""
+    attempt that ended halfway, is kept. Raises ModelError when nothing comes any more."""
     start, end = span
     part, size = path.with_name(f"{path.name}.part"), len(prefix) + end - start
     if not part.is_file() or not len(prefix) <= part.stat().st_size <= size:
@@ -167,7 +167,7 @@ def _complete(path: Path, prefix: bytes, url: str, span: tuple[int, int], what: 
         except httpx.TransportError as error:
             failures = failures + 1 if part.stat().st_size == have else 0
             if failures == _ATTEMPTS:
-                raise CheckpointError(
+                raise ModelError(
                     f"{what} stopped after {have - len(prefix)} of {end - start} bytes: "
                     f"{first_line(error)}; start again to go on there"
                 ) from error

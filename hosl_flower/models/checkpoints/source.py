@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hosl_flower.errors import CheckpointError
+from hosl_flower.errors import ModelError
 from hosl_flower.models.checkpoints import hub
 from hosl_flower.models.checkpoints import partial_download as ranged
 from hosl_flower.models.checkpoints.model_kind import other_weights, quantised
@@ -48,7 +48,7 @@ class WeightSource(Protocol):
 
     def fill(self, name: str, out: Tensor) -> None:
         """Write the tensor into `out`, contiguous, of any floating point dtype and device, with
-        little memory beside it. Raises CheckpointError when it is missing or does not fit."""
+        little memory beside it. Raises ModelError when it is missing or does not fit."""
 
     def rows(self, name: str, shape: tuple[int, int], rows: Sequence[int]) -> Tensor:
         """Some rows of a matrix of this shape: float32 [n, D], on the CPU, and not the matrix.
@@ -152,7 +152,7 @@ class PretrainedWeights:
     def _stored(self, name: str, shape: tuple[int, ...]) -> Iterator[tuple[Path, Stored]]:
         """The file that holds a tensor of this shape, and where; errors of reading it are ours."""
         if name not in self._files:
-            raise CheckpointError(
+            raise ModelError(
                 f"{self.origin} has no tensor {name!r}; it holds {len(self._files)} others, "
                 f"such as {', '.join(sorted(self._files)[:3]) or 'none'}: another model, or half "
                 "of one?"
@@ -160,7 +160,7 @@ class PretrainedWeights:
         filename, key = self._files[name]
         path = self._locate(filename)
         if path is None:
-            raise CheckpointError(f"{self.origin} lists {filename!r} in its index but lacks it")
+            raise ModelError(f"{self.origin} lists {filename!r} in its index but lacks it")
         if isinstance(path, RemoteFile):
             path = path.tensor(key)
         file = converted(path, key) if filename.endswith(".bin") else path
@@ -169,7 +169,7 @@ class PretrainedWeights:
             self._check(stored, shape, f"{path}: {key}")
             yield file, stored
         except NotFiniteError as error:
-            raise CheckpointError(
+            raise ModelError(
                 f"{path}: {key} holds {error}: nothing can be trained from there; use a checkpoint "
                 "from before its training diverged, or dtype = float32 where 16 bits are too few"
             ) from error
@@ -178,7 +178,7 @@ class PretrainedWeights:
 
     def _check(self, stored: Stored, shape: tuple[int, ...], where: str) -> None:
         if stored.shape != shape:
-            raise CheckpointError(
+            raise ModelError(
                 f"{where} has shape {list(stored.shape)}, the configuration asks for "
                 f"{list(shape)}; config.json and weights do not belong together"
             )
@@ -205,7 +205,7 @@ class PretrainedWeights:
             path = hub.locate(self.origin, index)
             if path is not None:
                 return _weight_map(path)
-        raise CheckpointError(
+        raise ModelError(
             f"{self.origin} has none of model.safetensors, pytorch_model.bin or their sharded "
             f"forms; {other_weights(self.origin)}expected a Hugging Face model directory or hub id"
         )
@@ -229,13 +229,13 @@ def _weight_map(path: Path) -> dict[str, str]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{path}: not a sharded-checkpoint index ({error})") from error
+        raise ModelError(f"{path}: not a sharded-checkpoint index ({error})") from error
     entries = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(entries, dict):
-        raise CheckpointError(f"{path}: not a sharded-checkpoint index, it has no weight_map")
+        raise ModelError(f"{path}: not a sharded-checkpoint index, it has no weight_map")
     bad = [f for f in entries.values() if not isinstance(f, str) or Path(f).name != f]
     if bad:
-        raise CheckpointError(f"{path}: shard names must be plain file names, found {bad[0]!r}")
+        raise ModelError(f"{path}: shard names must be plain file names, found {bad[0]!r}")
     return entries
 
 

@@ -6,7 +6,7 @@ something before the names, or between their parts.
 
 from collections.abc import Iterable, Sequence
 
-from hosl_flower.errors import CheckpointError
+from hosl_flower.errors import ModelError
 from hosl_flower.models.checkpoints.model_kind import quantised
 
 _BEFORE = ("module.", "_orig_mod.", "base_model.model.")
@@ -23,7 +23,7 @@ _QUANTISED = {
 def plain_names(origin: str, keys: Sequence[str], known: tuple[str, ...]) -> dict[str, str]:
     """Key -> name as the model alone would have saved it.
 
-    known: what such names start with. Raises CheckpointError for tensors of a quantised model, and
+    known: what such names start with. Raises ModelError for tensors of a quantised model, and
     for adapters among the weights.
     """
     _check(origin, keys)
@@ -57,7 +57,7 @@ def _check(origin: str, keys: Sequence[str]) -> None:
             if key.endswith(end):
                 raise quantised(origin, f"{method}: it has {key}")
         if ".lora_A." in key:
-            raise CheckpointError(
+            raise ModelError(
                 f"{origin} has adapters among its weights ({key}): load it with peft, merge them "
                 "with merge_and_unload(), and use what save_pretrained then writes"
             )

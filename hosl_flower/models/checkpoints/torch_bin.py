@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hosl_flower.errors import CheckpointError, first_line
+from hosl_flower.errors import ModelError, first_line
 from hosl_flower.models.checkpoints import hub
 
 
-def damaged(path: Path, error: Exception) -> CheckpointError:
+def damaged(path: Path, error: Exception) -> ModelError:
     """The error for a file that is no readable checkpoint."""
-    return CheckpointError(
+    return ModelError(
         f"{path} cannot be read as model weights ({error}); it is truncated or of another "
         "format: download or copy it again"
     )
@@ -81,7 +81,7 @@ def converted(path: Path, key: str) -> Path:
         # clone: tied tensors share storage, which safetensors rightly refuses
         own = {k: t.clone().contiguous() for k, t in own.items()}
         if key not in own:
-            raise CheckpointError(f"{path} lacks {key!r}, which its index says it holds")
+            raise ModelError(f"{path} lacks {key!r}, which its index says it holds")
         _write_atomically(target, lambda part: save_file(own, part))
     return target
 
