@@ -1,8 +1,9 @@
-"""Write docs/reference/keys.md and docs/reference/commands.md from the code.
+"""Write docs/reference/keys.md, docs/reference/commands.md and simulations/*/pyproject.toml.
 
 python docs/generate.py
 
-tests/test_docs.py fails when the committed pages are not what this writes.
+They come from the code and from hosl_flower/flower/templates/. tests/test_docs.py and
+tests/test_new.py fail when the committed files are not what this writes.
 """
 
 from pathlib import Path
@@ -13,7 +14,9 @@ import typer
 
 from hosl_flower.cli import cli
 from hosl_flower.config.parse import help_table
+from hosl_flower.flower.app_template import pyproject, read_template, template_names
 
+SIMULATIONS = Path(__file__).parents[1] / "simulations"
 REFERENCE = Path(__file__).parent / "reference"
 
 KEYS = """# Run-config keys
@@ -43,6 +46,14 @@ def commands_page() -> str:
     assert isinstance(group, click.Group)
     sections = [_section(name, command) for name, command in group.commands.items()]
     return "\n".join([COMMANDS, *sections])
+
+
+def simulations() -> dict[Path, str]:
+    """The pyproject.toml of every simulation that has a template."""
+    return {
+        SIMULATIONS / name.replace("-", "_") / "pyproject.toml": pyproject(read_template(name))
+        for name in template_names()
+    }
 
 
 def _section(name: str, command: click.Command) -> str:
@@ -84,3 +95,5 @@ if __name__ == "__main__":
     REFERENCE.mkdir(exist_ok=True)
     (REFERENCE / "keys.md").write_text(keys_page(), encoding="utf-8")
     (REFERENCE / "commands.md").write_text(commands_page(), encoding="utf-8")
+    for path, text in simulations().items():
+        path.write_text(text, encoding="utf-8")

@@ -13,13 +13,14 @@ from hosl_flower import __version__
 from hosl_flower.config.parse import help_table, parse_config
 from hosl_flower.config.run_config import RunConfig
 from hosl_flower.errors import ConfigError, HoslError, first_line
+from hosl_flower.flower.app_template import new_app, template_names
 
 # read by OpenMP when torch is loaded: threads that wait must not spin on each other's cores
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 cli = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
-App = Annotated[Path, typer.Argument(help="a Flower app directory, e.g. simulations/quickstart")]
+App = Annotated[Path, typer.Argument(help="a Flower app directory, such as `new` creates")]
 Override = Annotated[
     list[str] | None, typer.Option("-c", "--config", help="key=value, may be repeated")
 ]
@@ -38,6 +39,20 @@ def options(
     ] = False,
 ) -> None:
     """Split federated fine-tuning on Flower."""
+
+
+@cli.command()
+def new(
+    directory: Annotated[Path, typer.Argument(help="the app to create; must be new or empty")],
+    template: Annotated[
+        str, typer.Option("--from", help=f"one of {', '.join(template_names())}")
+    ] = "quickstart",
+) -> None:
+    """Create a Flower app that lists every run-config key, for run, simulate, plan and flwr run."""
+    try:
+        typer.echo(f"created: {new_app(directory, template)}")
+    except HoslError as error:
+        _fail(error)
 
 
 @cli.command()
