@@ -140,7 +140,7 @@ class Hosl(Method):
                 clip=config.scalar_clip,
             )
         )
-        session.took_part[client] += 1
+        session.participation.took_part[client] += 1
 
     def seeds(self, step: int) -> list[int]:
         """Seeds [Q] of a step's directions."""

@@ -34,8 +34,8 @@ from hosl_flower.run import loop as training
 from hosl_flower.run.checkpoint import Checkpoint, _sha256, read, write
 from hosl_flower.server import open_session as sessions
 from hosl_flower.server.in_process import InProcessLink
+from hosl_flower.server.participation import MOST_DROPS, Participation
 from hosl_flower.server.reference import NO_REFERENCE
-from hosl_flower.server.session import MOST_DROPS, Drop, Drops
 from hosl_flower.server.trainer import ServerTrainer
 from hosl_flower.tensors.memory import PHASES
 from strategies.fedavg_zo import FedAvgZo
@@ -418,14 +418,15 @@ def test_printable_text():
 
 
 def test_only_so_many_failures_of_a_client_are_kept():
-    drops = Drops()
+    participation = Participation()
     for step in range(3 * MOST_DROPS):
-        drops.append(Drop(step, 1, "gone"))
-    drops.append(Drop(5, 2, "gone"))
-    assert len(drops) == MOST_DROPS + 1
-    assert drops.counts == {1: 3 * MOST_DROPS, 2: 1}
-    assert drops.at[3 * MOST_DROPS - 1] == {1: "gone"}, "each step's line names who was left out"
-    assert drops.at[5] == {1: "gone", 2: "gone"}
+        participation.drop(step, 1, "gone")
+    participation.drop(5, 2, "gone")
+    assert len(participation.dropped) == MOST_DROPS + 1
+    assert participation.times_dropped == {1: 3 * MOST_DROPS, 2: 1}
+    reported = participation.dropped_at
+    assert reported[3 * MOST_DROPS - 1] == {1: "gone"}, "each step's line names who was left out"
+    assert reported[5] == {1: "gone", 2: "gone"}
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,9 @@ def of_session(**keys):
     """As much of a session as merging scalars needs, and a cohort of clients 0 and 1."""
     config = parse_config({"strategy": "strategies.ho_sfl:HoSfl", "num-clients": 2, **keys})
     session = Session(config, *[None] * 7)
-    session.clients = {m: SimpleNamespace(train_examples=n) for m, n in ((0, 30), (1, 10))}
+    session.participation.clients = {
+        m: SimpleNamespace(train_examples=n) for m, n in ((0, 30), (1, 10))
+    }
     return session, Cohort(session, 7, [0, 1])
 
 
@@ -61,8 +63,8 @@ def test_each_clients_scalars_are_clipped_before_they_are_averaged(keys, entry):
     sent = torch.tensor([[[1e6, -3.0]], [[1.0, -2.0]]])  # [K, E, P]
     (found,) = HoSfl(session.config).entries(session, cohort, sent)
     assert list(found.scalars) == entry
-    assert session.clipped == {0: 2}, "-2 is within"
-    assert session.clipped_at == {7: {0: 2}}
+    assert session.participation.clipped == {0: 2}, "-2 is within"
+    assert session.participation.clipped_at == {7: {0: 2}}
 
 
 def test_what_an_unfinished_step_has_clipped_is_taken_back():
@@ -73,8 +75,8 @@ def test_what_an_unfinished_step_has_clipped_is_taken_back():
     session.clip(6, 0, torch.tensor([3.0, -3.0]))
     session.clip(7, 1, torch.tensor([3.0, 3.0]))
     assert session.return_to(place)
-    assert session.clipped == {0: 1}
-    assert session.clipped_at == {6: {0: 1}}
+    assert session.participation.clipped == {0: 1}
+    assert session.participation.clipped_at == {6: {0: 1}}
 
 
 def blown_up(partition, request, reply):

@@ -5,7 +5,6 @@ import math
 import re
 import threading
 import time
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,6 +40,7 @@ from hosl_flower.protocol.reply_limits import ReplyLimits
 from hosl_flower.run.start import run_in_process
 from hosl_flower.server.cohort import Cohort, Question, absent, kept
 from hosl_flower.server.losses import BatchPiece
+from hosl_flower.server.participation import Participation
 from hosl_flower.tasks.answer_words import AnswerWords
 
 SPEC = client_spec(num_clients=3)
@@ -145,14 +145,13 @@ def session_of(history, **keys):
     config = parse_config({"num-clients": 3, "step-deadline": 0.2, **keys})
     at = {"position": len(history.ledger), "digest": history.ledger.digest()}
     return SimpleNamespace(
-        config=config, clients={0, 1, 2}, dropped=[], took_part=Counter(),
+        config=config, participation=Participation(clients=dict.fromkeys(range(3))),
         at=lambda step, partition: {"step": step, "partition": partition, **at},
     )  # fmt: skip
 
 
 def ask(session, link, history, step, partitions):
     """(partitions that answered, seconds) of one question."""
-    session.clients = dict.fromkeys(range(3))
     cohort, question = Cohort(session, step, partitions), Question(session, link)
     at = {"position": len(history.ledger), "digest": history.ledger.digest()}
     for p in partitions:
@@ -172,7 +171,7 @@ def test_a_step_goes_on_without_the_late_who_are_caught_up_later(slow, history):
     answered, seconds = ask(session, link, history, 2, range(3))
     assert answered == [0, 1]
     assert 0.2 <= seconds < 5
-    ((step, partition, reason),) = session.dropped
+    ((step, partition, reason),) = session.participation.dropped
     assert (step, partition) == (2, 2)
     assert reason == "it did not answer within 0.2 s (step-deadline)"
     assert absent(session, link) == {2}, "not asked again while it is still at it"
@@ -194,7 +193,7 @@ def test_with_too_few_in_time_the_next_to_answer_is_waited_for(slow, history):
     answered, seconds = ask(session, link, history, 1, range(3))
     assert answered == [0, 1, 2]
     assert 0.5 <= seconds < 5
-    assert session.dropped == []
+    assert session.participation.dropped == []
 
 
 def test_nobody_is_waited_for_longer_than_the_reply_deadline(slow, history):

@@ -111,7 +111,7 @@ def test_averaged_weights_are_the_mean_of_what_each_client_came_to(make):
     alone = []
     for member in range(3):
         session = open_session(config, "alone", 3)
-        session.clients = dict.fromkeys(range(3), SimpleNamespace(train_examples=1))
+        session.participation.clients = dict.fromkeys(range(3), SimpleNamespace(train_examples=1))
         session.sample = lambda step, absent=(), m=member: [m]
         link = InProcessLink(Client(session.spec).answer, session.history, session.limits)
         SplitFo(config).steps(session, link, [1, 2])

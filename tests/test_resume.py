@@ -1,5 +1,6 @@
 """A run that is stopped and resumed gives the same bits as one that is not."""
 
+import dataclasses
 import json
 import resource
 import shutil
@@ -12,7 +13,7 @@ from runs import metrics, run_factory
 
 from hosl_flower.errors import CheckpointError, ClientError, ConfigError
 from hosl_flower.run.checkpoint import Checkpoint, _digest, read, write
-from hosl_flower.server.session import Drop
+from hosl_flower.server.participation import Participation
 from strategies.fedavg_zo import FedAvgZo
 from strategies.heron import Heron
 from strategies.ho_sfl import HoSfl
@@ -127,7 +128,7 @@ def test_a_step_that_fails_before_it_changes_anything_loses_no_other(make, name,
         def steps(self, session, link, steps):
             if 6 in steps:
                 session.next_batch(0)
-                session.dropped.append(Drop(6, 0, "gone"))
+                session.participation.drop(6, 0, "gone")
                 if moved:
                     with torch.no_grad():
                         next(iter(session.server.trained.values())).add_(1.0)
@@ -265,3 +266,12 @@ def test_what_is_written_is_what_is_read(tmp_path):
     assert (found.step, found.values) == (3, {"x": [1, 2.5, None]})
     assert torch.equal(found.tensors["a"], tensors["a"])
     assert found.tensors["b"].shape == (0, 0)
+
+
+def test_participation_is_restored_from_json():
+    before = Participation(evaluator=1, retaken=2, checked_at=7, train_examples={0: 5, 1: 6})
+    before.next_batch(1)
+    before.took_part.update([0, 1])
+    before.drop(3, 0, "gone")
+    after = Participation.from_json(json.loads(json.dumps(before.as_json())))
+    assert after == dataclasses.replace(before, dropped_at={}), "reported before"

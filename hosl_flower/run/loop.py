@@ -60,7 +60,7 @@ def train(
     if checkpoint is not None:
         link.traffic = earlier_traffic(checkpoint)
     describe_all(session, link)
-    check_clients(session, link, session.clients, session.done)
+    check_clients(session, link, session.participation.clients, session.done)
     judge = judge_of(session, link)
     report.open(method, session, checkpoint)
     if config.save_model:
@@ -90,8 +90,8 @@ def train(
         if step % config.eval_every == 0 or step == config.steps:
             link.flush()
             late = link.late()  # they are checked when they are back
-            check_clients(session, link, session.unchecked - late, step)
-            session.unchecked &= late
+            check_clients(session, link, session.participation.unchecked - late, step)
+            session.participation.unchecked &= late
             method.settle(session)
             report.evaluated(step, evaluate(session, judge, step), session)
         due = 0 < config.checkpoint_every <= step - saved
@@ -160,6 +160,7 @@ def describe_all(session: Session, link: Link) -> None:
         log.info("waiting for %d clients to load their data", len(partitions))
     requests = {p: [Describe(**session.at(0, p))] for p in partitions}
     failures: list[HoslError] = []
+    participation = session.participation
     for partition, replies in link.exchange(requests).items():
         try:
             (reply,) = replies
@@ -169,8 +170,8 @@ def describe_all(session: Session, link: Link) -> None:
                 log.warning("a client cannot take part yet: %s", error)
             continue
         assert isinstance(reply, Described)  # Link has checked it
-        session.clients[partition] = reply
-        known = session.train_examples.setdefault(partition, reply.train_examples)
+        participation.clients[partition] = reply
+        known = participation.train_examples.setdefault(partition, reply.train_examples)
         if known != reply.train_examples:
             log.warning(
                 "client %d had %d training examples before the run was resumed, and has %d now",
@@ -178,13 +179,13 @@ def describe_all(session: Session, link: Link) -> None:
                 known,
                 reply.train_examples,
             )
-            session.train_examples[partition] = min(known, reply.train_examples)
-    if len(session.clients) < session.required_clients:
+            participation.train_examples[partition] = min(known, reply.train_examples)
+    if len(participation.clients) < session.required_clients:
         for failure in failures:
             if not isinstance(failure, AbsentError):
                 raise failure
         reasons = "; ".join(map(str, failures[:3]))
-        raise ClientError(f"{len(session.clients)} client(s) are there; {reasons}")
+        raise ClientError(f"{len(participation.clients)} client(s) are there; {reasons}")
 
 
 def check_clients(session: Session, link: Link, partitions: Iterable[int], step: int) -> list[int]:
@@ -194,9 +195,9 @@ def check_clients(session: Session, link: Link, partitions: Iterable[int], step:
     DriftError names it and the step at which it began. One that does not answer is not compared,
     if the run can do without it.
     """
-    history, since = session.history, session.checked_at
+    history, since = session.history, session.participation.checked_at
     history.state.mark()
-    wanted = sorted(set(partitions) - session.expelled)
+    wanted = sorted(set(partitions) - session.participation.expelled)
     requests = {p: [Fingerprint(**session.at(step, p), since=since)] for p in wanted}
     compared = []
     for partition, replies in link.exchange(requests).items():
@@ -213,7 +214,7 @@ def check_clients(session: Session, link: Link, partitions: Iterable[int], step:
             log.warning("step %d: the submodel of a client is not checked: %s", step, error)
             continue
         compared.append(partition)
-    session.checked_at = len(history.ledger)
+    session.participation.checked_at = len(history.ledger)
     return compared
 
 
@@ -221,10 +222,11 @@ def evaluate(session: Session, judge: Link, step: int) -> HeldOut:
     """Score the held-out part, through the split or centrally: always the same client's while it
     is there, so that the evaluations of a run are about the same examples where clients have
     their own."""
-    order = sorted(session.clients.keys() - session.expelled)
-    if session.evaluator in order:
-        order.remove(session.evaluator)
-        order.insert(0, session.evaluator)
+    participation = session.participation
+    order = sorted(participation.clients.keys() - participation.expelled)
+    if participation.evaluator in order:
+        order.remove(participation.evaluator)
+        order.insert(0, participation.evaluator)
     failures: list[HoslError] = []
     for partition in order:
         try:
@@ -233,9 +235,9 @@ def evaluate(session: Session, judge: Link, step: int) -> HeldOut:
             failures.append(error)
             log.warning("evaluation at step %d: %s; asking the next client", step, error)
             continue
-        if session.evaluator not in (None, partition):
+        if participation.evaluator not in (None, partition):
             log.warning("from step %d on, client %d's held-out part is scored", step, partition)
-        session.evaluator = partition
+        participation.evaluator = partition
         return score
     if failures and all(isinstance(e, DivergedError | OutOfRangeError) for e in failures):
         raise DivergedError(f"evaluation at step {step}: {failures[0]}; {_DIVERGED}")
@@ -248,7 +250,7 @@ def evaluate(session: Session, judge: Link, step: int) -> HeldOut:
 def _evaluate_on(session: Session, judge: Link, step: int, partition: int) -> HeldOut:
     """Raises DivergedError for a loss that is none any more, and what the link raises."""
     spec, at = session.spec, session.at(step, partition)
-    described = session.clients[partition]
+    described = session.participation.clients[partition]
     if session.config.evaluation == "central":  # the server's own data, not the client's
         (own,) = judge.exchange({partition: [Describe(**at)]})[partition]
         assert isinstance(own, Described)  # Link has checked it

@@ -185,7 +185,7 @@ def peaks_of(config: RunConfig, partitions: list[int]) -> dict[str, int]:
 
 def _evaluate(session: Session, client: Client) -> None:
     """The largest part of an evaluation there can be, on shapes."""
-    compute, held_out = client.compute, session.clients[0].held_out_examples
+    compute, held_out = client.compute, session.participation.clients[0].held_out_examples
     size = min(session.config.eval_batch_size, held_out)
     compute.activations("evaluate", session.encoder.largest(size), "")
     if compute.head is not None:  # labels = client: it scores hidden states too
@@ -199,7 +199,7 @@ def _steps(method: Method, session: Session, link: InProcessLink) -> dict[str, f
     """Per step; the first warms up."""
     done, steps = 0, iter(range(1, session.config.steps + 2))
     method.steps(session, link, [next(steps)])
-    session.took_part.clear()
+    session.participation.took_part.clear()
     before, started = copy.deepcopy(link.traffic), time.perf_counter()
     for step in steps:
         method.steps(session, link, [step])
@@ -209,7 +209,7 @@ def _steps(method: Method, session: Session, link: InProcessLink) -> dict[str, f
     link.flush()
     seconds = time.perf_counter() - started
     client = link.traffic.client_seconds - before.client_seconds
-    clients = session.took_part.total()
+    clients = session.participation.took_part.total()
     # weights travel every local-steps: whether one of these steps was such a one is chance
     apart = ("fetch", "restore") if method.needs_stream else ()
     up = _sent(link.traffic.up, apart) - _sent(before.up, apart)
@@ -233,7 +233,7 @@ def _sent(way: dict[str, list[int]], apart: tuple[str, ...]) -> int:
 
 def _one_evaluation(session: Session, link: Link) -> dict[str, float]:
     """From one batch of the first client's held-out part."""
-    size, each = session.clients[0].held_out_examples, session.spec.eval_batch_size
+    size, each = session.participation.clients[0].held_out_examples, session.spec.eval_batch_size
     batches = math.ceil(size / each)
     before, started = link.traffic.total(link.traffic.up), time.perf_counter()
     middle = batches // 2

@@ -108,7 +108,7 @@ class Recorder:
                 f"{key}: {self.directory} cannot be written ({error}); expected a directory with "
                 "room that this user can write"
             ) from error
-        clients = [client for _, client in sorted(session.clients.items())]
+        clients = [client for _, client in sorted(session.participation.clients.items())]
         counts = [client.label_counts for client in clients]
         task = session.spec.task
         names = task.label_names or task.verbalizers or ("examples",)
@@ -148,7 +148,7 @@ class Recorder:
         if session.done < self.config.steps:  # else only files of the end are missing
             (self.directory / "results.json").unlink(missing_ok=True)
             behind = self._steps_after(state["sizes"]["metrics.jsonl"])
-            session.retaken += behind * session.config.local_steps
+            session.participation.retaken += behind * session.config.local_steps
         for left in ("model", ".model.part"):
             remove(self.directory / left)
         for step, path in found(self.directory):
@@ -225,9 +225,9 @@ class Recorder:
         self._last_loss = loss
         told = {} if math.isnan(loss) else {"train_loss": loss}
         row: dict[str, Any] = {"step": step, **told}
-        if dropped := session.dropped.at.pop(step, None):
+        if dropped := session.participation.dropped_at.pop(step, None):
             row["dropped"] = dropped
-        if clipped := session.clipped_at.pop(step, None):
+        if clipped := session.participation.clipped_at.pop(step, None):
             row["clipped"] = dict(clipped)
         self._append({**row, "seconds": seconds})
         tracked = {name.replace("_", "/"): value for name, value in told.items()}

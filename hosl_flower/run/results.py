@@ -61,7 +61,7 @@ def results_of(
 ) -> Results:
     """checked: clients whose fingerprint is the one in the results."""
     held, trained = session.client_counts()
-    steps, final = session.config.steps, measured.final
+    steps, final, participation = session.config.steps, measured.final, session.participation
     metrics = final.metrics()
     return Results(
         method=method,
@@ -89,16 +89,16 @@ def results_of(
         client_peak_memory={
             **_peaks(traffic),
             "meter": "process_rss",
-            "tensor_meter": next(iter(session.clients.values())).memory_meter,
+            "tensor_meter": next(iter(participation.clients.values())).memory_meter,
         },
         client_parameters={"held": held, "trained": trained},
         clients={
             "number": session.config.num_clients,
-            "steps_taken_part": {str(p): n for p, n in sorted(session.took_part.items())},
-            "dropped": [drop._asdict() for drop in session.dropped],
-            "times_dropped": {str(p): n for p, n in sorted(session.dropped.counts.items())},
-            "expelled": sorted(session.expelled),
-            "scalars_clipped": {str(p): n for p, n in sorted(session.clipped.items())},
+            "steps_taken_part": _by_partition(participation.took_part),
+            "dropped": [drop._asdict() for drop in participation.dropped],
+            "times_dropped": _by_partition(participation.times_dropped),
+            "expelled": sorted(participation.expelled),
+            "scalars_clipped": _by_partition(participation.clipped),
             "fingerprint_checked": checked,
         },
         privacy=session.privacy(),
@@ -117,6 +117,10 @@ def _peaks(traffic: Traffic) -> dict[str, Any]:
     told = max(traffic.peak_bytes, *traffic.tensor_peaks)
     note = f"a client's claim of {told} bytes is left out" if told > _MOST_MEMORY else ""
     return {"bytes": process, "tensor_bytes": tensors, **({"note": note} if note else {})}
+
+
+def _by_partition(counts: Mapping[int, int]) -> dict[str, int]:
+    return {str(p): n for p, n in sorted(counts.items())}
 
 
 def _by_kind(way: dict[str, list[int]]) -> dict[str, dict[str, int]]:

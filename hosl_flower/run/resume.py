@@ -8,7 +8,6 @@ same numbers, bit for bit, as one that was not.
 """
 
 import logging
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +25,8 @@ from hosl_flower.methods.method import Method
 from hosl_flower.run.checkpoint import Checkpoint, found, read
 from hosl_flower.run.resumable import check_files, check_links, check_values
 from hosl_flower.server.history import History
-from hosl_flower.server.session import Drop, Session
+from hosl_flower.server.participation import Participation
+from hosl_flower.server.session import Session
 from hosl_flower.server.traffic import Traffic
 from hosl_flower.server.trainer import ServerTrainer
 from hosl_flower.system.untrusted_files import read_json
@@ -131,18 +131,7 @@ def collect(
             "updates": snapshot.updates,
             "private_optimizer": history.private_optimizer,
         },
-        "session": {
-            "batches": sorted(session.batches.items()),
-            "took_part": sorted(session.took_part.items()),
-            "evaluator": session.evaluator,
-            "unchecked": sorted(session.unchecked),
-            "checked_at": session.checked_at,
-            "dropped": session.dropped,
-            "drop_counts": sorted(session.dropped.counts.items()),
-            "clipped": sorted(session.clipped.items()),
-            "train_examples": sorted(session.train_examples.items()),
-            "retaken": session.retaken,
-        },
+        "session": session.participation.as_json(),
         "traffic": asdict(traffic),
         "report": report,
     }
@@ -170,19 +159,7 @@ def restore(checkpoint: Checkpoint, session: Session, method: Method) -> None:
         _restore_history(session.history, values["client"], checkpoint)
         _load_server(session.server, _part(checkpoint.tensors, "server."))
         method.load_state(session, _part(checkpoint.tensors, "method."))
-        own = values["session"]
-        session.batches = Counter(dict(own["batches"]))
-        session.took_part = Counter(dict(own["took_part"]))
-        session.evaluator, session.checked_at = own["evaluator"], own["checked_at"]
-        session.unchecked = set(own["unchecked"])
-        for drop in own["dropped"]:
-            session.dropped.append(Drop(*drop))
-        session.dropped.at.clear()  # reported before
-        if "drop_counts" in own:
-            session.dropped.counts = Counter(dict(own["drop_counts"]))
-        session.clipped = Counter(dict(own.get("clipped", ())))
-        session.train_examples = dict(own.get("train_examples", ()))
-        session.retaken = own.get("retaken", 0)
+        session.participation = Participation.from_json(values["session"])
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(
             f"the checkpoint of step {checkpoint.step} does not fit this run ({error})"

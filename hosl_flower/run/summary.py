@@ -32,10 +32,10 @@ def announcement(method: Any, session: Session) -> Iterable[str]:
             f"{spec.dtype} client: probes at distance {config.epsilon:g}; updates are rounded at "
             "random, so that steps smaller than a weight's spacing count on average, with noise"
         )
-    examples = [client.train_examples for client in session.clients.values()]
+    examples = [client.train_examples for client in session.participation.clients.values()]
     yield (
         f"{clients_with(examples)} training examples; "
-        f"{next(iter(session.clients.values())).held_out_examples} held out"
+        f"{next(iter(session.participation.clients.values())).held_out_examples} held out"
     )
     answers = session.encoder.answers
     if isinstance(answers, AnswerWords) and answers.sequences > 1:

@@ -23,7 +23,7 @@ from hosl_flower.protocol.messages.describe import Describe, Described
 from hosl_flower.server.kept_labels import KeptLabels, too_late
 from hosl_flower.server.link import NOT_YET, Link
 from hosl_flower.server.schedule import rate_factor
-from hosl_flower.server.session import Drop, Session
+from hosl_flower.server.session import Session
 from hosl_flower.tasks.answer_words import AnswerWords
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Cohort:
     def weights(self) -> list[float]:
         """Share of each remaining client, by its number of training examples where aggregation is
         weighted-mean, else the same for all; they sum to 1. Server and clients use the same."""
-        examples = [self.session.clients[p].train_examples for p in self.partitions]
+        examples = [self.session.participation.clients[p].train_examples for p in self.partitions]
         if self.session.config.aggregation != "weighted-mean":
             examples = [1] * len(examples)
         return [count / sum(examples) for count in examples]
@@ -121,13 +121,13 @@ class Cohort:
 
     def done(self) -> None:
         """The step is complete: those still here took part in it."""
-        self.session.took_part.update(self.partitions)
+        self.session.participation.took_part.update(self.partitions)
 
     def drop(self, partition: int, error: Exception) -> None:
         """Leave a client out of the rest of the step."""
         self.partitions.remove(partition)
         self._reasons.append(str(error))
-        self.session.dropped.append(Drop(self.step, partition, str(error)))
+        self.session.participation.drop(self.step, partition, str(error))
         log.warning("step %d goes on without client %d: %s", self.step, partition, error)
 
     def check_enough(self) -> None:
@@ -172,7 +172,11 @@ class Question:
         wanted: dict[int, list[Request]] = {}
         for request in self._queued:
             own = wanted.setdefault(request.partition, [])
-            if not (own or request.partition in self.session.clients.keys() | self._undescribed):
+            if not (
+                own
+                or request.partition
+                in self.session.participation.clients.keys() | self._undescribed
+            ):
                 self._undescribed.add(request.partition)
                 own.append(Describe(**self.session.at(request.step, request.partition)))
             own.append(request)
@@ -255,7 +259,7 @@ class Question:
             if described is NOT_YET:
                 return NOT_YET
             assert isinstance(described, Described)  # Link has checked it
-            self.session.clients[partition] = described
+            self.session.participation.clients[partition] = described
             self._undescribed.remove(partition)
         reply = next(stream)
         if reply is not NOT_YET:

@@ -2,7 +2,6 @@
 
 import logging
 import math
-from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from hosl_flower.protocol.messages.describe import Described
 from hosl_flower.protocol.reply_limits import ReplyLimits
 from hosl_flower.server.aggregate import MEANS
 from hosl_flower.server.history import History
+from hosl_flower.server.participation import Participation
 from hosl_flower.server.reference import NO_REFERENCE, Reference
 from hosl_flower.server.trainer import ServerTrainer
 from hosl_flower.tensors.activation_codec import encode_activations
@@ -33,61 +33,19 @@ from hosl_flower.zo.estimator import clip
 
 log = logging.getLogger("hosl_flower")
 
-MOST_DROPS = 100  # of one client, whose reasons are kept, and written into every checkpoint
-
 
 class Place(NamedTuple):
-    """Where a run was before a step: its counts, and by which its parameters can be known to be
-    what they were."""
+    """Where a run was before a step: its counters, and what tells whether parameters changed."""
 
-    batches: Counter[int]
-    unchecked: set[int]
-    drops: int
-    drop_counts: Counter[int]
-    clipped: Counter[int]
-    clipped_at: dict[int, Counter[int]]
+    participation: Participation
     position: int
     versions: list[int]
 
 
-class Drop(NamedTuple):
-    """A client that was left out of a step."""
-
-    step: int
-    partition: int
-    reason: str
-
-
-class Drops(list[Drop]):
-    """Clients that were left out of steps: of each the first MOST_DROPS times, with the reason.
-    counts: how often in all, by partition. at: the reasons by partition, by step not reported yet.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[int] = Counter()
-        self.at: dict[int, dict[int, str]] = {}
-
-    def append(self, drop: Drop) -> None:
-        """Count one, and keep it unless there are many of this client."""
-        self.counts[drop.partition] += 1
-        self.at.setdefault(drop.step, {})[drop.partition] = drop.reason
-        if self.counts[drop.partition] <= MOST_DROPS:
-            super().append(drop)
-
-    def return_to(self, length: int, counts: Counter[int]) -> None:
-        """Take back those since there were so many."""
-        del self[length:]
-        self.counts, self.at = counts, {}
-
-
 @dataclass
 class Session:
-    """State of a run. reference: by which clients' numbers are judged; batches: mini-batches
-    served so far, by partition; clients: those that have described themselves; dropped: clients
-    left out of a step, and why; expelled: those whose submodel is not the run's, left out of the
-    rest of it; clipped: scalars beyond scalar-clip, by partition; clipped_at: the same of steps not
-    reported yet."""
+    """State of a run. reference: by which clients' numbers are judged; participation: counters of
+    the clients."""
 
     config: RunConfig
     spec: ClientSpec
@@ -98,19 +56,8 @@ class Session:
     history: History
     required_clients: int
     reference: Reference = NO_REFERENCE
-    clients: dict[int, Described] = field(default_factory=dict)
-    batches: Counter[int] = field(default_factory=Counter)
-    took_part: Counter[int] = field(default_factory=Counter)  # steps completed, by partition
-    train_examples: dict[int, int] = field(default_factory=dict)  # of all clients ever described
-    retaken: int = 0  # mini-batches of steps that a resumed run has taken again, at most
-    evaluator: int | None = None  # the client whose held-out part the curve is about
-    overlap: Overlap | None = None  # of that held-out part with its training part
-    unchecked: set[int] = field(default_factory=set)  # took part since the last fingerprints
-    checked_at: int = 0  # ledger position of the last fingerprints
-    dropped: Drops = field(default_factory=Drops)
-    expelled: set[int] = field(default_factory=set)
-    clipped: Counter[int] = field(default_factory=Counter)
-    clipped_at: dict[int, Counter[int]] = field(default_factory=dict)
+    participation: Participation = field(default_factory=Participation)
+    overlap: Overlap | None = None  # of the scored held-out part with its training part
     done: int = 0  # steps that were completed before this session began
 
     @property
@@ -152,25 +99,14 @@ class Session:
 
     def place(self) -> Place:
         """Where the run is."""
-        return Place(
-            Counter(self.batches),
-            set(self.unchecked),
-            len(self.dropped),
-            Counter(self.dropped.counts),
-            Counter(self.clipped),
-            {step: Counter(of) for step, of in self.clipped_at.items()},
-            len(self.history.ledger),
-            self._versions(),
-        )
+        return Place(self.participation.mark(), len(self.history.ledger), self._versions())
 
     def return_to(self, place: Place) -> bool:
         """Take back what an unfinished step has counted; False when it has changed parameters,
         which cannot be taken back."""
         if len(self.history.ledger) != place.position or self._versions() != place.versions:
             return False
-        self.batches, self.unchecked = place.batches, place.unchecked
-        self.clipped, self.clipped_at = place.clipped, place.clipped_at
-        self.dropped.return_to(place.drops, place.drop_counts)
+        self.participation.return_to(place.participation)
         return True
 
     def _versions(self) -> list[int]:
@@ -206,17 +142,13 @@ class Session:
 
     def next_batch(self, partition: int) -> int:
         """Number of the client's next mini-batch: the client takes part."""
-        number = self.batches[partition]
-        self.batches[partition] += 1
-        self.unchecked.add(partition)
-        return number
+        return self.participation.next_batch(partition)
 
     def clip(self, step: int, partition: int, scalars: Tensor) -> Tensor:
         """A client's scalars, float32, within +-scalar-clip; how many were not is noted."""
         bounded = clip(scalars, self.config.scalar_clip)
         if beyond := int((bounded != scalars).sum()):
-            self.clipped[partition] += beyond
-            self.clipped_at.setdefault(step, Counter())[partition] += beyond
+            self.participation.clip(step, partition, beyond)
         return bounded
 
     def privacy(self, batches: int = 0) -> dict[str, Any] | None:
@@ -226,28 +158,30 @@ class Session:
         config = self.config
         if not config.dp_noise:
             return None
+        counts = self.participation
         uses = {
-            str(p): most_uses(batches or self.batches[p], config.batch_size, examples)
-            + most_uses(self.retaken, config.batch_size, examples)
-            for p, examples in sorted(self.train_examples.items())
+            str(p): most_uses(batches or counts.batches[p], config.batch_size, examples)
+            + most_uses(counts.retaken, config.batch_size, examples)
+            for p, examples in sorted(counts.train_examples.items())
         }
         costs = {n: epsilon(config.dp_noise, n, config.dp_delta) for n in set(uses.values())}
         return {
             "noise": config.dp_noise,
             "clip": config.dp_clip,
             "delta": config.dp_delta,
-            "simulated": any(client.simulated_noise for client in self.clients.values()),
+            "simulated": any(client.simulated_noise for client in counts.clients.values()),
             "epsilon": {p: costs[n] for p, n in uses.items()},
             "uses": uses,
         }
 
     def expel(self, step: int, partition: int, error: DriftError) -> None:
         """Leave a client out of the rest of the run. Raises the error when too few are left."""
-        left = self.config.num_clients - len(self.expelled | {partition})
+        expelled = self.participation.expelled
+        left = self.config.num_clients - len(expelled | {partition})
         if left < self.required_clients:
             raise error
-        self.expelled.add(partition)
-        self.dropped.append(Drop(step, partition, str(error)))
+        expelled.add(partition)
+        self.participation.drop(step, partition, str(error))
         log.warning("the run goes on without client %d: %s", partition, error)
 
     def turn(self, step: int) -> int:
@@ -259,7 +193,7 @@ class Session:
         step alone; the next in the draw stands in for one that is absent."""
         count = self.config.num_clients
         order = permutation(count, derive_seed(self.config.seed, "clients", step))
-        away = {*absent, *self.expelled}
+        away = {*absent, *self.participation.expelled}
         there = [partition for partition in order if partition not in away]
         return sorted(there[: self.config.sampled_clients])
 
