@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from hosl_flower.methods.method import Method
 from hosl_flower.protocol.messages.activations import Forward
 from hosl_flower.server.cohort import Cohort, Question, absent
+from hosl_flower.server.kept_labels import kept
 from hosl_flower.server.link import Link
 from hosl_flower.server.session import Session
-
-# What has no meaning where no client is trained.
 
 
 class FrozenClient(Method):
@@ -37,14 +36,20 @@ class FrozenClient(Method):
         """One step of the server each; the weighted losses before it."""
         away = absent(session, link)
         cohorts = [Cohort(session, step, session.sample(step, away)) for step in steps]
-        question = Question(session, link)
-        for cohort in cohorts:
-            for m in cohort.partitions:
-                at = session.at(cohort.step, m)
-                question.add(Forward(**at, batch=session.next_batch(m)))
+        forward = Question(session, link)
+        asked = {
+            cohort.step: [
+                Forward(**session.at(cohort.step, m), batch=session.next_batch(m))
+                for m in cohort.partitions
+            ]
+            for cohort in cohorts
+        }
+        for requests in asked.values():
+            forward.add(*requests)
         losses = []
         for cohort in cohorts:
-            losses.append(cohort.train_server(question))
+            labels = kept(session, link, asked[cohort.step])
+            losses.append(cohort.train_server(forward.answers(cohort), labels))
             cohort.done()
         return losses
 

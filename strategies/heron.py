@@ -56,7 +56,7 @@ class Heron(HoSfl):
                     forward.add(Forward(**session.at(cohort.step, m), batch=batch))
         for cohort in cohorts:
             if self.uploads(cohort.step):
-                cohort.train_server(forward)
+                cohort.train_server(forward.answers(cohort))
             for m in cohort.partitions:
                 probed.add(self.head_probe(session, cohort.step, m, batches[cohort.step, m]))
         losses, updates = [], []

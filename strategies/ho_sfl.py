@@ -30,7 +30,6 @@ through (server-micro-batch cuts them apart), while the server works on the othe
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -43,6 +42,7 @@ from hosl_flower.protocol.messages.base import Request
 from hosl_flower.protocol.messages.scalars import CutGradient
 from hosl_flower.server.aggregate import make_aggregate
 from hosl_flower.server.cohort import Cohort, Question, absent
+from hosl_flower.server.kept_labels import kept
 from hosl_flower.server.link import Link
 from hosl_flower.server.schedule import client_rate
 from hosl_flower.server.session import Session
@@ -101,21 +101,28 @@ class HoSfl(Method):
         forward, probe = Question(session, link), Question(session, link)
 
         # 1: clean activations
-        batches: dict[tuple[int, int], int] = {}
+        asked: dict[int, dict[int, Forward]] = {}  # by step and client
         for cohort in cohorts:
-            for m in cohort.partitions:
-                batches[cohort.step, m] = session.next_batch(m)
-                at = self.at(session, cohort.step, m)
-                number = batches[cohort.step, m]
-                forward.add(Forward(**at, batch=number, anchor=self.anchors))
+            asked[cohort.step] = {
+                m: self.forward_request(session, cohort.step, m) for m in cohort.partitions
+            }
+            forward.add(*asked[cohort.step].values())
 
-        # 3: each client probes <lambda, f_c>, as soon as it has its lambda
-        def send(step: int, m: int, gradient: Tensor) -> None:
-            probe.send(self.ask(session, step, m, batches[step, m], gradient))
+        losses = []
+        for cohort in cohorts:
+            requests, clean = asked[cohort.step], forward.answers(cohort)
+            labels = kept(session, link, requests.values())  # else they came with the activations
 
-        # 2: one step of the server on all clients' activations
-        losses = [cohort.train_server(forward, partial(send, cohort.step)) for cohort in cohorts]
+            # 2: the server propagates; 3: each client probes <lambda, f_c> once it has its lambda
+            for m, gradient in cohort.cut_gradients(clean, labels):
+                probe.send(self.ask(session, cohort.step, m, requests[m].batch, gradient))
+            losses.append(cohort.step_server())
         return losses, probe
+
+    def forward_request(self, session: Session, step: int, partition: int) -> Forward:
+        """The request for clean activations of a client's next mini-batch."""
+        at = self.at(session, step, partition)
+        return Forward(**at, batch=session.next_batch(partition), anchor=self.anchors)
 
     def at(self, session: Session, step: int, partition: int) -> dict[str, Any]:
         """Where a client must be to answer."""

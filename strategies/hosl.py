@@ -28,13 +28,12 @@ from hosl_flower.methods.method import Method
 from hosl_flower.protocol.messages.activations import BatchKey, Forward, Probe, check_same_batch
 from hosl_flower.protocol.messages.base import Request
 from hosl_flower.protocol.messages.ledger import Losses
-from hosl_flower.server.cohort import kept
-from hosl_flower.server.kept_labels import KeptLabels
+from hosl_flower.server.kept_labels import KeptLabels, kept
 from hosl_flower.server.link import Link
 from hosl_flower.server.schedule import client_rate, rate_factor
 from hosl_flower.server.session import Session
 from hosl_flower.tensors.seeds import derive_seed
-from hosl_flower.zo.estimator import Point, estimate, probe_points
+from hosl_flower.zo.estimator import probe_points, projected_gradients
 
 
 class Probed(NamedTuple):
@@ -71,7 +70,9 @@ class Hosl(Method):
         replies = link.exchange(requests)
         clean = {r.step: r for own in requests.values() for r in own if type(r) is Forward}
         done = [
-            self.step(session, step, replies[session.turn(step)], kept(session, link, clean[step]))
+            self.step(
+                session, step, replies[session.turn(step)], kept(session, link, [clean[step]])
+            )
             for step in steps
         ]
 
@@ -97,24 +98,20 @@ class Hosl(Method):
         server = session.server
 
         # 1: the surrogate is the true loss of the frozen server; one activation held at a time
-        losses: list[float] = []
         batches: list[BatchKey] = []
-
-        def true_loss(points: Sequence[Point]) -> Iterator[float]:
-            states: list[Tensor] = []
-            for _ in points:
-                reply = next(replies)
-                batches.append(BatchKey.of(reply))
-                if labels is not None:
-                    states.append(server.states(reply))
-                    continue
-                losses.append(server.loss(reply))
-                yield losses[-1]
-            if labels is not None:
-                losses.extend(labels.losses(states))
-                yield from losses
-
-        scalars = estimate(true_loss, self.seeds(step), self.config.epsilon)
+        losses: list[float] = []
+        states: list[Tensor] = []
+        for _ in range(2 * self.config.directions):
+            probe = next(replies)
+            batches.append(BatchKey.of(probe))
+            if labels is None:
+                losses.append(server.loss(probe))
+            else:
+                states.append(server.states(probe))
+            del probe
+        if labels is not None:
+            losses = labels.losses(states)
+        scalars = projected_gradients(losses, self.config.epsilon)
 
         # 2: first-order step of the server on the clean activations
         clean = next(replies)

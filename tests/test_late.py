@@ -38,7 +38,8 @@ from hosl_flower.protocol.messages.gradients import Fetch
 from hosl_flower.protocol.messages.ledger import Fingerprint
 from hosl_flower.protocol.reply_limits import ReplyLimits
 from hosl_flower.run.start import run_in_process
-from hosl_flower.server.cohort import Cohort, Question, absent, kept
+from hosl_flower.server.cohort import Cohort, Question, absent
+from hosl_flower.server.kept_labels import kept
 from hosl_flower.server.losses import BatchPiece
 from hosl_flower.server.participation import Participation
 from hosl_flower.tasks.answer_words import AnswerWords
@@ -233,7 +234,7 @@ def test_gradients_of_labels_that_are_kept_are_waited_for_as_long(
     pieces = [BatchPiece(m, 0, 2) for m in range(3)]
     batches = [SimpleNamespace(activations=torch.empty(2, 4, 64))] * 3
     with held_back(kind, history, monkeypatch, spec) as (link, gate, first):
-        labels = kept(session, link, *asked)
+        labels = kept(session, link, asked)
         gate.held = {first + 2}
         if least == 3:  # it is indispensable
             threading.Timer(0.6, gate.let_out).start()

@@ -3,12 +3,13 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Generator, Iterable, Iterator
+from typing import Any
 
 from torch import Tensor
 
 from hosl_flower.errors import (
+    AbsentError,
     ClientError,
     DivergedError,
     DriftError,
@@ -17,22 +18,23 @@ from hosl_flower.errors import (
     ProtocolError,
     UnusableBatchError,
 )
-from hosl_flower.protocol.messages.activations import Activations, Forward
+from hosl_flower.protocol.messages.activations import Activations
 from hosl_flower.protocol.messages.base import Request
 from hosl_flower.protocol.messages.describe import Describe, Described
-from hosl_flower.server.kept_labels import KeptLabels, too_late
 from hosl_flower.server.link import NOT_YET, Link
+from hosl_flower.server.losses import LossSource
 from hosl_flower.server.schedule import rate_factor
 from hosl_flower.server.session import Session
-from hosl_flower.tasks.answer_words import AnswerWords
-
-if TYPE_CHECKING:
-    from hosl_flower.server.session import Session
 
 log = logging.getLogger("hosl_flower")
 
 _MOMENT = 0.05  # seconds between two looks at clients that are late
 _MOST_REASONS = 5  # in one error
+
+
+def too_late(seconds: float) -> AbsentError:
+    """Why a client is left out that has not answered by the step-deadline."""
+    return AbsentError(f"it did not answer within {seconds:g} s (step-deadline)")
 
 
 def absent(session: Session, link: Link) -> set[int]:
@@ -57,6 +59,7 @@ class Cohort:
         self.session, self.step = session, step
         self.partitions = list(partitions)
         self._reasons: list[str] = []  # of those that were left out
+        self._loss = 0.0  # weighted, of what was propagated last
 
     @property
     def weights(self) -> list[float]:
@@ -68,56 +71,85 @@ class Cohort:
         return [count / sum(examples) for count in examples]
 
     def train_server(
-        self, forward: "Question", send: Callable[[int, Tensor], None] | None = None
+        self, clean: dict[int, Activations], labels: LossSource | None = None
     ) -> float:
-        """One step of the server on the clients' activations, weighted: the loss before it.
+        """One step of the server on the clients' activations: the weighted loss before it.
 
-        forward: asked for them. send: is given each client's own cut gradient as soon as there is
-        one, so that clients can probe while the server works on the others' activations and on its
-        own step; without it there are none. A client whose batch gives no finite logits, or that
-        keeps its labels and gives no gradient, or whose batch leads out of the numbers that
-        training can use (server.py), is dropped and the rest is propagated again, before the
-        optimizer has moved anything; when all batches are like that, training has diverged. When
-        it cannot be told which, the server does not move in this step.
+        `cut_gradients` and `step_server` in one, where no client needs a gradient.
         """
-        clean: dict[int, Activations] = forward.answers(self)
+        for _ in self._propagate(clean, labels, cut_gradients=False):
+            pass
+        return self.step_server()
+
+    def cut_gradients(
+        self, clean: dict[int, Activations], labels: LossSource | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Back-propagate the weighted sum of the clients' losses; `step_server` is the step.
+
+        A client whose batch gives no finite logits, or that keeps its labels and gives no gradient,
+        or whose batch leads out of the numbers that training can use (trainer.py), is dropped and
+        the rest is propagated again, before the optimizer has moved anything. When all batches are
+        like that, training has diverged. When it cannot be told which, the server does not move in
+        this step.
+
+        Args:
+            clean: activations by partition. They are taken out of it.
+            labels: where the losses of these activations come from; None: labels in them.
+
+        Yields:
+            A client and its own cut gradient, as soon as there is one and once each, so that
+            clients can probe while the server works on the others' activations.
+
+        Raises:
+            UnusableBatchError, DivergedError, ClientError: too few clients are left.
+        """
+        return self._propagate(clean, labels, cut_gradients=True)
+
+    def step_server(self) -> float:
+        """One step of the server along what has been propagated: the weighted loss before it."""
+        self.session.server.apply(rate_factor(self.session.config, self.step))
+        return self._loss
+
+    def _propagate(
+        self, clean: dict[int, Activations], labels: LossSource | None, cut_gradients: bool
+    ) -> Iterator[tuple[int, Tensor]]:
         server, micro_batch = self.session.server, self.session.config.server_micro_batch
-        sent: set[int] = set()
+        given: set[int] = set()
         while True:
             clients, weights = list(self.partitions), self.weights
-            loss = 0.0
-            batches = [clean[m] for m in clients]
-            labels = forward.labels(self)
+            self._loss = 0.0
+            propagated = server.propagate(
+                [clean[m] for m in clients],
+                weights,
+                micro_batch,
+                cut_gradients,
+                labels.only(clients) if labels else None,
+            )
             try:
-                propagated = server.propagate(
-                    batches, weights, micro_batch, send is not None, labels
-                )
-                for m, own, gradient in propagated:
-                    loss += weights[m] * own
-                    if send and clients[m] not in sent:
-                        sent.add(clients[m])
-                        send(clients[m], gradient)
+                for index, loss, gradient in propagated:
+                    self._loss += weights[index] * loss
+                    if clients[index] not in given:
+                        given.add(clients[index])
+                        yield clients[index], gradient
             except UnusableBatchError as error:
                 if len(error.reasons) == len(clients):
                     raise
                 if len(clients) - len(error.reasons) < self.session.config.min_clients:
                     which = ", ".join(str(clients[index]) for index in error.reasons)
                     raise DivergedError(f"client(s) {which} of {len(clients)}: {error}") from error
-                if not error.reasons:
+                if not error.reasons:  # nothing has been propagated
                     log.warning("step %d: the server does not move: %s", self.step, error)
-                    return loss
+                    break
                 for index, why in error.reasons.items():
                     self.drop(clients[index], ClientError(why))
                 self.check_enough()
-                continue
             except LostClientsError as error:
                 for index, reason in error.errors.items():
                     self.drop(clients[index], reason)
                 self.check_enough()
-                continue
-            clean.clear()
-            server.apply(rate_factor(self.session.config, self.step))
-            return loss
+            else:
+                break
+        clean.clear()
 
     def done(self) -> None:
         """The step is complete: those still here took part in it."""
@@ -153,13 +185,10 @@ class Question:
         ] = {}  # by (step, partition)
         self._undescribed: set[int] = set()  # whose first reply is a description
         self._failed: dict[int, Exception] = {}
-        self._forwards: dict[tuple[int, int], Forward] = {}  # asked for, by (step, partition)
 
-    def add(self, request: Request) -> None:
-        """Send a request with all others, when the first answer is wanted."""
-        self._queued.append(request)
-        if type(request) is Forward:
-            self._forwards[request.step, request.partition] = request
+    def add(self, *requests: Request) -> None:
+        """Send requests with all others, when the first answer is wanted."""
+        self._queued.extend(requests)
 
     def send(self, request: Request) -> None:
         """Send a request now, where the link can do that at no extra cost."""
@@ -184,11 +213,6 @@ class Question:
         for request in self._queued:
             self._streams[request.step, request.partition] = streams[request.partition]
         self._queued.clear()
-
-    def labels(self, cohort: Cohort) -> KeptLabels | None:
-        """Where the labels of the activations that were asked for are, if not with them."""
-        asked = [self._forwards[cohort.step, m] for m in cohort.partitions]
-        return kept(self.session, self.link, *asked)
 
     def answers(self, cohort: Cohort) -> dict[int, Any]:
         """Replies by partition, of those who answered; the others are dropped.
@@ -265,13 +289,3 @@ class Question:
         if reply is not NOT_YET:
             del self._streams[step, partition]
         return reply
-
-
-def kept(session: "Session", link: Link, *asked: Forward) -> KeptLabels | None:
-    """Where the labels of these mini-batches are, if they do not come with the activations."""
-    if session.config.labels == "server":
-        return None
-    answers = session.encoder.answers
-    assert isinstance(answers, AnswerWords)  # inputs.make_inputs has checked it
-    config = session.config
-    return KeptLabels(answers, link, asked, config.step_deadline, config.min_clients)

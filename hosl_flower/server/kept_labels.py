@@ -8,15 +8,14 @@ else of a step is different.
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hosl_flower.errors import (
-    AbsentError,
     ClientError,
     DriftError,
     LostClientsError,
@@ -29,13 +28,12 @@ from hosl_flower.protocol.messages.kept_labels import (
     HiddenStates,
     Scored,
 )
+from hosl_flower.server.cohort import too_late
 from hosl_flower.server.link import NOT_YET, Link
 from hosl_flower.server.losses import BatchPiece
 from hosl_flower.server.scores import ClientTally
+from hosl_flower.server.session import Session
 from hosl_flower.tasks.answer_words import AnswerWords
-
-if TYPE_CHECKING:
-    pass
 
 STATES_BYTES = 4 << 20  # of held-out examples' hidden states in one request, about
 _MOMENT = 0.05  # seconds between two looks at clients that are late
@@ -51,6 +49,10 @@ class KeptLabels:
     asked: Sequence[Forward]
     seconds: float = 0.0
     least: int = 1
+
+    def only(self, clients: Collection[int]) -> "KeptLabels":
+        """Those of these clients' mini-batches."""
+        return replace(self, asked=tuple(r for r in self.asked if r.partition in clients))
 
     def outputs(self, states: Tensor) -> Tensor:
         """The states themselves."""
@@ -137,9 +139,13 @@ class KeptLabels:
         )
 
 
-def too_late(seconds: float) -> AbsentError:
-    """Why a client is left out that has not answered by the step-deadline."""
-    return AbsentError(f"it did not answer within {seconds:g} s (step-deadline)")
+def kept(session: Session, link: Link, asked: Iterable[Forward]) -> KeptLabels | None:
+    """Where the labels of these mini-batches are, if they do not come with the activations."""
+    config, answers = session.config, session.encoder.answers
+    if config.labels == "server":
+        return None
+    assert isinstance(answers, AnswerWords)  # inputs.make_inputs has checked it
+    return KeptLabels(answers, link, tuple(asked), config.step_deadline, config.min_clients)
 
 
 def score_by_client(link: Link, at: dict[str, Any], states: Iterable[Tensor]) -> ClientTally:

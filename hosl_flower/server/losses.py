@@ -1,6 +1,6 @@
 """Where a step's losses come from: labels that clients sent, or clients that keep them."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -24,6 +24,9 @@ class BatchPiece(NamedTuple):
 class LossSource(Protocol):
     """What ends a forward pass and begins the backward pass."""
 
+    def only(self, clients: Collection[int]) -> "LossSource":
+        """The source of these clients' losses alone."""
+
     def outputs(self, states: Tensor) -> Tensor:
         """Hidden states [n, M, D] -> [n, ...], what the loss is a function of."""
 
@@ -43,6 +46,10 @@ class SentLabels:
     head: Tensor
     rows: Tensor
     bias: Tensor | None = None
+
+    def only(self, clients: Collection[int]) -> "SentLabels":
+        """Itself: each batch has its labels."""
+        return self
 
     def outputs(self, states: Tensor) -> Tensor:
         """Scores, see answers.py: of labels [n, C], of tokens [n, V, A]."""
