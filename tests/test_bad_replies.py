@@ -62,8 +62,8 @@ def replies_are(monkeypatch):
 
     def rogue(change):
         class Rogue(InProcessLink):
-            def _deliver(self, requests):
-                streams = super()._deliver(requests)
+            def _deliver(self, requests, until):
+                streams = super()._deliver(requests, until)
                 return {p: self._changed(p, requests[p], own) for p, own in streams.items()}
 
             def _changed(self, partition, sent, stream):
@@ -442,8 +442,8 @@ class Claims(InProcessLink):
 
     claim: ClassVar = {}
 
-    def _deliver(self, requests):
-        streams = super()._deliver(requests)
+    def _deliver(self, requests, until):
+        streams = super()._deliver(requests, until)
         return {p: (replace(r, **self.claim) for r in own) for p, own in streams.items()}
 
 

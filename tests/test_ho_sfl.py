@@ -202,8 +202,8 @@ def link_that(monkeypatch, change):
     original = start.InProcessLink
 
     class Rogue(original):
-        def _deliver(self, requests):
-            streams = super()._deliver(requests)
+        def _deliver(self, requests, until):
+            streams = super()._deliver(requests, until)
             return {p: self._changed(p, requests[p], s) for p, s in streams.items()}
 
         def _changed(self, partition, sent, stream):

@@ -40,6 +40,7 @@ from hosl_flower.protocol.reply_limits import ReplyLimits
 from hosl_flower.run.start import run_in_process
 from hosl_flower.server.cohort import Cohort, Question, absent
 from hosl_flower.server.kept_labels import kept
+from hosl_flower.server.link import Deadline
 from hosl_flower.server.losses import BatchPiece
 from hosl_flower.server.participation import Participation
 from hosl_flower.tasks.answer_words import AnswerWords
@@ -463,8 +464,8 @@ def test_a_message_is_sent_again_when_its_process_dies_but_not_for_nobody(histor
     link = GridLink(grid, SPEC, history, LIMITS, 20.0, nodes)
     grid.held = {9}
     digest = history.ledger.digest()
-    streams = link.exchange({2: [Describe(step=1, partition=2, position=0, digest=digest)]})
-    link.until = time.monotonic()
+    describe = Describe(step=1, partition=2, position=0, digest=digest)
+    streams = link.exchange({2: [describe]}, until=Deadline(time.monotonic()))
     assert next(streams[2]) is None
     streams[2].close()
     assert link.late() == {2}

@@ -187,7 +187,7 @@ class Workers(InProcessLink):
         super().__init__(None, history, LIMITS)
         self.processes, self.pick, self.deliveries, self.spec = {}, pick, 0, spec
 
-    def _deliver(self, requests):
+    def _deliver(self, requests, until):
         replies = {}
         for partition, own in requests.items():
             worker = self.pick(self.deliveries)
@@ -228,8 +228,10 @@ class Rogue(InProcessLink):
         super().__init__(*args)
         self.change = change
 
-    def _deliver(self, requests):
-        return {p: map(self.change, replies) for p, replies in super()._deliver(requests).items()}
+    def _deliver(self, requests, until):
+        return {
+            p: map(self.change, replies) for p, replies in super()._deliver(requests, until).items()
+        }
 
 
 @pytest.mark.parametrize(
@@ -257,7 +259,7 @@ def test_a_reply_of_another_kind_or_none_is_refused(client, history):
     client.reset()
     done = {"step": 1, "seconds": 0.0, "peak_bytes": 0}
     silent = Rogue(lambda r: r, client.answer, history, LIMITS)
-    silent._deliver = lambda requests: {0: iter(())}
+    silent._deliver = lambda requests, until: {0: iter(())}
     with pytest.raises(ClientError, match="client 0, step 1, forward: no reply"):
         ask(silent, Forward(**at(history), batch=0))
     stubborn = Rogue(

@@ -32,11 +32,11 @@ def sent(monkeypatch):
     exchanges = []
     original = InProcessLink._deliver
 
-    def deliver(self, requests):
+    def deliver(self, requests, until):
         own = [r for part in requests.values() for r in part]
         kinds = (Probe, Forward, CutGradient, Losses)
         exchanges.append([(r.step, r.kind, r.position) for r in own if isinstance(r, kinds)])
-        return original(self, requests)
+        return original(self, requests, until)
 
     monkeypatch.setattr(InProcessLink, "_deliver", deliver)
     return exchanges
@@ -110,9 +110,9 @@ def test_a_client_gets_its_cut_gradient_before_the_server_has_seen_the_others(ma
     order = []
     deliver, step = InProcessLink._deliver, torch.optim.SGD.step
 
-    def delivers(self, requests):
+    def delivers(self, requests, until):
         order.extend(f"to {p}" for p, own in requests.items() if isinstance(own[-1], CutGradient))
-        return deliver(self, requests)
+        return deliver(self, requests, until)
 
     def steps(self, *arguments):
         order.append("server steps")

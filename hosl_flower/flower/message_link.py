@@ -28,7 +28,7 @@ from hosl_flower.protocol.messages.base import Failure, Reply, Request
 from hosl_flower.protocol.reply_limits import ReplyLimits
 from hosl_flower.protocol.wire import to_wire
 from hosl_flower.server.history import History
-from hosl_flower.server.link import NOT_YET, Link
+from hosl_flower.server.link import NOT_YET, Deadline, Link
 
 EXCHANGE = "train.exchange"
 _MESSAGE_BYTES = 64 << 20  # activations that one message may carry, if it carries several
@@ -65,7 +65,9 @@ class GridLink(Link):
         node = self.nodes.of(partition)
         return f"client {partition} ({f'node {node.id}' if node else 'without a node'})"
 
-    def _deliver(self, requests: Mapping[int, Sequence[Request]]) -> dict[int, Iterator[Reply]]:
+    def _deliver(
+        self, requests: Mapping[int, Sequence[Request]], until: Deadline
+    ) -> dict[int, Iterator[Reply]]:
         """The first message to every node at once; what does not fit follows when wanted."""
         self.nodes.look()
         by_node: dict[Node, Part] = {}
@@ -79,7 +81,7 @@ class GridLink(Link):
         exchanges = {node: self._cut(own) for node, own in by_node.items()}
         first = {node: parts[0] for node, parts in exchanges.items()}
         for node, letter in self.mailbox.send(first, self._seconds).items():
-            exchange = _NodeExchange(self, node, exchanges[node], letter)
+            exchange = _NodeExchange(self, node, exchanges[node], letter, until)
             streams |= {partition: exchange.read(partition) for partition in by_node[node]}
         return {partition: streams[partition] for partition in requests}
 
@@ -132,8 +134,15 @@ class GridLink(Link):
 class _NodeExchange:
     """The messages of one exchange with one node, and the replies taken from them so far."""
 
-    def __init__(self, link: GridLink, node: Node, parts: list[Part], first: PendingMessage):
-        self.link, self.node, self.parts = link, node, parts
+    def __init__(
+        self,
+        link: GridLink,
+        node: Node,
+        parts: list[Part],
+        first: PendingMessage,
+        until: Deadline,
+    ):
+        self.link, self.node, self.parts, self.until = link, node, parts, until
         self.letter: PendingMessage | None = first  # the one that is waited for
         self.wanted = parts[0]  # what it asks
         self.readers = {partition for part in parts for partition in part}
@@ -171,13 +180,13 @@ class _NodeExchange:
 
     def _fetch(self) -> bool:
         """Take the answer to the next message, which is sent, without what is no longer of use,
-        if it is not on its way; False when it has not come by the link's `until`."""
+        if it is not on its way; False when it has not come by `until`."""
         if self.letter is None:
             part = self.parts[len(self.replies)]
             self.wanted = {p: own for p, own in part.items() if p not in self.ended}
             if self.wanted and not self.silent:
                 self.letter = self.link.post_to(self.node, self.wanted)
-        if self.letter is not None and not self.link.mailbox.wait(self.letter, self.link.until):
+        if self.letter is not None and not self.link.mailbox.wait(self.letter, self.until.time):
             return False
         answer = self.letter.answer if self.letter else None
         if answer is not None and not answer.has_error():

@@ -3,7 +3,8 @@
 import logging
 import math
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +22,7 @@ from hosl_flower.errors import (
 from hosl_flower.protocol.messages.activations import Activations
 from hosl_flower.protocol.messages.base import Request
 from hosl_flower.protocol.messages.describe import Describe, Described
-from hosl_flower.server.link import NOT_YET, Link
+from hosl_flower.server.link import NOT_YET, Deadline, Link
 from hosl_flower.server.losses import LossSource
 from hosl_flower.server.schedule import rate_factor
 from hosl_flower.server.session import Session
@@ -30,11 +31,6 @@ log = logging.getLogger("hosl_flower")
 
 _MOMENT = 0.05  # seconds between two looks at clients that are late
 _MOST_REASONS = 5  # in one error
-
-
-def too_late(seconds: float) -> AbsentError:
-    """Why a client is left out that has not answered by the step-deadline."""
-    return AbsentError(f"it did not answer within {seconds:g} s (step-deadline)")
 
 
 def absent(session: Session, link: Link) -> set[int]:
@@ -48,6 +44,51 @@ def absent(session: Session, link: Link) -> set[int]:
         if left >= config.min_clients or not late - gone or time.monotonic() > give_up:
             return gone | late
         time.sleep(_MOMENT)
+
+
+def arrivals(
+    clients: Iterable[int],
+    take: Callable[[int], Any],
+    until: Deadline,
+    seconds: float,
+    spare: int,
+) -> Iterator[tuple[int, Any]]:
+    """Clients' replies as they come, or the errors of those that fail or are late.
+
+    Args:
+        clients: those whose replies are wanted.
+        take: a client's reply, or NOT_YET; raises what the client fails with.
+        until: the deadline of the exchanges that `take` reads.
+        seconds: the step-deadline, after which clients that are late are left out; 0: never.
+        spare: how many clients may fail or be late. More are waited for, one after the other.
+
+    Yields:
+        A client and its reply, or ClientError, ProtocolError or DriftError.
+    """
+    waiting = list(clients)
+    until.time = time.monotonic() + seconds if seconds else math.inf
+    try:
+        while waiting:
+            late = []
+            for client in waiting:
+                try:
+                    reply = take(client)
+                except (ClientError, ProtocolError, DriftError) as error:
+                    spare -= 1
+                    yield client, error
+                    continue
+                if reply is NOT_YET:
+                    late.append(client)
+                else:
+                    yield client, reply
+            waiting = late
+            if spare < 0 or len(waiting) <= spare:
+                break  # else the first of the late are enough, whoever they are
+            until.time = time.monotonic() + _MOMENT
+    finally:
+        until.time = math.inf
+    for client in waiting:
+        yield client, AbsentError(f"it did not answer within {seconds:g} s (step-deadline)")
 
 
 class Cohort:
@@ -180,11 +221,11 @@ class Question:
     def __init__(self, session: Session, link: Link):
         self.session, self.link = session, link
         self._queued: list[Request] = []
-        self._streams: dict[
-            tuple[int, int], Generator[Any, None, None]
-        ] = {}  # by (step, partition)
+        # by step and partition
+        self._streams: dict[tuple[int, int], Generator[Any, None, None]] = {}
         self._undescribed: set[int] = set()  # whose first reply is a description
         self._failed: dict[int, Exception] = {}
+        self._until = Deadline()
 
     def add(self, *requests: Request) -> None:
         """Send requests with all others, when the first answer is wanted."""
@@ -199,17 +240,14 @@ class Question:
     def _flush(self) -> None:
         """Send what is queued. A client that has not been met yet describes itself first."""
         wanted: dict[int, list[Request]] = {}
+        met = self.session.participation.clients.keys()
         for request in self._queued:
             own = wanted.setdefault(request.partition, [])
-            if not (
-                own
-                or request.partition
-                in self.session.participation.clients.keys() | self._undescribed
-            ):
+            if not (own or request.partition in met | self._undescribed):
                 self._undescribed.add(request.partition)
                 own.append(Describe(**self.session.at(request.step, request.partition)))
             own.append(request)
-        streams = self.link.exchange(wanted)
+        streams = self.link.exchange(wanted, self._until)
         for request in self._queued:
             self._streams[request.step, request.partition] = streams[request.partition]
         self._queued.clear()
@@ -223,24 +261,24 @@ class Question:
         numbers are out of range.
         """
         self._flush()
+        config = self.session.config
         replies: dict[int, Any] = {}
         errors: list[Exception] = []
-        seconds, least = self.session.config.step_deadline, self.session.config.min_clients
-        self.link.until = time.monotonic() + seconds if seconds else math.inf
-        waiting = list(cohort.partitions)
-        try:
-            while waiting:
-                waiting = [m for m in waiting if not self._take(cohort, m, replies, errors)]
-                if len(replies) >= least or len(replies) + len(waiting) < least:
-                    break  # else the first of the late are enough, whoever they are
-                self.link.until = time.monotonic() + _MOMENT
-        finally:
-            self.link.until = math.inf
-        for partition in waiting:
-            errors.append(too_late(seconds))
-            self._fail(cohort, partition, errors[-1])
+        spare = len(cohort.partitions) - config.min_clients
+        for partition, reply in arrivals(
+            cohort.partitions,
+            partial(self._next, cohort.step),
+            self._until,
+            config.step_deadline,
+            spare,
+        ):
+            if isinstance(reply, Exception):
+                self._fail(cohort, partition, reply)
+                errors.append(reply)
+            else:
+                replies[partition] = reply
         replies = {m: replies[m] for m in cohort.partitions}  # in their order, not that of arrival
-        too_few = len(cohort.partitions) < self.session.config.min_clients
+        too_few = len(cohort.partitions) < config.min_clients
         if too_few and errors and all(isinstance(error, OutOfRangeError) for error in errors):
             raise DivergedError(
                 f"the numbers of {len(errors)} of {len(errors) + len(replies)} clients are out of "
@@ -252,21 +290,6 @@ class Question:
         cohort.check_enough()
         return replies
 
-    def _take(
-        self, cohort: Cohort, partition: int, replies: dict[int, Any], errors: list[Exception]
-    ) -> bool:
-        """One client's reply, or what it failed with; False when it is not there yet."""
-        try:
-            reply = self._next(cohort.step, partition)
-        except (ClientError, ProtocolError, DriftError) as error:
-            self._fail(cohort, partition, error)
-            errors.append(error)
-            return True
-        if reply is NOT_YET:
-            return False
-        replies[partition] = reply
-        return True
-
     def _fail(self, cohort: Cohort, partition: int, error: Exception) -> None:
         """One client answers nothing more of this question."""
         self._failed[partition] = error
@@ -275,6 +298,7 @@ class Question:
         cohort.drop(partition, error)
 
     def _next(self, step: int, partition: int) -> Any:
+        """The reply of a step, or NOT_YET."""
         if partition in self._failed:
             raise self._failed[partition]
         stream = self._streams[step, partition]

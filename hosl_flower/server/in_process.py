@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hosl_flower.protocol.messages.base import Reply, Request
 from hosl_flower.protocol.reply_limits import ReplyLimits
 from hosl_flower.server.history import History
-from hosl_flower.server.link import Link
+from hosl_flower.server.link import Deadline, Link
 
 
 class InProcessLink(Link):
@@ -26,5 +26,7 @@ class InProcessLink(Link):
     def describe_client(self, partition: int) -> str:
         return f"client {partition}"
 
-    def _deliver(self, requests: Mapping[int, Sequence[Request]]) -> dict[int, Iterator[Reply]]:
+    def _deliver(
+        self, requests: Mapping[int, Sequence[Request]], until: Deadline
+    ) -> dict[int, Iterator[Reply]]:
         return {partition: self._answer(own) for partition, own in requests.items()}

@@ -6,21 +6,14 @@ and its gradient there (output_head.py), and the server's backward pass goes on 
 else of a step is different.
 """
 
-import math
-import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hosl_flower.errors import (
-    ClientError,
-    DriftError,
-    LostClientsError,
-    ProtocolError,
-)
+from hosl_flower.errors import LostClientsError
 from hosl_flower.protocol.messages.activations import Activations, Forward
 from hosl_flower.protocol.messages.kept_labels import (
     HeldOutStates,
@@ -28,15 +21,14 @@ from hosl_flower.protocol.messages.kept_labels import (
     HiddenStates,
     Scored,
 )
-from hosl_flower.server.cohort import too_late
-from hosl_flower.server.link import NOT_YET, Link
+from hosl_flower.server.cohort import arrivals
+from hosl_flower.server.link import Deadline, Link
 from hosl_flower.server.losses import BatchPiece
 from hosl_flower.server.scores import ClientTally
 from hosl_flower.server.session import Session
 from hosl_flower.tasks.answer_words import AnswerWords
 
 STATES_BYTES = 4 << 20  # of held-out examples' hidden states in one request, about
-_MOMENT = 0.05  # seconds between two looks at clients that are late
 
 
 @dataclass(frozen=True)
@@ -88,47 +80,25 @@ class KeptLabels:
         self, parts: Sequence[tuple[BatchPiece, Tensor]]
     ) -> tuple[list[HiddenGradient], dict[int, Any]]:
         """Replies in order, and the errors of clients that gave none."""
-        requests = {}
-        for piece, states in parts:
-            asked = self.asked[piece.client]
-            requests[asked.partition] = [self._request(asked, piece.start, states)]
-        streams = self.link.exchange(requests)
+        requests = {
+            piece.client: self._request(self.asked[piece.client], piece.start, states)
+            for piece, states in parts
+        }
+        until, spare = Deadline(), len(self.asked) - self.least
+        by_partition = self.link.exchange({r.partition: [r] for r in requests.values()}, until)
+        streams = {m: by_partition[request.partition] for m, request in requests.items()}
         found: dict[int, HiddenGradient] = {}  # by client
         failed: dict[int, Any] = {}
-        waiting = [piece.client for piece, _ in parts]
-        self.link.until = time.monotonic() + self.seconds if self.seconds else math.inf
-        try:
-            while waiting:
-                waiting = [m for m in waiting if not self._take(m, streams, found, failed)]
-                spare = len(self.asked) - self.least - len(failed)
-                if spare < 0 or len(waiting) <= spare:
-                    break  # else the first of the late are enough, whoever they are
-                self.link.until = time.monotonic() + _MOMENT
-        finally:
-            self.link.until = math.inf
-        for client in waiting:
-            streams[self.asked[client].partition].close()
-            failed[client] = too_late(self.seconds)
+        for client, reply in arrivals(
+            requests, lambda m: next(streams[m]), until, self.seconds, spare
+        ):
+            if isinstance(reply, Exception):
+                streams[client].close()
+                failed[client] = reply
+            else:
+                assert isinstance(reply, HiddenGradient)  # Link has checked it
+                found[client] = reply
         return [found[piece.client] for piece, _ in parts if piece.client in found], failed
-
-    def _take(
-        self,
-        client: int,
-        streams: Mapping[int, Iterator[Any]],
-        found: dict[int, HiddenGradient],
-        failed: dict[int, Any],
-    ) -> bool:
-        """One client's reply, or what it failed with; False when it is not there yet."""
-        try:
-            reply = next(streams[self.asked[client].partition])
-        except (ClientError, ProtocolError, DriftError) as error:
-            failed[client] = error
-            return True
-        if reply is NOT_YET:
-            return False
-        assert isinstance(reply, HiddenGradient)  # Link has checked it
-        found[client] = reply
-        return True
 
     def _request(
         self, asked: Forward, first: int, states: Tensor, losses_only: bool = False

@@ -11,7 +11,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,22 +44,36 @@ from hosl_flower.tensors.raw_bytes import DTYPES
 
 log = logging.getLogger("hosl_flower")
 
-NOT_YET: Any = None  # in place of a reply that has not come by a link's `until`
+NOT_YET: Any = None  # in place of a reply that has not come by an exchange's `until`
 
 _CLOCKS_DIFFER = 1.0  # seconds, of one exchange
 _CATCH_UPS = 4  # resends per request, each of which may land in another process
+
+
+@dataclass
+class Deadline:
+    """Until when replies of an exchange are waited for. Their reader may move it.
+
+    Attributes:
+        time: on time.monotonic(); infinite for as long as a client may take at all.
+    """
+
+    time: float = math.inf
+
+    @property
+    def left(self) -> float:
+        """Seconds until then; negative once it has passed."""
+        return self.time - time.monotonic()
 
 
 class Link(ABC):
     """Base of all links. history: the server's, to catch clients up from.
 
     pipelined: whether requests can be sent one by one, while replies to others are awaited, at no
-    extra cost; else what can go together should. until: time (time.monotonic) after which an
-    exchange's iterators no longer wait: they yield NOT_YET, and the reply another time.
+    extra cost; else what can go together should.
     """
 
     pipelined = True
-    until = math.inf
 
     def __init__(self, history: History, limits: ReplyLimits):
         self.history, self.limits = history, limits
@@ -69,10 +83,13 @@ class Link(ABC):
         self._overstated: set[int] = set()  # partitions that claimed more seconds than passed
 
     @abstractmethod
-    def _deliver(self, requests: Mapping[int, Sequence[Request]]) -> dict[int, Iterator[Reply]]:
-        """Send; the iterators yield replies in order, as they come, and may end early after
-        Behind or Failure. Raises ClientError from the iterator when a client does not answer. Of
-        what has not come when an iterator is closed, nothing is wanted any more."""
+    def _deliver(
+        self, requests: Mapping[int, Sequence[Request]], until: Deadline
+    ) -> dict[int, Iterator[Reply]]:
+        """Send; the iterators yield replies in order, as they come, and NOT_YET while one has not
+        come by `until`. They may end early after Behind or Failure. Raises ClientError from the
+        iterator when a client does not answer. Of what has not come when an iterator is closed,
+        nothing is wanted any more."""
 
     def absent(self) -> set[int]:
         """Partitions that cannot be asked now: no node is there for them."""
@@ -104,14 +121,20 @@ class Link(ABC):
                 pass
 
     def exchange(
-        self, requests: Mapping[int, Sequence[Request]]
+        self, requests: Mapping[int, Sequence[Request]], until: Deadline | None = None
     ) -> dict[int, Generator[Reply, None, None]]:
         """Send each client its requests; per client, an iterator of checked replies.
 
-        requests: by partition. A client that is behind gets what it lacks first. The iterators
-        must be consumed: a lazy link computes a reply when it is asked for. They raise
-        ClientError, ProtocolError or DriftError.
+        A client that is behind gets what it lacks first. The iterators must be consumed: a lazy
+        link computes a reply when it is asked for. They raise ClientError, ProtocolError or
+        DriftError.
+
+        Args:
+            requests: by partition.
+            until: after it the iterators no longer wait: they yield NOT_YET, and the reply another
+                time. None: they wait as long as a client may take.
         """
+        until = until or Deadline()
         sent: dict[int, list[Request]] = {}
         leads: dict[int, int] = {}
         for partition, own in requests.items():
@@ -122,8 +145,10 @@ class Link(ABC):
                 sent[partition] = [*lead, *work]
         asked = time.perf_counter()
         return {
-            partition: self._checked(partition, sent[partition], leads[partition], stream, asked)
-            for partition, stream in self._send(sent).items()
+            partition: self._checked(
+                partition, sent[partition], leads[partition], stream, asked, until
+            )
+            for partition, stream in self._send(sent, until).items()
         }
 
     def _still_useful(self, partition: int) -> list[Request]:
@@ -147,10 +172,12 @@ class Link(ABC):
             return []
         return [self.history.catch_up(position, digest, first.position, first)]
 
-    def _send(self, requests: Mapping[int, Sequence[Request]]) -> dict[int, Iterator[Reply]]:
+    def _send(
+        self, requests: Mapping[int, Sequence[Request]], until: Deadline
+    ) -> dict[int, Iterator[Reply]]:
         """_deliver, timed."""
         started = time.perf_counter()
-        streams = self._deliver(requests)
+        streams = self._deliver(requests, until)
         self.traffic.waited_seconds += time.perf_counter() - started
         return streams
 
@@ -161,6 +188,7 @@ class Link(ABC):
         lead: int,
         stream: Iterator[Reply],
         asked: float,
+        until: Deadline,
     ) -> Generator[Reply, None, None]:
         """Replies to what follows the first `lead` requests, all of them checked. asked: when."""
         index = attempts = 0
@@ -183,7 +211,7 @@ class Link(ABC):
                 # another will replace it
                 index += isinstance(sent[index], CatchUp | ApplyDeltas | Restore | Adopt)
                 rest, lead = sent[index:], max(0, lead - index) + 1
-                sent, stream = self._resend(partition, rest, reply, attempts)
+                sent, stream = self._resend(partition, rest, reply, attempts, until)
                 index, attempts = 0, attempts + 1
                 continue
             self._check(partition, sent[index], reply)
@@ -193,7 +221,12 @@ class Link(ABC):
             index += 1
 
     def _resend(
-        self, partition: int, rest: Sequence[Request], behind: Behind, attempt: int
+        self,
+        partition: int,
+        rest: Sequence[Request],
+        behind: Behind,
+        attempt: int,
+        until: Deadline,
     ) -> tuple[list[Request], Iterator[Reply]]:
         """The rest of an exchange once more, after what the client lacks.
 
@@ -204,7 +237,7 @@ class Link(ABC):
         stop = rest[0].position
         known = (0, "") if attempt or behind.position > stop else (behind.position, behind.digest)
         sent = [self.history.catch_up(*known, stop, rest[0]), *rest]
-        return sent, self._send({partition: sent})[partition]
+        return sent, self._send({partition: sent}, until)[partition]
 
     def _next(self, partition: int, request: Request, stream: Iterator[Reply]) -> Reply:
         """The next reply, counted with its request."""

@@ -22,7 +22,7 @@ from hosl_flower.protocol.messages.base import Behind, Failure, Reply, Request
 from hosl_flower.protocol.reply_limits import ReplyLimits
 from hosl_flower.server.history import History
 from hosl_flower.server.kept_labels import STATES_BYTES
-from hosl_flower.server.link import NOT_YET, Link
+from hosl_flower.server.link import NOT_YET, Deadline, Link
 from hosl_flower.tensors.activation_codec import has_scales
 from hosl_flower.tensors.raw_bytes import DTYPES
 
@@ -139,7 +139,9 @@ class StreamLink(Link):
             self.caller.call(line)
         self._wait_for_any()
 
-    def _deliver(self, requests: Mapping[int, Sequence[Request]]) -> dict[int, Iterator[Reply]]:
+    def _deliver(
+        self, requests: Mapping[int, Sequence[Request]], until: Deadline
+    ) -> dict[int, Iterator[Reply]]:
         self._renew()
         self._call_nodes()
         self._exchange += 1
@@ -155,19 +157,23 @@ class StreamLink(Link):
             self._served[partition] = line
             keys = [Key(self._exchange, partition, index) for index in range(len(own))]
             asked.setdefault(line, {}).update(zip(keys, own, strict=True))
-            streams[partition] = self._read(line, partition, dict(zip(keys, own, strict=True)))
+            streams[partition] = self._read(
+                line, partition, dict(zip(keys, own, strict=True)), until
+            )
         for line, own_requests in asked.items():
             line.session.ask(own_requests)
         return streams
 
-    def _read(self, line: StreamCall, partition: int, asked: dict[Key, Request]) -> Iterator[Reply]:
+    def _read(
+        self, line: StreamCall, partition: int, asked: dict[Key, Request], until: Deadline
+    ) -> Iterator[Reply]:
         """Replies in order, as they come; ends after Behind or Failure."""
         try:
             for key in list(asked):
                 limit = self.nodes.limit(self.deadline, [asked[key]])
                 give_up = time.monotonic() + limit.seconds
-                while (reply := self._await(line, partition, key, give_up, limit)) is None:
-                    if time.monotonic() >= self.until:
+                while (reply := self._await(line, partition, key, give_up, limit, until)) is None:
+                    if until.left <= 0:
                         yield NOT_YET
                     other = self._line_of(partition)
                     if not self._is_there(line) and other:  # asks what a node took with it
@@ -183,13 +189,18 @@ class StreamLink(Link):
                 line.session.withdraw(exchange, partition)
 
     def _await(
-        self, line: StreamCall, partition: int, key: Key, give_up: float, limit: WaitLimit
+        self,
+        line: StreamCall,
+        partition: int,
+        key: Key,
+        give_up: float,
+        limit: WaitLimit,
+        until: Deadline,
     ) -> Reply | None:
         """The reply to one request; None when it has not come by `until`, or its node is gone
         and cannot be done without. give_up: when `limit` is over."""
         while True:
-            left = self.until - time.monotonic()
-            reply = line.session.reply(key, max(0.0, min(_POLL_SECONDS, left)))
+            reply = line.session.reply(key, max(0.0, min(_POLL_SECONDS, until.left)))
             if reply is not None:
                 return reply
             if line.session.fault:
@@ -210,7 +221,7 @@ class StreamLink(Link):
                 raise AbsentError(
                     f"client {partition} (node {line.node.id}): its SuperNode is gone"
                 )
-            if time.monotonic() >= self.until:
+            if until.left <= 0:
                 return None
 
     def _line_of(self, partition: int) -> StreamCall | None:
