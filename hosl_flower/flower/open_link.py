@@ -31,8 +31,8 @@ def open_link(
 
     link = auto is a stream in simulation, and on real SuperNodes where there is a
     stream-endpoint; Flower messages otherwise. Which of both it is does not depend on anything
-    a node says. Raises ConfigError for a stream that would cross
-    a network unencrypted without that being asked for, and for a method that needs one without.
+    a node says. Raises ConfigError for a stream that would cross a network unencrypted without
+    that being asked for, and for a method that needs a stream where there is none.
     """
     check_stream(config)
     superlink = SuperLink(grid, config.reply_deadline)
