@@ -65,8 +65,11 @@ def test_what_fits_is_taken(keys):
     check_stream(parse_config(keys))
 
 
-def test_the_port_is_that_of_the_endpoint():
+def test_host_and_port_follow_from_the_endpoint():
     assert _bind("") == "127.0.0.1:0"
+    assert _bind("127.0.0.1:8443") == "127.0.0.1:8443"
+    assert _bind("127.0.0.2:8443") == "127.0.0.2:8443"
+    assert _bind("[::1]:8443") == "[::1]:8443"
     assert _bind("localhost:8443") == "127.0.0.1:8443"
     assert _bind("server:8443") == "[::]:8443"
 

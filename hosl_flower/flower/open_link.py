@@ -123,7 +123,10 @@ def _bind(endpoint: str) -> str:
     if not endpoint:
         return "127.0.0.1:0"
     host, port = _host_and_port("stream-endpoint", endpoint)
-    return f"127.0.0.1:{port}" if is_loopback(host) else f"[::]:{port}"
+    if not is_loopback(host):
+        return f"[::]:{port}"
+    own = "127.0.0.1" if host == "localhost" else host
+    return f"[{own}]:{port}" if ":" in own else f"{own}:{port}"
 
 
 def _host_and_port(name: str, value: str) -> tuple[str, int]:
