@@ -318,6 +318,18 @@ def test_overrides_of_a_simulation_survive_being_written_as_toml(tmp_path, monke
     assert results == tmp_path / seen["run-name"] / "results.json"
 
 
+@pytest.mark.parametrize("reason", ["", "DivergedError: step 3: training has diverged"])
+def test_the_reason_of_a_failed_run_is_the_line_of_the_server_app_alone(reason):
+    lines = [
+        "step 2 goes on without client 1: SuperNode 40: run failed: ClientError: from a client",
+        *([f"run failed: {reason}"] if reason else []),
+        "INFO : run failed: KeyError: from Flower",
+        "run failed: and no kind of error",
+    ]
+    command = [sys.executable, "-c", f"print(*{lines!r}, sep=chr(10))"]
+    assert local_flower._echoed(command, os.environ) == (0, reason)
+
+
 def test_a_simulation_that_is_refused_leaves_no_directory_and_a_stopped_one_says_how_to_resume(
     tmp_path, monkeypatch, capsys
 ):

@@ -36,7 +36,7 @@ from hosl_flower.system.directories import claimed
 from hosl_flower.system.proxies import without_loopback
 from hosl_flower.system.signals import Told, exiting_when_told
 
-_FAILED = "run failed: "  # what the ServerApp says before the reason
+_FAILED = re.compile(r"run failed: (\w+: .*)")  # the line of the ServerApp, with the kind of error
 
 
 def run_flower_app(
@@ -114,7 +114,8 @@ def _echoed(command: list[str], environment: Mapping[str, str]) -> tuple[int, st
     try:
         for line in process.stdout or ():
             print(line, end="", flush=True)
-            reason = line.partition(_FAILED)[2].strip() or reason
+            if failed := _FAILED.match(line):
+                reason = failed[1].strip()
         return process.wait(), reason
     finally:
         process.kill()
