@@ -280,10 +280,11 @@ def test_labels_that_are_no_tokens_of_answers_are_refused():
     for labels, complaint in (
         ([5, 7], r"expected int64\[2, A\] with A at most 3"),
         ([[5, 6, 7, 8]], "A at most 3"),
-        ([[5, 64]], r"expected tokens 0\.\.63, left-padded with -100"),
-        ([[5, IGNORED]], "left-padded"),
-        ([[5, IGNORED, 6]], "left-padded"),
-        ([[-1, 6]], r"0\.\.63"),
+        ([[IGNORED, 6], [5, 64]], r"0\.\.63, left-padded with -100, got 64 at \[1, 1\]$"),
+        ([[-1, 64]], r"0\.\.63, left-padded with -100, got -1 at \[0, 0\]$"),
+        ([[5, IGNORED]], "tokens in each row, left-padded with -100$"),
+        ([[5, IGNORED, 6]], "tokens in each row, left-padded"),
+        ([[IGNORED], [5]], "tokens in each row, left-padded"),
     ):
         with pytest.raises(ProtocolError, match=complaint):
             sent(labels).check(None, LIMITS, None)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from specs import client_spec
 
-from hosl_flower.errors import ProtocolError
+from hosl_flower.errors import OutOfRangeError, ProtocolError
 from hosl_flower.flower.records import pack, unpack_replies, unpack_requests
 from hosl_flower.ledger.ledger import Entry, Ledger
 from hosl_flower.protocol.messages.activations import (
@@ -247,9 +247,9 @@ def test_any_text_is_refused_with_a_protocol_error(header):
         ({"attention_mask": torch.tensor([[True, False, True]] * 2)}, "left-padded"),
         ({"activations": torch.zeros(2, 3, 4, dtype=torch.float16)}, "got float16"),
         ({"scales": torch.zeros(2, 3)}, r"scales: expected float32\[0\]"),
-        ({"labels": torch.tensor([0, 2])}, r"labels: expected 0\.\.1"),
+        ({"labels": torch.tensor([0, 2])}, r"labels: expected 0\.\.1, got 2 at \[1\]"),
         ({"labels": torch.tensor([0])}, "labels"),
-        ({"labels": torch.tensor([-1, 0])}, "labels"),
+        ({"labels": torch.tensor([-1, 7])}, r"labels: expected 0\.\.1, got -1 at \[0\]$"),
     ],
 )
 def test_activations_that_do_not_fit_the_run_are_refused(changes, complaint):
@@ -290,6 +290,15 @@ def test_local_seeds_are_those_of_each_step():
 def test_scalars_that_do_not_fit_the_request_are_refused(scalars):
     Scalars(**DONE, scalars=torch.zeros(2, 2)).check(CutGradient(**CUT), LIMITS, None)
     with pytest.raises(ProtocolError, match="scalars: "):
+        Scalars(**DONE, scalars=scalars).check(CutGradient(**CUT), LIMITS, None)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(-1e20, r"-1e\+20"), (float("nan"), "nan"), (float("inf"), "inf")]
+)
+def test_of_scalars_that_are_too_large_the_first_is_named(value, shown):
+    scalars = torch.tensor([[1.0, 2.0], [3.0, value]])
+    with pytest.raises(OutOfRangeError, match=rf"at most \+-\S+, got {shown} at \[1, 1\]$"):
         Scalars(**DONE, scalars=scalars).check(CutGradient(**CUT), LIMITS, None)
 
 

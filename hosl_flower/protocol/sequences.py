@@ -9,7 +9,7 @@ from hosl_flower.errors import OutOfRangeError, ProtocolError
 from hosl_flower.protocol.reply_limits import ReplyLimits
 from hosl_flower.tasks.generated_answers import IGNORED
 from hosl_flower.tensors.activation_codec import has_scales, wire_dtype
-from hosl_flower.tensors.raw_bytes import DTYPES, dtype_name, largest
+from hosl_flower.tensors.raw_bytes import DTYPES, dtype_name, first_of, largest
 
 
 def check_sequences(
@@ -85,8 +85,9 @@ def check_labels(labels: Tensor, batch: int, length: int, limits: ReplyLimits) -
             f"{dtype_name(labels)}{list(labels.shape)}"
         )
     if int(labels.min()) < 0 or int(labels.max()) >= limits.classes:
+        outside = (labels < 0) | (labels >= limits.classes)
         raise ProtocolError(
-            f"labels: expected 0..{limits.classes - 1}, got {labels.unique().tolist()}"
+            f"labels: expected 0..{limits.classes - 1}, got {first_of(labels, outside)}"
         )
 
 
@@ -100,9 +101,12 @@ def check_tokens(labels: Tensor, batch: int, length: int, limits: ReplyLimits) -
             f"{dtype_name(labels)}{list(labels.shape)}"
         )
     tokens = labels != IGNORED
+    if not is_left_padded(tokens):
+        raise ProtocolError(f"labels: expected tokens in each row, left-padded with {IGNORED}")
     own = labels[tokens]
-    if not is_left_padded(tokens) or int(own.min()) < 0 or int(own.max()) >= limits.vocabulary:
+    if int(own.min()) < 0 or int(own.max()) >= limits.vocabulary:
+        outside = tokens & ((labels < 0) | (labels >= limits.vocabulary))
         raise ProtocolError(
             f"labels: expected tokens 0..{limits.vocabulary - 1}, left-padded with {IGNORED}, got "
-            f"{labels.unique().tolist()[:8]}"
+            f"{first_of(labels, outside)}"
         )

@@ -39,6 +39,13 @@ def largest(tensor: Tensor) -> float:
     return max(-low, high)  # of two that are no numbers, the first
 
 
+def first_of(tensor: Tensor, bad: Tensor) -> str:
+    """The first of the elements that are bad, and its place, for a message."""
+    place = bad.nonzero()[0].tolist()
+    value = tensor[tuple(place)].item()
+    return f"{value:.6g} at {place}" if isinstance(value, float) else f"{value} at {place}"
+
+
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The bits of a tensor in row-major order: its own memory if contiguous on the CPU."""
     flat = tensor.detach().cpu().contiguous().view(-1)

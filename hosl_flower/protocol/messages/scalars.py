@@ -17,7 +17,7 @@ from hosl_flower.protocol.messages.activations import Forward
 from hosl_flower.protocol.messages.base import STRICT, Counts, Finite, Reply
 from hosl_flower.protocol.messages.gradients import Backward, Change
 from hosl_flower.protocol.reply_limits import ReplyLimits, check_loss, most_per_update
-from hosl_flower.tensors.raw_bytes import dtype_name, largest
+from hosl_flower.tensors.raw_bytes import dtype_name, first_of, largest
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -43,8 +43,9 @@ class Scalars(Reply):
             )
         most = most_per_update(limits.scalar_step, request.learning_rate)
         if not largest(found) <= most:  # also false for what is not a number
+            beyond = ~(found.double().abs() <= most)
             raise OutOfRangeError(
-                f"scalars: expected at most +-{most:.3g}, got {found.flatten()[:8].tolist()}"
+                f"scalars: expected at most +-{most:.3g}, got {first_of(found, beyond)}"
             )
         check_loss("loss", self.loss)
 
