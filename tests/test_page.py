@@ -336,6 +336,32 @@ def test_clients_that_take_turns_and_one_that_was_left_out(tmp_path, undrawn):
     assert "4 1 did not answer in time" in checked(directory).text
 
 
+def test_clients_left_out_more_often_than_the_results_tell_reasons(tmp_path, undrawn):
+    """results.json has the first 100 of a client, metrics.jsonl has all; both may be there."""
+    keys = {"num-clients": 2, "strategy": f"{Hosl.__module__}:Hosl"}
+    dropped = [{"step": step, "partition": 1, "reason": "late"} for step in (1, 2)]
+    taken = {"0": 4}
+    clients = {"number": 2, "steps_taken_part": taken, "dropped": dropped}
+    clients["times_dropped"] = {"1": 60}
+    directory = write_run(tmp_path / "one", keys, clients=clients)
+    assert participation(read_runs([directory])[0]).drawn is None
+    seen = checked(directory).text
+    assert "And 58 more." in seen
+    assert "60 times one was left out" in seen
+
+    clients["times_dropped"] = {"1": 4}
+    directory = write_run(tmp_path / "two", keys, clients=clients)
+    rows = [{"step": step, "dropped": {"1": "late"}} for step in range(1, 5)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (directory / "metrics.jsonl").write_text(text)
+    found = participation(read_runs([directory])[0])
+    assert [drop.step for drop in found.drops] == [1, 2, 3, 4]
+    assert found.drawn == [[0]] * 4
+    seen = checked(directory).text
+    assert "4 1 late" in seen
+    assert "more." not in seen
+
+
 def test_generated_answers_are_shown_by_f1(tmp_path, undrawn):
     evaluations = [
         {"step": 0, "loss": 3.0, "exact_match": 0.0, "f1": 0.0625},

@@ -159,6 +159,6 @@ def draw_participation(title: str, place: int, found: Participation) -> Html:
         left.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         description = (
             f"{title}: {found.number} clients took part in {min(totals)} to {max(totals)} of "
-            f"{found.steps} steps; {len(found.drops)} times one was left out"
+            f"{found.steps} steps; {found.times} times one was left out"
         )
         return to_svg(drawn, f"clients-{place}", description)

@@ -76,7 +76,7 @@ def _in_words(run: Run, found: Participation) -> list[Html]:
         said.append(note(run.name, ": clients were brought up to date ", ", ".join(times), "."))
     if found.drops:
         rows = [[d.step, d.partition, d.reason] for d in found.drops[:_DROPS_SHOWN]]
-        more = len(found.drops) - len(rows)
+        more = found.times - len(rows)
         columns = ["step", "client", "reason"]
         said.append(table(f"Left out of a step: {run.name}", columns, rows))
         said.append(note(f"And {more} more.") if more else html(""))

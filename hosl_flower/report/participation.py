@@ -19,13 +19,14 @@ _MOST_DRAWS = 1_000_000  # steps x clients; beyond it a page would take minutes
 
 @dataclass(frozen=True)
 class Participation:
-    """totals: steps by client. drops: in the order they happened. drawn: the clients of each step
-    from the first on, None where that cannot be told."""
+    """totals: steps by client. drops: by step, those that are recorded; times: how many there were
+    in all. drawn: the clients of each step from the first on, None where that cannot be told."""
 
     number: int
     steps: int
     totals: dict[int, int]
     drops: list[Dropped]
+    times: int
     drawn: list[list[int]] | None
 
 
@@ -34,15 +35,24 @@ def participation(run: Run) -> Participation | None:
     number = run.results.clients.number or run.settings.config.get("num-clients")
     if not isinstance(number, int) or number < 1:
         return None
-    drops = run.results.clients.dropped or [
+    drops = _dropped(run)
+    times = max(len(drops), sum(run.results.clients.times_dropped.values()))
+    steps = run.results.steps or run.steps_done
+    totals = {p: n for p, n in run.results.clients.steps_taken_part.items() if 0 <= p < number}
+    drawn = _drawn(run, number, steps, totals, drops) if totals else None
+    return Participation(number, steps, totals, drops, times, drawn)
+
+
+def _dropped(run: Run) -> list[Dropped]:
+    """Of the results, which have the first of each client, and of the steps, which have no client
+    that was left out after one."""
+    of_steps = [
         Dropped(step=row.step, partition=partition, reason=reason)
         for row in run.metrics
         for partition, reason in row.dropped.items()
     ]
-    steps = run.results.steps or run.steps_done
-    totals = {p: n for p, n in run.results.clients.steps_taken_part.items() if 0 <= p < number}
-    drawn = _drawn(run, number, steps, totals, drops) if totals else None
-    return Participation(number, steps, totals, drops, drawn)
+    both = dict.fromkeys([*run.results.clients.dropped, *of_steps])
+    return sorted(both, key=lambda drop: drop.step)
 
 
 def _drawn(

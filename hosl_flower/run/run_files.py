@@ -66,11 +66,12 @@ class Dropped(Read):
 
 
 class Clients(Read):
-    """Who was there."""
+    """Who was there. dropped: the first times of each client; times_dropped: how often in all."""
 
     number: Integer | None = None
     steps_taken_part: dict[Integer, Integer] = {}
     dropped: list[Dropped] = []
+    times_dropped: dict[Integer, Integer] = {}
 
 
 class Privacy(Read):
