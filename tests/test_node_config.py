@@ -1,6 +1,7 @@
 """What a server can have opened on a client, and what a client's errors tell it."""
 
 import contextlib
+import json
 import re
 import sys
 from dataclasses import fields
@@ -15,7 +16,13 @@ from flwr.supercore.task_identity import TaskIdentity
 from specs import client_spec
 
 from hosl_flower.config.node_config import NodeConfig
-from hosl_flower.errors import ClientError, DataError, RefusedError, public_reason
+from hosl_flower.errors import (
+    ClientError,
+    DataError,
+    ProtocolError,
+    RefusedError,
+    public_reason,
+)
 from hosl_flower.flower import client_app, client_calls
 from hosl_flower.flower.message_link import EXCHANGE
 from hosl_flower.flower.records import pack, pack_invitation, unpack_replies
@@ -217,6 +224,27 @@ def test_an_error_is_public_where_it_says_so_and_nowhere_else():
     assert public_reason(DataError(SECRET, public="row 7")) == "DataError: row 7"
     assert public_reason(KeyError(SECRET)).startswith("KeyError: the reason is in the log")
     assert public_reason(RefusedError("no")) == "RefusedError: no"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("limit", -1),
+        ("limit", 0),
+        ("limit", 2**31),
+        ("patience", -1.0),
+        ("patience", 61.0),
+        ("patience", float("nan")),
+        ("patience", float("inf")),
+    ],
+)
+def test_an_invitation_sets_no_limit_beyond_those_of_this_project(key, value):
+    good = json.loads(dial.Invitation("localhost:1", "t", "", 2**31 - 1, 60.0).to_json())
+    dial.Invitation.from_json(json.dumps(good))
+    with pytest.raises(ProtocolError, match=rf"^invitation to a stream, {key}: Input should be"):
+        dial.Invitation.from_json(json.dumps({**good, key: value}))
+    with pytest.raises(ProtocolError, match=r"^invitation to a stream, the whole: Invalid JSON"):
+        dial.Invitation.from_json("no")
 
 
 def ask_session(config, endpoint, authority=""):

@@ -5,14 +5,16 @@ import queue
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import Annotated
 
 import grpc
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from hosl_flower.errors import ClientError, ProtocolError, RefusedError
 from hosl_flower.flower.stream.frames import (
     METHOD,
+    MOST_FRAME,
     Key,
     channel_options,
     decode_frame,
@@ -26,6 +28,7 @@ from hosl_flower.system.proxies import is_loopback
 
 log = logging.getLogger("hosl_flower")
 
+MOST_PATIENCE = 60.0  # seconds
 _FIRST_PAUSE, _LAST_PAUSE = 0.2, 5.0
 _FIRST_CONTACT = 10.0  # seconds of trying before there was any connection
 # a name or an address: gRPC takes "unix:/path" and other schemes for an endpoint too
@@ -47,8 +50,8 @@ class Invitation:
     endpoint: str
     token: str
     authority: str
-    limit: int
-    patience: float
+    limit: Annotated[int, Field(gt=0, le=MOST_FRAME)]  # gRPC takes -1 for no limit
+    patience: Annotated[float, Field(ge=0, le=MOST_PATIENCE, allow_inf_nan=False)]
 
     def to_json(self) -> str:
         """For the Flower message."""
@@ -60,7 +63,9 @@ class Invitation:
         try:
             return _ADAPTER.validate_json(text)
         except ValidationError as error:
-            raise ProtocolError("the invitation to a stream is not one") from error
+            first = error.errors(include_input=False)[0]
+            where = ".".join(map(str, first["loc"])) or "the whole"
+            raise ProtocolError(f"invitation to a stream, {where}: {first['msg']}") from error
 
 
 _ADAPTER = TypeAdapter(Invitation)

@@ -95,6 +95,7 @@ def _open(frame: bytes, longest: int) -> tuple[dict[str, Any], int]:
 
 
 METHOD = "/hosl.Stream/Session"
+MOST_FRAME = 2**31 - 1  # bytes that gRPC can be told to send at once
 
 
 _KEEPALIVE = [("grpc.keepalive_time_ms", 20_000), ("grpc.keepalive_timeout_ms", 20_000)]

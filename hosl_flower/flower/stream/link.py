@@ -14,8 +14,8 @@ from hosl_flower.config.client_spec import ClientSpec
 from hosl_flower.errors import AbsentError, ClientError, ConfigError, ProtocolError, SuperLinkError
 from hosl_flower.flower.nodes import Nodes, WaitLimit
 from hosl_flower.flower.stream.calls import Caller, StreamCall
-from hosl_flower.flower.stream.client_end import Invitation
-from hosl_flower.flower.stream.frames import Key
+from hosl_flower.flower.stream.client_end import MOST_PATIENCE, Invitation
+from hosl_flower.flower.stream.frames import MOST_FRAME, Key
 from hosl_flower.flower.stream.server_end import StreamServer
 from hosl_flower.flower.superlink import AnyGrid
 from hosl_flower.protocol.messages.base import Behind, Failure, Reply, Request
@@ -35,7 +35,6 @@ _CLOSE_SECONDS = 15.0
 _LOOK_SECONDS = 0.5  # between two questions to SuperLink about a node without a connection
 _START_SECONDS = 60.0  # that a node which does not come is not doubted: it may be loading
 _MOMENT = 0.05
-_MOST_FRAME = 2**31 - 1  # bytes that gRPC can be told to send at once
 
 
 class StreamLink(Link):
@@ -65,10 +64,10 @@ class StreamLink(Link):
         self.longest, self.indispensable = longest, indispensable
         self._heard_at = 0.0
         self.limit = longest_frame(limits, history)
-        if self.limit > _MOST_FRAME:
+        if self.limit > MOST_FRAME:
             raise ConfigError(
                 f"one message of this run may take {self.limit} bytes, and a stream carries at "
-                f"most {_MOST_FRAME}: set link = grid, or a smaller batch-size or max-length, or, "
+                f"most {MOST_FRAME}: set link = grid, or a smaller batch-size or max-length, or, "
                 "where it is weights that are so many, client-trainable = lora"
             )
         # each connection has a reading and a writing thread; a node may be dialling anew
@@ -79,7 +78,7 @@ class StreamLink(Link):
             token="",
             authority=authority,
             limit=self.limit,
-            patience=min(60.0, deadline),
+            patience=min(MOST_PATIENCE, deadline),
         )
         self.caller = Caller(grid, spec, invitation, lifetime)
         self._lines: dict[int, StreamCall] = {}  # by node id
