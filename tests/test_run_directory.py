@@ -165,6 +165,28 @@ def test_a_run_with_files_that_are_not_its_own_is_not_resumed(stopped, tmp_path,
         find(config)
 
 
+@pytest.mark.parametrize("name", ["log.txt", "checkpoint-3", "tensorboard", "wandb"])
+def test_a_link_that_leads_nowhere_is_refused_too(stopped, tmp_path, name):
+    run, config = stopped
+    if (run / name).exists():
+        (run / name).rename(tmp_path / "elsewhere")
+    (run / name).symlink_to(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=rf"{name} cannot be read: .*No such file"):
+        find(config)
+
+
+def test_links_of_the_users_own_beside_the_files_of_a_run_are_left_alone(stopped, tmp_path):
+    run, config = stopped
+    (tmp_path / "own").mkdir()
+    (run / "model").symlink_to(tmp_path / "own")
+    for name, target in (("data", "own"), ("checkpoint-best", "own"), ("notes.txt", "nowhere")):
+        (run / name).symlink_to(tmp_path / target)
+    assert find(config).step == 3
+    (run / "tensorboard").symlink_to(tmp_path / "own")
+    with pytest.raises(CheckpointError, match="tensorboard is a link that leads out of"):
+        find(config)
+
+
 def test_a_link_within_the_directory_is_as_good_as_the_file(stopped):
     run, config = stopped
     (run / "config.json").rename(run / "keys.json")

@@ -12,12 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from hosl_flower.errors import CheckpointError
 from hosl_flower.ledger.ledger import Ledger
-from hosl_flower.run.checkpoint import Checkpoint
+from hosl_flower.run.checkpoint import Checkpoint, found
 from hosl_flower.run.run_files import MetricsLine
 from hosl_flower.system.untrusted_files import check_file, check_tree, parse_json, read_bytes
 from hosl_flower.tensors.memory import PHASES
 
 _KEPT = ("config.json", "metrics.jsonl", "ledger.jsonl", "log.txt")
+_TRACKED = ("tensorboard", "wandb")  # libraries write there; the rest is replaced, not followed
 _MOST_LOG = 1 << 40  # bytes of a file of lines
 
 Count = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
@@ -105,14 +106,17 @@ def check_values(path: Path, values: Any) -> None:
 
 
 def check_links(directory: Path) -> None:
-    """CheckpointError for a run directory whose files are not its own: a run would write there."""
+    """CheckpointError where something that a run writes to or goes on from is not its own, but a
+    link out of its directory, say."""
+    checkpoints = [path for _, path in found(directory)]
     for entry in directory.iterdir():
-        if entry.name.startswith("checkpoint-"):
-            check_tree(directory, entry)
-        elif entry.name in _KEPT:
-            check_file(directory, entry)
-        elif entry.is_symlink() and entry.name != "model":  # which is replaced, not followed
-            check_tree(directory, entry)
+        try:
+            if entry.name in _KEPT:
+                check_file(directory, entry)
+            elif entry in checkpoints or (entry.name in _TRACKED and entry.is_symlink()):
+                check_tree(directory, entry)
+        except OSError as error:  # a link that leads nowhere, too
+            raise CheckpointError(f"{entry} cannot be read: {error}") from error
 
 
 def check_files(directory: Path, checkpoint: Checkpoint) -> None:
