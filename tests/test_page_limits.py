@@ -134,14 +134,6 @@ def test_kinds_of_message_without_end_are_not_all_drawn(tmp_path, undrawn):
     assert "kind99 " not in text
 
 
-def test_a_claim_that_was_left_out_is_said(tmp_path, undrawn):
-    peaks = {"bytes": None, "tensor_bytes": {"forward": 1}, "note": "a client's claim of 9 bytes"}
-    assert (
-        "one: a client's claim of 9 bytes."
-        in checked(write_run(tmp_path / "one", client_peak_memory=peaks)).text
-    )
-
-
 def test_a_page_without_room_leaves_the_one_that_was_there(tmp_path, undrawn, monkeypatch):
     run, out = write_run(tmp_path / "one"), tmp_path / "page.html"
     out.write_text("before")

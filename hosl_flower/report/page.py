@@ -164,11 +164,6 @@ def _memory(runs: Sequence[Run]) -> Html:
             "has batches of its own size, and exchange copies whole weights: neither is part of a "
             "training step."
         ),
-        *(
-            note(r.name, ": ", m.note, ".")
-            for r in runs
-            if (m := r.results.client_peak_memory).note
-        ),
     )
 
 

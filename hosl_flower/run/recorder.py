@@ -82,8 +82,7 @@ class Recorder:
         self._behind = False  # metrics.jsonl lacks lines
         self.ending = Ending()
         self._seconds: dict[str, float] = defaultdict(float)
-        self._opened = self._started = self._last_line = time.perf_counter()
-        self._client_seconds, self._doubted = 0.0, False  # since then
+        self._started = self._last_line = time.perf_counter()
         self._last_loss = float("nan")
         self._earlier = 0.0  # seconds before the checkpoint this run goes on from
 
@@ -213,7 +212,6 @@ class Recorder:
     ) -> None:
         """Record one training step. loss: not a number where nobody tells it. seconds: transport is
         what neither side computed."""
-        client = self._believed(client, session)
         seconds = {
             "client": client,
             "server": max(0.0, wall - waited),
@@ -234,23 +232,6 @@ class Recorder:
         self._track(step, tracked, "seconds", seconds)
         if time.perf_counter() - self._last_line > _PROGRESS_SECONDS:
             self._progress(step)
-
-    def _believed(self, client: float, session: Session) -> float:
-        """Seconds that clients say they computed in a step, at most what all of them together have
-        had since the run began."""
-        had = session.config.num_clients * (time.perf_counter() - self._opened)
-        most = max(0.0, had - self._client_seconds)
-        if client > most:
-            if not self._doubted:
-                log.warning(
-                    "clients claim to have computed for %.3g s, %.3g s can be at most: their "
-                    "seconds are left out where they cannot be",
-                    client,
-                    most,
-                )
-            self._doubted, client = True, most
-        self._client_seconds += client
-        return client
 
     def evaluated(self, step: int, score: HeldOut, session: Session) -> None:
         """Record one evaluation, and the client submodel's history up to it."""

@@ -44,9 +44,6 @@ class Results:
     ledger_digest: str
 
 
-_MOST_MEMORY = 1 << 46  # bytes: no client has so much, whatever it says
-
-
 class RunFigures(NamedTuple):
     """What was noted on the way. seconds: of all steps, by part."""
 
@@ -87,7 +84,8 @@ def results_of(
         bytes_up=_by_kind(traffic.up),
         bytes_down=_by_kind(traffic.down),
         client_peak_memory={
-            **_peaks(traffic),
+            "bytes": traffic.peak_bytes,
+            "tensor_bytes": dict(zip(PHASES, traffic.tensor_peaks, strict=True)),
             "meter": "process_rss",
             "tensor_meter": next(iter(participation.clients.values())).memory_meter,
         },
@@ -105,18 +103,6 @@ def results_of(
         fingerprint=session.history.state.mark().fingerprint,
         ledger_digest=session.history.ledger.digest(),
     )
-
-
-def _peaks(traffic: Traffic) -> dict[str, Any]:
-    """What clients say that they needed, as far as that can be: a phase with more has 0."""
-    tensors = {
-        phase: peak if peak <= _MOST_MEMORY else 0
-        for phase, peak in zip(PHASES, traffic.tensor_peaks, strict=True)
-    }
-    process = traffic.peak_bytes if traffic.peak_bytes <= _MOST_MEMORY else None
-    told = max(traffic.peak_bytes, *traffic.tensor_peaks)
-    note = f"a client's claim of {told} bytes is left out" if told > _MOST_MEMORY else ""
-    return {"bytes": process, "tensor_bytes": tensors, **({"note": note} if note else {})}
 
 
 def _by_partition(counts: Mapping[int, int]) -> dict[str, int]:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from hosl_flower.errors import CheckpointError
 from hosl_flower.ledger.ledger import Ledger
+from hosl_flower.protocol.messages.base import MOST_MEMORY
 from hosl_flower.run.checkpoint import Checkpoint, found
 from hosl_flower.run.run_files import MetricsLine
 from hosl_flower.system.untrusted_files import check_file, check_tree, parse_json, read_bytes
@@ -22,6 +23,7 @@ _TRACKED = ("tensorboard", "wandb")  # libraries write there; the rest is replac
 _MOST_LOG = 1 << 40  # bytes of a file of lines
 
 Count = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
+Memory = Annotated[int, Field(ge=0, le=MOST_MEMORY, strict=True)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Pairs = list[tuple[Count, Count]]
 
@@ -56,8 +58,8 @@ class _Traffic(_Part):
     down: dict[str, tuple[Count, Count]]
     waited_seconds: Seconds
     client_seconds: Seconds
-    peak_bytes: Count
-    tensor_peaks: Annotated[list[Count], Field(min_length=len(PHASES), max_length=len(PHASES))]
+    peak_bytes: Memory
+    tensor_peaks: Annotated[list[Memory], Field(min_length=len(PHASES), max_length=len(PHASES))]
 
 
 class _Sizes(BaseModel):

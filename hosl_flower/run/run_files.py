@@ -49,12 +49,10 @@ class Sent(Read):
 
 
 class Memory(Read):
-    """Peaks of the client that needed most: its process, its tensors by phase. note: about figures
-    that were not believed."""
+    """Peaks of the client that needed most: its process, its tensors by phase."""
 
     bytes: Integer | None = None
     tensor_bytes: dict[str, Integer] = {}
-    note: str = ""
 
 
 class Dropped(Read):

@@ -78,7 +78,7 @@ def table(results: "Results", traffic: Traffic) -> str:
         + " (client and server overlap)" * (sum(seconds.values()) > 2.1 * seconds["total"]),
         "bytes": f"{traffic.total(traffic.up) / 1e6:.1f} MB up, "
         f"{traffic.total(traffic.down) / 1e6:.3f} MB down",
-        "client peak memory": f"{_process(results)}, tensors: "
+        "client peak memory": f"{results.client_peak_memory['bytes'] / 2**20:.0f} MiB, tensors: "
         + ", ".join(f"{p} {n / 2**20:.0f}" for p, n in peaks.items()),
     }
     if dropped := results.clients["times_dropped"]:
@@ -94,12 +94,6 @@ def table(results: "Results", traffic: Traffic) -> str:
     for name, value in rows.items():
         grid.add_row(name, value)
     return _rendered(grid)
-
-
-def _process(results: "Results") -> str:
-    """Peak memory of a client's process."""
-    size = results.client_peak_memory["bytes"]
-    return "not known" if size is None else f"{size / 2**20:.0f} MiB"
 
 
 def _measured(results: "Results") -> dict[str, str]:

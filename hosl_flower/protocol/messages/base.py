@@ -23,7 +23,7 @@ Seconds = Annotated[Finite, Field(ge=0, le=1e6)]
 Peaks = Annotated[Counts, Field(min_length=len(PHASES), max_length=len(PHASES))]
 STRICT = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
 
-_MOST_BYTES = 2**46  # of memory: 64 TiB
+MOST_MEMORY = 2**46  # bytes, 64 TiB: no client has so much, whatever it says
 
 REPLIES: dict[str, "type[Reply]"] = {}  # by kind
 REQUESTS: dict[str, "type[Request]"] = {}
@@ -65,8 +65,8 @@ class Reply:
     def check_measures(self) -> None:
         """ProtocolError when a client claims more memory than any machine has."""
         most = max(self.peak_bytes, *self.tensor_peaks)
-        if most > _MOST_BYTES:
-            raise ProtocolError(f"memory: expected at most {_MOST_BYTES} bytes, got {most}")
+        if most > MOST_MEMORY:
+            raise ProtocolError(f"memory: expected at most {MOST_MEMORY} bytes, got {most}")
 
     @classmethod
     def largest(cls, request: Any, limits: ReplyLimits, state: ClientState) -> int:
