@@ -31,7 +31,9 @@ from hosl_flower.protocol.messages.ledger import Applied, Fingerprinted
 from hosl_flower.protocol.messages.scalars import Scalars
 from hosl_flower.protocol.reply_limits import ReplyLimits
 from hosl_flower.run import loop as training
+from hosl_flower.run import recorder
 from hosl_flower.run.checkpoint import Checkpoint, _sha256, read, write
+from hosl_flower.run.recorder import Recorder
 from hosl_flower.server import open_session as sessions
 from hosl_flower.server.in_process import InProcessLink
 from hosl_flower.server.participation import MOST_DROPS, Participation
@@ -313,6 +315,51 @@ def test_a_run_that_diverges_leaves_the_checkpoints_before(make, tmp_path, caplo
     assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
     last = (run / "log.txt").read_text()
     assert "the checkpoint of step 2, without checkpoint-2 from that of step 1" in last
+
+
+@pytest.fixture
+def wrecked_at_the_end(monkeypatch):
+    """The server's weights are wrecked after the results, by whatever there may be."""
+    real = Recorder.results
+
+    def results(self, method, session, *rest):
+        found = real(self, method, session, *rest)
+        with torch.no_grad():
+            next(iter(session.server.trained.values())).fill_(math.nan)
+        return found
+
+    monkeypatch.setattr(Recorder, "results", results)
+
+
+@pytest.mark.parametrize("save_format", ["merged", "adapters"])
+def test_a_model_that_is_not_finite_is_not_saved(make, tmp_path, wrecked_at_the_end, save_format):
+    lora = {"client_trainable": "lora", "server_trainable": "lora", "lora_rank": 2}
+    own = {**lora, "save_format": "adapters"} if save_format == "adapters" else {}
+    told = r"model, .* MB \(\S+ has values that are not finite, .*lower server-learning-rate"
+    with pytest.raises(DivergedError, match=rf"{told}.*; results\.json is there$") as raised:
+        make(HoSfl, checkpoint_every=1, **own)
+    assert "make room" not in str(raised.value)
+    run = tmp_path / "runs" / "run0"
+    assert math.isfinite(json.loads((run / "results.json").read_text())["loss"])
+    assert [p.name for p in run.iterdir() if "model" in p.name] == []
+    assert [p.name for p in run.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_a_last_checkpoint_that_is_not_finite_hides_no_other_failure(
+    make, monkeypatch, wrecked_at_the_end, caplog
+):
+    real = recorder.put
+
+    def full(path, content):
+        if path.name == "results.json":
+            raise OSError("No space left")
+        real(path, content)
+
+    monkeypatch.setattr(recorder, "put", full)
+    told = r"results\.json \(No space left\); checkpoint \(no checkpoint of step 2 is written: .*"
+    with pytest.raises(DivergedError, match=rf"{told}; the log has the results$"):
+        make(HoSfl, checkpoint_every=1, save_model=False)
+    assert "results.json could not be written, it would be: {" in caplog.text
 
 
 # one client of several, at fault

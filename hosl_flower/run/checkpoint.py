@@ -17,7 +17,6 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from torch import Tensor
 from hosl_flower.errors import CheckpointError, DivergedError
 from hosl_flower.system.untrusted_files import parse_json
 from hosl_flower.system.whole_files import save_tensors
-from hosl_flower.tensors.raw_bytes import largest
+from hosl_flower.tensors.raw_bytes import not_finite
 
 FORMAT = 1
 _NAME = "checkpoint-"
@@ -50,7 +49,7 @@ def write(run: Path, checkpoint: Checkpoint, kept: int = 1) -> Path:
     Raises OSError when it cannot be written, DivergedError when its values are not finite; what
     was there stays.
     """
-    if name := _not_finite(checkpoint.tensors):
+    if name := not_finite(checkpoint.tensors):
         raise DivergedError(
             f"no checkpoint of step {checkpoint.step} is written: {name} has values that are not "
             "finite, training has diverged; lower server-learning-rate or client-learning-rate"
@@ -84,12 +83,6 @@ def write(run: Path, checkpoint: Checkpoint, kept: int = 1) -> Path:
     return path
 
 
-def _not_finite(tensors: Mapping[str, Tensor]) -> str:
-    """The name of a tensor with values that are not finite; "" when there is none."""
-    bad = (n for n, t in tensors.items() if t.is_floating_point() and not isfinite(largest(t)))
-    return next(bad, "")
-
-
 def read(run: Path, step: int | None = None) -> Checkpoint:
     """The checkpoint of a step in a run directory, by default the latest. CheckpointError when
     there is none, or when it is damaged or of another version."""
@@ -112,7 +105,7 @@ def read(run: Path, step: int | None = None) -> Checkpoint:
         if record["step"] != step or not whole or record["sha256"] != _sha256(path / _TENSORS):
             raise ValueError("its parts do not belong together")
         tensors = load_file(path / _TENSORS)
-        if name := _not_finite(tensors):
+        if name := not_finite(tensors):
             raise ValueError(f"{name} has values that are not finite")
         return Checkpoint(step, record["values"], tensors)
     except (

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from hosl_flower.errors import HoslError
+from hosl_flower.errors import DivergedError, HoslError
 from hosl_flower.run.checkpoint import steps as checkpoints
 
 log = logging.getLogger("hosl_flower")
@@ -17,24 +17,35 @@ class Ending:
     written."""
 
     def __init__(self) -> None:
-        self.failures: dict[str, OSError] = {}
+        self.failures: dict[str, OSError | DivergedError] = {}
+
+    @property
+    def diverged(self) -> bool:
+        """Whether something is not written since its values are not finite."""
+        return any(isinstance(error, DivergedError) for error in self.failures.values())
 
     def attempt(self, what: str, write: Callable[[], object]) -> None:
         """Write something, or note that it could not be."""
         try:
             write()
-        except OSError as error:
+        except (OSError, DivergedError) as error:
             self.failures[what] = error
 
     def check(self, directory: Path, steps: int) -> None:
-        """HoslError unless everything of a run of so many steps has been written."""
-        if self.failures:
-            failed = "; ".join(f"{what} ({error})" for what, error in self.failures.items())
-            kept = "" if "results.json" in self.failures else "results.json is there; "
-            raise HoslError(
-                f"the run has taken all its steps, but some of {directory} could not be written: "
-                f"{failed}; {kept}make room there, {_way_on(directory, steps)}"
-            )
+        """HoslError unless everything of a run of so many steps has been written: DivergedError
+        where room would not have helped."""
+        if not self.failures:
+            return
+        failed = "; ".join(f"{what} ({error})" for what, error in self.failures.items())
+        lost = "results.json" in self.failures
+        kept = "the log has the results" if lost else "results.json is there"
+        said = (
+            f"the run has taken all its steps, but some of {directory} could not be written: "
+            f"{failed}; {kept}"
+        )
+        if self.diverged:
+            raise DivergedError(said)
+        raise HoslError(f"{said}; make room there, {_way_on(directory, steps)}")
 
 
 def warn_of_room(directory: Path, needed: int) -> None:

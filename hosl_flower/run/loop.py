@@ -7,9 +7,11 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+
+from torch import Tensor
 
 from hosl_flower.client.client import Client
 from hosl_flower.errors import (
@@ -37,7 +39,7 @@ from hosl_flower.server.in_process import InProcessLink
 from hosl_flower.server.link import Link
 from hosl_flower.server.scores import HeldOut
 from hosl_flower.server.session import Session
-from hosl_flower.tensors.raw_bytes import LARGEST_LOSS
+from hosl_flower.tensors.raw_bytes import LARGEST_LOSS, not_finite
 
 log = logging.getLogger("hosl_flower")
 
@@ -276,7 +278,8 @@ def finish(method: Method, session: Session, link: Link, report: Recorder) -> Re
     if config.save_model:
         what = f"model, {bytes_needed(session) / 1e6:.1f} MB"
         ending.attempt(what, lambda: save_model(report.directory / "model", session))
-    if ending.failures and session.done < config.steps and method.may_pause(config.steps):
+    wanted = ending.failures and not ending.diverged
+    if wanted and session.done < config.steps and method.may_pause(config.steps):
         at_end = (config.steps, session, method, link.traffic)
         ending.attempt("checkpoint", lambda: report.write_checkpoint(*at_end))
     report.close()
@@ -292,7 +295,8 @@ def bytes_needed(session: Session) -> int:
 
 
 def save_model(directory: Path, session: Session) -> None:
-    """Write the trained model, as plain weights or as adapters."""
+    """Write the trained model, as plain weights or as adapters. OSError when it cannot be written,
+    DivergedError when its values are not finite."""
     client, server = session.trained_client(), session.server
     if session.config.save_format == "adapters":
         assert client.lora is not None  # the config has been checked
@@ -300,6 +304,7 @@ def save_model(directory: Path, session: Session) -> None:
             **trainable_parameters(client, "lora"),
             **trainable_parameters(server.submodel, "lora"),
         }
+        _check_finite(adapters)
         save_adapters(
             directory,
             session.spec.model,
@@ -309,10 +314,12 @@ def save_model(directory: Path, session: Session) -> None:
             client.family.transposed,
         )
         return
-    save_merged(
-        directory,
-        session.base,
-        client.merged_parameters(),
-        server.state_dict(),
-        session.encoder.processor,
-    )
+    halves = client.merged_parameters(), server.state_dict()
+    for half in halves:
+        _check_finite(half)
+    save_merged(directory, session.base, *halves, session.encoder.processor)
+
+
+def _check_finite(weights: Mapping[str, Tensor]) -> None:
+    if name := not_finite(weights):
+        raise DivergedError(f"{name} has values that are not finite, {_DIVERGED}")

@@ -2,7 +2,7 @@
 
 import math
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -37,6 +37,16 @@ def largest(tensor: Tensor) -> float:
         return 0.0
     low, high = map(float, torch.aminmax(tensor.detach()))
     return max(-low, high)  # of two that are no numbers, the first
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str:
+    """The name of a tensor with values that are not finite; "" when there is none."""
+    bad = (
+        name
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and not math.isfinite(largest(tensor))
+    )
+    return next(bad, "")
 
 
 def first_of(tensor: Tensor, bad: Tensor) -> str:
