@@ -302,7 +302,7 @@ def test_hostile_frames_are_one_short_protocol_error(frame):
 )
 def test_a_client_that_sends_garbage_is_told_apart_at_once(history, make, monkeypatch, frame):
     link = make({7: {"partition-id": 0, "num-partitions": 1}})
-    original = dialling.encode
+    original = dialling.encode_frame
 
     def garbage(key, message):
         return frame if key.partition == 0 else original(key, message)
