@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hosl_flower.errors import ConfigError
 from hosl_flower.gradients.residual.attention import (
     Attended,
     listening,
@@ -32,22 +31,10 @@ from hosl_flower.gradients.residual.attention import (
 )
 from hosl_flower.gradients.residual.linear import LinearMap, Sums, at_hand
 from hosl_flower.gradients.residual.norm import Norm
-from hosl_flower.models.families.base import Parts
+from hosl_flower.gradients.residual.stream import Parts, residual_parts
 from hosl_flower.models.submodels import ClientSubmodel
 
 _CHUNK_TOKENS = 128  # whose feedback is worked out at a time: small beside what a block makes
-
-
-def residual_parts(submodel: ClientSubmodel) -> Parts:
-    """Names of the modules the rule goes by. ConfigError for a stream that is no plain sum."""
-    decoder: Any = submodel.decoder
-    parts = submodel.family.residual_parts(decoder.config)
-    if parts is None:
-        raise ConfigError(
-            "client-gradient = residual needs a pre-norm model that adds embeddings, attention and "
-            "MLP to the stream as they are; use recompute"
-        )
-    return parts
 
 
 def trained_parts(parts: Parts) -> list[str]:

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from hosl_flower.errors import ConfigError
-from hosl_flower.gradients.residual.block import Feedback, residual_parts, trained_parts
+from hosl_flower.gradients.residual.block import Feedback, trained_parts
+from hosl_flower.gradients.residual.stream import embedded_rows, residual_parts
 from hosl_flower.models.batch import Batch
 from hosl_flower.models.blockwise import Blocks, pieces
 from hosl_flower.models.submodels import ClientSubmodel
@@ -38,7 +39,7 @@ def fed_back(submodel: ClientSubmodel, names: Collection[str]) -> list[str]:
     no plain sum, or when there are none."""
     family, parts = submodel.family, trained_parts(residual_parts(submodel))
     nothing = torch.zeros(1, 1, dtype=torch.int64)
-    trained = [f"decoder.{name}" for name in family.embedded(nothing, nothing)]
+    trained = [f"decoder.{name}" for name in embedded_rows(submodel, nothing, nothing)]
     for index in range(len(Blocks(submodel))):
         for part in parts:
             block = f"decoder.{family.blocks}.{index}"
@@ -104,7 +105,7 @@ class _Embeddings:
     ):
         self._parts: list[tuple[str, torch.Size, Tensor, Tensor, Tensor]] = []
         mask = batch.attention_mask
-        taken = submodel.family.embedded(batch.inputs, mask)
+        taken = embedded_rows(submodel, batch.inputs, mask)
         for name, rows in taken.items():
             name = submodel.canonical(f"decoder.{name}")
             if name in parameters:

@@ -1,7 +1,7 @@
 """What a model family must say of its models, and stand-ins for the parts a half lacks."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,30 +18,6 @@ class Absent(nn.Module):
 
     def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden
-
-
-class Parts(NamedTuple):
-    """Names of the modules of a block that residual feedback goes by: the norm before the
-    attention; the projections of queries, keys and values, or one of all three; the attention's
-    output projection; the MLP's norm, first and second matrix and activation. gate: of an MLP that
-    is down(activation(gate(x)) * up(x)), else down(activation(up(x))). head_norms: of queries and
-    of keys, head by head. scaling: the attribute by which a projection's queries are multiplied."""
-
-    entry: str
-    projections: tuple[str, ...]
-    attention: str
-    norm: str
-    up: str
-    down: str
-    activation: str
-    gate: str = ""
-    head_norms: tuple[str, ...] = ()
-    scaling: str = ""
-
-
-def projections(attention: str) -> tuple[str, ...]:
-    """Their usual names."""
-    return tuple(f"{attention}.{each}_proj" for each in "qkv")
 
 
 Rename = Callable[[str], str]
@@ -101,11 +77,3 @@ class Family(Protocol):
 
     def starts_at_one(self, name: str) -> bool:
         """Whether a freshly initialised vector, by canonical name, is ones, not zeros."""
-
-    def residual_parts(self, config: PretrainedConfig) -> Parts | None:
-        """For residual feedback: None unless embeddings, attention and MLP are added to the
-        residual stream as they are: no projection, and no norm after attention or MLP."""
-
-    def embedded(self, ids: Tensor, mask: Tensor) -> Mapping[str, Tensor]:
-        """For residual feedback: rows [b, S] of each embedding that ids and mask [b, S] take, by
-        parameter name within the decoder."""

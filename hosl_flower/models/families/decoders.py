@@ -21,9 +21,7 @@ from hosl_flower.models.families.base import (
     Absent,
     Family,
     InitStd,
-    Parts,
     Rename,
-    projections,
 )
 
 
@@ -128,19 +126,6 @@ class Opt(_Decoder):
     def starts_at_one(self, name: str) -> bool:
         return name.endswith("norm.weight")
 
-    def residual_parts(self, config: PretrainedConfig) -> Parts | None:
-        plain = config.word_embed_proj_dim == config.hidden_size and config.do_layer_norm_before
-        if not plain:
-            return None
-        attention = (projections("self_attn"), "self_attn.out_proj")
-        mlp = ("final_layer_norm", "fc1", "fc2", "activation_fn")
-        return Parts("self_attn_layer_norm", *attention, *mlp, scaling="self_attn.scaling")
-
-    def embedded(self, ids: Tensor, mask: Tensor) -> Mapping[str, Tensor]:
-        offset = 2  # of OPT's position embedding
-        positions = self.positions(mask)["position_ids"]
-        return {"embed_tokens.weight": ids, "embed_positions.weight": positions + offset}
-
 
 class Gpt2(_Decoder):
     """GPT-2 (Radford et al. 2019)."""
@@ -165,13 +150,6 @@ class Gpt2(_Decoder):
     def starts_at_one(self, name: str) -> bool:
         return name.rpartition(".")[0].endswith(("ln_1", "ln_2", "ln_f"))
 
-    def residual_parts(self, config: PretrainedConfig) -> Parts | None:
-        mlp = ("mlp.c_fc", "mlp.c_proj", "mlp.act")
-        return Parts("ln_1", ("attn.c_attn",), "attn.c_proj", "ln_2", *mlp)
-
-    def embedded(self, ids: Tensor, mask: Tensor) -> Mapping[str, Tensor]:
-        return {"wte.weight": ids, "wpe.weight": self.positions(mask)["position_ids"]}
-
 
 class Llama(_Decoder):
     """Llama (Touvron et al. 2023) and the families whose modules have its names: Llama 2 and 3,
@@ -195,15 +173,6 @@ class Llama(_Decoder):
     def starts_at_one(self, name: str) -> bool:
         return name.endswith("norm.weight")
 
-    def residual_parts(self, config: PretrainedConfig) -> Parts | None:
-        mlp = ("mlp.up_proj", "mlp.down_proj", "mlp.act_fn", "mlp.gate_proj")
-        attention = (projections("self_attn"), "self_attn.o_proj", "post_attention_layernorm")
-        norms = ("self_attn.q_norm", "self_attn.k_norm") if config.model_type == "qwen3" else ()
-        return Parts("input_layernorm", *attention, *mlp, head_norms=norms)
-
-    def embedded(self, ids: Tensor, mask: Tensor) -> Mapping[str, Tensor]:
-        return {"embed_tokens.weight": ids}
-
 
 class Gemma3(Llama):
     """Gemma 3's text models (Gemma Team 2025). The embedding scales its own rows; norms multiply
@@ -211,9 +180,6 @@ class Gemma3(Llama):
 
     def starts_at_one(self, name: str) -> bool:
         return False
-
-    def residual_parts(self, config: PretrainedConfig) -> Parts | None:
-        return None  # there are norms after attention and MLP
 
 
 FAMILIES: dict[str, Family] = {

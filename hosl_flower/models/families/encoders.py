@@ -9,14 +9,13 @@ server, whose blocks know no order, moves the padding behind. Token types, where
 come beside the ids, [B, 2, S].
 """
 
-from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, DynamicCache, PretrainedConfig
 
-from hosl_flower.models.families.base import Absent, Family, InitStd, Parts, Rename
+from hosl_flower.models.families.base import Absent, Family, InitStd, Rename
 from hosl_flower.models.families.renames import published_renames
 
 
@@ -103,12 +102,6 @@ class Bert:
 
     def starts_at_one(self, name: str) -> bool:
         return name.endswith(("LayerNorm.weight", "layer_norm.weight"))
-
-    def residual_parts(self, config: PretrainedConfig) -> Parts | None:
-        return None  # norms follow attention and MLP
-
-    def embedded(self, ids: Tensor, mask: Tensor) -> Mapping[str, Tensor]:
-        return {}
 
 
 class Roberta(Bert):

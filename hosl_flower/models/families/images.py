@@ -9,7 +9,6 @@ nothing updates; its scales and shifts are parameters like others.
 """
 
 import math
-from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, DynamicCache, PretrainedConfig
 
 from hosl_flower.errors import ConfigError
-from hosl_flower.models.families.base import Absent, Family, InitStd, Parts, Rename, projections
+from hosl_flower.models.families.base import Absent, Family, InitStd, Rename
 from hosl_flower.models.families.renames import published_renames
 
 
@@ -41,9 +40,6 @@ class _Classifier:
 
     def renames(self, model: Any) -> Rename:
         return str
-
-    def embedded(self, ids: Tensor, mask: Tensor) -> Mapping[str, Tensor]:
-        return {}
 
 
 class _Entered(nn.Module):
@@ -114,11 +110,6 @@ class Vit(_Classifier):
     def starts_at_one(self, name: str) -> bool:
         return ".layernorm" in name and name.endswith("weight")
 
-    def residual_parts(self, config: PretrainedConfig) -> Parts | None:
-        mlp = ("mlp.fc1", "mlp.fc2", "mlp.activation_fn")
-        attention = (projections("attention"), "attention.o_proj", "layernorm_after")
-        return Parts("layernorm_before", *attention, *mlp)
-
 
 class ResNet(_Classifier):
     """Residual networks (He et al. 2016), cut by stage: a block is a stage, the embeddings are the
@@ -184,9 +175,6 @@ class ResNet(_Classifier):
 
     def starts_at_one(self, name: str) -> bool:
         return name.endswith(("normalization.weight", "normalization.running_var"))
-
-    def residual_parts(self, config: PretrainedConfig) -> Parts | None:
-        return None
 
 
 IMAGE_FAMILIES: dict[str, ImageFamily] = {"resnet": ResNet(), "vit": Vit()}
