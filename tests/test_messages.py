@@ -201,7 +201,7 @@ HEADER = '"step":3,"partition":1,"position":2,"digest":"0123456789abcdef"'
         ("", "not JSON"),
         ("[]", "kind"),
         ('{"kind":["forward"]}', "kind"),
-        ('{"kind":"pickle"}', "expected a message of kind describe"),
+        ('{"kind":"pickle"}', "expected a message of kind adopt, "),
         ('{"kind":"forward",' + HEADER + "}", "batch: field required"),
         ('{"kind":"forward",' + HEADER + ',"batch":-1}', "greater than or equal to 0"),
         ('{"kind":"forward",' + HEADER + ',"batch":1.5}', "valid integer"),

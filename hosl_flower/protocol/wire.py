@@ -51,7 +51,7 @@ def from_wire(
     kind = values.pop("kind", "") if isinstance(values, dict) else ""
     if not isinstance(kind, str) or kind not in known:
         got = reprlib.repr(kind)
-        raise ProtocolError(f"expected a message of kind {', '.join(known)}, got {got}")
+        raise ProtocolError(f"expected a message of kind {', '.join(sorted(known))}, got {got}")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     if overlap := values.keys() & tensors.keys():
         raise ProtocolError(f"{kind}: {', '.join(overlap)} came twice")
