@@ -10,6 +10,7 @@ from runs import PROMPT, metrics, run_factory
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from hosl_flower.client.ledger_follower import LedgerFollower
 from hosl_flower.errors import (
     ClientError,
     ConfigError,
@@ -340,9 +341,7 @@ def test_too_few_clients_end_the_run_with_the_reasons(make, monkeypatch):
 
 
 def test_drift_is_found_at_the_next_evaluation_and_names_the_step(make, monkeypatch):
-    original = start.Client
-
-    class Flipped(original):
+    class Flipped(LedgerFollower):
         """Its memory is damaged while it applies step 3."""
 
         def apply(self, entries):
@@ -353,7 +352,7 @@ def test_drift_is_found_at_the_next_evaluation_and_names_the_step(make, monkeypa
                 self.state.trail.pop(3, None)
                 self.state.mark()
 
-    monkeypatch.setattr(start, "Client", Flipped)
+    monkeypatch.setattr("hosl_flower.client.client.LedgerFollower", Flipped)
     with pytest.raises(DriftError, match=r"client \d: the client submodel drifted at step 3"):
         make(steps=6, eval_every=6)
 

@@ -72,7 +72,7 @@ def test_ho_sfl_learns_and_its_ledger_replays_to_the_same_bits(run, name):
     assert results.evaluations[-1]["loss"] < results.evaluations[0]["loss"]
     client = Client(open_run(HoSfl(config), "again")[0].spec)
     before = fingerprint(client.state.parameters)
-    client.apply(Ledger.read(directory / "ledger.jsonl").entries)
+    client.follower.apply(Ledger.read(directory / "ledger.jsonl").entries)
     assert fingerprint(client.state.parameters) == results.fingerprint != before
 
 

@@ -298,7 +298,7 @@ def test_held_out_states_are_asked_for_in_requests_of_an_example_at_least(
 def test_states_that_do_not_fit_are_refused():
     """Batches of 3; 20 held-out examples; activations as wide as hidden states."""
     client = Client(client_spec(labels="client"))
-    width = client.compute.hidden
+    width = client.submodel.hidden_size
     at = {"step": 1, "partition": 0, "position": 9, "digest": "0" * 16}
     for shape in ((4, 1, width), (0, 1, width), (3, 2, width), (3, 1, width + 1)):
         request = HiddenStates(**at, batch=0, first=0, states=torch.zeros(shape))

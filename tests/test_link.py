@@ -151,11 +151,11 @@ def test_an_update_another_partition_made_is_not_made_twice(link, history, clien
 
 
 def test_a_client_with_another_history_starts_over_from_its_base(link, history, client):
-    client.apply([Entry(9, (99,), (0.5,), 1e-2)])
+    client.follower.apply([Entry(9, (99,), (0.5,), 1e-2)])
     link.post(update(history, 1))
     link.flush()
     fresh = Client(SPEC)
-    fresh.apply(history.ledger.entries)
+    fresh.follower.apply(history.ledger.entries)
     assert client.state.mark().fingerprint == fresh.state.mark().fingerprint
 
 
@@ -217,7 +217,7 @@ def test_it_does_not_matter_which_process_answers(history, pick):
     expected = []
     for entry in history.ledger.entries:
         expected.append(reference.state.mark().fingerprint)
-        reference.apply([entry])
+        reference.follower.apply([entry])
     assert prints == expected
 
 

@@ -9,6 +9,7 @@ import torch
 from specs import client_spec
 
 from hosl_flower.client.client import Client
+from hosl_flower.client.mini_batches import OneMiniBatch
 from hosl_flower.ledger.ledger import Entry
 from hosl_flower.models.batch import Batch
 from hosl_flower.protocol.messages.activations import Forward, Probe
@@ -24,7 +25,18 @@ BATCH, LENGTH = 8, 32
 def loaded() -> Client:
     """One client for all tests: its tokenizer and data take longer than they do."""
     spec = client_spec(model="random:opt-tiny", cut_layer=2, batch_size=BATCH, max_length=LENGTH)
-    return Client(spec)
+    return Client(spec, mini_batches=lambda pool, own: OneMiniBatch(pool, own, batch_of_shapes()))
+
+
+def batch_of_shapes() -> Batch:
+    """A mini-batch in which all tokens differ, two positions of each sequence padded."""
+    batch = Batch(
+        torch.arange(BATCH * LENGTH).view(BATCH, LENGTH) + 5,
+        torch.ones(BATCH, LENGTH, dtype=torch.int64),
+        torch.zeros(BATCH, dtype=torch.int64),
+    )
+    batch.attention_mask[:, :2] = 0
+    return batch
 
 
 def peaks_of(traced: bool, **changes) -> dict[str, int]:
@@ -33,13 +45,6 @@ def peaks_of(traced: bool, **changes) -> dict[str, int]:
     client.spec, client.meter = replace(client.spec, **changes), Meter("cpu")
     with shapes_only() if traced else nullcontext():
         client.reset()
-        batch = Batch(
-            torch.arange(BATCH * LENGTH).view(BATCH, LENGTH) + 5,  # all tokens differ
-            torch.ones(BATCH, LENGTH, dtype=torch.int64),
-            torch.zeros(BATCH, dtype=torch.int64),
-        )
-        batch.attention_mask[:, :2] = 0
-        client.compute.train_batch = lambda *_: batch
         width, dtype = client.submodel.hidden_size, next(client.submodel.parameters()).dtype
         back = {
             "batch": 0, "gradient": torch.full((BATCH, LENGTH, width), 0.1, dtype=dtype),
@@ -55,15 +60,8 @@ def peaks_of(traced: bool, **changes) -> dict[str, int]:
         for request in requests:
             list(client.answer([request]))
         if client.spec.client_gradient == "backprop":
-            client.apply([Entry(1, (11, 12), (0.5, -0.5), 1e-3)])
+            client.follower.apply([Entry(1, (11, 12), (0.5, -0.5), 1e-3)])
         return dict(client.meter.peaks)
-
-
-@pytest.fixture(autouse=True)
-def _own_batches():
-    original = loaded().compute.train_batch
-    yield
-    loaded().compute.train_batch = original
 
 
 @pytest.mark.parametrize(

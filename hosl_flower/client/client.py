@@ -12,13 +12,19 @@ from typing import ClassVar
 
 import torch
 
-from hosl_flower.client.compute import Compute
-from hosl_flower.client.ledger_follower import UNKNOWN, Follower, ReplyParts
-from hosl_flower.client.local_weights import LocalWeights
+from hosl_flower.client.activations import CutActivations
+from hosl_flower.client.generation import Writing
+from hosl_flower.client.gradients import ClientGradients
+from hosl_flower.client.ledger_follower import UNKNOWN, LedgerFollower, ReplyParts
+from hosl_flower.client.losses import LabelLosses
+from hosl_flower.client.mini_batches import MiniBatches
+from hosl_flower.client.scalars import ProbeScalars
+from hosl_flower.client.work import Work
 from hosl_flower.config.client_spec import ClientSpec
 from hosl_flower.data.client_data import DataPool
 from hosl_flower.data.encoders.make import make_inputs
 from hosl_flower.errors import IN_THE_LOG, DataError, HoslError, ProtocolError, public_reason
+from hosl_flower.ledger.client_state import ClientState
 from hosl_flower.ledger.new_state import load_client_half, new_state
 from hosl_flower.models.base_model import model_config, open_base
 from hosl_flower.models.label_head import OutputHead, load_output_head
@@ -62,7 +68,7 @@ from hosl_flower.tensors.memory import Meter, peak_rss_bytes
 log = logging.getLogger("hosl_flower")
 
 
-class Client(Follower):
+class Client:
     """The client submodel with its state, and the data of the partitions served.
 
     data_path, model: this node's own, instead of the run's (node config). secret: of this device's
@@ -71,7 +77,7 @@ class Client(Follower):
     simulation it is: then an error leaves with its public text alone.
     """
 
-    submodel: ClientSubmodel
+    work: Work
 
     def __init__(
         self,
@@ -82,40 +88,61 @@ class Client(Follower):
         secret: bytes | None = None,
         columns: tuple[str, ...] = (),
         remote: bool = False,
+        mini_batches: Callable[[DataPool, ClientSpec], MiniBatches] = MiniBatches,
     ):
         self.spec, self.remote = spec, remote
         self.secret = secret
-        self.mechanism, self.veil = mechanism_of(spec, secret), activation_noise_of(spec, secret)
+        self.mechanism, self.noise = mechanism_of(spec, secret), activation_noise_of(spec, secret)
         self.device = pick_device(device or spec.device)
         self.model = model or spec.model
         self.encoder = make_inputs(spec, self.model, model_config(self.model))
         self.pool = DataPool(spec, self.encoder, data_path, columns)
         self.meter = Meter(self.device)
+        self._mini_batches = mini_batches
         self.reset()
+
+    @property
+    def submodel(self) -> ClientSubmodel:
+        """The client submodel as it is now."""
+        return self.work.submodel
+
+    @property
+    def state(self) -> ClientState:
+        """Trained parameters, optimizer and position in the ledger."""
+        return self.work.state
 
     def reset(self) -> None:
         """Back to the base checkpoint, before the first update."""
-        for name in ("submodel", "state", "compute", "local_weights"):  # never two copies
-            self.__dict__.pop(name, None)
+        if hasattr(self, "work"):
+            self.work.release()  # never two copies of the weights
+        self.work = self._load()
+        self.follower = LedgerFollower(self.work, self._start_over)
+        self.activations = CutActivations(self.work)
+        self.losses = LabelLosses(self.work)
+        self.scalars = ProbeScalars(self.work, self.activations)
+        self.gradients = ClientGradients(self.work, self.activations, self.scalars)
+        self.writing = Writing(self.work, self.pool)
+
+    def _start_over(self) -> LedgerFollower:
+        self.reset()
+        return self.follower
+
+    def _load(self) -> Work:
         spec = self.spec
         base = open_base(self.model, spec.seed, partial=True)
         self.config = base.config
         head: OutputHead | None = None
         with self.meter.phase("load", 0):
-            self.submodel = load_client_half(
+            submodel = load_client_half(
                 base, spec, self.encoder.answers, self.device, spec.client_quantization
             )
             if spec.labels == "client":
                 answers = self.encoder.answers
                 assert isinstance(answers, AnswerWords)  # inputs.make_inputs has checked it
-                head = load_output_head(
-                    self.submodel, base, answers, self.device, spec.client_trainable
-                )
-        self.state = new_state(self.submodel, spec)
-        self.local_weights = LocalWeights(self.state)
-        self.compute = Compute(
-            spec, self.submodel, self.state, self.pool, self.meter, self.device, head,
-            self.mechanism, self.veil,
+                head = load_output_head(submodel, base, answers, self.device, spec.client_trainable)
+        return Work(
+            spec, submodel, new_state(submodel, spec), self._mini_batches(self.pool, spec),
+            self.meter, self.device, head, self.mechanism, self.noise,
         )  # fmt: skip
 
     def answer(self, requests: Iterable[Request]) -> Iterator[Reply]:
@@ -168,31 +195,31 @@ class Client(Follower):
             case Describe():
                 return self._describe(request)
             case HiddenStates():
-                judged = self.compute.judge(request)
+                judged = self.losses.train(request)
                 return HiddenGradient, {"loss": judged.loss, "gradient": judged.gradient.cpu()}
             case HeldOutStates():
-                judged = self.compute.judge_held_out(request)
+                judged = self.losses.held_out(request)
                 loss_sum = judged.loss * len(request.states)
                 return Scored, {"correct": judged.correct, "loss_sum": loss_sum}
             case CatchUp():
-                return self.catch_up(request)
+                return self.follower.catch_up(request)
             case Restore():
-                return self.restore(request)
+                return self.follower.restore(request)
             case ApplyDeltas():
-                return self.move(request)
-            case Losses() | Adopt() if self.already_applied(request):
-                return self.applied()
+                return self.follower.move(request)
+            case Losses() | Adopt() if self.follower.already_applied(request):
+                return self.follower.applied()
         here = (self.state.position, self.state.digest)
         if (request.position, request.digest) != here:
             return Behind, {"position": here[0], "digest": here[1]}
-        if isinstance(request, LocalStep) and self.local_weights.has_taken(request):
+        if isinstance(request, LocalStep) and self.work.local_weights.has_taken(request):
             return Stepped, {"local": request.local + 1}  # asked again: its receipt was lost
-        at_shared = self.local_weights.at_shared
-        if not self.local_weights.enter(request):
+        at_shared = self.work.local_weights.at_shared
+        if not self.work.local_weights.enter(request):
             # nobody's ledger has this digest: whatever is needed will be sent
             return Behind, {"position": 0, "digest": UNKNOWN}
-        if not (at_shared and self.local_weights.at_shared):
-            self.compute.moved()
+        if not (at_shared and self.work.local_weights.at_shared):
+            self.work.moved()
         handler = self._HANDLERS.get(type(request))
         if handler is None:
             raise ProtocolError(f"no answer to a {request.kind} request")
@@ -213,52 +240,58 @@ class Client(Follower):
             "held_out_overlap": data.overlap.flat() if told and data.overlap else (),
         }
 
+    def _update(self, request: Losses) -> ReplyParts:
+        return self.follower.update(request)
+
+    def _adopt(self, request: Adopt) -> ReplyParts:
+        return self.follower.adopt(request)
+
     def _fingerprints(self, request: Fingerprint) -> ReplyParts:
         self.state.mark()
         trail = {p: m.fingerprint for p, m in self.state.trail.items() if p >= request.since}
         return Fingerprinted, {"positions": tuple(trail), "fingerprints": tuple(trail.values())}
 
     def _probe(self, request: Probe) -> ReplyParts:
-        return Activations, self.compute.probed(request)
+        return Activations, self.activations.probed(request)
 
     def _forward(self, request: Forward) -> ReplyParts:
-        return Activations, self.compute.clean(request)
+        return Activations, self.activations.clean(request)
 
     def _evaluate(self, request: Evaluate) -> ReplyParts:
-        return Activations, self.compute.evaluate(request)
+        return Activations, self.activations.evaluate(request)
 
     def _continue(self, request: Continue) -> ReplyParts:
-        return Continued, self.compute.writing.continued(request, self.compute.phase)
+        return Continued, self.writing.continued(request)
 
     def _grade(self, request: Grade) -> ReplyParts:
-        return Graded, {"scores": self.compute.writing.grades(request)}
+        return Graded, {"scores": self.writing.grades(request)}
 
     def _cut_gradient(self, request: CutGradient) -> ReplyParts:
-        scalars, _ = self.compute.probe_linear(request)
+        scalars, _ = self.scalars.linear(request)
         return Scalars, {"scalars": torch.tensor(scalars, dtype=torch.float32)}
 
     def _local_train(self, request: LocalTrain) -> ReplyParts:
-        return Change, vars(self.compute.change(request))
+        return Change, vars(self.gradients.change(request))
 
     def _head_probe(self, request: HeadProbe) -> ReplyParts:
-        scalars, loss = self.compute.probe_head(request)
+        scalars, loss = self.scalars.head(request)
         return Scalars, {"scalars": torch.tensor(scalars, dtype=torch.float32), "loss": loss}
 
     def _backward(self, request: Backward) -> ReplyParts:
-        return Gradient, vars(self.compute.gradient(request))
+        return Gradient, vars(self.gradients.gradient(request))
 
     def _local_step(self, request: LocalStep) -> ReplyParts:
-        self.local_weights.keep_shared()
+        self.work.local_weights.keep_shared()
         try:
-            self.compute.local_step(request)
+            self.gradients.local_step(request)
         except BaseException:
-            self.local_weights.lost()
+            self.work.local_weights.lost()
             raise
-        self.local_weights.moved(request)
+        self.work.local_weights.moved(request)
         return Stepped, {"local": request.local + 1}
 
     def _fetch(self, request: Fetch) -> ReplyParts:
-        with self.compute.phase("exchange", self.state.elements):
+        with self.work.phase("exchange", self.state.elements):
             now = self.state.snapshot(request.moments)
         return Weights, {"updates": now.updates, "weights": now.weights, "moments": now.moments}
 
@@ -268,13 +301,13 @@ class Client(Follower):
         Evaluate: _evaluate,
         Continue: _continue,
         Grade: _grade,
-        Losses: Follower.update,
+        Losses: _update,
         CutGradient: _cut_gradient,
         LocalTrain: _local_train,
         HeadProbe: _head_probe,
         Backward: _backward,
         LocalStep: _local_step,
         Fetch: _fetch,
-        Adopt: Follower.adopt,
+        Adopt: _adopt,
         Fingerprint: _fingerprints,
     }

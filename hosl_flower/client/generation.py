@@ -1,19 +1,17 @@
 """The client's part in writing answers to held-out prompts: it runs what the server has chosen so
 far, and grades what comes out (held_out.py has the other part)."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hosl_flower.client.forwards import put_together
-from hosl_flower.config.client_spec import ClientSpec
+from hosl_flower.client.work import Work
 from hosl_flower.data.client_data import DataPool
 from hosl_flower.errors import ProtocolError
 from hosl_flower.models.decoding import Prompts, checked
-from hosl_flower.models.submodels import ClientSubmodel
 from hosl_flower.protocol.messages.activations import Evaluate
 from hosl_flower.protocol.messages.generation import Continue, Grade
 from hosl_flower.tasks.squad_score import graded
@@ -23,9 +21,10 @@ from hosl_flower.tensors.activation_codec import encode_activations
 class Writing:
     """What a client keeps of the prompts that are being answered."""
 
-    def __init__(self, spec: ClientSpec, submodel: ClientSubmodel, pool: DataPool, device: str):
-        self.spec, self.submodel, self.pool, self.device = spec, submodel, pool, device
+    def __init__(self, work: Work, pool: DataPool):
+        self.work, self.spec, self.pool = work, work.spec, pool
         self._prompts: tuple[tuple[int, int], Prompts] | None = None  # that are being answered
+        work.keep(self.tensors, self.forget)
 
     def forget(self) -> None:
         """The weights are others now, or nothing more will be asked."""
@@ -35,21 +34,20 @@ class Writing:
         """What is kept between requests."""
         yield from self._prompts[1].tensors() if self._prompts else ()
 
-    def continued(
-        self, request: Continue, phase: Callable[[str, int], AbstractContextManager[None]]
-    ) -> dict[str, Any]:
+    def continued(self, request: Continue) -> dict[str, Any]:
         """Activations of held-out prompts, or of the tokens after them. A process that does not
-        have what came before runs it again. phase: measures what runs within, by the name of a
-        phase and a size; not kept, it is Compute's, which has this."""
+        have what came before runs it again."""
         key = (request.partition, request.batch)
         prompts = self._prompts[1] if self._prompts and self._prompts[0] == key else None
         if prompts is None or not prompts.follows(request.tokens):
             self.forget()  # never two caches
             batch = self.pool.text_encoder.prompts(self._examples(request))
-            prompts = Prompts(self.submodel, batch, self.spec.client_micro_batch, self.device)
+            prompts = Prompts(
+                self.work.submodel, batch, self.spec.client_micro_batch, self.work.device
+            )
         count = len(prompts.batch.input_ids)
         tokens = checked(request.tokens, count, self.spec.max_new_tokens, self._vocabulary)
-        with phase("evaluate", prompts.batch.input_ids.numel() + tokens.numel()):
+        with self.work.phase("evaluate", prompts.batch.input_ids.numel() + tokens.numel()):
             coded = (
                 (first, encode_activations(piece, self.spec.codec))
                 for first, piece in prompts.activations(tokens)
@@ -80,5 +78,5 @@ class Writing:
     @property
     def _vocabulary(self) -> int:
         """V, the tokens there are."""
-        decoder: Any = self.submodel.decoder
+        decoder: Any = self.work.submodel.decoder
         return decoder.config.vocab_size

@@ -1,12 +1,11 @@
 """How a client follows the run: its own copy of what is trained, brought along the ledger."""
 
-from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from hosl_flower.client.compute import Compute
-from hosl_flower.client.local_weights import LocalWeights
+from hosl_flower.client.work import Work
 from hosl_flower.errors import DriftError, ProtocolError
 from hosl_flower.ledger.client_state import ClientState
 from hosl_flower.ledger.ledger import Entry, chain, chain_entries, fingerprint
@@ -20,17 +19,22 @@ UNKNOWN = "0" * 16  # a digest that no ledger has
 ReplyParts = tuple[type[Reply], dict[str, Any]]  # kind of reply and its own fields
 
 
-class Follower(ABC):
-    """The part of a client that has a position in the ledger. Every method answers a request that
-    moves it there, which changes all of it or nothing that is relied on."""
+class LedgerFollower:
+    """The position of a client in the ledger. Every method that takes a request answers one that
+    moves the client there, which changes all of it or nothing that is relied on.
 
-    state: ClientState
-    compute: Compute
-    local_weights: LocalWeights
+    Args:
+        work: the client's submodel and state.
+        start_over: goes back to the base checkpoint and returns the follower that is there then.
+    """
 
-    @abstractmethod
-    def reset(self) -> None:
-        """Back to the base checkpoint, before the first update."""
+    def __init__(self, work: Work, start_over: Callable[[], "LedgerFollower"]):
+        self.work, self._start_over = work, start_over
+
+    @property
+    def state(self) -> ClientState:
+        """Trained parameters, optimizer and position."""
+        return self.work.state
 
     def adopt(self, request: Adopt) -> ReplyParts:
         """The weights the client has come to by itself are everybody's."""
@@ -41,7 +45,7 @@ class Follower(ABC):
                 f"{request.weights}"
             )
         self.state.arrive(request.position + 1, request.digest_after, request.step)
-        self.local_weights.clear()
+        self.work.local_weights.clear()
         return self.applied()
 
     def update(self, request: Losses) -> ReplyParts:
@@ -71,14 +75,19 @@ class Follower(ABC):
         digests = chain_entries(request.digest, entries)
         done = state.position - request.position
         known = 0 <= done < len(digests) and digests[done] == state.digest
-        if not (known and self.local_weights.at_shared):
+        if not (known and self.work.local_weights.at_shared):
             if request.position:
                 return Behind, {"position": state.position, "digest": state.digest}
-            self.reset()  # another history: start over from the base checkpoint
-            done = 0
-            if self.state.digest != request.digest:
-                raise ProtocolError("catch-up: the entries are of another run")
+            del state  # its weights go before those of the base checkpoint come
+            return self._start_over().from_the_start(request, entries)  # another history
         self.apply(entries[done:])
+        return self.applied()
+
+    def from_the_start(self, request: CatchUp, entries: list[Entry]) -> ReplyParts:
+        """Apply a whole history to the base checkpoint."""
+        if self.state.digest != request.digest:
+            raise ProtocolError("catch-up: the entries are of another run")
+        self.apply(entries)
         return self.applied()
 
     def move(self, request: ApplyDeltas) -> ReplyParts:
@@ -88,12 +97,12 @@ class Follower(ABC):
         digests = (request.digest, *request.digests)
         done = state.position - request.position
         known = 0 <= done < len(digests) and digests[done] == state.digest
-        if not (known and self.local_weights.at_shared):
+        if not (known and self.work.local_weights.at_shared):
             return Behind, {"position": state.position, "digest": state.digest}
-        self.compute.moved()
-        self.local_weights.clear()
+        self.work.moved()
+        self.work.local_weights.clear()
         try:
-            with self.compute.phase("exchange", state.elements, request.values):
+            with self.work.phase("exchange", state.elements, request.values):
                 for step, digest, change in changes[done:]:
                     state.move(change, derive_seed(step, "shift"))
                     state.land(state.position + 1, digest, step)
@@ -106,24 +115,24 @@ class Follower(ABC):
     def restore(self, request: Restore) -> ReplyParts:
         """Become what the server's copy is, whatever there was before."""
         here = (self.state.position, self.state.digest) == (request.position, request.digest)
-        if not (here and self.local_weights.at_shared):
-            self.compute.moved()
+        if not (here and self.work.local_weights.at_shared):
+            self.work.moved()
             tensors = (request.weights, request.moments)
             try:
-                with self.compute.phase("exchange", self.state.elements, *tensors):
+                with self.work.phase("exchange", self.state.elements, *tensors):
                     self.state.restore(request.snapshot, request.step)
             except ValueError as error:
                 raise ProtocolError(f"restore: {error}") from error
-            self.local_weights.clear()
+            self.work.local_weights.clear()
         return self.applied()
 
     def apply(self, entries: list[Entry]) -> None:
         """Make the updates of ledger entries that follow on the position."""
         if entries:
-            self.compute.moved()
-            self.local_weights.clear()
+            self.work.moved()
+            self.work.local_weights.clear()
             directions = max(len(entry.seeds) for entry in entries)
-            with self.compute.phase("update", directions):
+            with self.work.phase("update", directions):
                 self.state.apply(entries)
 
     def applied(self) -> ReplyParts:

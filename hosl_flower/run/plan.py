@@ -15,6 +15,7 @@ import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from hosl_flower.client.client import Client
+from hosl_flower.client.mini_batches import OneMiniBatch
 from hosl_flower.config.run_config import RunConfig
 from hosl_flower.errors import ConfigError
 from hosl_flower.methods.load import load_method
@@ -29,7 +30,7 @@ from hosl_flower.server.kept_labels import STATES_BYTES
 from hosl_flower.server.link import Link
 from hosl_flower.server.session import Session
 from hosl_flower.tensors.device import torch_dtype
-from hosl_flower.tensors.memory import PHASES, Meter
+from hosl_flower.tensors.memory import PHASES
 from hosl_flower.tensors.shapes_only import shapes_only
 
 log = logging.getLogger("hosl_flower")
@@ -162,18 +163,20 @@ def peaks_of(config: RunConfig, partitions: list[int]) -> dict[str, int]:
     with shapes_only():
         method = load_method(config)
         session = open_run(method, "plan")[0]
-        session.sample = lambda step, absent=(): partitions  # type: ignore[method-assign]
-        client = Client(session.spec, secret=simulated_secret(session.spec.seed))
+        session.sampled = partitions
         batch = session.encoder.largest(config.batch_size)
-        client.compute.train_batch = lambda *_: batch  # type: ignore[method-assign]
-        client.compute.train_labels = lambda *_: batch.labels  # type: ignore[method-assign]
+        client = Client(
+            session.spec,
+            secret=simulated_secret(session.spec.seed),
+            mini_batches=lambda pool, spec: OneMiniBatch(pool, spec, batch),
+        )
         link = InProcessLink(client.answer, session.history, session.limits)
         describe_all(session, link)
         method.steps(session, link, [1])
-        first, ledger = client.meter.peaks, session.history.ledger
-        client.meter = client.compute.meter = Meter(client.device)  # to look at all anew
+        first, ledger = dict(client.meter.peaks), session.history.ledger
+        client.meter.start_over()
         if ledger.start <= client.state.position:  # entries in a message would be all zeros
-            client.apply(ledger.since(client.state.position))
+            client.follower.apply(ledger.since(client.state.position))
             for partition in partitions:
                 link.arrived(partition)
         method.steps(session, link, [2])
@@ -185,14 +188,15 @@ def peaks_of(config: RunConfig, partitions: list[int]) -> dict[str, int]:
 
 def _evaluate(session: Session, client: Client) -> None:
     """The largest part of an evaluation there can be, on shapes."""
-    compute, held_out = client.compute, session.participation.clients[0].held_out_examples
+    held_out = session.participation.clients[0].held_out_examples
     size = min(session.config.eval_batch_size, held_out)
-    compute.activations("evaluate", session.encoder.largest(size), "")
-    if compute.head is not None:  # labels = client: it scores hidden states too
-        wanted = compute.head.answers.states_per_example, compute.head.weight.shape[1]
+    client.activations.of("evaluate", session.encoder.largest(size), "")
+    head = client.work.head
+    if head is not None:  # labels = client: it scores hidden states too
+        wanted = head.answers.states_per_example, head.weight.shape[1]
         examples = min(held_out, max(1, STATES_BYTES // (4 * math.prod(wanted))))
         states = torch.zeros(examples, *wanted)
-        compute.judge_held_out(HeldOutStates(**session.at(2, 0), first=0, states=states))
+        client.losses.held_out(HeldOutStates(**session.at(2, 0), first=0, states=states))
 
 
 def _steps(method: Method, session: Session, link: InProcessLink) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -58,6 +58,7 @@ class Session:
     reference: Reference = NO_REFERENCE
     participation: Participation = field(default_factory=Participation)
     overlap: Overlap | None = None  # of the scored held-out part with its training part
+    sampled: Sequence[int] | None = None  # the clients of every step, where they are not drawn
     done: int = 0  # steps that were completed before this session began
 
     @property
@@ -191,6 +192,8 @@ class Session:
     def sample(self, step: int, absent: Collection[int] = ()) -> list[int]:
         """The K partitions of a step, ascending: drawn without replacement, by the seed and the
         step alone; the next in the draw stands in for one that is absent."""
+        if self.sampled is not None:
+            return list(self.sampled)
         count = self.config.num_clients
         order = permutation(count, derive_seed(self.config.seed, "clients", step))
         away = {*absent, *self.participation.expelled}

@@ -119,6 +119,10 @@ class Meter:
     def __init__(self, device: torch.device | str):
         self.device = torch.device(device)
         self.name = "cuda_allocated" if self.device.type == "cuda" else "live_storages"
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Forget all peaks, and measure every phase anew."""
         self.peaks = dict.fromkeys(PHASES, 0)
         self._live = LiveTensors()
         self._watched: dict[tuple[str, str], int] = {}  # (phase, part) -> largest size

@@ -86,6 +86,7 @@ def _client(shape: tuple, column: str, device: str) -> dict[str, Any]:
     from specs import client_spec
 
     from hosl_flower.client.client import Client
+    from hosl_flower.client.mini_batches import OneMiniBatch
     from hosl_flower.ledger.ledger import Entry
     from hosl_flower.models.batch import Batch
     from hosl_flower.protocol.messages.activations import Forward, Probe
@@ -93,7 +94,6 @@ def _client(shape: tuple, column: str, device: str) -> dict[str, Any]:
     from hosl_flower.protocol.messages.gradients import LocalStep
     from hosl_flower.protocol.messages.scalars import CutGradient
     from hosl_flower.tensors.device import torch_dtype
-    from hosl_flower.tensors.memory import Meter
 
     model, size, length, dtype, trainable = shape
     method = column.removesuffix("_micro")
@@ -104,10 +104,9 @@ def _client(shape: tuple, column: str, device: str) -> dict[str, Any]:
         client_micro_batch=MICRO_BATCH if column.endswith("_micro") else 0,
         **({"client_gradient": method, "client_optimizer": "adafactor"} if local else {}),
     )  # fmt: skip
-    client = Client(spec)
     ids, mask = _batch(size, length)
     batch = Batch(ids, mask, torch.zeros(size, dtype=torch.int64))
-    client.compute.train_batch = lambda *_: batch
+    client = Client(spec, mini_batches=lambda pool, own: OneMiniBatch(pool, own, batch))
     at = {"step": 1, "partition": 0, "position": 0, "digest": client.state.digest}
 
     def ask(request: Any) -> None:
@@ -136,14 +135,14 @@ def _client(shape: tuple, column: str, device: str) -> dict[str, Any]:
         ask(LocalStep(**at, **lambda_(), learning_rate=1e-6))
 
     def update() -> None:
-        client.apply([Entry(1, (1,), (0.125,), 1e-6)])
+        client.follower.apply([Entry(1, (1,), (0.125,), 1e-6)])
 
     weights = sum(p.nbytes for p in client.submodel.parameters())
     if method == "together":  # inference, HOSL and HO-SFL with as few forwards as they can share
         probe()
         forward()
-        first = client.meter.peaks
-        client.meter = client.compute.meter = Meter(client.device)
+        first = dict(client.meter.peaks)
+        client.meter.start_over()
         cut_gradient()
         update()
         second = client.meter.peaks
