@@ -9,7 +9,6 @@ words in pieces that stay in a cache. Signs come from a table by bytes: one look
 of them, already scaled, so that drawing and scaling is one pass over the numbers.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -18,50 +17,24 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-_MASK32 = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # Philox4x32 round multipliers
-_WEYL = (0x9E3779B9, 0xBB67AE85)  # Philox4x32 key increments
-_ROUNDS = 10
+from hosl_flower.tensors.philox_rounds import MASK32, label_words, rounds
+
 _DRAWN_BLOCKS = 1 << 14  # Philox blocks drawn at a time: half a megabyte of words
 _PIECE_ELEMENTS = 1 << 18  # numbers made at a time: one megabyte
 
 
-def _split_words(value: int) -> tuple[int, int]:
-    return value & _MASK32, (value >> 32) & _MASK32
-
-
-@cache
-def _label_words(label: str) -> tuple[int, int]:
-    """The two counter words that separate one stream from another."""
-    return _split_words(int.from_bytes(hashlib.sha256(label.encode()).digest()[:8], "little"))
-
-
 def philox(counters: Tensor, seed: int) -> Tensor:
-    """Philox4x32-10 of every row: counters [n, 4] int64 in [0, 2^32) -> words [n, 4], likewise.
-
-    int64 holds the low 64 bits of a 32 x 32 bit product on every device, which is all
-    that is needed: the sign bit is only another bit.
-    """
-    x0, x1, x2, x3 = counters.t().contiguous().unbind(0)
-    key0, key1 = _split_words(seed)
-    for _ in range(_ROUNDS):
-        product0 = x0 * _MULTIPLIERS[0]
-        product1 = x2 * _MULTIPLIERS[1]
-        # high words; what lies above 32 bits is cut off here only, since x1 and x3 are but xored
-        x0 = (product1 >> 32).bitwise_xor_(x1).bitwise_xor_(key0).bitwise_and_(_MASK32)
-        x2 = (product0 >> 32).bitwise_xor_(x3).bitwise_xor_(key1).bitwise_and_(_MASK32)
-        x1, x3 = product1, product0
-        key0 = (key0 + _WEYL[0]) & _MASK32
-        key1 = (key1 + _WEYL[1]) & _MASK32
-    return torch.stack((x0, x1, x2, x3), dim=1).bitwise_and_(_MASK32)
+    """Philox4x32-10 of every row: counters [n, 4] int64 in [0, 2^32) -> words [n, 4], likewise."""
+    columns = counters.t().contiguous().unbind(0)
+    return torch.stack(rounds(columns, seed), dim=1).bitwise_and_(MASK32)
 
 
 def counters_of(label: str, blocks: Tensor) -> Tensor:
     """Counters of the given block numbers [n] of one stream -> [n, 4]."""
-    low, high = _label_words(label)
+    low, high = label_words(label)
     words = blocks.new_empty((blocks.numel(), 4))
-    words[:, 0] = blocks & _MASK32
-    words[:, 1] = (blocks >> 32) & _MASK32
+    words[:, 0] = blocks & MASK32
+    words[:, 1] = (blocks >> 32) & MASK32
     words[:, 2] = low
     words[:, 3] = high
     return words

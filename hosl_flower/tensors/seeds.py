@@ -2,9 +2,9 @@
 
 import hashlib
 
-import torch
+import numpy
 
-from hosl_flower.tensors.philox import counters_of, philox
+from hosl_flower.tensors.philox_rounds import MASK32, label_words, rounds
 
 
 def derive_seed(seed: int, *labels: object) -> int:
@@ -19,8 +19,9 @@ def derive_seed(seed: int, *labels: object) -> int:
 
 def permutation(count: int, seed: int) -> list[int]:
     """0..count-1 shuffled, the same everywhere: sorted by 64-bit keys from the generator."""
-    words = philox(counters_of("permutation", torch.arange(-(-count // 2))), seed).view(-1, 2)[
-        :count
-    ]
+    blocks = numpy.arange(-(-count // 2))
+    low, high = (numpy.full_like(blocks, word) for word in label_words("permutation"))
+    columns = rounds((blocks & MASK32, blocks >> 32, low, high), seed)
+    words = (numpy.stack(columns, axis=1) & MASK32).reshape(-1, 2)[:count]
     keys = (words[:, 0] << 31) ^ words[:, 1]  # 63 bits, so never negative
-    return torch.argsort(keys, stable=True).tolist()
+    return numpy.argsort(keys, kind="stable").tolist()
