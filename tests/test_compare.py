@@ -15,10 +15,11 @@ from typer.testing import CliRunner
 
 from hosl_flower.cli import cli
 from hosl_flower.compare import runner as cells_module
-from hosl_flower.compare.experiment import Cell, cells, read_experiment, trials
+from hosl_flower.compare.experiment import cells, read_experiment, trials
+from hosl_flower.compare.experiment_file import Cell
 from hosl_flower.compare.figures import draw_frontier
-from hosl_flower.compare.outcome import Outcome, outcome
-from hosl_flower.compare.runner import CellError, choose, is_diverged, is_finished, run_all
+from hosl_flower.compare.outcome import CellError, Outcome, is_diverged, outcome
+from hosl_flower.compare.runner import choose, is_finished, run_all
 from hosl_flower.compare.table import Row, _gap, markdown
 from hosl_flower.compare.worker import main as cell_main
 from hosl_flower.config.parse import parse_config

@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hosl_flower.compare.experiment import Keys, cells, read_experiment, trials
+from hosl_flower.compare.experiment import cells, read_experiment, trials
+from hosl_flower.compare.experiment_file import Keys
 from hosl_flower.compare.figures import draw_comparison, draw_frontier
-from hosl_flower.compare.runner import CellError, choose, is_finished, run_all
+from hosl_flower.compare.outcome import CellError
+from hosl_flower.compare.runner import choose, is_finished, run_all
 from hosl_flower.compare.table import csv_text, markdown, rows
 from hosl_flower.system.directories import check_writable
 from hosl_flower.system.whole_files import put

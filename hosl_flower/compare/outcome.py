@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hosl_flower.compare.runner import CellError, is_diverged
+from hosl_flower.errors import HoslError
 from hosl_flower.run.headline import headline
 from hosl_flower.system.untrusted_files import read_json
+
+DIVERGED = "diverged.txt"  # in the run directory of a run that did
 
 # A backward pass counts as two, and the forward is run again for its graph. Recomputing and
 # residual feedback are booked at the most that was measured, operations over those of one forward:
@@ -28,6 +30,15 @@ _FORWARDS: dict[str, Callable[[Mapping[str, Any]], float]] = {
 _NOT_TRAINING = ("load", "evaluate")
 _SCORES = ("accuracy", "balanced_accuracy", "exact_match", "f1")
 _UPDATES = ("losses", "catch-up", "move", "restore", "fetch", "adopt", "hidden-states")
+
+
+class CellError(HoslError):
+    """A run of an experiment failed."""
+
+
+def is_diverged(directory: Path) -> bool:
+    """Whether the run ended because training left the finite numbers: it would again."""
+    return (directory / DIVERGED).is_file()
 
 
 def _linear(keys: Mapping[str, Any]) -> int:

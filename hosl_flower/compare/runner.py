@@ -14,18 +14,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as Eta
 
-from hosl_flower.compare.experiment import Cell, Experiment, Keys, grid, trials
+from hosl_flower.compare.experiment import grid, trials
+from hosl_flower.compare.experiment_file import Cell, Experiment, Keys
+from hosl_flower.compare.outcome import CellError, is_diverged
 from hosl_flower.config.parse import parse_config
 from hosl_flower.data.infer_task import completed
-from hosl_flower.errors import ConfigError, HoslError
+from hosl_flower.errors import ConfigError
 from hosl_flower.run.headline import headline
 from hosl_flower.system.signals import exiting_when_told
-
-DIVERGED = "diverged.txt"  # in the run directory of a run that did
-
-
-class CellError(HoslError):
-    """A run of an experiment failed."""
 
 
 def run_all(cells: Sequence[Cell], out: Path, processes: int, flower_app: str, what: str) -> None:
@@ -121,11 +117,6 @@ def _run(
     if process.returncode or not (directory / "results.json").is_file():
         last = "\n  ".join(said.strip().splitlines()[-5:])
         raise CellError(f"{cell.name} failed; the end of {out / cell.name}.log:\n  {last}")
-
-
-def is_diverged(directory: Path) -> bool:
-    """Whether the run ended because training left the finite numbers: it would again."""
-    return (directory / DIVERGED).is_file()
 
 
 def _summary(directory: Path) -> str:

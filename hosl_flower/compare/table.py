@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hosl_flower.compare.experiment import Cell, Experiment
+from hosl_flower.compare.experiment_file import Cell, Experiment
 from hosl_flower.compare.outcome import Outcome, outcome
 
 

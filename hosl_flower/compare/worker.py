@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from hosl_flower.compare.runner import DIVERGED
+from hosl_flower.compare.outcome import DIVERGED
 from hosl_flower.config.parse import parse_config
 from hosl_flower.errors import DivergedError, HoslError, printable
 from hosl_flower.flower.local_run import run_flower_app

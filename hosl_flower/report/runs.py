@@ -12,8 +12,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from hosl_flower.compare.outcome import Outcome, outcome
-from hosl_flower.compare.runner import DIVERGED
+from hosl_flower.compare.outcome import DIVERGED, Outcome, outcome
 from hosl_flower.errors import CheckpointError, HoslError, printable
 from hosl_flower.run.run_files import (
     ConfigFile,
@@ -103,13 +102,23 @@ class Run:
 
 def read_runs(directories: Sequence[Path]) -> list[Run]:
     """The runs in these directories, each once, under names that tell them apart."""
-    paths = list(dict.fromkeys(path.expanduser().absolute() for path in directories))
-    for path in paths:
-        _check(path)
+    paths = run_directories(directories)
     depth = 1
     while len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1
     return [_read(path, printable("/".join(path.parts[-depth:]))) for path in paths]
+
+
+def run_directories(directories: Sequence[Path]) -> list[Path]:
+    """Their absolute paths, each once.
+
+    Raises:
+        PageError: where one is no run directory.
+    """
+    paths = list(dict.fromkeys(path.expanduser().absolute() for path in directories))
+    for path in paths:
+        _check(path)
+    return paths
 
 
 def _check(path: Path) -> None:

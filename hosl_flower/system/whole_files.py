@@ -9,10 +9,12 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def put(path: Path, content: str | bytes) -> None:
@@ -55,10 +57,12 @@ def remove(path: Path) -> None:
 
 
 def save_tensors(
-    tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
+    tensors: "dict[str, Tensor]", path: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write a safetensors file, which other users may read if the umask lets them: the library
     makes files that are their owner's alone. OSError when it cannot be written."""
+    from safetensors.torch import save_file  # whoever has tensors has torch
+
     path.touch()
     mode = stat.S_IMODE(path.stat().st_mode)
     try:

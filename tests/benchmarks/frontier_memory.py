@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hosl_flower.cli import key_value
-from hosl_flower.compare.experiment import Cell, Experiment, Keys, cells, read_experiment
+from hosl_flower.compare.experiment import cells, read_experiment
+from hosl_flower.compare.experiment_file import Cell, Experiment, Keys
 from hosl_flower.compare.outcome import Outcome, outcome
 from hosl_flower.compare.runner import run_all
 
