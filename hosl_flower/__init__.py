@@ -36,7 +36,7 @@ _WHERE = {
     "ClientState": "ledger.client_state",
     # a finished run
     "read_run": "export.finished_run",
-    "open_trained": "export.finished_run",
+    "open_trained": "export.trained_model",
     "export_run": "export.export",
     "continuation": "export.generate",
     # errors
@@ -76,9 +76,9 @@ if TYPE_CHECKING:  # the same names, for type checkers
     from hosl_flower.errors import ModelError as ModelError
     from hosl_flower.errors import ProtocolError as ProtocolError
     from hosl_flower.export.export import export_run as export_run
-    from hosl_flower.export.finished_run import open_trained as open_trained
     from hosl_flower.export.finished_run import read_run as read_run
     from hosl_flower.export.generate import continuation as continuation
+    from hosl_flower.export.trained_model import open_trained as open_trained
     from hosl_flower.flower.strategy import SplitStrategy as SplitStrategy
     from hosl_flower.ledger.client_state import ClientState as ClientState
     from hosl_flower.ledger.ledger import Entry as Entry

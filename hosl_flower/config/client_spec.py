@@ -27,7 +27,7 @@ from hosl_flower.config.run_config import (
     split_words,
 )
 from hosl_flower.errors import ProtocolError
-from hosl_flower.models.base_model import RANDOM
+from hosl_flower.models.architectures import RANDOM
 from hosl_flower.models.lora import Lora
 from hosl_flower.tasks.task import Task
 

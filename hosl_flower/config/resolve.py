@@ -11,8 +11,8 @@ from hosl_flower.config.run_config import (
 )
 from hosl_flower.config.task_from_config import task_from_config
 from hosl_flower.errors import ConfigError, ModelError
-from hosl_flower.models.architectures import known_architectures
-from hosl_flower.models.base_model import RANDOM, check_cut, open_base
+from hosl_flower.models.architectures import RANDOM, known_architectures
+from hosl_flower.models.base_model import check_cut, open_base
 from hosl_flower.models.checkpoints import hub
 from hosl_flower.tasks.known import BUNDLED_TASK, TASKS
 from hosl_flower.tasks.known_images import IMAGE_TASKS

@@ -8,6 +8,7 @@ other.
 """
 
 import logging
+import os
 import unicodedata
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from hosl_flower.tasks.task import Task
 log = logging.getLogger("hosl_flower")
 
 _PROMPT = "{text}"
+_NO_PATHS = ("hub:", "bundled:")  # what data-path begins with that is none
 _OWN = "own"  # the name of what data-path holds, where it is given none
 _MANY = 50  # labels: more are not asked of a prompt, and of a classifier only where rows share them
 
@@ -46,7 +48,7 @@ def completed(config: RunConfig) -> RunConfig:
         return config
     if config.labels == "client":
         raise ConfigError("labels = client: the server reads no labels, so set verbalizers")
-    named = config.data_path.startswith(("hub:", "bundled:"))
+    named = config.data_path.startswith(_NO_PATHS)
     if not named and not Path(config.data_path).expanduser().exists():
         raise ConfigError(
             f"data-path = {config.data_path!r} does not exist here, on the server; if each node "
@@ -54,6 +56,21 @@ def completed(config: RunConfig) -> RunConfig:
         )
     words = _words(config)
     return _with(config, verbalizers=",".join(f"{name}={word}" for name, word in words.items()))
+
+
+def check_data_path(config: RunConfig) -> None:
+    """Refuse a data-path that is not there, for a run whose clients are on this machine.
+
+    Raises:
+        ConfigError: where the task is to be read of the data.
+        DataError: for any other task.
+    """
+    path = config.data_path
+    if not path or path.startswith(_NO_PATHS) or os.path.exists(os.path.expanduser(path)):
+        return
+    completed(config)
+    path = os.path.abspath(os.path.expanduser(path))
+    raise DataError(f"data path {path!r} does not exist")
 
 
 def _with(config: RunConfig, **keys: str) -> RunConfig:

@@ -17,8 +17,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from hosl_flower.errors import ConfigError, HoslError
-from hosl_flower.export.finished_run import Finished, read_run, trained_model
+from hosl_flower.export.finished_run import Finished, read_run
 from hosl_flower.export.model_card import WHAT, model_card
+from hosl_flower.export.trained_model import trained_model
 from hosl_flower.models.base_model import open_base
 from hosl_flower.models.processors import load_processor
 from hosl_flower.models.save_merged import save_merged

@@ -1,27 +1,18 @@
-"""A finished run and the model it left behind, side by side.
-
-`model/` of a run directory is a merged model, or LoRA adapters beside a base model that is found
-where the run found it (save-format). Either can be loaded as the two halves.
-"""
+"""A finished run's directory, read without torch: what is wrong with it is said at once."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from pydantic import ValidationError
 
-from hosl_flower.config.client_spec import server_lora
 from hosl_flower.config.parse import parse_config
 from hosl_flower.config.run_config import RunConfig
-from hosl_flower.errors import CheckpointError, ConfigError
-from hosl_flower.models.base_model import Base, check_cut, open_base
-from hosl_flower.models.lora import Lora, load_adapters
-from hosl_flower.models.split import load_client, load_server
-from hosl_flower.models.submodels import ClientSubmodel, ServerSubmodel
+from hosl_flower.errors import CheckpointError
+from hosl_flower.models.before_loading import check_model
+from hosl_flower.models.checkpoints import hub
 from hosl_flower.run.run_files import ConfigFile, Read, ResultsFile
 from hosl_flower.system.untrusted_files import check_tree, parse_json, read_json, read_regular
-from hosl_flower.tensors.device import torch_dtype
 
 
 @dataclass(frozen=True)
@@ -42,36 +33,6 @@ class Finished:
     def has_adapters(self) -> bool:
         """Whether what it saved are adapters."""
         return (self.model / "adapter_config.json").is_file()
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A model whose halves can be loaded one at a time, each reading only its own tensors.
-
-    client_dtype: what the client held its weights in. adapters: a directory of them, and `lora`
-    what they are like; None where they are in the weights already. tokenizer: of which model.
-    """
-
-    base: Base
-    cut: int
-    tokenizer: str
-    client_dtype: torch.dtype = torch.float32
-    lora: Lora | None = None
-    adapters: Path | None = None
-
-    def client(self, device: str = "cpu") -> ClientSubmodel:
-        """The client's half. Raises CheckpointError."""
-        submodel = load_client(self.base, self.cut, self.client_dtype, device, self.lora)
-        if self.adapters is not None:
-            load_adapters(self.adapters, submodel.canonical_parameters())
-        return submodel
-
-    def server(self, device: str = "cpu") -> ServerSubmodel:
-        """The server's half, in float32. Raises CheckpointError."""
-        submodel = load_server(self.base, self.cut, torch.float32, device, self.lora)
-        if self.adapters is not None:
-            load_adapters(self.adapters, submodel.canonical_parameters())
-        return submodel
 
 
 def read_run(directory: Path) -> Finished:
@@ -130,42 +91,30 @@ def _typed(path: Path, model: type[_Model], value: Any) -> _Model:
         ) from error
 
 
-def trained_model(run: Finished, cut: int | None = None) -> Trained:
-    """What a run trained, cut where it was or elsewhere. Raises ConfigError or CheckpointError."""
-    config = run.config
-    cut = config.cut_layer if cut is None else cut
-    dtype = torch_dtype(config.dtype)
-    if run.has_adapters:
-        base = open_base(run.record.model_used)
-        trained = Trained(base, cut, str(run.model), dtype, server_lora(config), run.model)
+def check_source(source: str, cut: int | None) -> None:
+    """Refuse what can be neither a finished run nor a model, and a cut outside it.
+
+    Args:
+        source: a run directory; or a model directory, hub id or `random:<architecture>`.
+        cut: where to cut it; None for where the run did.
+
+    Raises:
+        CheckpointError: for a run that cannot be read.
+        ModelError: for a model that is not there.
+        ConfigError: for an unknown architecture, or a wrong cut.
+    """
+    if is_run(source):
+        run = read_run(Path(source).expanduser())
+        check_model(str(run.model), run.config.cut_layer if cut is None else cut)
     else:
-        # merged in float32: 16 bits would not hold what the adapters add
-        dtype = torch.float32 if config.client_trainable == "lora" else dtype
-        trained = Trained(open_base(str(run.model)), cut, str(run.model), dtype)
-    check_cut(trained.base.config, cut)
-    return trained
+        check_model(source, cut, find=hub.fetch)
 
 
-def open_trained(source: str, cut: int | None = None) -> Trained:
-    """A run directory's model; or that of a model directory, hub id or `random:<architecture>`,
-    for which the cut must be given. Raises ConfigError or CheckpointError."""
-    path = Path(source).expanduser()
-    if _is_run(path):
-        return trained_model(read_run(path), cut)
-    base = open_base(source)
-    if cut is None:
-        raise ConfigError(
-            f"{source} is a model and no run, which would know its cut: say --cut-layer, "
-            f"0 to {base.blocks}"
-        )
-    check_cut(base.config, cut)
-    return Trained(base, cut, source)
-
-
-def _is_run(path: Path) -> bool:
+def is_run(source: str) -> bool:
     """Whether a directory's config.json is of a run: a model's, which may be a link, has no key
     "config"."""
     try:
-        return "config" in parse_json(read_regular(path / "config.json"))
-    except (OSError, ValueError, TypeError, CheckpointError):
+        path = Path(source).expanduser() / "config.json"
+        return "config" in parse_json(read_regular(path))
+    except (OSError, RuntimeError, ValueError, TypeError, CheckpointError):
         return False

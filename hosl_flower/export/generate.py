@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hosl_flower.errors import ConfigError
-from hosl_flower.export.finished_run import open_trained
+from hosl_flower.export.trained_model import open_trained
 from hosl_flower.models.decoding import Half
 from hosl_flower.models.processors import load_tokenizer
 from hosl_flower.models.special_tokens import Unknown, prefix

@@ -23,7 +23,8 @@ from hosl_flower.config.task_from_config import task_from_config
 from hosl_flower.errors import CheckpointError, printable
 from hosl_flower.export import markdown
 from hosl_flower.export.finished_run import Finished
-from hosl_flower.models.base_model import RANDOM, load_model_config
+from hosl_flower.models.architectures import RANDOM
+from hosl_flower.models.base_model import load_model_config
 from hosl_flower.models.class_head import class_names
 from hosl_flower.models.families.registry import family_of
 from hosl_flower.run.run_files import Evaluation

@@ -5,11 +5,14 @@ Sizes are those of the models' config.json (OPT: Table 1 of arXiv 2205.01068); a
 published ones whose vocabulary is smaller than that (GPT-2, SmolLM, Mistral, BERT) are not here.
 """
 
-from typing import Any
-
-from transformers import AutoConfig, PretrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from hosl_flower.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+RANDOM = "random:"
 
 
 def _opt(hidden: int, layers: int, heads: int, **other: Any) -> dict[str, Any]:
@@ -168,9 +171,16 @@ def known_architectures() -> dict[str, dict[str, Any]]:
     return {**ARCHITECTURES, **IMAGE_ARCHITECTURES, **TEXT_ARCHITECTURES}
 
 
-def architecture(name: str) -> PretrainedConfig:
-    """The configuration of a named architecture; ConfigError lists the names."""
+def settings_of(name: str) -> dict[str, Any]:
+    """What config.json of a named architecture would say; ConfigError lists the names."""
     known = known_architectures()
     if name not in known:
         raise ConfigError(f"no architecture {name!r}; there are {', '.join(known)}")
-    return AutoConfig.for_model(**known[name])
+    return known[name]
+
+
+def architecture(name: str) -> "PretrainedConfig":
+    """The configuration of a named architecture; ConfigError lists the names."""
+    from transformers import AutoConfig  # seconds, which a wrong name need not wait for
+
+    return AutoConfig.for_model(**settings_of(name))

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
-from hosl_flower.errors import ConfigError, ModelError, first_line
-from hosl_flower.models.architectures import architecture
+from hosl_flower.errors import ModelError, first_line
+from hosl_flower.models.architectures import RANDOM, architecture
+from hosl_flower.models.before_loading import check_cut_in
 from hosl_flower.models.checkpoints import hub
 from hosl_flower.models.checkpoints.adapters import AdaptedWeights, base_of, find_adapters
 from hosl_flower.models.checkpoints.model_kind import (
@@ -21,8 +22,6 @@ from hosl_flower.models.families.base import HEAD, Family
 from hosl_flower.models.families.decoders import FAMILIES
 from hosl_flower.models.families.registry import family_of
 from hosl_flower.models.lora import Lora, check_targets
-
-RANDOM = "random:"
 
 
 @dataclass(frozen=True)
@@ -114,11 +113,7 @@ def _forget_padding(config: PretrainedConfig) -> None:
 
 def check_cut(config: PretrainedConfig, cut: int) -> None:
     """ConfigError unless 0 <= cut <= number of blocks."""
-    blocks = family_of(config).count(config)
-    if not 0 <= cut <= blocks:
-        raise ConfigError(
-            f"cut-layer = {cut} is outside 0..{blocks}, the number of blocks of this model"
-        )
+    check_cut_in(family_of(config).count(config), cut)
 
 
 def model_skeleton(
