@@ -10,10 +10,16 @@ import typer
 from rich.console import Console
 
 from hosl_flower import __version__
+from hosl_flower.compare.experiment_file import read_file
 from hosl_flower.config.parse import help_table, parse_config
 from hosl_flower.config.run_config import RunConfig
+from hosl_flower.data.infer_task import check_data_path
 from hosl_flower.errors import ConfigError, HoslError, first_line
+from hosl_flower.export.finished_run import check_source, read_run
 from hosl_flower.flower.app_template import new_app, template_names
+from hosl_flower.models.before_loading import check_model
+from hosl_flower.models.checkpoints import hub
+from hosl_flower.report.runs import run_directories
 
 # read by OpenMP when torch is loaded: threads that wait must not spin on each other's cores
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -59,7 +65,7 @@ def new(
 def run(app: App, config: Override = None) -> None:
     """Train in this process, without Flower: same config, same numbers, no network."""
     try:
-        checked = read_app_config(app, config or [])  # before seconds of imports
+        checked = _checked(app, config)
         from hosl_flower.methods.load import load_method
         from hosl_flower.run.run_log import log_to_stderr
         from hosl_flower.run.start import run_in_process
@@ -81,7 +87,7 @@ def simulate(
     """`flwr run` with a SuperLink of its own: fails when the run failed, leaves nothing behind."""
     try:
         overrides = dict(map(key_value, config or []))
-        checked = read_app_config(app, config or [])  # before seconds of imports
+        checked = _checked(app, config)
         from hosl_flower.methods.load import load_method
 
         load_method(checked)  # what it refuses, it refuses before anything is started
@@ -107,10 +113,11 @@ def compare(
     config: Override = None,
 ) -> None:
     """Tune, run and tabulate methods against each other; finished runs are not run again."""
-    from hosl_flower.compare.compare import compare as run_comparison
-
     try:
         overrides = dict(map(key_value, config or []))
+        read_file(experiment, overrides)  # before seconds of imports
+        from hosl_flower.compare.compare import compare as run_comparison
+
         typer.echo(run_comparison(experiment, out, processes, overrides))
     except HoslError as error:
         _fail(error)
@@ -122,9 +129,10 @@ def report(
     out: Annotated[Path, typer.Option(help="the page")] = Path("report.html"),
 ) -> None:
     """One HTML page of one or several runs, side by side: opens from disk, without a network."""
-    from hosl_flower.report.page import write_page
-
     try:
+        run_directories(runs)  # before the import of matplotlib
+        from hosl_flower.report.page import write_page
+
         typer.echo(f"report: {write_page(runs, out)}")
     except HoslError as error:
         _fail(error)
@@ -140,16 +148,16 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
 ) -> None:
     """What a run will need of a device: memory, bytes and seconds, from a few steps here."""
-    from hosl_flower.run.run_log import log_to_stderr
-
-    log_to_stderr()
-    from hosl_flower.run import plan as planning
-    from hosl_flower.run.plan_table import plan_table
-
     try:
+        checked = _checked(app, config)
+        from hosl_flower.run import plan as planning
+        from hosl_flower.run.plan_table import plan_table
+        from hosl_flower.run.run_log import log_to_stderr
+
+        log_to_stderr()
         memory = planning.parse_bytes("--client-memory", client_memory)
         rates = planning.parse_rate("--uplink", uplink), planning.parse_rate("--downlink", downlink)
-        found = planning.plan(read_app_config(app, config or []))
+        found = planning.plan(checked)
         both = {**found.as_json(), "run_seconds": found.run_seconds(*rates)}
         typer.echo(json.dumps(both) if as_json else plan_table(found, memory, *rates))
         if found.client_bytes > memory:
@@ -171,14 +179,14 @@ def export(
     private: Annotated[bool, typer.Option("--private", help="make that repository so")] = False,
 ) -> None:
     """A trained model as a directory of its own: merged, adapters, or one half; with a card."""
-    from hosl_flower.export.export import export_run
-    from hosl_flower.models.checkpoints import hub
-
     try:
         if push:
             hub.check_name(push)
         elif private:
             raise ConfigError("--private has no use without --push")
+        read_run(run.expanduser().absolute())  # before seconds of imports
+        from hosl_flower.export.export import export_run
+
         made = export_run(run, directory, what)
         typer.echo(f"exported: {made.resolve()}")
         if push:
@@ -198,9 +206,10 @@ def generate(
     cut_layer: Annotated[int | None, typer.Option(help="default: where the run cut")] = None,
 ) -> None:
     """Continue a prompt through the split: the client's half, then the server's."""
-    from hosl_flower.export import generate as generation
-
     try:
+        check_source(run, cut_layer)  # before seconds of imports
+        from hosl_flower.export import generate as generation
+
         choose = generation.chooser(temperature, top_p, seed)
         typer.echo(generation.continuation(run, prompt, max_new_tokens, choose, cut_layer))
     except HoslError as error:
@@ -235,6 +244,15 @@ def read_app_config(app: Path, overrides: list[str]) -> RunConfig:
         {**values, **dict(map(key_value, overrides))},
         f"{path} with -c" if overrides else str(path),
     )
+
+
+def _checked(app: Path, overrides: list[str] | None) -> RunConfig:
+    """The config of an app, and what can be told of its model and data before seconds of
+    imports."""
+    config = read_app_config(app, overrides or [])
+    check_model(config.model, config.cut_layer)
+    check_data_path(config)
+    return config
 
 
 def key_value(text: str) -> tuple[str, Any]:

@@ -1,8 +1,17 @@
-"""What a client process does not use it does not import: memory, and seconds of every start."""
+"""What a process does not use it does not import: memory, and seconds of every start."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+
+from hosl_flower.errors import ConfigError
+from hosl_flower.models.architectures import architecture, known_architectures
+from hosl_flower.models.before_loading import blocks_of, check_model
+from hosl_flower.models.families.registry import family_of
 
 SCRIPT = """
 import json, sys
@@ -46,3 +55,112 @@ def test_the_command_line_starts_without_torch():
     assert "hosl_flower.config.run_config" in loaded
     slow = ("torch", "transformers", "flwr", "matplotlib", "datasets")
     assert not {name for name in slow if name in loaded}
+
+
+# What needs no torch does not wait for it
+
+COMMANDS = """
+import json, sys
+from typer.testing import CliRunner
+from hosl_flower.cli import cli
+told = []
+for arguments in json.loads(sys.argv[1]):
+    done = CliRunner().invoke(cli, arguments)
+    slow = sorted({name.partition(".")[0] for name in sys.modules} & set(json.loads(sys.argv[2])))
+    told.append([done.exit_code, done.output, slow])
+print(json.dumps(told))
+"""
+SLOW = ("torch", "transformers", "flwr", "datasets", "matplotlib")
+OUTSIDE = "cut-layer = 9 is outside 0..4"
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A model directory, a hub's cache with the model in it, and a run directory."""
+    root = tmp_path_factory.mktemp("places")
+    snapshot = root / "hub/models--some--opt/snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text('{"model_type": "opt", "num_hidden_layers": 4}')
+    (refs := root / "hub/models--some--opt/refs").mkdir()
+    (refs / "main").write_text("0" * 40)
+    (root / "model").symlink_to(snapshot)
+    run = root / "run"
+    run.mkdir()
+    results = {"steps": 2, "clients": {"number": 2, "steps_taken_part": {"0": 2, "1": 2}}}
+    results["bytes_up"] = {"probe": {"messages": 4, "bytes": 100}}
+    (run / "results.json").write_text(json.dumps(results))
+    (run / "config.json").write_text('{"config": {"seed": 0, "clients-per-step": 0}}')
+    (run / "metrics.jsonl").write_text('{"step": 1, "train_loss": 1.0}\n')
+    return root
+
+
+def test_commands_that_fail_or_only_read_do_not_import_torch(places):
+    nowhere, model = str(places / "nowhere"), str(places / "model")
+    app = str(Path(__file__).parents[1] / "simulations" / "quickstart")
+    wrong = {
+        f"model={nowhere}": f"{nowhere!r} does not exist",
+        "model=random:nope": "no architecture 'nope'",
+        f"data-path={nowhere}": f"{nowhere!r} does not exist",
+        "cut-layer=9": OUTSIDE,
+    }
+    expected = [
+        (["keys"], 0, "| `cut-layer` |"),
+        (["--help"], 0, "simulate"),
+        (["--version"], 0, "hosl-flower"),
+        *(([command, nowhere], 1, "cannot be read") for command in ("run", "simulate", "plan")),
+        *(
+            ([command, app, "-c", own], 1, said)
+            for command in ("run", "simulate", "plan")
+            for own, said in wrong.items()
+        ),
+        *(
+            (["run", app, "-c", f"model={name}", "-c", "cut-layer=9"], 1, OUTSIDE)
+            for name in (model, "some/opt")
+        ),
+        (["run", app, "-c", "task=sst2", "-c", f"data-path={nowhere}"], 1, "data path"),
+        (["export", nowhere, str(places / "out")], 1, "is no run directory"),
+        (["export", str(places / "run"), str(places / "out")], 1, "has no saved model"),
+        (["generate", nowhere, "a"], 1, f"{nowhere!r} does not exist"),
+        (["generate", "no/where", "a"], 1, "'no/where' is no directory"),
+        (["generate", model, "a", "--cut-layer", "9"], 1, OUTSIDE),
+        (["compare", nowhere], 1, "cannot be read"),
+        (["report", nowhere], 1, "is no run directory"),
+        (["report", str(places / "run"), "--out", str(places / "a.html")], 0, "report: "),
+    ]
+    commands = [arguments for arguments, _, _ in expected]
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS, json.dumps(commands), json.dumps(SLOW)],
+        env={**os.environ, "HF_HUB_CACHE": str(places / "hub"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    told = json.loads(done.stdout.splitlines()[-1])
+    for (arguments, code, said), (exit_code, output, slow) in zip(expected, told, strict=True):
+        assert exit_code == code, (arguments, output)
+        assert said in output, (arguments, output)
+        # the last one draws its page's figures with matplotlib
+        assert slow == ([] if arguments is not commands[-1] else ["matplotlib"]), arguments
+
+
+def test_blocks_by_config_json_are_those_of_the_family():
+    for name, settings in known_architectures().items():
+        config = architecture(name)
+        assert blocks_of(settings) == family_of(config).count(config), name
+        assert blocks_of(config.to_dict()) == blocks_of(settings), name  # as it is saved
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"num_hidden_layers": "4"}, {"num_hidden_layers": 2, "n_layer": 3},
+     {"model_type": "resnet", "depths": 3}, {"num_hidden_layers": True}],
+)  # fmt: skip
+def test_blocks_that_config_json_does_not_say_are_left_to_the_model(settings):
+    assert blocks_of(settings) is None
+
+
+def test_adapters_are_left_to_their_base_model(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "opt", "num_hidden_layers": 4}')
+    with pytest.raises(ConfigError, match=OUTSIDE):
+        check_model(str(tmp_path), 9)
+    check_model(str(tmp_path), 4)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    check_model(str(tmp_path), 9)

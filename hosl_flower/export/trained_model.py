@@ -50,7 +50,7 @@ class Trained:
 
 
 def trained_model(run: Finished, cut: int | None = None) -> Trained:
-    """What a run trained, cut where it was or elsewhere. Raises ConfigError, CheckpointError or ModelError."""
+    """What a run trained, cut where it was or elsewhere. Raises ConfigError or ModelError."""
     config = run.config
     cut = config.cut_layer if cut is None else cut
     dtype = torch_dtype(config.dtype)
