@@ -12,7 +12,7 @@ from rich.console import Console
 from hosl_flower import __version__
 from hosl_flower.compare.experiment_file import read_file
 from hosl_flower.config.parse import help_table, parse_config
-from hosl_flower.config.run_config import RunConfig
+from hosl_flower.config.run_config import KEYS, RunConfig
 from hosl_flower.data.infer_task import check_data_path
 from hosl_flower.errors import ConfigError, HoslError, first_line
 from hosl_flower.export.finished_run import check_source, read_run
@@ -96,8 +96,8 @@ def simulate(
         from hosl_flower.flower.local_run import run_flower_app
         from hosl_flower.system.directories import check_writable
 
-        check_writable(Path(checked.output_dir).expanduser().absolute(), "output-dir")
-        results = run_flower_app(app, overrides, federation, Path(checked.output_dir))
+        check_writable(Path(checked.run.output_dir).expanduser().absolute(), "output-dir")
+        results = run_flower_app(app, overrides, federation, Path(checked.run.output_dir))
     except HoslError as error:
         _fail(error)
     typer.echo(f"results: {results}")
@@ -266,9 +266,7 @@ def key_value(text: str) -> tuple[str, Any]:
         tomllib.loads(f"values = [{value}]")  # nor is there a comment or a second line in it
     except (tomllib.TOMLDecodeError, RecursionError):
         return key, value
-    wants_text = any(
-        f.alias == key and f.annotation is str for f in RunConfig.model_fields.values()
-    )
+    wants_text = key in KEYS and KEYS[key].field.annotation is str
     return key, value if wants_text and not isinstance(parsed, str) else parsed
 
 

@@ -39,7 +39,7 @@ class FedAvgZo(HoSfl):
 
     def __init__(self, config: RunConfig):
         super().__init__(config)
-        check_is_mean(config.aggregation, self.name, "weights")
+        check_is_mean(config.aggregation.rule, self.name, "weights")
 
     def merge(self, session: Session, cohort: Cohort, replies: dict[int, Any]) -> torch.Tensor:
         """The weighted mean of the clients' changes: float64 [n]."""

@@ -55,4 +55,4 @@ class FrozenClient(Method):
 
     def activations_per_step(self) -> tuple[int, int]:
         """K up."""
-        return self.config.sampled_clients, 0
+        return self.config.clients.sampled, 0

@@ -43,8 +43,9 @@ class FullZo(Heron):
                 f"{self.name} trains whole models on the clients: it needs cut-layer = "
                 f"{session.base.blocks}, the number of blocks of {session.spec.model}"
             )
-        if self.config.dp_noise:
-            epsilon(self.config.dp_noise, 1, self.config.dp_delta)  # whether it can be told
+        if self.config.privacy.dp_noise:
+            # whether it can be told
+            epsilon(self.config.privacy.dp_noise, 1, self.config.privacy.dp_delta)
 
     def settle(self, session: Session) -> None:
         """The head that evaluates is the clients'."""

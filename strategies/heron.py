@@ -50,7 +50,7 @@ class Heron(HoSfl):
         for cohort in cohorts:
             for m in cohort.partitions:
                 batches[cohort.step, m] = batch = session.next_batch(m)
-                for _ in range(1, self.config.local_steps):
+                for _ in range(1, self.config.pace.local_steps):
                     session.next_batch(m)
                 if self.uploads(cohort.step):
                     forward.add(Forward(**session.at(cohort.step, m), batch=batch))
@@ -63,7 +63,7 @@ class Heron(HoSfl):
         for cohort in cohorts:
             replies = probed.answers(cohort)
             shares = zip(cohort.partitions, cohort.weights, strict=True)
-            told = not self.config.dp_noise
+            told = not self.config.privacy.dp_noise
             losses.append(sum(share * replies[m].loss for m, share in shares) if told else nan)
             updates.append(self.merge(session, cohort, replies))
         for cohort, update in zip(cohorts, updates, strict=True):
@@ -73,7 +73,7 @@ class Heron(HoSfl):
 
     def uploads(self, step: int) -> bool:
         """Whether the server gets activations in this step."""
-        return step % self.config.upload_every == 0
+        return step % self.config.pace.upload_every == 0
 
     def head_probe(self, session: Session, step: int, partition: int, batch: int) -> HeadProbe:
         """Local steps from this mini-batch on."""
@@ -81,12 +81,12 @@ class Heron(HoSfl):
         return HeadProbe(
             **session.at(step, partition),
             batch=batch,
-            directions=config.directions,
+            directions=config.zo.directions,
             seeds=tuple(s for own in self.seeds(session, step, partition) for s in own),
-            epsilon=config.epsilon,
+            epsilon=config.zo.epsilon,
             learning_rate=client_rate(config, step),
         )
 
     def activations_per_step(self) -> tuple[int, int]:
         """K up every k steps, none down."""
-        return self.config.sampled_clients, 0
+        return self.config.clients.sampled, 0

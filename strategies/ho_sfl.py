@@ -136,9 +136,9 @@ class HoSfl(Method):
         return self.request(
             **self.at(session, step, partition),
             batch=batch,
-            directions=config.directions,
+            directions=config.zo.directions,
             seeds=tuple(s for own in self.seeds(session, step, partition) for s in own),
-            epsilon=config.probe_distance,
+            epsilon=config.zo.probe_distance,
             learning_rate=client_rate(config, step),
             **session.for_wire(gradient),
         )
@@ -146,13 +146,13 @@ class HoSfl(Method):
     def seeds(self, session: Session, step: int, partition: int) -> list[list[int]]:
         """Seeds of a client's local steps: `[E][P]`."""
         config = session.config
-        own = () if config.client_seeds == "shared" else (partition,)
+        own = () if config.zo.client_seeds == "shared" else (partition,)
         return [
             [
                 derive_seed(config.seed, "direction", step, e, p, *own)
-                for p in range(config.directions)
+                for p in range(config.zo.directions)
             ]
-            for e in range(config.local_steps)
+            for e in range(config.pace.local_steps)
         ]
 
     def entries(self, session: Session, cohort: Cohort, scalars: torch.Tensor) -> list[Entry]:
@@ -161,11 +161,11 @@ class HoSfl(Method):
         each = zip(cohort.partitions, scalars, strict=True)
         scalars = torch.stack([session.clip(step, m, own) for m, own in each])
         seeds = {m: self.seeds(session, step, m) for m in cohort.partitions}
-        aggregate = make_aggregate(config.aggregation, config.trim_fraction)
+        aggregate = make_aggregate(config.aggregation.rule, config.aggregation.trim_fraction)
         rate, entries = client_rate(config, step), []
-        for e in range(config.local_steps):
+        for e in range(config.pace.local_steps):
             own = scalars[:, e]  # [K, P]
-            if config.client_seeds == "shared":
+            if config.zo.client_seeds == "shared":
                 directions = seeds[cohort.partitions[0]][e]
                 values = aggregate(own, weights)
             else:
@@ -179,4 +179,4 @@ class HoSfl(Method):
 
     def activations_per_step(self) -> tuple[int, int]:
         """K up, K cut gradients of the same size down."""
-        return self.config.sampled_clients, self.config.sampled_clients
+        return self.config.clients.sampled, self.config.clients.sampled

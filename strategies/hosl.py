@@ -87,7 +87,7 @@ class Hosl(Method):
         at, batch = session.at(step, client), session.next_batch(client)
         probes = [
             Probe(**at, batch=batch, seed=point.seed, coefficient=point.coefficient)
-            for point in probe_points(self.seeds(step), self.config.epsilon)
+            for point in probe_points(self.seeds(step), self.config.zo.epsilon)
         ]
         return [*probes, Forward(**at, batch=batch)]
 
@@ -101,7 +101,7 @@ class Hosl(Method):
         batches: list[BatchKey] = []
         losses: list[float] = []
         states: list[Tensor] = []
-        for _ in range(2 * self.config.directions):
+        for _ in range(2 * self.config.zo.directions):
             probe = next(replies)
             batches.append(BatchKey.of(probe))
             if labels is None:
@@ -111,7 +111,7 @@ class Hosl(Method):
             del probe
         if labels is not None:
             losses = labels.losses(states)
-        scalars = projected_gradients(losses, self.config.epsilon)
+        scalars = projected_gradients(losses, self.config.zo.epsilon)
 
         # 2: first-order step of the server on the clean activations
         clean = next(replies)
@@ -131,10 +131,10 @@ class Hosl(Method):
                 **at,
                 seeds=seeds,
                 losses=tuple(probed.losses),
-                epsilon=config.epsilon,
+                epsilon=config.zo.epsilon,
                 learning_rate=rate,
                 digest_after=history.ledger.digest(),
-                clip=config.scalar_clip,
+                clip=config.aggregation.scalar_clip,
             )
         )
         session.participation.took_part[client] += 1
@@ -142,8 +142,8 @@ class Hosl(Method):
     def seeds(self, step: int) -> list[int]:
         """Seeds [Q] of a step's directions."""
         config = self.config
-        return [derive_seed(config.seed, "direction", step, q) for q in range(config.directions)]
+        return [derive_seed(config.seed, "direction", step, q) for q in range(config.zo.directions)]
 
     def activations_per_step(self) -> tuple[int, int]:
         """2Q + 1 up, none down: the losses that come down are a few bytes per direction."""
-        return 2 * self.config.directions + 1, 0
+        return 2 * self.config.zo.directions + 1, 0

@@ -32,4 +32,4 @@ class SignVote(HoSfl):
     def merge(self, session: Session, cohort: Cohort, replies: dict[int, Any]) -> Any:
         """One ledger entry per local step, of the clients' votes."""
         votes = [torch.sign(replies[m].scalars) for m in cohort.partitions]
-        return self.entries(session, cohort, torch.stack(votes) / self.config.directions)
+        return self.entries(session, cohort, torch.stack(votes) / self.config.zo.directions)

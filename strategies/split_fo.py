@@ -72,30 +72,32 @@ class SplitFo(HoSfl):
     def __init__(self, config: RunConfig):
         super().__init__(config)
         self.members: list[int] = []  # the clients between two averagings
-        check_is_mean(config.aggregation, self.name, "gradients or weights")
-        if config.local_steps > 1 and (config.link == "grid" or config.max_session_seconds):
+        check_is_mean(config.aggregation.rule, self.name, "gradients or weights")
+        if config.pace.local_steps > 1 and (
+            config.link == "grid" or config.stream.max_session_seconds
+        ):
             raise ConfigError(
-                f"local-steps = {config.local_steps} keeps weights on the clients between two "
+                f"local-steps = {config.pace.local_steps} keeps weights on the clients between two "
                 "averagings: it needs a stream that stays open, so no link = grid and no "
                 "max-session-seconds"
             )
-        if config.local_steps > 1 and config.update_codec != "exact":
+        if config.pace.local_steps > 1 and config.update_codec != "exact":
             raise ConfigError(
                 f"update-codec = {config.update_codec} is of gradients: with local-steps = "
-                f"{config.local_steps} weights travel, which it would round by more than a few "
-                "steps change them; set local-steps = 1 or update-codec = exact"
+                f"{config.pace.local_steps} weights travel, which it would round by more than a "
+                "few steps change them; set local-steps = 1 or update-codec = exact"
             )
-        for key, value in (("eval-every", config.eval_every), ("steps", config.steps)):
-            if value % config.local_steps:
+        for key, value in (("eval-every", config.evaluation.every), ("steps", config.steps)):
+            if value % config.pace.local_steps:
                 raise ConfigError(
-                    f"{key} = {value} is no multiple of local-steps = {config.local_steps}: "
+                    f"{key} = {value} is no multiple of local-steps = {config.pace.local_steps}: "
                     "weights are only averaged every so many steps"
                 )
 
     @property
     def needs_stream(self) -> bool:
         """Weights live on the clients between two averagings."""
-        return self.config.local_steps > 1
+        return self.config.pace.local_steps > 1
 
     def may_pause(self, step: int) -> bool:
         """After an averaging."""
@@ -103,11 +105,11 @@ class SplitFo(HoSfl):
 
     def local(self, step: int) -> int:
         """Steps a client has taken on its own before this one."""
-        return (step - 1) % self.config.local_steps
+        return (step - 1) % self.config.pace.local_steps
 
     def steps(self, session: Session, link: Link, steps: Sequence[int]) -> list[float]:
         """These steps; the weighted losses before each."""
-        if self.config.local_steps == 1:
+        if self.config.pace.local_steps == 1:
             return super().steps(session, link, steps)
         losses = []
         for step in steps:
@@ -136,7 +138,7 @@ class SplitFo(HoSfl):
             "batch": batch,
             **session.for_wire(gradient),
         }
-        if self.config.local_steps == 1:
+        if self.config.pace.local_steps == 1:
             return Backward(**values)
         return LocalStep(**values, learning_rate=client_rate(self.config, step))
 
@@ -156,14 +158,14 @@ class SplitFo(HoSfl):
 
     def average(self, session: Session, link: Link, cohort: Cohort) -> None:
         """E > 1: the clients' weights become the run's."""
-        local = self.config.local_steps
+        local = self.config.pace.local_steps
         question = Question(session, link)
         for m in cohort.partitions:
             at = session.at(cohort.step, m)
-            question.add(Fetch(**at, local=local, moments=session.config.num_clients == 1))
+            question.add(Fetch(**at, local=local, moments=session.config.clients.count == 1))
         replies: dict[int, Weights] = question.answers(cohort)
         history, members = session.history, cohort.partitions
-        if session.config.num_clients > 1:
+        if session.config.clients.count > 1:
             total = torch.zeros(history.state.elements, dtype=torch.float64)
             for m, share in zip(members, cohort.weights, strict=True):
                 total.add_(replies.pop(m).weights, alpha=share)

@@ -60,7 +60,7 @@ class SplitZo(Hosl):
         """The clean forward first: the server moves before it answers the probes."""
         client = session.turn(step)
         at, batch = session.at(step, client), session.next_batch(client)
-        points = probe_points(self.seeds(step), self.config.epsilon)
+        points = probe_points(self.seeds(step), self.config.zo.epsilon)
         probes = [
             Probe(**at, batch=batch, seed=point.seed, coefficient=point.coefficient)
             for point in points
@@ -74,17 +74,17 @@ class SplitZo(Hosl):
         config, server = self.config, self.zo_server(session)
         clean = next(replies)
         loss = session.server.loss(clean)
-        for turn in range(config.server_steps):
+        for turn in range(config.server.steps):
             seeds = [
                 derive_seed(config.seed, "server-direction", step, turn, q)
-                for q in range(config.directions)
+                for q in range(config.zo.directions)
             ]
             server.step(clean, seeds, rate_factor(config, step))
         batches, losses = [BatchKey.of(clean)], []
         del clean
-        for _ in range(2 * config.directions):  # one activation held at a time
+        for _ in range(2 * config.zo.directions):  # one activation held at a time
             probe = next(replies)
             batches.append(BatchKey.of(probe))
             losses.append(session.server.loss(probe))
         check_same_batch(batches, step)
-        return Probed(loss, losses, projected_gradients(losses, config.epsilon))
+        return Probed(loss, losses, projected_gradients(losses, config.zo.epsilon))

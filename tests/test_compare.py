@@ -157,7 +157,7 @@ def test_a_run_whose_task_was_read_from_its_data_is_known_again(tmp_path):
     directory = tmp_path / cell.name
     directory.mkdir()
     config = load_method(parse_config(dict(cell.keys))).config
-    assert config.verbalizers == "food=food,sport=sport"
+    assert config.task.verbalizers == "food=food,sport=sport"
     (directory / "config.json").write_text(json.dumps({"config": config.as_keys()}))
     (directory / "results.json").write_text("{}")
     assert is_finished(cell, tmp_path)

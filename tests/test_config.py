@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 from conftest import put_into_hub_cache
 from datasets import ClassLabel, Dataset, Features, Value
+from pydantic import ValidationError
 
 from hosl_flower.config.client_spec import ClientSpec
+from hosl_flower.config.groups.base import Group
 from hosl_flower.config.parse import help_table, parse_config
 from hosl_flower.config.resolve import banner, resolve
-from hosl_flower.config.run_config import RunConfig
+from hosl_flower.config.run_config import KEYS, RunConfig
 from hosl_flower.errors import ConfigError, HoslError, ModelError, ProtocolError
 from hosl_flower.methods.load import load_method
 from hosl_flower.tasks.known import TASKS
 
-KEYS = [field.alias for field in RunConfig.model_fields.values()]
 SIMULATIONS = sorted(Path(__file__).parents[1].glob("simulations/*/pyproject.toml"))
 
 
@@ -26,14 +27,30 @@ def test_defaults_are_valid_and_round_trip():
     config = parse_config({})
     assert config == RunConfig()
     assert parse_config(config.as_keys()) == config
-    assert list(config.as_keys()) == KEYS
+    assert list(config.as_keys()) == list(KEYS)
 
 
 def test_keys_are_kebab_case():
     config = parse_config({"cut-layer": 2, "client-learning-rate": 1e-4, "verbalizers": "a, b,"})
-    assert (config.cut_layer, config.client_learning_rate) == (2, 1e-4)
-    assert config.verbalizer_list == ["a", "b"]
+    assert (config.cut_layer, config.client.learning_rate) == (2, 1e-4)
+    assert config.task.verbalizer_list == ["a", "b"]
     assert all(re.fullmatch(r"[a-z]+(-[a-z]+)*", key) for key in KEYS)
+
+
+def test_every_field_of_a_group_is_a_key():
+    groups = [getattr(RunConfig(), name) for name in RunConfig.model_fields]
+    fields = [type(group).model_fields if isinstance(group, Group) else [0] for group in groups]
+    assert len(KEYS) == sum(map(len, fields))
+
+
+def test_a_config_with_other_keys_is_checked_and_leaves_the_first():
+    config = parse_config({"dirichlet-alpha": 2.0, "partitioner": "dirichlet", "dtype": "bfloat16"})
+    changed = config.with_keys({"stream-endpoint": "host:1", "eval-every": 5})
+    assert (changed.stream.endpoint, changed.evaluation.every) == ("host:1", 5)
+    assert (changed.clients.dirichlet_alpha, changed.zo.epsilon) == (2.0, 3e-3)
+    assert (config.stream.endpoint, config.evaluation.every) == ("", 50)
+    with pytest.raises(ValidationError, match="eval-every"):
+        config.with_keys({"eval-every": 0})
 
 
 @pytest.mark.parametrize(
@@ -134,14 +151,14 @@ def test_keys_that_contradict_each_other_are_refused():
         parse_config({"num-clients": 9, "train-examples": 8})
     with pytest.raises(ConfigError, match="at least two"):
         parse_config({"verbalizers": "good,"})
-    assert parse_config({"num-clients": 9}).train_examples == 0
+    assert parse_config({"num-clients": 9}).data.train_examples == 0
 
 
 @pytest.mark.parametrize("path", SIMULATIONS, ids=lambda path: path.parent.name)
 def test_simulations_list_every_key(path):
     project = tomllib.loads(path.read_text())
     values = project["tool"]["flwr"]["app"]["config"]
-    assert list(values) == KEYS
+    assert list(values) == list(KEYS)
     defaults = RunConfig().as_keys()
     assert [key for key in KEYS if type(values[key]) is not type(defaults[key])] == []
     parse_config(values, str(path))
@@ -154,7 +171,7 @@ def test_there_are_simulations():
 
 def test_help_has_a_row_for_each_key():
     rows = help_table().splitlines()[2:]
-    assert [row.split("`")[1] for row in rows] == KEYS
+    assert [row.split("`")[1] for row in rows] == list(KEYS)
     assert all(row.count("|") == 4 for row in rows)
 
 
@@ -269,14 +286,14 @@ def test_genesis_tells_apart_what_decides_the_bits(hub_cache):
 )
 def test_epsilon_0_is_the_dtypes_own(keys, epsilon):
     config = parse_config(keys)
-    assert config.epsilon == epsilon
+    assert config.zo.epsilon == epsilon
     assert parse_config(config.as_keys()) == config
 
 
 def test_the_papers_setting_is_a_valid_override():
     simulation = SIMULATIONS[0].parents[1] / "opt125m_hosl"
     paper = tomllib.loads((simulation / "paper.toml").read_text())
-    assert parse_config(paper).directions == 10
+    assert parse_config(paper).zo.directions == 10
 
 
 def test_residual_feedback_is_a_valid_override():
@@ -285,7 +302,7 @@ def test_residual_feedback_is_a_valid_override():
     own = tomllib.loads((simulation / "residual.toml").read_text())
     assert own.keys() <= app["config"].keys(), "flwr run takes those the app lists"
     config = parse_config({**app["config"], **own})
-    assert load_method(config).config.client_gradient == "residual"
+    assert load_method(config).config.client.gradient == "residual"
 
 
 def test_local_paths_reach_the_clients_as_absolute_paths(hub_cache, tiny_opt, monkeypatch):
@@ -307,15 +324,17 @@ def own_file(path, content, **keys):
 
 def test_a_file_of_texts_and_words_is_task_enough(tmp_path):
     found = own_file(tmp_path / "mine.csv", TEXTS)
-    assert (found.prompt, found.verbalizers) == ("{text}", "food=food,sport=sport")
+    assert (found.task.prompt, found.task.verbalizers) == ("{text}", "food=food,sport=sport")
     asked = own_file(tmp_path / "mine.csv", TEXTS, prompt="{text} This is about")
-    assert asked.prompt == "{text} This is about"
+    assert asked.task.prompt == "{text} This is about"
 
 
 def test_without_a_task_it_is_what_the_file_holds_or_what_is_bundled(tmp_path):
     found = own_file(tmp_path / "mine.csv", TEXTS, task="")
-    assert (found.task, found.verbalizers) == ("own", "food=food,sport=sport")
-    assert own_file(tmp_path / "mine.csv", TEXTS, task="", **{"data-path": ""}).task == "sms-spam"
+    assert (found.task.name, found.task.verbalizers) == ("own", "food=food,sport=sport")
+    assert (
+        own_file(tmp_path / "mine.csv", TEXTS, task="", **{"data-path": ""}).task.name == "sms-spam"
+    )
 
 
 @pytest.mark.parametrize(
@@ -340,10 +359,10 @@ def test_what_a_file_does_not_say_is_asked_for(tmp_path, content, keys, message,
 
 def test_what_is_said_is_not_read_from_the_file(tmp_path):
     path = tmp_path / "mine.csv"
-    assert own_file(path, TEXTS, task="sst2").verbalizers == ""
-    assert own_file(path, TEXTS, **{"target-column": "label"}).verbalizers == ""
+    assert own_file(path, TEXTS, task="sst2").task.verbalizers == ""
+    assert own_file(path, TEXTS, **{"target-column": "label"}).task.verbalizers == ""
     found = own_file(path, TEXTS, verbalizers="food=a,sport=b")
-    assert (found.prompt, found.verbalizers) == ("{text}", "food=a,sport=b")
+    assert (found.task.prompt, found.task.verbalizers) == ("{text}", "food=a,sport=b")
 
 
 def test_the_names_of_a_saved_data_sets_labels_are_words(tmp_path):
@@ -351,4 +370,4 @@ def test_the_names_of_a_saved_data_sets_labels_are_words(tmp_path):
     data = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}, features)
     data.save_to_disk(str(tmp_path / "saved"))
     config = load_method(parse_config({"task": "", "data-path": str(tmp_path / "saved")})).config
-    assert config.verbalizers == "food=food,sport=Sport"
+    assert config.task.verbalizers == "food=food,sport=Sport"

@@ -87,7 +87,7 @@ def test_a_run_repeats_itself_and_is_near_the_cpus(tiny_opt, tmp_path, strategy,
 def test_the_ledger_of_a_run_on_cuda_is_replayed_on_the_cpu(tiny_opt, tmp_path):
     own = {"num_clients": 3, "clients_per_step": 2, "client_optimizer": "adamw"}
     results, directory, config = run_factory(HoSfl, tiny_opt, tmp_path)(**own, device="cuda")
-    client = Client(open_run(HoSfl(config.model_copy(update={"device": "cpu"})), "again")[0].spec)
+    client = Client(open_run(HoSfl(config.with_keys({"device": "cpu"})), "again")[0].spec)
     client.follower.apply(Ledger.read(directory / "ledger.jsonl").entries)
     assert fingerprint(client.state.parameters) == results.fingerprint
 

@@ -10,11 +10,10 @@ import pytest
 import typer
 
 from hosl_flower.cli import cli
-from hosl_flower.config.run_config import RunConfig
+from hosl_flower.config.run_config import KEYS
 from hosl_flower.methods.load import registered
 
 ROOT = Path(__file__).parents[1]
-KEYS = {field.alias for field in RunConfig.model_fields.values()}
 COMMANDS = set(typer.main.get_command(cli).commands)
 
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)

@@ -52,7 +52,7 @@ def held_out_score(model, tokenizer, config):
     """(accuracy, loss) of a transformers model on a run's held-out data, one text at a time."""
     task = task_from_config(config)
     words = [tokenizer(f" {w}", add_special_tokens=False)["input_ids"] for w in task.verbalizers]
-    _, examples = load_source(config.data_path, task, config.seed)
+    _, examples = load_source(config.data.path, task, config.seed)
     right, losses = 0, []
     for example in examples:
         inputs = tokenizer(f"{example['text']} It was", return_tensors="pt")
@@ -143,7 +143,7 @@ def test_the_card_says_what_how_and_how_well_and_no_paths(make, tmp_path):
     assert "license" not in half.data.to_dict()
     assert "License: not given here, the base model's card was not found" in half.text
     assert "HALF a model: embeddings and the first 2 blocks" in half.text
-    assert config.data_path not in half.content
+    assert config.data.path not in half.content
 
 
 def test_a_card_of_random_weights_says_so_and_one_of_a_hub_model_names_it(make, tmp_path):

@@ -67,10 +67,10 @@ def test_a_run_equals_the_reference_loop(make, kind, optimizer, lora):
         directory.parent.parent / "reviews",
         config.cut_layer,
         PROMPT,
-        config.verbalizer_list,
+        config.task.verbalizer_list,
         {
             "steps": 4, "batch": 5, "clients": 7, "sampled": 3, "directions": 2,
-            "epsilon": config.epsilon, "lr": 1e-2, "optimizer": optimizer, "lora": lora,
+            "epsilon": config.zo.epsilon, "lr": 1e-2, "optimizer": optimizer, "lora": lora,
             "rank": 2, "alpha": 16.0, "seed": 3, "kind": kind,
         },
     )  # fmt: skip

@@ -32,9 +32,9 @@ def test_a_run_equals_the_reference_loop(make, kind):
         directory.parent.parent / "reviews",
         config.cut_layer,
         PROMPT,
-        config.verbalizer_list,
+        config.task.verbalizer_list,
         {
-            "steps": 4, "batch": 5, "directions": 2, "epsilon": config.epsilon, "seed": 3,
+            "steps": 4, "batch": 5, "directions": 2, "epsilon": config.zo.epsilon, "seed": 3,
             "client_lr": 1e-3, "server_lr": 1e-2, "kind": kind,
         },
     )  # fmt: skip

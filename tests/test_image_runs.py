@@ -151,7 +151,7 @@ def test_plain_transformers_score_an_export_as_the_run_does(run, name, tmp_path)
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out").eval()
     processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
     assert model.config.id2label == {0: "dark", 1: "bright"}
-    _, held_out = load_source(config.data_path, task_from_config(config), config.seed)
+    _, held_out = load_source(config.data.path, task_from_config(config), config.seed)
     images = [decode(row["image"], 3) for row in held_out]
     pixels = processor(images, input_data_format="channels_last", return_tensors="pt")
     with torch.no_grad():

@@ -70,7 +70,7 @@ def test_split_first_order_equals_the_reference_loop(make, optimizer, lora):
     )  # fmt: skip
     expected, _, accuracy, client, _ = reference(
         config.model, directory.parent.parent / "reviews", config.cut_layer, PROMPT,
-        config.verbalizer_list,
+        config.task.verbalizer_list,
         {
             "steps": 4, "batch": 5, "clients": 4, "sampled": 3, "directions": 1, "epsilon": 1e-3,
             "lr": 1e-2, "optimizer": optimizer, "lora": lora, "rank": 2, "alpha": 16.0, "seed": 3,
@@ -278,7 +278,7 @@ def test_only_the_batchs_rows_of_an_embedding_travel(make):
     vocabulary, width = 50272, 16
     messages, size = (results.bytes_up["backward"][key] for key in ("messages", "bytes"))
     others = results.client_parameters["trained"] - vocabulary * width
-    rows = config.batch_size * config.max_length  # were all of its tokens different
+    rows = config.batch_size * config.task.max_length  # were all of its tokens different
     assert size / messages < 4 * others + 4 * rows * width + vocabulary + 2000
 
 
@@ -392,7 +392,7 @@ def test_a_zeroth_order_server_steps_along_its_own_directions(make):
     slope = 0.0
     for name, gradient in _server_gradient(server, batch, before).items():
         slope += float((gradient * direction.dense(name)).sum())
-        moved = before[name] - config.server_learning_rate * scalar * direction.dense(name)
+        moved = before[name] - config.server.learning_rate * scalar * direction.dense(name)
         assert torch.allclose(server.trained[name], moved, atol=1e-6), name
     assert scalar == pytest.approx(slope, rel=2e-2)
 
@@ -427,9 +427,9 @@ def test_the_server_of_split_zo_takes_tau_steps_before_it_answers_probes(make, m
     _, a, config = make(SplitZo, **ONE, steps=1, eval_every=1, server_steps=3)
     clean, *turns = events[:4]
     assert clean == "loss"
-    assert [len(seeds) for seeds in turns] == [config.directions] * 3
-    assert len({seed for seeds in turns for seed in seeds}) == 3 * config.directions
-    assert events[4:] == ["loss"] * 2 * config.directions
+    assert [len(seeds) for seeds in turns] == [config.zo.directions] * 3
+    assert len({seed for seeds in turns for seed in seeds}) == 3 * config.zo.directions
+    assert events[4:] == ["loss"] * 2 * config.zo.directions
     _, b, _ = make(SplitZo, **ONE, steps=1, eval_every=1, server_steps=1)
     head = "model.decoder.final_layer_norm.weight"
     assert not torch.equal(weights_of(a)[head], weights_of(b)[head])
@@ -437,7 +437,7 @@ def test_the_server_of_split_zo_takes_tau_steps_before_it_answers_probes(make, m
 
 def test_split_zo_learns_and_sends_what_it_says(make):
     results, directory, config = make(SplitZo, **ONE, steps=3, eval_every=3, server_steps=2)
-    assert results.bytes_up["probe"]["messages"] == 3 * 2 * config.directions
+    assert results.bytes_up["probe"]["messages"] == 3 * 2 * config.zo.directions
     assert results.bytes_up["forward"]["messages"] == 3
     assert all(loss > 0 for loss in losses(directory))
 
@@ -462,7 +462,7 @@ def test_herons_scalars_are_slopes_of_the_clients_own_head(make):
             float((g * direction.dense(name)).sum())
             for name, g in zip(parameters, gradients, strict=True)
         )
-        assert float(scalar) * config.directions == pytest.approx(slope, rel=5e-2, abs=5e-3)
+        assert float(scalar) * config.zo.directions == pytest.approx(slope, rel=5e-2, abs=5e-3)
 
 
 def test_the_head_starts_as_the_models_own(make):

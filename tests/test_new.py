@@ -9,11 +9,11 @@ from test_imports import loaded_with
 from typer.testing import CliRunner
 
 from hosl_flower.cli import cli, read_app_config
-from hosl_flower.config.run_config import RunConfig
+from hosl_flower.config.run_config import KEYS
 from hosl_flower.flower.app_template import SECTIONS, read_template, template_names
 
 ROOT = Path(__file__).parents[1]
-DEFAULTS = {field.alias: field.default for field in RunConfig.model_fields.values()}
+DEFAULTS = {name: key.field.default for name, key in KEYS.items()}
 by_template = pytest.mark.parametrize("template", template_names())
 
 

@@ -32,7 +32,7 @@ def table(path, labels):
 def counts(config):
     """Examples by label, in the labels' order."""
     task = task_from_config(config)
-    parts = load_source(config.data_path, task, 0)
+    parts = load_source(config.data.path, task, 0)
     labels = [label for part in parts for label in part["label"][:]]
     return [labels.count(n) for n in range(len(task.verbalizers))]
 
@@ -47,7 +47,7 @@ def test_a_classifier_takes_more_labels_than_one_would_type(tmp_path):
     assert counts(config) == [3] * 77
     with pytest.raises(ConfigError, match=r"77 different labels .*set model to a classifier"):
         found(path, model="random:opt-tiny")
-    assert len(found(path, model="random:opt-tiny", verbalizers="a,b").verbalizer_list) == 2
+    assert len(found(path, model="random:opt-tiny", verbalizers="a,b").task.verbalizer_list) == 2
     with pytest.raises(DataError, match=r"'label' has 77 different .*that two rows each have"):
         found(table(tmp_path / "b.jsonl", INTENTS), **CLASSIFIER)
 
@@ -79,12 +79,12 @@ def test_labels_of_the_held_out_part_are_labels(tmp_path):
     table(tmp_path / "train.jsonl", ["a", "b", "a"])
     table(tmp_path / "val.jsonl", ["a", "c"])
     config = found(tmp_path)
-    assert config.verbalizers == "a=a,b=b,c=c"
+    assert config.task.verbalizers == "a=a,b=b,c=c"
     assert counts(config) == [3, 1, 1]
-    assert found(tmp_path, held_out_examples=1).verbalizers == "a=a,b=b", "the part has no use"
+    assert found(tmp_path, held_out_examples=1).task.verbalizers == "a=a,b=b", "the part has no use"
     (tmp_path / "val.jsonl").unlink()
     table(tmp_path / "test.jsonl", [None, -1])
-    assert found(tmp_path).verbalizers == "a=a,b=b"
+    assert found(tmp_path).task.verbalizers == "a=a,b=b"
 
 
 @pytest.mark.parametrize(
@@ -98,14 +98,14 @@ def test_labels_of_the_held_out_part_are_labels(tmp_path):
 def test_spellings_of_one_label_are_one(tmp_path, labels, verbalizers, caplog):
     with caplog.at_level(logging.WARNING):
         config = found(table(tmp_path / "a.jsonl", labels))
-    assert config.verbalizers == verbalizers
+    assert config.task.verbalizers == verbalizers
     assert ("are taken as one: 4 spellings of 2 labels" in caplog.text) == ("HAM" in labels)
     assert sum(counts(config)) == len(labels)
 
 
 def test_truth_values_are_words(tmp_path):
     config = found(table(tmp_path / "a.jsonl", [True, False, True]))
-    assert config.verbalizers == "false=False,true=True"
+    assert config.task.verbalizers == "false=False,true=True"
     assert counts(config) == [1, 2]
 
 
@@ -126,7 +126,7 @@ def test_what_is_no_label_is_named_with_its_line(tmp_path, label, message):
 
 
 def test_a_word_for_none_is_a_label(tmp_path):
-    assert found(table(tmp_path / "a.jsonl", ["none", "favor"])).verbalizers == (
+    assert found(table(tmp_path / "a.jsonl", ["none", "favor"])).task.verbalizers == (
         "favor=favor,none=none"
     )
 
@@ -151,7 +151,7 @@ def test_named_labels_of_any_count(tmp_path):
 def test_a_file_without_header_whose_labels_are_evident(tmp_path, content):
     (tmp_path / "a.tsv").write_text(content)
     config = found(tmp_path / "a.tsv")
-    assert config.verbalizers == "ham=ham,spam=spam"
+    assert config.task.verbalizers == "ham=ham,spam=spam"
     assert counts(config) == [2, 2]
     (tmp_path / "a.tsv").write_text("hi\tyo\nwin\tbuy\n")
     with pytest.raises(HoslError, match=r"no column 'label'; it has hi, yo.*add one if it is none"):
@@ -161,7 +161,7 @@ def test_a_file_without_header_whose_labels_are_evident(tmp_path, content):
 def test_columns_by_their_names_in_the_file(tmp_path):
     (tmp_path / "a.csv").write_text("Review Text,Mood\nfine,good\npoor,bad\n")
     config = found(tmp_path / "a.csv", prompt="{Review Text} It was", label_column="mood")
-    assert (config.verbalizers, counts(config)) == ("bad=bad,good=good", [1, 1])
+    assert (config.task.verbalizers, counts(config)) == ("bad=bad,good=good", [1, 1])
     with pytest.raises(DataError, match=r"no column 'Modo'; .*did you mean 'Mood'\?"):
         found(tmp_path / "a.csv", prompt="{Review Text}", label_column="Modo")
     (tmp_path / "a.csv").write_text("Review Text,Mood\n")

@@ -51,7 +51,7 @@ STRATEGIES = {
 def test_a_plan_is_what_the_run_then_needs(keys, name):
     config = parse_config({**keys, **STRATEGIES[name]})
     planned = plan(config)
-    assert not Path(config.output_dir).exists()
+    assert not Path(config.run.output_dir).exists()
     results = run_in_process(load_method(config))
     assert planned.client_parameters == results.client_parameters["held"]
     assert planned.client_trained == results.client_parameters["trained"]

@@ -87,7 +87,7 @@ def test_a_run_that_fails_gives_its_directory_back(make, tmp_path):
 def stopped(make):
     """A run directory with a checkpoint of step 3 of 4, and the config to go on from it."""
     _, run, config = make(save_model=False)
-    return run, config.model_copy(update={"resume": str(run)})
+    return run, config.with_keys({"resume": str(run)})
 
 
 def rewrite(run, change):

@@ -135,7 +135,7 @@ def held_out_score(directory, config):
     """(accuracy, loss) of an exported model on a run's held-out data, one text at a time."""
     model = AutoModelForSequenceClassification.from_pretrained(directory).eval()
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    _, examples = load_source(config.data_path, task_from_config(config), config.seed)
+    _, examples = load_source(config.data.path, task_from_config(config), config.seed)
     right, losses = 0, []
     for example in examples:
         logits = model(**tokenizer(example["text"], return_tensors="pt")).logits[0]

@@ -30,7 +30,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from hosl_flower.config.run_config import Scalar
+from hosl_flower.config.value_types import Scalar
 from hosl_flower.errors import ConfigError
 
 Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]

@@ -5,7 +5,9 @@ import json
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from hosl_flower.config.run_config import (
+from hosl_flower.config.run_config import RunConfig
+from hosl_flower.config.text_values import split_words
+from hosl_flower.config.value_types import (
     Alpha,
     ClientGradient,
     ClientOptimizer,
@@ -20,11 +22,9 @@ from hosl_flower.config.run_config import (
     Perturbation,
     Positive,
     Quantization,
-    RunConfig,
     Threads,
     Trainable,
     UpdateCodec,
-    split_words,
 )
 from hosl_flower.errors import ProtocolError
 from hosl_flower.models.architectures import RANDOM
@@ -131,7 +131,7 @@ _ADAPTER = TypeAdapter(ClientSpec)
 
 def server_lora(config: RunConfig) -> Lora | None:
     """The server's adapters, where it trains such."""
-    if config.server_trainable != "lora":
+    if config.server.trainable != "lora":
         return None
-    targets = split_words(config.lora_targets)
-    return Lora(config.lora_rank, config.lora_alpha, targets, config.seed)
+    targets = split_words(config.lora.targets)
+    return Lora(config.lora.rank, config.lora.alpha, targets, config.seed)

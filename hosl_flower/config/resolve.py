@@ -2,13 +2,12 @@
 the messages. A client never reads the server's files or environment."""
 
 import os
+from typing import Any
 
 from pydantic.dataclasses import dataclass
 
 from hosl_flower.config.client_spec import ClientSpec
-from hosl_flower.config.run_config import (
-    RunConfig,
-)
+from hosl_flower.config.run_config import RunConfig
 from hosl_flower.config.task_from_config import task_from_config
 from hosl_flower.errors import ConfigError, ModelError
 from hosl_flower.models.architectures import RANDOM, known_architectures
@@ -44,7 +43,7 @@ def resolve(config: RunConfig, run: str, client_head: bool = False) -> Resolved:
         except ModelError as error:
             model = _fallback_model(config, error)
             notes.append(f"{config.model} -> the same architecture with RANDOM weights")
-    config_task, source = task_from_config(config), config.data_path
+    config_task, source = task_from_config(config), config.data.path
     if not source:
         source = config_task.source
         hub_task = source.startswith("hub:")
@@ -58,8 +57,9 @@ def resolve(config: RunConfig, run: str, client_head: bool = False) -> Resolved:
             images = bool(config_task.image)
             what = "bundled images of digits" if images else "bundled SMS collection"
             config_task = IMAGE_TASKS[FALLBACK_IMAGE_TASK] if images else TASKS[BUNDLED_TASK]
-            notes.append(f"task {config.task} -> {config_task.name}, the {what}")
+            notes.append(f"task {config.task.name} -> {config_task.name}, the {what}")
             source = config_task.source
+    keys: dict[str, Any] = config.as_keys()
     spec = ClientSpec(
         run=run,
         model=model,
@@ -67,7 +67,7 @@ def resolve(config: RunConfig, run: str, client_head: bool = False) -> Resolved:
         source=source if _is_no_path(source) else _absolute(source),
         client_head=client_head,
         **{
-            name: getattr(config, name)
+            name: keys[name.replace("_", "-")]
             for name in ClientSpec.__dataclass_fields__
             if name not in ("run", "model", "task", "source", "client_head")
         },

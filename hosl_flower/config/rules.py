@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from hosl_flower.config.run_config import RunConfig, split_words
+from hosl_flower.config.run_config import KEYS, RunConfig
+from hosl_flower.config.text_values import split_words
 
 
 def contradictions(config: RunConfig) -> Iterator[str]:
@@ -16,88 +17,92 @@ def contradictions(config: RunConfig) -> Iterator[str]:
 
 
 def _data(config: RunConfig) -> Iterator[str]:
-    if config.verbalizers and len(config.verbalizer_list) < 2:
+    if config.task.verbalizers and len(config.task.verbalizer_list) < 2:
         yield "verbalizers: needs at least two comma-separated words"
-    if config.target_column and (config.verbalizers or config.label_column):
+    if config.task.target_column and (config.task.verbalizers or config.task.label_column):
         yield (
             "target-column is for text that is generated, verbalizers and label-column for a "
             "choice among words: leave one of them out"
         )
-    if config.num_clients > config.train_examples > 0:
+    if config.clients.count > config.data.train_examples > 0:
         yield (
-            f"num-clients = {config.num_clients} is more than train-examples = "
-            f"{config.train_examples}: some clients would have no data"
+            f"num-clients = {config.clients.count} is more than train-examples = "
+            f"{config.data.train_examples}: some clients would have no data"
         )
-    if config.partitioner == "natural-id" and not config.partition_column:
+    if config.clients.partitioner == "natural-id" and not config.clients.partition_column:
         yield "partitioner = natural-id needs partition-column"
-    if config.warmup_steps >= config.steps:
-        yield f"warmup-steps = {config.warmup_steps} leaves none of the {config.steps} steps"
+    if (warmup := config.learning_rate.warmup_steps) >= config.steps:
+        yield f"warmup-steps = {warmup} leaves none of the {config.steps} steps"
 
 
 def _idle(config: RunConfig) -> Iterator[str]:
     """A value that would change nothing is a mistake."""
-    lora = "lora" in (config.client_trainable, config.server_trainable)
+    lora = "lora" in (config.client.trainable, config.server.trainable)
+    dirichlet = ("partitioner = dirichlet", config.clients.partitioner == "dirichlet")
+    natural = ("partitioner = natural-id", config.clients.partitioner == "natural-id")
+    noise = ("dp-noise", bool(config.privacy.dp_noise))
     needs = {
-        "trim_fraction": ("aggregation = trimmed-mean", config.aggregation == "trimmed-mean"),
-        "dirichlet_alpha": ("partitioner = dirichlet", config.partitioner == "dirichlet"),
-        "min_partition_size": ("partitioner = dirichlet", config.partitioner == "dirichlet"),
-        "partition_column": ("partitioner = natural-id", config.partitioner == "natural-id"),
-        "dp_clip": ("dp-noise", bool(config.dp_noise)),
-        "dp_delta": ("dp-noise", bool(config.dp_noise)),
+        "trim-fraction": ("aggregation = trimmed-mean", config.aggregation.rule == "trimmed-mean"),
+        "dirichlet-alpha": dirichlet,
+        "min-partition-size": dirichlet,
+        "partition-column": natural,
+        "dp-clip": noise,
+        "dp-delta": noise,
         **{
-            f"lora_{name}": ("client-trainable or server-trainable = lora", lora)
+            f"lora-{name}": ("client-trainable or server-trainable = lora", lora)
             for name in ("rank", "alpha", "targets")
         },
     }
-    for name, (setting, used) in needs.items():
-        field = type(config).model_fields[name]
-        if not used and getattr(config, name) != field.default:
-            yield f"{field.alias} has no use without {setting}"
+    values = config.as_keys()
+    for key, (setting, used) in needs.items():
+        if not used and values[key] != KEYS[key].field.default:
+            yield f"{key} has no use without {setting}"
 
 
 def _clients(config: RunConfig) -> Iterator[str]:
-    if config.clients_per_step > config.num_clients:
+    if config.clients.per_step > config.clients.count:
         yield (
-            f"clients-per-step = {config.clients_per_step} is more than num-clients = "
-            f"{config.num_clients}"
+            f"clients-per-step = {config.clients.per_step} is more than num-clients = "
+            f"{config.clients.count}"
         )
-    elif config.min_clients > config.sampled_clients:
+    elif config.clients.minimum > config.clients.sampled:
         yield (
-            f"min-clients = {config.min_clients} is more than the {config.sampled_clients} "
+            f"min-clients = {config.clients.minimum} is more than the {config.clients.sampled} "
             "clients of a step"
         )
-    if config.step_deadline >= config.reply_deadline:
+    if config.deadlines.step >= config.deadlines.reply:
         yield (
-            f"step-deadline = {config.step_deadline:g} has no use: it is not below reply-deadline "
-            f"= {config.reply_deadline:g}"
+            f"step-deadline = {config.deadlines.step:g} has no use: it is not below reply-deadline "
+            f"= {config.deadlines.reply:g}"
         )
-    if config.client_seeds == "per-client" and config.aggregation in ("median", "trimmed-mean"):
+    rule = config.aggregation.rule
+    if config.zo.client_seeds == "per-client" and rule in ("median", "trimmed-mean"):
         yield (
-            f"aggregation = {config.aggregation} compares the clients' scalars along the same "
+            f"aggregation = {rule} compares the clients' scalars along the same "
             "directions; it needs client-seeds = shared"
         )
 
 
 def _derivative(config: RunConfig) -> Iterator[str]:
-    if config.derivative == "differences":
+    if config.zo.derivative == "differences":
         return
-    if config.epsilon != type(config).model_validate({"dtype": config.dtype}).epsilon:
+    if config.zo.epsilon != RunConfig.from_keys({"dtype": config.dtype}).zo.epsilon:
         yield "epsilon has no use without derivative = differences"
-    if config.client_quantization != "none":
+    if config.client.quantization != "none":
         yield "derivative = forward-mode knows no 8-bit weights: no client-quantization"
 
 
 def _adapters(config: RunConfig) -> Iterator[str]:
-    if config.client_quantization != "none" and config.client_trainable != "lora":
+    if config.client.quantization != "none" and config.client.trainable != "lora":
         yield (
-            f"client-quantization = {config.client_quantization} freezes the client's weights; "
+            f"client-quantization = {config.client.quantization} freezes the client's weights; "
             "it needs client-trainable = lora"
         )
-    lora = "lora" in (config.client_trainable, config.server_trainable)
-    if lora and not split_words(config.lora_targets):
+    lora = "lora" in (config.client.trainable, config.server.trainable)
+    if lora and not split_words(config.lora.targets):
         yield "lora-targets: names no module"
-    both = config.client_trainable == config.server_trainable == "lora"
-    if config.save_format == "adapters" and not both:
+    both = config.client.trainable == config.server.trainable == "lora"
+    if config.run.save_format == "adapters" and not both:
         yield (
             "save-format = adapters needs client-trainable = server-trainable = lora: "
             "adapters cannot hold other changes"
@@ -105,14 +110,14 @@ def _adapters(config: RunConfig) -> Iterator[str]:
 
 
 def _privacy(config: RunConfig) -> Iterator[str]:
-    if not config.dp_noise:
+    if not config.privacy.dp_noise:
         return
-    if not config.dp_clip:
+    if not config.privacy.dp_clip:
         yield (
             "dp-noise needs dp-clip, since noise hides what is bounded: set it to a norm of one "
             "example's projected gradients that few of public data have"
         )
-    if config.evaluation == "split":
+    if config.evaluation.mode == "split":
         yield (
             "dp-noise needs evaluation = central: through the split, clients send activations of "
             "their held-out examples"

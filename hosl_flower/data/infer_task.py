@@ -37,21 +37,21 @@ def completed(config: RunConfig) -> RunConfig:
     Labels that stay on the clients are not read, nor data that each node has of its own: then
     ConfigError says what is to be given. Raises DataError for data that do not say enough.
     """
-    if not config.task:
-        config = _with(config, task=_OWN if config.data_path else BUNDLED_TASK)
-    known = config.task in TASKS or config.task in IMAGE_TASKS
-    if known or not config.data_path:
+    if not config.task.name:
+        config = _with(config, task=_OWN if config.data.path else BUNDLED_TASK)
+    known = config.task.name in TASKS or config.task.name in IMAGE_TASKS
+    if known or not config.data.path:
         return config
-    if not config.image_column:
-        config = _with(config, prompt=config.prompt or _PROMPT)
-    if config.verbalizers or config.target_column:
+    if not config.task.image_column:
+        config = _with(config, prompt=config.task.prompt or _PROMPT)
+    if config.task.verbalizers or config.task.target_column:
         return config
-    if config.labels == "client":
+    if config.task.labels == "client":
         raise ConfigError("labels = client: the server reads no labels, so set verbalizers")
-    named = config.data_path.startswith(_NO_PATHS)
-    if not named and not Path(config.data_path).expanduser().exists():
+    named = config.data.path.startswith(_NO_PATHS)
+    if not named and not Path(config.data.path).expanduser().exists():
         raise ConfigError(
-            f"data-path = {config.data_path!r} does not exist here, on the server; if each node "
+            f"data-path = {config.data.path!r} does not exist here, on the server; if each node "
             "has data of its own, set verbalizers (and prompt)"
         )
     words = _words(config)
@@ -65,7 +65,7 @@ def check_data_path(config: RunConfig) -> None:
         ConfigError: where the task is to be read of the data.
         DataError: for any other task.
     """
-    path = config.data_path
+    path = config.data.path
     if not path or path.startswith(_NO_PATHS) or os.path.exists(os.path.expanduser(path)):
         return
     completed(config)
@@ -79,9 +79,11 @@ def _with(config: RunConfig, **keys: str) -> RunConfig:
 
 def _words(config: RunConfig) -> dict[str, str]:
     """Each label of the data and its word, in alphabetical order, or by number."""
-    task = Task(config.task, config.prompt, label_column=config.label_column or "label")
-    if config.image_column:
-        images = image_task(config.task, (), config.image_column)
+    task = Task(
+        config.task.name, config.task.prompt, label_column=config.task.label_column or "label"
+    )
+    if config.task.image_column:
+        images = image_task(config.task.name, (), config.task.image_column)
         task = replace(images, label_column=task.label_column)
     found, labels = _labels(config, task)
     names = sorted({label for own in labels for label in own})
@@ -122,8 +124,8 @@ def _labels(config: RunConfig, task: Task) -> tuple[str, list[list[str]]]:
     from hosl_flower.data.sources import labelled_parts  # needs seconds
 
     found, labels = "", []
-    parts = labelled_parts(config.data_path, task)
-    for data in parts[:1] if config.held_out_examples else parts:
+    parts = labelled_parts(config.data.path, task)
+    for data in parts[:1] if config.data.held_out_examples else parts:
         column = find_column(data, task.label_column, task)
         if column is None:
             raise DataError(
@@ -169,7 +171,7 @@ def _numbered(labels: list[str], found: str) -> dict[str, str]:
 
 def _is_classifier(config: RunConfig) -> bool:
     """Whether the model has a head of classes, which need no words."""
-    if config.image_column:
+    if config.task.image_column:
         return True
     from hosl_flower.models.base_model import model_config
     from hosl_flower.models.families.registry import family_of

@@ -79,11 +79,11 @@ def _copy(source: Path, directory: Path) -> None:
 
 def _check_adapters(run: Finished) -> None:
     config = run.config
-    if not config.client_trainable == config.server_trainable == "lora":
+    if not config.client.trainable == config.server.trainable == "lora":
         raise ConfigError(
             f"{run.directory} has no adapters to export: they need client-trainable and "
             f"server-trainable = lora and save-format = adapters, here they were "
-            f"{config.client_trainable}, {config.server_trainable} and {config.save_format}"
+            f"{config.client.trainable}, {config.server.trainable} and {config.run.save_format}"
         )
     if not run.has_adapters:
         raise ConfigError(

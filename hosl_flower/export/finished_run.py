@@ -61,7 +61,7 @@ def read_run(directory: Path) -> Finished:
         why = (
             "it was not saved to the end, its log says why: resume writes it if there is a "
             "checkpoint of the last step"
-            if config.save_model
+            if config.run.save_model
             else "train with save-model = true (here it was false)"
         )
         raise CheckpointError(f"{directory} has no saved model, expected {run.model}: {why}")

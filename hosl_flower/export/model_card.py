@@ -18,8 +18,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from hosl_flower.config.parse import parse_config
 from hosl_flower.config.rules import KEYS_FREE_TO_CHANGE
-from hosl_flower.config.run_config import RunConfig, Scalar
+from hosl_flower.config.run_config import RunConfig
 from hosl_flower.config.task_from_config import task_from_config
+from hosl_flower.config.value_types import Scalar
 from hosl_flower.errors import CheckpointError, printable
 from hosl_flower.export import markdown
 from hosl_flower.export.finished_run import Finished
@@ -87,7 +88,7 @@ def model_card(run: Finished, what: str) -> ModelCard:
 
 def _description(run: Finished, what: str) -> Iterator[str]:
     """The list of what it is."""
-    results, clients, task = run.results, run.config.num_clients, _task(run)
+    results, clients, task = run.results, run.config.clients.count, _task(run)
     here = WHAT[what].format(cut=run.config.cut_layer, auto=_auto(run))
     yield f"- What is here: {here}."
     yield f"- Base model: {_base(run)}."
@@ -137,9 +138,9 @@ def _figure(evaluation: Evaluation, key: str) -> str:
 
 
 def _differences(config: RunConfig) -> Iterator[str]:
-    if config.client_quantization != "none":
+    if config.client.quantization != "none":
         yield (
-            f"the client's frozen weights were in {config.client_quantization}, here they are the "
+            f"the client's frozen weights were in {config.client.quantization}, here they are the "
             "base model's own"
         )
     if config.dtype != "float32":
@@ -180,7 +181,7 @@ def _keys(run: Finished) -> dict[str, Scalar]:
 
 def _local(run: Finished) -> list[str]:
     """The keys that are local paths."""
-    data = run.config.data_path
+    data = run.config.data.path
     local = {"model": _is_local(run), "data-path": bool(data) and ":" not in data}
     return [key for key, is_path in local.items() if is_path]
 
@@ -232,20 +233,20 @@ def _base(run: Finished) -> str:
 def _task(run: Finished) -> Task:
     """The task as it was used: another one than was asked for after a fallback."""
     used = run.record.task_used
-    if used == run.config.task:
+    if used == run.config.task.name:
         return task_from_config(run.config)
     known = {**TASKS, **IMAGE_TASKS}
     if used not in known:
         raise CheckpointError(
             f"{run.directory / 'config.json'}, task_used: no task {used!r}; expected "
-            f"{run.config.task!r} or one of {', '.join(known)}"
+            f"{run.config.task.name!r} or one of {', '.join(known)}"
         )
     return known[used]
 
 
 def _source(run: Finished) -> str:
     """Where the data came from, as in a task, or a path; empty where each node had its own."""
-    return run.config.data_path or _task(run).source
+    return run.config.data.path or _task(run).source
 
 
 def _data(run: Finished) -> str:

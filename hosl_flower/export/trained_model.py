@@ -59,7 +59,7 @@ def trained_model(run: Finished, cut: int | None = None) -> Trained:
         trained = Trained(base, cut, str(run.model), dtype, server_lora(config), run.model)
     else:
         # merged in float32: 16 bits would not hold what the adapters add
-        dtype = torch.float32 if config.client_trainable == "lora" else dtype
+        dtype = torch.float32 if config.client.trainable == "lora" else dtype
         trained = Trained(open_base(str(run.model)), cut, str(run.model), dtype)
     check_cut(trained.base.config, cut)
     return trained

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hosl_flower.config.run_config import RunConfig, Scalar
+from hosl_flower.config.run_config import KEYS
+from hosl_flower.config.value_types import Scalar
 from hosl_flower.errors import ConfigError, HoslError
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -166,8 +167,7 @@ def new_app(directory: Path, template: str) -> Path:
 
 def _keys() -> list[tuple[str, Any, str]]:
     """Key, default and description of every run-config key."""
-    fields = RunConfig.model_fields.values()
-    return [(str(f.alias), f.default, str(f.description)) for f in fields]
+    return [(key.name, key.field.default, str(key.field.description)) for key in KEYS.values()]
 
 
 def _toml(value: Scalar) -> str:

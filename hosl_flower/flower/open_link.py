@@ -35,13 +35,13 @@ def open_link(
     that being asked for, and for a method that needs a stream where there is none.
     """
     check_stream(config)
-    superlink = SuperLink(grid, config.reply_deadline)
+    superlink = SuperLink(grid, config.deadlines.reply)
     # a node's first answer is when its process has loaded everything, which is no exchange
-    starting = max(config.reply_deadline, config.nodes_deadline)
-    nodes = Nodes(superlink, config.num_clients, config.clients_per_node, starting)
-    nodes.wait(config.nodes_deadline, required_clients)
+    starting = max(config.deadlines.reply, config.deadlines.nodes)
+    nodes = Nodes(superlink, config.clients.count, config.clients.per_node, starting)
+    nodes.wait(config.deadlines.nodes, required_clients)
     stream = config.link == "stream" or (
-        config.link == "auto" and (nodes.simulated or bool(config.stream_endpoint))
+        config.link == "auto" and (nodes.simulated or bool(config.stream.endpoint))
     )
     if not stream and needs_stream:
         raise ConfigError(
@@ -50,45 +50,45 @@ def open_link(
             "local-steps = 1"
         )
     if not stream:
-        return GridLink(superlink, spec, history, limits, config.reply_deadline, nodes)
-    if not nodes.simulated and not config.stream_endpoint:
+        return GridLink(superlink, spec, history, limits, config.deadlines.reply, nodes)
+    if not nodes.simulated and not config.stream.endpoint:
         raise ConfigError(
             "link = stream needs stream-endpoint, the host:port of this ServerApp that "
             "SuperNodes can dial"
         )
     certificate, authority = _certificates(config)
-    bind = config.stream_bind or _bind(config.stream_endpoint)
+    bind = config.stream.bind or _bind(config.stream.endpoint)
     return StreamLink(
         superlink,
         spec,
         history,
         limits,
-        config.reply_deadline,
+        config.deadlines.reply,
         nodes,
-        lifetime=config.stream_lifetime,
-        endpoint=config.stream_endpoint,
+        lifetime=config.stream.lifetime,
+        endpoint=config.stream.endpoint,
         bind=bind,
         certificate=certificate,
         authority=authority,
-        longest=config.max_session_seconds,
-        indispensable=required_clients == config.num_clients,
+        longest=config.stream.max_session_seconds,
+        indispensable=required_clients == config.clients.count,
     )
 
 
 def check_stream(config: RunConfig) -> None:
     """ConfigError for stream keys that do not fit together."""
-    if bool(config.stream_certificate) != bool(config.stream_key):
+    if bool(config.stream.certificate) != bool(config.stream.key):
         raise ConfigError("stream-certificate and stream-key belong together: set both or none")
     if config.link == "grid":
         return
     for key, value in (
-        ("stream-endpoint", config.stream_endpoint),
-        ("stream-bind", config.stream_bind),
+        ("stream-endpoint", config.stream.endpoint),
+        ("stream-bind", config.stream.bind),
     ):
         if not value:
             continue
         host = _host_and_port(key, value)[0]
-        if not (config.stream_certificate or config.stream_insecure or is_loopback(host)):
+        if not (config.stream.certificate or config.stream.insecure or is_loopback(host)):
             raise ConfigError(
                 f"{key} = {value!r} is not this machine alone: activations and labels would cross "
                 "the network unencrypted. Set stream-certificate and stream-key, or "
@@ -98,13 +98,13 @@ def check_stream(config: RunConfig) -> None:
 
 def _certificates(config: RunConfig) -> tuple[tuple[bytes, bytes] | None, str]:
     """((key, certificate chain), the authority that clients trust), PEM."""
-    if not config.stream_certificate:
+    if not config.stream.certificate:
         return None, ""
-    key = _pem("stream-key", config.stream_key)
-    chain = _pem("stream-certificate", config.stream_certificate)
+    key = _pem("stream-key", config.stream.key)
+    chain = _pem("stream-certificate", config.stream.certificate)
     authority = chain
-    if config.stream_authority:
-        authority = _pem("stream-authority", config.stream_authority)
+    if config.stream.authority:
+        authority = _pem("stream-authority", config.stream.authority)
     return (key, chain), authority.decode("ascii", errors="replace")
 
 

@@ -59,14 +59,14 @@ class Method(ABC):
             raise ConfigError(
                 f"{self.name} does not use {', '.join(idle)}: leave it at its default"
             )
-        if config.labels == "client" and not self.keeps_labels:
+        if config.task.labels == "client" and not self.keeps_labels:
             raise ConfigError(
                 f"{self.name} needs labels on the server: labels = client is for HOSL, HO-SFL, "
                 "split FO, the frozen client and what is made like them"
             )
-        if config.client_optimizer not in self.client_optimizers:
+        if config.client.optimizer not in self.client_optimizers:
             raise ConfigError(
-                f"{self.name} has no client-optimizer = {config.client_optimizer}: it has "
+                f"{self.name} has no client-optimizer = {config.client.optimizer}: it has "
                 f"{', '.join(self.client_optimizers)}"
             )
 
@@ -79,7 +79,7 @@ class Method(ABC):
     def required_clients(self) -> int:
         """How many clients must be there for the run to start."""
         config = self.config
-        return config.min_clients if self.tolerates_absence else config.num_clients
+        return config.clients.minimum if self.tolerates_absence else config.clients.count
 
     @property
     def needs_stream(self) -> bool:

@@ -65,13 +65,15 @@ def train(
     check_clients(session, link, session.participation.clients, session.done)
     judge = judge_of(session, link)
     report.open(method, session, checkpoint)
-    if config.save_model:
+    if config.run.save_model:
         warn_of_room(report.directory, bytes_needed(session))
     if checkpoint is None:
         method.settle(session)
         report.evaluated(0, evaluate(session, judge, 0), session)
     saved = session.done
-    for steps in grouped(config.steps, config.steps_per_message, config.eval_every, first):
+    for steps in grouped(
+        config.steps, config.pace.steps_per_message, config.evaluation.every, first
+    ):
         started = time.perf_counter()
         waited, computed = link.traffic.waited_seconds, link.traffic.client_seconds
         try:
@@ -89,14 +91,14 @@ def train(
         each = {part: seconds / len(steps) for part, seconds in spent.items()}
         for step, loss in zip(steps, losses, strict=True):
             report.stepped(step, loss, session, **each)
-        if step % config.eval_every == 0 or step == config.steps:
+        if step % config.evaluation.every == 0 or step == config.steps:
             link.flush()
             late = link.late()  # they are checked when they are back
             check_clients(session, link, session.participation.unchecked - late, step)
             session.participation.unchecked &= late
             method.settle(session)
             report.evaluated(step, evaluate(session, judge, step), session)
-        due = 0 < config.checkpoint_every <= step - saved
+        due = 0 < config.run.checkpoint_every <= step - saved
         if due and step < config.steps and method.may_pause(step):
             report.checkpoint(step, session, method, link.traffic)
             saved = step
@@ -109,7 +111,7 @@ def train(
 def judge_of(session: Session, link: Link) -> Link:
     """Where evaluations are asked for: of the clients, or, centrally, of data of the server's own,
     labels and all."""
-    if session.config.evaluation == "split":
+    if session.config.evaluation.mode == "split":
         return link
     limits = replace(session.limits, private_labels=False, label_counts=True)
     spec = replace(session.spec, labels="server", activation_noise=0.0, dp_noise=0.0)
@@ -129,7 +131,7 @@ def rescued(
     except (DivergedError, OutOfRangeError):
         raise
     except HoslError as error:
-        wanted = session.config.checkpoint_every and done > saved
+        wanted = session.config.run.checkpoint_every and done > saved
         if wanted and method.may_pause(done) and session.return_to(place):
             try:
                 report.checkpoint(done, session, method, link.traffic)
@@ -157,7 +159,7 @@ def describe_all(session: Session, link: Link) -> None:
     One that is not there, or cannot take part, may come later, if enough others are there; else
     the run ends before it starts.
     """
-    partitions = range(session.config.num_clients)
+    partitions = range(session.config.clients.count)
     if len(partitions) >= _MANY:
         log.info("waiting for %d clients to load their data", len(partitions))
     requests = {p: [Describe(**session.at(0, p))] for p in partitions}
@@ -211,7 +213,7 @@ def check_clients(session: Session, link: Link, partitions: Iterable[int], step:
             session.expel(step, partition, error)
             continue
         except (ClientError, ProtocolError) as error:
-            if session.config.num_clients == 1:
+            if session.config.clients.count == 1:
                 raise
             log.warning("step %d: the submodel of a client is not checked: %s", step, error)
             continue
@@ -253,7 +255,7 @@ def _evaluate_on(session: Session, judge: Link, step: int, partition: int) -> He
     """Raises DivergedError for a loss that is none any more, and what the link raises."""
     spec, at = session.spec, session.at(step, partition)
     described = session.participation.clients[partition]
-    if session.config.evaluation == "central":  # the server's own data, not the client's
+    if session.config.evaluation.mode == "central":  # the server's own data, not the client's
         (own,) = judge.exchange({partition: [Describe(**at)]})[partition]
         assert isinstance(own, Described)  # Link has checked it
         described = own
@@ -272,10 +274,10 @@ def finish(method: Method, session: Session, link: Link, report: Recorder) -> Re
     in a checkpoint then, if that can be written.
     """
     config = session.config
-    checked = check_clients(session, link, range(config.num_clients), config.steps)
+    checked = check_clients(session, link, range(config.clients.count), config.steps)
     results = report.results(method, session, link.traffic, checked)
     ending = report.ending
-    if config.save_model:
+    if config.run.save_model:
         what = f"model, {bytes_needed(session) / 1e6:.1f} MB"
         ending.attempt(what, lambda: save_model(report.directory / "model", session))
     wanted = ending.failures and not ending.diverged
@@ -289,7 +291,7 @@ def finish(method: Method, session: Session, link: Link, report: Recorder) -> Re
 def bytes_needed(session: Session) -> int:
     """About how large the saved model will be."""
     held, trained = session.client_counts()
-    if session.config.save_format == "adapters":
+    if session.config.run.save_format == "adapters":
         return 4 * (trained + session.server.trained_count())
     return 4 * (held + count(dict(session.server.submodel.named_parameters())))
 
@@ -298,7 +300,7 @@ def save_model(directory: Path, session: Session) -> None:
     """Write the trained model, as plain weights or as adapters. OSError when it cannot be written,
     DivergedError when its values are not finite."""
     client, server = session.trained_client(), session.server
-    if session.config.save_format == "adapters":
+    if session.config.run.save_format == "adapters":
         assert client.lora is not None  # the config has been checked
         adapters = {
             **trainable_parameters(client, "lora"),

@@ -119,7 +119,7 @@ def plan(config: RunConfig) -> Plan:
 
 
 def _plan(config: RunConfig) -> Plan:
-    config = config.model_copy(update={"resume": ""})  # from the first step, whatever is there
+    config = config.with_keys({"resume": ""})  # from the first step, whatever is there
     method = load_method(config)
     session = open_run(method, "plan")[0]
     client = Client(session.spec, secret=simulated_secret(session.spec.seed))
@@ -141,7 +141,7 @@ def _plan(config: RunConfig) -> Plan:
         peak_bytes=peaks_of(config, session.sample(1)),
         **step,
         **evaluation,
-        evaluations=1 + math.ceil(config.steps / config.eval_every),
+        evaluations=1 + math.ceil(config.steps / config.evaluation.every),
     )
 
 
@@ -154,12 +154,13 @@ def peaks_of(config: RunConfig, partitions: list[int]) -> dict[str, int]:
     """
     few = {
         "device": "cpu",  # fake tensors have no allocator to ask, there they are counted
-        "steps": 2, "eval_every": 2,
-        "local_steps": min(2, config.local_steps),  # what happens every so many steps is in these
-        "upload_every": min(2, config.upload_every),
-        "activation_noise": 0.0,  # follows from the examples' bytes, and shapes have none
+        "steps": 2, "eval-every": 2,
+        # what happens every so many steps is in these
+        "local-steps": min(2, config.pace.local_steps),
+        "upload-every": min(2, config.pace.upload_every),
+        "activation-noise": 0.0,  # follows from the examples' bytes, and shapes have none
     }  # fmt: skip
-    config = config.model_copy(update=few)
+    config = config.with_keys(few)
     with shapes_only():
         method = load_method(config)
         session = open_run(method, "plan")[0]
@@ -180,7 +181,7 @@ def peaks_of(config: RunConfig, partitions: list[int]) -> dict[str, int]:
             for partition in partitions:
                 link.arrived(partition)
         method.steps(session, link, [2])
-        if config.evaluation == "split":
+        if config.evaluation.mode == "split":
             _evaluate(session, client)
         second = client.meter.peaks
         return {phase: most for phase in PHASES if (most := max(first[phase], second[phase]))}
@@ -189,7 +190,7 @@ def peaks_of(config: RunConfig, partitions: list[int]) -> dict[str, int]:
 def _evaluate(session: Session, client: Client) -> None:
     """The largest part of an evaluation there can be, on shapes."""
     held_out = session.participation.clients[0].held_out_examples
-    size = min(session.config.eval_batch_size, held_out)
+    size = min(session.config.evaluation.batch_size, held_out)
     client.activations.of("evaluate", session.encoder.largest(size), "")
     head = client.work.head
     if head is not None:  # labels = client: it scores hidden states too
@@ -208,7 +209,7 @@ def _steps(method: Method, session: Session, link: InProcessLink) -> dict[str, f
     for step in steps:
         method.steps(session, link, [step])
         done += 1
-        if time.perf_counter() - started > _SECONDS and done >= session.config.upload_every:
+        if time.perf_counter() - started > _SECONDS and done >= session.config.pace.upload_every:
             break
     link.flush()
     seconds = time.perf_counter() - started
@@ -219,8 +220,8 @@ def _steps(method: Method, session: Session, link: InProcessLink) -> dict[str, f
     up = _sent(link.traffic.up, apart) - _sent(before.up, apart)
     down = _sent(link.traffic.down, apart) - _sent(before.down, apart)
     if method.needs_stream:
-        weights = session.history.snapshot_bytes * clients // session.config.local_steps
-        up, down = up + weights, down + weights * (session.config.num_clients > 1)
+        weights = session.history.snapshot_bytes * clients // session.config.pace.local_steps
+        up, down = up + weights, down + weights * (session.config.clients.count > 1)
     return {
         "clients": clients / done,
         "up_bytes": up / done,
@@ -244,7 +245,7 @@ def _one_evaluation(session: Session, link: Link) -> dict[str, float]:
     score_batches(session, link, 0, 0, range(middle, middle + 1))
     sent = link.traffic.total(link.traffic.up) - before
     return {
-        "evaluation_bytes": batches * sent * (session.config.evaluation == "split"),
+        "evaluation_bytes": batches * sent * (session.config.evaluation.mode == "split"),
         "evaluation_seconds": batches * (time.perf_counter() - started),
     }
 

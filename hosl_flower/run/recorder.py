@@ -62,18 +62,18 @@ class Recorder:
     def __init__(self, config: RunConfig, kept: RunLog):
         self.config, self._kept = config, kept
         self._lock: FileLock | None = None
-        if config.tracker_names != ("auto",):
-            check_trackers(config.tracker_names)
-        name = config.run_name or time.strftime("%Y%m%d-%H%M%S")
-        self.directory = (Path(config.output_dir).expanduser() / name).absolute()
-        if config.resume:
+        if config.run.tracker_names != ("auto",):
+            check_trackers(config.run.tracker_names)
+        name = config.run.name or time.strftime("%Y%m%d-%H%M%S")
+        self.directory = (Path(config.run.output_dir).expanduser() / name).absolute()
+        if config.run.resume:
             self.directory = run_directory(config)
             check_writable(self.directory, "resume")
             if found(self.directory):  # locked before they are read: another run may go on
                 self._lock = lock(self.directory)
         else:
             check_writable(self.directory, "output-dir")
-            if config.run_name:
+            if config.run.name:
                 refuse_used(self.directory)  # before loading; once more when it is claimed
         self.trackers: Trackers | None = None
         self.evaluations: list[dict[str, float | None]] = []
@@ -98,11 +98,11 @@ class Recorder:
         cannot be written or holds a run."""
         try:
             if self._lock is None:
-                self.directory, self._lock = claim(self.directory, bool(self.config.run_name))
+                self.directory, self._lock = claim(self.directory, bool(self.config.run.name))
             self._metrics = Lines(self.directory / "metrics.jsonl")
             self._start(session, checkpoint)
         except OSError as error:
-            key = "resume" if self.config.resume else "output-dir"
+            key = "resume" if self.config.run.resume else "output-dir"
             raise ConfigError(
                 f"{key}: {self.directory} cannot be written ({error}); expected a directory with "
                 "room that this user can write"
@@ -113,7 +113,9 @@ class Recorder:
         names = task.label_names or task.verbalizers or ("examples",)
         if not session.limits.label_counts:
             names, counts = ("any",), [(client.train_examples,) for client in clients]
-        self.trackers = Trackers(self.config.tracker_names, self.directory, self.config.as_keys())
+        self.trackers = Trackers(
+            self.config.run.tracker_names, self.directory, self.config.as_keys()
+        )
         with self._warned("partition.png"):
             draw_partition(self.directory / "partition.png", counts, names)
         for line in announcement(method, session):
@@ -147,7 +149,7 @@ class Recorder:
         if session.done < self.config.steps:  # else only files of the end are missing
             (self.directory / "results.json").unlink(missing_ok=True)
             behind = self._steps_after(state["sizes"]["metrics.jsonl"])
-            session.participation.retaken += behind * session.config.local_steps
+            session.participation.retaken += behind * session.config.pace.local_steps
         for left in ("model", ".model.part"):
             remove(self.directory / left)
         for step, path in found(self.directory):
@@ -167,7 +169,7 @@ class Recorder:
         with (self.directory / "metrics.jsonl").open("rb") as file:
             file.seek(size)
             done = sum(b'"seconds"' in line for line in file)
-        return done + self.config.steps_per_message
+        return done + self.config.pace.steps_per_message
 
     def checkpoint(self, step: int, session: Session, method: Method, traffic: Traffic) -> None:
         """Write a checkpoint. One that cannot be written ends no run: the last is still there.
@@ -196,7 +198,7 @@ class Recorder:
             "wall_seconds": self._wall_seconds(),
         }
         checkpoint = collect(step, session, method, traffic, state)
-        write(self.directory, checkpoint, self.config.checkpoints_kept)
+        write(self.directory, checkpoint, self.config.run.checkpoints_kept)
 
     def _wall_seconds(self) -> float:
         return self._earlier + time.perf_counter() - self._started

@@ -91,7 +91,7 @@ def results_of(
         },
         client_parameters={"held": held, "trained": trained},
         clients={
-            "number": session.config.num_clients,
+            "number": session.config.clients.count,
             "steps_taken_part": _by_partition(participation.took_part),
             "dropped": [drop._asdict() for drop in participation.dropped],
             "times_dropped": _by_partition(participation.times_dropped),

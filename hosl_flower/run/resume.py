@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hosl_flower.config.rules import KEYS_FREE_TO_CHANGE
-from hosl_flower.config.run_config import RunConfig
+from hosl_flower.config.run_config import KEYS, RunConfig
 from hosl_flower.errors import CheckpointError, ConfigError
 from hosl_flower.ledger.client_state import Snapshot
 from hosl_flower.methods.load import place_of
@@ -36,7 +36,7 @@ log = logging.getLogger("hosl_flower")
 
 def run_directory(config: RunConfig) -> Path:
     """Of the run that is resumed."""
-    return Path(config.resume).expanduser().absolute()
+    return Path(config.run.resume).expanduser().absolute()
 
 
 def find(config: RunConfig) -> Checkpoint:
@@ -55,12 +55,11 @@ def find(config: RunConfig) -> Checkpoint:
     # a rate that falls to zero at the end depends on where that is
     free = (
         KEYS_FREE_TO_CHANGE
-        if config.learning_rate_schedule == "constant"
+        if config.learning_rate.schedule == "constant"
         else KEYS_FREE_TO_CHANGE - {"steps"}
     )
     # a key that is newer than the run was what it is by default
-    defaults = {field.alias: field.default for field in RunConfig.model_fields.values()}
-    before = {key: record.get(key, defaults[key]) for key in wanted}
+    before = {key: record.get(key, KEYS[key].field.default) for key in wanted}
     before["strategy"] = _same_way(str(before["strategy"]), config.strategy)
     differ = [
         f"{key} = {before[key]!r}, here {value!r}"
@@ -112,7 +111,7 @@ def _lacks_files(config: RunConfig, checkpoint: Checkpoint) -> bool:
     directory, scored = run_directory(config), checkpoint.values["report"]["evaluations"]
     ended = bool(scored) and scored[-1]["step"] == checkpoint.step
     model = directory / "model"
-    there = (directory / "results.json").is_file() and (model.is_dir() or not config.save_model)
+    there = (directory / "results.json").is_file() and (model.is_dir() or not config.run.save_model)
     return ended and not there
 
 

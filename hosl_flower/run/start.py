@@ -27,7 +27,7 @@ def run_in_process(method: Method) -> Results:
     Raises:
         ConfigError: for a config that cannot be run so.
     """
-    if method.config.step_deadline:
+    if method.config.deadlines.step:
         raise ConfigError(
             "step-deadline is about clients that work side by side; in process they do so one "
             "after the other: leave it 0"
@@ -50,7 +50,7 @@ def open_run(method: Method, run: str) -> tuple[Session, Checkpoint | None]:
         The session, and the checkpoint it goes on from, without its tensors.
     """
     config = method.config
-    checkpoint = find(config) if config.resume else None
+    checkpoint = find(config) if config.run.resume else None
     session = open_session(config, run, method.required_clients, method.client_head)
     method.check(session)
     if checkpoint is not None:

@@ -29,8 +29,8 @@ def announcement(method: Any, session: Session) -> Iterable[str]:
     )
     if spec.dtype != "float32":
         yield (
-            f"{spec.dtype} client: probes at distance {config.epsilon:g}; updates are rounded at "
-            "random, so that steps smaller than a weight's spacing count on average, with noise"
+            f"{spec.dtype} client: probes at distance {config.zo.epsilon:g}; updates are rounded "
+            "at random, so that steps smaller than a weight's spacing count on average, with noise"
         )
     examples = [client.train_examples for client in session.participation.clients.values()]
     yield (
@@ -54,7 +54,7 @@ def announcement(method: Any, session: Session) -> Iterable[str]:
             "labels stay on the clients: hidden states go down, their loss gradients up; the "
             "answer words' rows of the head are not trained"
         )
-    if cost := session.privacy(config.steps * config.local_steps):
+    if cost := session.privacy(config.steps * config.pace.local_steps):
         yield (
             f"differential privacy of each training example: epsilon at most "
             f"{max(cost['epsilon'].values()):.3g} at delta {cost['delta']:g} for the clients that "

@@ -37,11 +37,11 @@ def absent(session: Session, link: Link) -> set[int]:
     """Partitions that a step does without: those with no node, and those that are late with an
     earlier one. Late ones are waited for while there are fewer others than min-clients."""
     config = session.config
-    give_up = time.monotonic() + config.reply_deadline
+    give_up = time.monotonic() + config.deadlines.reply
     while True:
         gone, late = link.absent(), link.late()
-        left = config.num_clients - len(gone | late)
-        if left >= config.min_clients or not late - gone or time.monotonic() > give_up:
+        left = config.clients.count - len(gone | late)
+        if left >= config.clients.minimum or not late - gone or time.monotonic() > give_up:
             return gone | late
         time.sleep(_MOMENT)
 
@@ -107,7 +107,7 @@ class Cohort:
         """Share of each remaining client, by its number of training examples where aggregation is
         weighted-mean, else the same for all; they sum to 1. Server and clients use the same."""
         examples = [self.session.participation.clients[p].train_examples for p in self.partitions]
-        if self.session.config.aggregation != "weighted-mean":
+        if self.session.config.aggregation.rule != "weighted-mean":
             examples = [1] * len(examples)
         return [count / sum(examples) for count in examples]
 
@@ -154,7 +154,7 @@ class Cohort:
     def _propagate(
         self, clean: dict[int, Activations], labels: LossSource | None, cut_gradients: bool
     ) -> Iterator[tuple[int, Tensor]]:
-        server, micro_batch = self.session.server, self.session.config.server_micro_batch
+        server, micro_batch = self.session.server, self.session.config.server.micro_batch
         given: set[int] = set()
         while True:
             clients, weights = list(self.partitions), self.weights
@@ -175,7 +175,7 @@ class Cohort:
             except UnusableBatchError as error:
                 if len(error.reasons) == len(clients):
                     raise
-                if len(clients) - len(error.reasons) < self.session.config.min_clients:
+                if len(clients) - len(error.reasons) < self.session.config.clients.minimum:
                     which = ", ".join(str(clients[index]) for index in error.reasons)
                     raise DivergedError(f"client(s) {which} of {len(clients)}: {error}") from error
                 if not error.reasons:  # nothing has been propagated
@@ -205,7 +205,7 @@ class Cohort:
 
     def check_enough(self) -> None:
         """ClientError when fewer than min-clients are left."""
-        least = self.session.config.min_clients
+        least = self.session.config.clients.minimum
         if len(self.partitions) < least:
             reasons = "; ".join(self._reasons[:_MOST_REASONS])
             raise ClientError(
@@ -264,12 +264,12 @@ class Question:
         config = self.session.config
         replies: dict[int, Any] = {}
         errors: list[Exception] = []
-        spare = len(cohort.partitions) - config.min_clients
+        spare = len(cohort.partitions) - config.clients.minimum
         for partition, reply in arrivals(
             cohort.partitions,
             partial(self._next, cohort.step),
             self._until,
-            config.step_deadline,
+            config.deadlines.step,
             spare,
         ):
             if isinstance(reply, Exception):
@@ -278,7 +278,7 @@ class Question:
             else:
                 replies[partition] = reply
         replies = {m: replies[m] for m in cohort.partitions}  # in their order, not that of arrival
-        too_few = len(cohort.partitions) < config.min_clients
+        too_few = len(cohort.partitions) < config.clients.minimum
         if too_few and errors and all(isinstance(error, OutOfRangeError) for error in errors):
             raise DivergedError(
                 f"the numbers of {len(errors)} of {len(errors) + len(replies)} clients are out of "

@@ -112,10 +112,10 @@ class KeptLabels:
 def kept(session: Session, link: Link, asked: Iterable[Forward]) -> KeptLabels | None:
     """Where the labels of these mini-batches are, if they do not come with the activations."""
     config, answers = session.config, session.encoder.answers
-    if config.labels == "server":
+    if config.task.labels == "server":
         return None
     assert isinstance(answers, AnswerWords)  # inputs.make_inputs has checked it
-    return KeptLabels(answers, link, tuple(asked), config.step_deadline, config.min_clients)
+    return KeptLabels(answers, link, tuple(asked), config.deadlines.step, config.clients.minimum)
 
 
 def score_by_client(link: Link, at: dict[str, Any], states: Iterable[Tensor]) -> ClientTally:

@@ -35,25 +35,25 @@ def open_session(
     encoder = make_inputs(spec, spec.model, base.config)
     encoder.check(base.config)
     task = spec.task
-    base, _ = with_classes(base, class_names(task), spec.seed, task, config.fresh_head)
+    base, _ = with_classes(base, class_names(task), spec.seed, task, config.task.fresh_head)
     submodel = load_server(base, spec.cut_layer, torch.float32, device, server_lora(config))
     server = ServerTrainer(
         submodel,
         encoder.answers,
-        config.server_optimizer,
-        config.server_learning_rate,
-        config.server_trainable,
-        own_head=config.labels == "server",
-        gradient_clip=config.server_gradient_clip,
+        config.server.optimizer,
+        config.server.learning_rate,
+        config.server.trainable,
+        own_head=config.task.labels == "server",
+        gradient_clip=config.server.gradient_clip,
     )
-    if config.save_format == "adapters" and base.family.classes:
+    if config.run.save_format == "adapters" and base.family.classes:
         raise ConfigError("save-format = adapters cannot hold the head of a classifier; use merged")
-    if config.save_format == "adapters" and isinstance(base.source, AdaptedWeights):
+    if config.run.save_format == "adapters" and isinstance(base.source, AdaptedWeights):
         raise ConfigError(
             f"save-format = adapters needs a base model of its own, {spec.model} is adapters over "
             "another; use merged"
         )
-    if config.save_format == "adapters" and not base.pretrained:
+    if config.run.save_format == "adapters" and not base.pretrained:
         raise ConfigError(
             f"save-format = adapters needs a base model that can be loaded again, {spec.model} has "
             "random weights; use merged"
@@ -64,7 +64,7 @@ def open_session(
     del client  # but for its trainable parameters
     if not history.state.elements:
         raise ConfigError(
-            f"client-trainable = {config.client_trainable} leaves the client nothing to train at "
+            f"client-trainable = {config.client.trainable} leaves the client nothing to train at "
             f"cut-layer = {spec.cut_layer}"
         )
     return Session(

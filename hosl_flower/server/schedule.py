@@ -18,17 +18,17 @@ from hosl_flower.config.run_config import RunConfig
 
 def rate_factor(config: RunConfig, step: int) -> float:
     """What step 1..steps multiplies the learning rates by, in (0, 1]."""
-    warmup, steps = config.warmup_steps, config.steps
+    warmup, steps = config.learning_rate.warmup_steps, config.steps
     if step <= warmup:
         return step / warmup
     gone = (step - warmup - 1) / (steps - warmup)  # of what follows the warm-up, [0, 1)
-    if config.learning_rate_schedule == "linear":
+    if config.learning_rate.schedule == "linear":
         return 1.0 - gone
-    if config.learning_rate_schedule == "cosine":
+    if config.learning_rate.schedule == "cosine":
         return (1.0 + math.cos(math.pi * gone)) / 2
     return 1.0
 
 
 def client_rate(config: RunConfig, step: int) -> float:
     """The client optimizer's learning rate in a step."""
-    return config.client_learning_rate * rate_factor(config, step)
+    return config.client.learning_rate * rate_factor(config, step)

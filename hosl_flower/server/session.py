@@ -84,14 +84,14 @@ class Session:
             state_gradient=self.reference.head,
             step=self.reference.weight,
             scalar_step=math.inf if self._bounds_scalars else self.reference.weight,
-            rate=self.config.client_learning_rate,
+            rate=self.config.client.learning_rate,
             **({"held_out": min(held_out)} if held_out else {}),
         )
 
     @property
     def _bounds_scalars(self) -> bool:
         """Whether a client's scalars are made harmless where they are merged."""
-        return self.config.scalar_clip > 0 or self.config.aggregation not in MEANS
+        return self.config.aggregation.scalar_clip > 0 or self.config.aggregation.rule not in MEANS
 
     @property
     def activation_bytes_per_token(self) -> int:
@@ -147,7 +147,7 @@ class Session:
 
     def clip(self, step: int, partition: int, scalars: Tensor) -> Tensor:
         """A client's scalars, float32, within +-scalar-clip; how many were not is noted."""
-        bounded = clip(scalars, self.config.scalar_clip)
+        bounded = clip(scalars, self.config.aggregation.scalar_clip)
         if beyond := int((bounded != scalars).sum()):
             self.participation.clip(step, partition, beyond)
         return bounded
@@ -157,7 +157,7 @@ class Session:
         its examples was used, at most; None without. batches: mini-batches of each, instead of
         those served so far. ConfigError without an accountant."""
         config = self.config
-        if not config.dp_noise:
+        if not config.privacy.dp_noise:
             return None
         counts = self.participation
         uses = {
@@ -165,11 +165,14 @@ class Session:
             + most_uses(counts.retaken, config.batch_size, examples)
             for p, examples in sorted(counts.train_examples.items())
         }
-        costs = {n: epsilon(config.dp_noise, n, config.dp_delta) for n in set(uses.values())}
+        costs = {
+            n: epsilon(config.privacy.dp_noise, n, config.privacy.dp_delta)
+            for n in set(uses.values())
+        }
         return {
-            "noise": config.dp_noise,
-            "clip": config.dp_clip,
-            "delta": config.dp_delta,
+            "noise": config.privacy.dp_noise,
+            "clip": config.privacy.dp_clip,
+            "delta": config.privacy.dp_delta,
             "simulated": any(client.simulated_noise for client in counts.clients.values()),
             "epsilon": {p: costs[n] for p, n in uses.items()},
             "uses": uses,
@@ -178,7 +181,7 @@ class Session:
     def expel(self, step: int, partition: int, error: DriftError) -> None:
         """Leave a client out of the rest of the run. Raises the error when too few are left."""
         expelled = self.participation.expelled
-        left = self.config.num_clients - len(expelled | {partition})
+        left = self.config.clients.count - len(expelled | {partition})
         if left < self.required_clients:
             raise error
         expelled.add(partition)
@@ -187,18 +190,18 @@ class Session:
 
     def turn(self, step: int) -> int:
         """The partition that works at this step: clients take turns of turn-steps (relay)."""
-        return (max(step, 1) - 1) // self.config.turn_steps % self.config.num_clients
+        return (max(step, 1) - 1) // self.config.pace.turn_steps % self.config.clients.count
 
     def sample(self, step: int, absent: Collection[int] = ()) -> list[int]:
         """The K partitions of a step, ascending: drawn without replacement, by the seed and the
         step alone; the next in the draw stands in for one that is absent."""
         if self.sampled is not None:
             return list(self.sampled)
-        count = self.config.num_clients
+        count = self.config.clients.count
         order = permutation(count, derive_seed(self.config.seed, "clients", step))
         away = {*absent, *self.participation.expelled}
         there = [partition for partition in order if partition not in away]
-        return sorted(there[: self.config.sampled_clients])
+        return sorted(there[: self.config.clients.sampled])
 
     def client_counts(self) -> tuple[int, int]:
         """(all, trainable) elements of the client submodel, without loading it."""

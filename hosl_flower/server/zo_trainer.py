@@ -23,11 +23,11 @@ class ZoTrainer:
     """
 
     def __init__(self, server: ServerTrainer, config: RunConfig):
-        self.server, self.epsilon = server, config.epsilon
-        self.learning_rate = config.server_learning_rate
+        self.server, self.epsilon = server, config.zo.epsilon
+        self.learning_rate = config.server.learning_rate
         shapes = {name: p.shape for name, p in server.trained.items()}
-        self.layout = Layout(shapes, config.perturbation)
-        self.optimizer = make_optimizer(config.server_optimizer)
+        self.layout = Layout(shapes, config.zo.perturbation)
+        self.optimizer = make_optimizer(config.server.optimizer)
 
     def save_state(self) -> dict[str, Tensor]:
         """The optimizer's state: the parameters are the server's."""

@@ -63,7 +63,7 @@ class Setting:
         self.config = parse_config(strategy | keys)
         self.session = open_session(self.config, "directions", 1)
         self.client = Client(self.session.spec)
-        self.parameters = trainable_parameters(self.client.submodel, self.config.client_trainable)
+        self.parameters = trainable_parameters(self.client.submodel, self.config.client.trainable)
 
     def train_server(self, steps: int) -> None:
         for number in range(steps):

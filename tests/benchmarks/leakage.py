@@ -98,7 +98,7 @@ def main() -> None:
     spec, base, encoder = session.spec, session.base, session.encoder
     data = DataPool(spec, encoder).client(0)
     public = [data.train_batch(n, 50) for n in range(arguments.examples // 50)]
-    private = [data.held_out_batch(n, 50) for n in range(config.eval_examples // 50)]
+    private = [data.held_out_batch(n, 50) for n in range(config.data.eval_examples // 50)]
     rows = []
     for cut in range(1, base.blocks + 1):
         client = load_client(base, cut, torch.float32, "cpu")

@@ -112,7 +112,7 @@ def bytes_over_closed_form(keys: dict, results: dict) -> dict[str, float]:
         for way in ("bytes_up", "bytes_down")
     )
     if "hosl:" in config.strategy:
-        uploads = (2 * config.directions + 1) * activations
+        uploads = (2 * config.zo.directions + 1) * activations
         return {"up_ratio": round(up / uploads, 4), "down_bytes_per_step": down / config.steps}
     return {
         "up_ratio": round(up / activations, 4),
