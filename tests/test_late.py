@@ -128,7 +128,7 @@ def held_back(kind, history, monkeypatch, spec=SPEC):
     grid, gate = ThreadGrid(dict(NODES)), Gate(monkeypatch)
     nodes = Nodes(grid, 3, 0, 20.0)
     nodes.wait(0.1, 3)
-    link = StreamLink(grid, spec, history, LIMITS, 20.0, nodes, 600.0)
+    link = StreamLink(grid, spec, history, LIMITS, 20.0, nodes)
     try:
         yield link, gate, 0
     finally:
@@ -289,7 +289,7 @@ def stream(history):
         nodes = Nodes(grid, 3, 0, 20.0)
         nodes.wait(0.1, 3)
         links.append(
-            StreamLink(grid, SPEC, history, LIMITS, 20.0, nodes, 600.0, indispensable=indispensable)
+            StreamLink(grid, SPEC, history, LIMITS, 20.0, nodes, indispensable=indispensable)
         )
         return links[-1]
 
@@ -373,7 +373,7 @@ def test_a_supernode_restarted_before_it_first_came_is_called_again(history):
     nodes = Nodes(grid, 3, 0, 20.0)
     nodes.wait(0.1, 1)
     grid.nodes[9] = None
-    link = StreamLink(grid, SPEC, history, LIMITS, 20.0, nodes, 600.0)
+    link = StreamLink(grid, SPEC, history, LIMITS, 20.0, nodes)
     try:
         assert sum(m.metadata.message_type == SESSION for m in grid.sent) == 2
         assert describe(history, link).held_out_examples == 20

@@ -7,7 +7,7 @@ import pytest
 from recorder import RECORDED, RUNS, differences, machine, record
 from transformers import AutoModelForCausalLM
 
-from hosl_flower.config.parse import parse_config
+from hosl_flower.config.parse import parse_recorded
 from hosl_flower.export.export import export_run
 from hosl_flower.methods.load import load_method
 from hosl_flower.run.start import run_in_process
@@ -27,7 +27,9 @@ def test_an_old_checkpoint_is_resumed_and_exported(name, tmp_path):
     directory = shutil.copytree(RECORDED.parent / name, tmp_path / name)
     keys = json.loads((directory / "config.json").read_text())["config"]
     before = (directory / "ledger.jsonl").read_text().splitlines()
-    config = parse_config({**keys, "resume": str(directory), "steps": 4, "save-model": True})
+    config = parse_recorded(
+        {**keys, "resume": str(directory), "steps": 4, "save-model": True}, "an old run"
+    )
     results = run_in_process(load_method(config))
     after = (directory / "ledger.jsonl").read_text().splitlines()
     assert after[:5] == before[:5]  # genesis, start, two steps and the checkpoint's seal

@@ -88,7 +88,7 @@ def make(history):
         grid = grid or ThreadGrid(dict(nodes))
         found = Nodes(grid, SPEC.num_clients, 0, deadline)
         found.wait(0.1, 1)
-        links.append(StreamLink(grid, SPEC, history, LIMITS, deadline, found, 600.0, **more))
+        links.append(StreamLink(grid, SPEC, history, LIMITS, deadline, found, **more))
         return links[-1]
 
     yield stream
@@ -332,7 +332,7 @@ def test_nodes_that_never_dial_are_asked_about_the_endpoint(history):
     grid.nodes, nodes.deadline = dict.fromkeys(NODES), 0.2  # as behind a firewall
     why = r"2 were called and none has dialled 127\.0\.0\.1:\d+ within 0\.2 s.*stream-endpoint"
     with pytest.raises(ClientError, match=f"no SuperNode came to its session; {why}"):
-        StreamLink(grid, SPEC, history, LIMITS, 0.2, nodes, 600.0)
+        StreamLink(grid, SPEC, history, LIMITS, 0.2, nodes)
 
 
 def test_the_window_keeps_a_fast_client_from_running_ahead(history, make):
@@ -443,7 +443,7 @@ def test_messages_that_no_stream_can_carry_are_refused_before_it_listens(history
     nodes.wait(0.1, 1)
     wide = ReplyLimits(batch=8, length=1 << 16, hidden=1 << 12, dtype="float32", classes=2)
     with pytest.raises(ConfigError, match=r"may take \d+ bytes, .* at most 2147483647: set link"):
-        StreamLink(grid, SPEC, history, wide, 20.0, nodes, 600.0)
+        StreamLink(grid, SPEC, history, wide, 20.0, nodes)
 
 
 def test_processes_that_serve_several_clients_follow_by_changes_of_weights(history, make):

@@ -11,6 +11,9 @@ from hosl_flower.config.rules import contradictions
 from hosl_flower.config.run_config import KEYS, RunConfig
 from hosl_flower.errors import ConfigError
 
+# keys of earlier versions, none of which changed what is computed
+GONE = frozenset({"stream-lifetime"})
+
 
 def parse_config(values: Mapping[str, Any], origin: str = "the run config") -> RunConfig:
     """Validate kebab-case keys; one ConfigError lists everything that is wrong with them."""
@@ -30,6 +33,11 @@ def parse_config(values: Mapping[str, Any], origin: str = "the run config") -> R
     if problems:
         raise ConfigError(f"{origin} is not valid:\n  " + "\n  ".join(problems))
     return config
+
+
+def parse_recorded(values: Mapping[str, Any], origin: str) -> RunConfig:
+    """The config that a run directory records, whose version may have had other keys."""
+    return parse_config({k: v for k, v in values.items() if k not in GONE}, origin)
 
 
 def _describe(details: Any) -> str:

@@ -131,5 +131,5 @@ KEYS_FREE_TO_CHANGE = {
     "save-model", "save-format", "trackers",
     "threads", "device", "link", "min-clients", "clients-per-node", "nodes-deadline",
     "reply-deadline", "step-deadline", "max-session-seconds", "stream-endpoint", "stream-bind",
-    "stream-certificate", "stream-key", "stream-authority", "stream-insecure", "stream-lifetime",
+    "stream-certificate", "stream-key", "stream-authority", "stream-insecure",
 }  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from hosl_flower.config.parse import parse_config
+from hosl_flower.config.parse import parse_recorded
 from hosl_flower.config.run_config import RunConfig
 from hosl_flower.errors import CheckpointError
 from hosl_flower.models.before_loading import check_model
@@ -50,7 +50,7 @@ def read_run(directory: Path) -> Finished:
             f"{directory} is no finished run, it has no results.json: wait for its end, or let it "
             "go on with resume"
         )
-    config = parse_config(record["config"], str(directory))
+    config = parse_recorded(record["config"], str(directory))
     run = Finished(
         directory,
         config,

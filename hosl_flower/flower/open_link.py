@@ -65,7 +65,6 @@ def open_link(
         limits,
         config.deadlines.reply,
         nodes,
-        lifetime=config.stream.lifetime,
         endpoint=config.stream.endpoint,
         bind=bind,
         certificate=certificate,

@@ -112,7 +112,7 @@ def open_link(count: int):
     limits = ReplyLimits(batch=SEQUENCES, length=LENGTH, hidden=HIDDEN, dtype="float32", classes=2)
     history = history_for(spec)
     before = memory()
-    link = StreamLink(grid, spec, history, limits, 300.0, nodes, 600.0)
+    link = StreamLink(grid, spec, history, limits, 300.0, nodes)
     give_up = time.monotonic() + 300
     while link.absent() and time.monotonic() < give_up:
         time.sleep(0.1)

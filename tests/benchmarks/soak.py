@@ -188,7 +188,7 @@ def soak(arguments: argparse.Namespace, folder: Path) -> dict:
     grid = ForkedGrid(nursery, CLIENTS, LATE)
     nodes = Nodes(grid, CLIENTS, 0, DEADLINE)
     nodes.wait(1.0, 1)
-    link = StreamLink(grid, session.spec, session.history, session.limits, PATIENCE, nodes, 86400.0)
+    link = StreamLink(grid, session.spec, session.history, session.limits, PATIENCE, nodes)
     trouble, samples = Trouble(grid, link, strategy, arguments.seed), Samples(grid, strategy)
     started = time.monotonic()
     trouble.start()

@@ -32,8 +32,3 @@ class StreamKeys(Group):
         description="a stream that has been open so long is closed between two exchanges, and its "
         "ClientApp called anew; 0 keeps it for the run",
     )
-    lifetime: float = Field(
-        604800.0,
-        gt=0,
-        description="seconds Flower keeps the message that opens a stream; longer than the run",
-    )

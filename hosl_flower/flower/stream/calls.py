@@ -18,6 +18,7 @@ from hosl_flower.flower.superlink import AnyGrid
 log = logging.getLogger("hosl_flower")
 
 SESSION = "train.session"
+_LIFETIME = 7 * 86400.0  # seconds Flower keeps the message that opens a stream: longer than a run
 _RETRY_SECONDS = 60.0
 _CALLS = 3  # times a node is called again without ever having answered between them
 
@@ -47,11 +48,10 @@ class StreamCall:
 
 
 class Caller:
-    """invitation: what every node is told, but for its token; lifetime: seconds Flower keeps the
-    message."""
+    """invitation: what every node is told, but for its token."""
 
-    def __init__(self, grid: AnyGrid, spec: ClientSpec, invitation: Invitation, lifetime: float):
-        self.grid, self.spec, self.invitation, self.lifetime = grid, spec, invitation, lifetime
+    def __init__(self, grid: AnyGrid, spec: ClientSpec, invitation: Invitation):
+        self.grid, self.spec, self.invitation = grid, spec, invitation
 
     def call(self, line: StreamCall) -> None:
         """Send the Flower message that makes a ClientApp dial."""
@@ -63,7 +63,7 @@ class Caller:
             pack_invitation(invitation, self.spec),
             dst_node_id=line.node.id,
             message_type=SESSION,
-            ttl=self.lifetime,
+            ttl=_LIFETIME,
         )
         (line.message,) = self.grid.push_messages([message])
 

@@ -39,9 +39,9 @@ _MOMENT = 0.05
 
 class StreamLink(Link):
     """endpoint: what clients dial, "" for this machine; bind: what the strategy listens on.
-    deadline: seconds a client may take for one reply; lifetime: seconds Flower keeps the
-    message that opens a session; longest: seconds a session may last, 0 for any; indispensable:
-    no client can be done without, so another node is waited for where one is gone."""
+    deadline: seconds a client may take for one reply; longest: seconds a session may last, 0 for
+    any; indispensable: no client can be done without, so another node is waited for where one is
+    gone."""
 
     def __init__(
         self,
@@ -51,7 +51,6 @@ class StreamLink(Link):
         limits: ReplyLimits,
         deadline: float,
         nodes: Nodes,
-        lifetime: float,
         endpoint: str = "",
         bind: str = "127.0.0.1:0",
         certificate: tuple[bytes, bytes] | None = None,
@@ -80,7 +79,7 @@ class StreamLink(Link):
             limit=self.limit,
             patience=min(MOST_PATIENCE, deadline),
         )
-        self.caller = Caller(grid, spec, invitation, lifetime)
+        self.caller = Caller(grid, spec, invitation)
         self._lines: dict[int, StreamCall] = {}  # by node id
         self._served: dict[int, StreamCall] = {}  # by partition: who answered last
         self._exchange = 0
