@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -205,12 +206,15 @@ class Session:
 
     def client_counts(self) -> tuple[int, int]:
         """(all, trainable) elements of the client submodel, without loading it."""
-        skeleton = client_skeleton(self.base.config, self.spec.cut_layer, self.spec.lora)
-        held = count(skeleton.canonical_parameters())
         trained = self.history.state.parameters
-        return held + count({n: p for n, p in trained.items() if n.startswith(AUXILIARY)}), count(
-            trained
-        )
+        auxiliary = {name: p for name, p in trained.items() if name.startswith(AUXILIARY)}
+        return self._held + count(auxiliary), count(trained)
+
+    @cached_property
+    def _held(self) -> int:
+        """Elements of the client submodel without an auxiliary head."""
+        skeleton = client_skeleton(self.base.config, self.spec.cut_layer, self.spec.lora)
+        return count(skeleton.canonical_parameters())
 
     def trained_client(self) -> ClientSubmodel:
         """The client submodel as it is now, made from the base checkpoint and the history."""
