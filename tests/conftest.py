@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,9 @@ class SharedTokenizer:
         config = Path(model) / "config.json"
         kind = json.loads(config.read_text())["model_type"] if config.is_file() else ""
         if kind not in self._known:
-            self._known[kind] = AutoTokenizer.from_pretrained(model, **options)
+            tokenizer = AutoTokenizer.from_pretrained(model, **options)
+            tokenizer.get_vocab = cache(tokenizer.get_vocab)  # a new dict of them all, each time
+            self._known[kind] = tokenizer
         return self._known[kind]
 
 

@@ -27,7 +27,8 @@ def tokenizer_files(directory: Path) -> list[Path]:
 def check_has_vocabulary(tokenizer: Any, model: str) -> None:
     """ModelError when there is none: without its files transformers makes a tokenizer of
     special tokens alone."""
-    own = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
+    special = set(tokenizer.all_special_tokens)
+    own = any(token not in special for token in tokenizer.get_vocab())
     if not own or not tokenizer("a", add_special_tokens=False)["input_ids"]:
         raise ModelError(
             f"{model} has no tokenizer files; copy tokenizer.json, or what else the tokenizer of "
