@@ -37,7 +37,7 @@ LORA = {"client_trainable": "lora", "server_trainable": "lora", "lora_rank": 2}
 @pytest.fixture
 def make(tiny_opt, tmp_path):
     """Factory of finished runs: make(**config) -> (results, run directory, config)."""
-    return run_factory(HoSfl, tiny_opt, tmp_path, **KEYS)
+    return run_factory(HoSfl, tiny_opt, tmp_path, **KEYS, **{"save-model": False})
 
 
 def scalars_of(directory):
@@ -60,8 +60,7 @@ def weights_of(directory):
 def test_a_run_equals_the_reference_loop(make, kind, optimizer, lora):
     results, directory, config = make(
         perturbation=kind, client_optimizer=optimizer, server_optimizer=optimizer,
-        **(LORA if lora else {}),
-    )  # fmt: skip
+        **(LORA if lora else {}), save_model=True)  # fmt: skip
     losses, means, accuracy, client, server = reference(
         config.model,
         directory.parent.parent / "reviews",
@@ -171,8 +170,8 @@ def test_fedavg_of_weights_is_the_ledgers_aggregation_with_sgd_and_one_step(make
     # one step: the same up to the rounding of one update. Later steps probe from weights that
     # differ by that rounding, which finite differences magnify by 1 / epsilon.
     for steps, share in ((1, 1e-5), (3, 1e-3)):
-        ledger, a, config = make(steps=steps, client_learning_rate=1e-1)
-        fedavg, b, _ = make(FedAvgZo, steps=steps, client_learning_rate=1e-1)
+        ledger, a, config = make(steps=steps, client_learning_rate=1e-1, save_model=True)
+        fedavg, b, _ = make(FedAvgZo, steps=steps, client_learning_rate=1e-1, save_model=True)
         base = AutoModelForCausalLM.from_pretrained(config.model).state_dict()
         mine, theirs = weights_of(a), weights_of(b)
         names = [n for n in mine if ".layers.0." in n or ".layers.1." in n]
@@ -414,8 +413,10 @@ def test_half_precision_clients_train_float32_adapters(make, dtype):
 def test_adapters_can_be_saved_for_peft(make):
     from peft import PeftModel
 
-    results, directory, config = make(**LORA, save_format="adapters", client_optimizer="adamw")
-    _, merged, _ = make(**LORA, client_optimizer="adamw")
+    results, directory, config = make(
+        **LORA, save_format="adapters", client_optimizer="adamw", save_model=True
+    )
+    _, merged, _ = make(**LORA, client_optimizer="adamw", save_model=True)
     model = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(config.model), directory / "model"
     ).merge_and_unload()

@@ -21,12 +21,12 @@ from strategies.hosl import Hosl
 @pytest.fixture
 def make(tiny_opt, tmp_path):
     """Factory of finished runs: make(**config) -> (results, run directory, config)."""
-    return run_factory(Hosl, tiny_opt, tmp_path)
+    return run_factory(Hosl, tiny_opt, tmp_path, **{"save-model": False})
 
 
 @pytest.mark.parametrize("kind", ["signs", "rank1"])
 def test_a_run_equals_the_reference_loop(make, kind):
-    results, directory, config = make(perturbation=kind)
+    results, directory, config = make(perturbation=kind, save_model=True)
     losses, gradients, accuracy, client, server = reference(
         config.model,
         directory.parent.parent / "reviews",
@@ -78,7 +78,7 @@ def test_the_same_seed_gives_the_same_curve_and_another_seed_another(make):
 
 
 def test_the_merged_model_scores_the_last_evaluation_in_plain_transformers(make):
-    results, directory, _ = make(steps=6)
+    results, directory, _ = make(steps=6, save_model=True)
     model = AutoModelForCausalLM.from_pretrained(directory / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(directory / "model")
     answers = [
@@ -126,7 +126,7 @@ def test_a_client_with_another_base_is_found_before_training(make, monkeypatch, 
 
 
 def test_a_frozen_client_stays_at_its_base(make):
-    frozen, directory, config = make(client_learning_rate=0.0)
+    frozen, directory, config = make(client_learning_rate=0.0, save_model=True)
     merged = load_file(directory / "model" / "model.safetensors")
     base = AutoModelForCausalLM.from_pretrained(config.model).state_dict()
     own = {n: t for n, t in merged.items() if ".embed" in n or ".layers.0" in n or ".layers.1" in n}
@@ -135,7 +135,7 @@ def test_a_frozen_client_stays_at_its_base(make):
 
 
 def test_blocks_only_leaves_the_embeddings_alone(make):
-    results, directory, config = make(client_trainable="blocks")
+    results, directory, config = make(client_trainable="blocks", save_model=True)
     name = "model.decoder.embed_tokens.weight"
     merged = load_file(directory / "model" / "model.safetensors")
     assert torch.equal(
@@ -147,7 +147,9 @@ def test_blocks_only_leaves_the_embeddings_alone(make):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_runs_and_saves(make, dtype):
-    _, directory, config = make(dtype=dtype, perturbation="gaussian", server_optimizer="adamw")
+    _, directory, config = make(
+        dtype=dtype, perturbation="gaussian", server_optimizer="adamw", save_model=True
+    )
     merged = load_file(directory / "model" / "model.safetensors")
     name = "model.decoder.layers.0.fc1.weight"
     base = AutoModelForCausalLM.from_pretrained(config.model).state_dict()[name]
@@ -171,7 +173,7 @@ def test_bytes_are_two_q_plus_one_activations_up(make):
 
 
 def test_the_run_directory_is_complete(make):
-    results, directory, config = make(pictures=True)
+    results, directory, config = make(pictures=True, save_model=True)
     saved = json.loads((directory / "results.json").read_text())
     top = ("method", "model", "task", "pretrained", "seed", "steps", "accuracy")
     assert list(saved)[:10] == [*top, "balanced_accuracy", "loss", "wall_seconds"]

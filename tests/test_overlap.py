@@ -85,7 +85,7 @@ def run_on(make, tmp_path, texts, **keys):
 
 @pytest.fixture
 def make(tiny_opt, tmp_path):
-    return run_factory(Hosl, tiny_opt, tmp_path)
+    return run_factory(Hosl, tiny_opt, tmp_path, **{"save-model": False})
 
 
 def warnings_of(caplog):

@@ -23,7 +23,7 @@ MANY = {
 
 @pytest.fixture
 def make(tiny_opt, tmp_path):
-    return run_factory(Hosl, tiny_opt, tmp_path)
+    return run_factory(Hosl, tiny_opt, tmp_path, **{"save-model": False})
 
 
 @pytest.fixture

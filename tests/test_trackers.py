@@ -13,7 +13,7 @@ from strategies.hosl import Hosl
 
 @pytest.fixture
 def run(tiny_opt, tmp_path):
-    return run_factory(Hosl, tiny_opt, tmp_path)
+    return run_factory(Hosl, tiny_opt, tmp_path, **{"save-model": False})
 
 
 def test_tensorboard_has_the_curves_of_the_run_directory(run):
