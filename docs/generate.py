@@ -3,7 +3,7 @@
 python docs/generate.py
 
 They come from the code and from hosl_flower/flower/templates/. tests/test_docs.py and
-tests/test_new.py fail when the committed files are not what this writes.
+tests/flower/test_app_template.py fail when the committed files are not what this writes.
 """
 
 from pathlib import Path

@@ -25,7 +25,7 @@ class FullZo(Heron):
     """Per step and client: E * P scalars up and down, nothing else.
 
     Run-config keys: those of HO-SFL that are about clients, and dp-noise, dp-clip and dp-delta
-    (privacy.py). cut-layer must be the number of blocks.
+    (privacy/dp_scalars.py). cut-layer must be the number of blocks.
     """
 
     name = "full-zo"

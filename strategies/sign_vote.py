@@ -9,7 +9,7 @@ long as the majority is large,
 
 so a client that sends nonsense moves theta_c by at most w_m per direction, as in FeedSign (one-bit
 votes; arXiv 2501.17610). client-learning-rate is then the step length, whatever the loss's scale.
-tests/test_methods.py shows what such a method can be tested for.
+tests/strategies/test_methods.py shows what such a method can be tested for.
 """
 
 from typing import Any

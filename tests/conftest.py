@@ -2,7 +2,7 @@
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, as in server_app.py
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, as in flower/server_app.py
 
 import filecmp
 import itertools

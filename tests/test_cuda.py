@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from entries import ENTRIES
 from runs import metrics, run_factory
-from test_state import ENTRIES
 
 from hosl_flower.client.client import Client
 from hosl_flower.ledger.client_state import ClientState, fingerprint

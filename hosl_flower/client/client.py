@@ -72,9 +72,9 @@ class Client:
     """The client submodel with its state, and the data of the partitions served.
 
     data_path, model: this node's own, instead of the run's (node config). secret: of this device's
-    noise (secret.py), for runs that have any: ValueError without. columns: of the data that a run
-    may use, all where none are given. remote: whether the server is not of this machine, as in a
-    simulation it is: then an error leaves with its public text alone.
+    noise (privacy/noise_secret.py), for runs that have any: ValueError without. columns: of the
+    data that a run may use, all where none are given. remote: whether the server is not of this
+    machine, as in a simulation it is: then an error leaves with its public text alone.
     """
 
     work: Work

@@ -35,7 +35,7 @@ class Forwards:
         yield from self._run(batch, point, self.submodel)
 
     def tangents(self, batch: Batch, seed: int) -> Iterator[tuple[int, Tensor]]:
-        """As pieces, the activations' derivative along a direction (tangent.py)."""
+        """As pieces, the activations' derivative along a direction (zo/forward_mode.py)."""
         direction = self.state.layout.draw(seed, self.device)
         inputs, mask = batch.inputs, batch.attention_mask
         for rows in batch.slices(self.micro_batch):
@@ -46,8 +46,8 @@ class Forwards:
             yield rows.start, piece.pop()
 
     def losses(self, batch: Batch, point: Point = HERE) -> Iterator[float]:
-        """Each sequence's loss by the client's auxiliary head (head.py), float64: differences of
-        probes are small. Raises ProtocolError when there is no head."""
+        """Each sequence's loss by the client's auxiliary head (models/auxiliary_head.py), float64:
+        differences of probes are small. Raises ProtocolError when there is no head."""
         head = self.submodel.head
         if head is None:
             raise ProtocolError("this client has no auxiliary head to probe")

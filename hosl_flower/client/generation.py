@@ -1,5 +1,5 @@
 """The client's part in writing answers to held-out prompts: it runs what the server has chosen so
-far, and grades what comes out (held_out.py has the other part)."""
+far, and grades what comes out (server/evaluate.py has the other part)."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,5 +1,5 @@
 """How the scalars of a client's auxiliary head are found, one local step after the other: as they
-are (HERON-SFL, DeComFL), or differentially private (privacy.py)."""
+are (HERON-SFL, DeComFL), or differentially private (privacy/dp_scalars.py)."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple

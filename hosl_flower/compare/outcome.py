@@ -44,7 +44,7 @@ def is_diverged(directory: Path) -> bool:
 def _linear(keys: Mapping[str, Any]) -> int:
     """Of E local steps on <lambda, f_c>. Differences: the first step knows the clean value, unless
     activations come in micro-batches and are not kept. A derivative needs no clean value; a pass
-    that carries a tangent counts as two (tangent.py)."""
+    that carries a tangent counts as two (zo/forward_mode.py)."""
     steps, directions = keys["local-steps"], keys["directions"]
     if keys.get("derivative") == "forward-mode":
         return 2 * steps * directions

@@ -38,7 +38,7 @@ class ClientSpec:
 
     run: names the run, so that a process that serves two never mixes them.
     source: of the data, see data.load_source. seed: see config. client_head: whether the client has
-    an auxiliary head (head.py), which the method decides.
+    an auxiliary head (models/auxiliary_head.py), which the method decides.
     """
 
     run: str

@@ -18,7 +18,7 @@ ClientGradient = Literal["backprop", "recompute", "residual"]
 Labels = Literal["server", "client"]
 Quantization = Literal["none", "int8"]
 Codec = Literal["exact", "bf16", "fp16", "int8"]  # see activation_codec.py, which needs torch
-UpdateCodec = Literal["exact", "int8"]  # see update_codec.py
+UpdateCodec = Literal["exact", "int8"]  # see tensors/update_codec.py
 Partitioner = Literal["iid", "dirichlet", "natural-id"]
 Aggregation = Literal["weighted-mean", "mean", "median", "trimmed-mean"]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")]

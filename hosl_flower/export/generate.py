@@ -1,4 +1,5 @@
-"""Text from a split model, a token at a time (decoding.py). Both halves run in this process."""
+"""Text from a split model, a token at a time (models/decoding.py). Both halves run in this
+process."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any

@@ -2,7 +2,7 @@
 are. Everything else a client holds follows from its base checkpoint and its data.
 
 The same object serves the device, which must be brought to a position, and the server, which
-says what every client must be (history.py).
+says what every client must be (server/history.py).
 """
 
 import functools
@@ -146,7 +146,7 @@ class ClientState:
     @torch.no_grad()
     def assign(self, values: Tensor, seed: int) -> None:
         """Take computed values [n], float32 or float64, as weights: 16-bit ones are rounded at
-        random (rounding.py), so that averages closer than their spacing are not lost."""
+        random (tensors/rounding.py), so that averages closer than their spacing are not lost."""
         start = 0
         for name, parameter in self.parameters.items():
             stop = start + parameter.numel()

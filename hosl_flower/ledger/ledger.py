@@ -78,7 +78,7 @@ class Ledger:
     genesis: names what the history starts from (base model, cut, distribution ...), so that
     ledgers of different runs never look alike. A position counts updates from the beginning;
     entries and digests are held from position `start` on. Whoever is further back than that
-    gets a snapshot (history.py).
+    gets a snapshot (server/history.py).
     """
 
     def __init__(self, genesis: str):

@@ -1,4 +1,5 @@
-"""The run's changes of weights as clients are told of them, in the 8 bits of update_codec.py.
+"""The run's changes of weights as clients are told of them, in the 8 bits of
+tensors/update_codec.py.
 
 What a change loses is not lost: the server, which has the memory, adds it to the next change of the
 same rows (error feedback; Seide et al. 2014). The run's weights are those the clients come to.

@@ -9,7 +9,7 @@ from torch import Tensor
 class Batch:
     """Inputs of R = B * Scoring.sequences sequences: token ids [R, S] int64, left-padded, or with
     their types [B, 2, S], or pixels [B, C, height, width]; attention_mask [R, S] int64, S as of the
-    activations; labels [B], or [B, A] (answers.py), int64, or [0] where there are none.
+    activations; labels [B], or [B, A] (tasks/answer_words.py), int64, or [0] where there are none.
     """
 
     inputs: Tensor

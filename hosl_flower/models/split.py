@@ -5,11 +5,11 @@
 
 Of a classifier the head's rows are the classes, and there is one position left of the sequence. Of
 images the inputs are pixels [B, C, height, width], and S is the number of positions of the feature
-map (or of patches): image_families.py; text_families.py.
+map (or of patches): models/families/images.py; models/families/encoders.py.
 
 Each side reads only its own tensors. Many models tie the LM head to the token embedding;
 a split breaks that tie: the SERVER OWNS ITS OWN COPY of the head, the client owns the
-embedding, and once both train they differ. A merged model is saved untied (merge.py).
+embedding, and once both train they differ. A merged model is saved untied (save_merged.py).
 """
 
 from typing import Any
@@ -59,7 +59,7 @@ def load_client(
 ) -> ClientSubmodel:
     """The client submodel with its tensors, and no other's, on `device`; fresh adapters.
 
-    quantization: "int8" keeps the frozen matrices in 8 bits (quantize.py).
+    quantization: "int8" keeps the frozen matrices in 8 bits (int8_weights.py).
     """
     submodel = client_skeleton(base.config, cut, lora)
     fill(submodel, base, dtype, device, quantization)

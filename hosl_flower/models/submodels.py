@@ -14,7 +14,7 @@ from hosl_flower.models.lora import canonical as lora_canonical
 _HEAD = "lm_head."  # what own names of the head start with
 
 
-AUXILIARY = "head."  # what names of a client's auxiliary head start with (head.py)
+AUXILIARY = "head."  # what names of a client's auxiliary head start with (auxiliary_head.py)
 
 
 class Submodel(nn.Module):
@@ -76,8 +76,8 @@ class ClientSubmodel(Submodel):
         """ids [B, S] int64 or pixels [B, C, height, width], mask [B, S] (1 = token) -> activations
         [B, S, H].
 
-        With a cache (generate.py), which grows by the S tokens, the mask is of the P tokens in it
-        too: [B, P + S].
+        With a cache (export/generate.py), which grows by the S tokens, the mask is of the P tokens
+        in it too: [B, P + S].
         """
         return self.family.enter(self.decoder, inputs, attention_mask, cache)
 

@@ -8,8 +8,8 @@ tokens, LoRA's B. One C for rows that are seen at quite different times says lit
     v <- b v + (1 - b) g^2,  u = g / sqrt(v)
 
 as Adam has it, and without rms(u). m, and sqrt(v) where there is one, are kept in 8 bits with a
-scale per row, rounded at random (rounding.py): an eighth of AdamW's state in float32, a quarter
-for such matrices, and eight bytes a row. What is small beside its row's largest is coarse.
+scale per row, rounded at random (tensors/rounding.py): an eighth of AdamW's state in float32, a
+quarter for such matrices, and eight bytes a row. What is small beside its row's largest is coarse.
 """
 
 from collections.abc import Iterator, Mapping

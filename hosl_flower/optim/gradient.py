@@ -21,7 +21,7 @@ class Term(Protocol):
 
 
 class Gradient(Protocol):
-    """rounding_seed: of the random rounding of 16-bit parameters (rounding.py)."""
+    """rounding_seed: of the random rounding of 16-bit parameters (tensors/rounding.py)."""
 
     @property
     def rounding_seed(self) -> int: ...

@@ -2,8 +2,8 @@
 
 A ledger entry gives the client's gradient estimate, g = sum_q scalars[q] * s(seeds[q]); the
 optimizer turns it into an update. Its state follows from the entries applied, so replaying
-a ledger rebuilds it, and a snapshot carries it (state.py). A gradient of any other kind that is a
-sum of terms will do too (gradient.py).
+a ledger rebuilds it, and a snapshot carries it (ledger/client_state.py). A gradient of any other
+kind that is a sum of terms will do too (gradient.py).
 
     sgd    theta <- theta - eta g                                (HOSL Alg. 3; no state)
     adamw  m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2     (HO-SFL; 2 values per element)
@@ -13,7 +13,7 @@ sum of terms will do too (gradient.py).
 adamw has no weight decay, betas (0.9, 0.999) and eps 1e-8, and computes in float32. Each line
 is made of single IEEE operations on float32 (no fused multiply-add), in a fixed order, so with
 sign directions a replay gives the same bits on every device. 16-bit parameters are widened, updated
-and rounded once, at random, so that steps smaller than their spacing add up (rounding.py).
+and rounded once, at random, so that steps smaller than their spacing add up (tensors/rounding.py).
 """
 
 import math
@@ -82,7 +82,7 @@ class Sgd(Optimizer):
 
     A chunk of rows of one parameter is updated by all terms in turn. Each coefficient is
     rounded to float32 first, then added in the order given; a 16-bit parameter is rounded
-    once, at the end, at random (rounding.py).
+    once, at the end, at random (tensors/rounding.py).
     """
 
     @torch.no_grad()
@@ -164,6 +164,6 @@ def square_root(values: Tensor) -> Tensor:
     """Float32 square roots, correctly rounded, as IEEE 754 says and as CUDA's are. torch's on a CPU
     are MKL's, of which a fifth differ from that in the last bit, others on other processors.
     """
-    if values.is_cuda or type(values) is not Tensor:  # no data: traced.py
+    if values.is_cuda or type(values) is not Tensor:  # no data: tensors/shapes_only.py
         return values.sqrt()
     return torch.from_numpy(np.sqrt(values.cpu().numpy())).to(values.device)

@@ -25,7 +25,7 @@ from hosl_flower.tensors.philox import NORMALS
 
 @dataclass(frozen=True)
 class ActivationNoise:
-    """share: s. secret: the client's own (secret.py)."""
+    """share: s. secret: the client's own (noise_secret.py)."""
 
     share: float
     secret: bytes = field(repr=False)

@@ -75,7 +75,7 @@ def in_units(gradient: Sequence[float], clip: float) -> list[int]:
 def example_gradients(
     losses: Callable[[Point], Iterable[float]], seeds: Sequence[int], epsilon: float
 ) -> list[list[float]]:
-    """Each example's projected gradients [B][P], one-sided, with the 1/P inside (zo.py).
+    """Each example's projected gradients [B][P], one-sided, with the 1/P inside (zo/estimator.py).
 
     losses: of all examples at a point. ValueError for epsilon = 0.
     """

@@ -1,4 +1,4 @@
-"""The secret that a device's noise follows from (privacy.py, veil.py)."""
+"""The secret that a device's noise follows from (dp_scalars.py, activation_noise.py)."""
 
 import contextlib
 import hashlib

@@ -22,7 +22,7 @@ class ReplyLimits:
     activation, state_gradient: most that a value of activations, and of gradients of hidden states,
     may be. step: most that an update of plain gradient descent may change a weight by, at learning
     rate `rate` where the request names none; scalar_step: the same where the update is seeds and
-    scalars. All are many times what an honest client sends (reference.py)."""
+    scalars. All are many times what an honest client sends (server/reference.py)."""
 
     batch: int
     length: int

@@ -17,7 +17,7 @@ from hosl_flower.errors import ProtocolError
 from hosl_flower.protocol.messages.base import Message
 
 # bytes of a JSON header, which takes some forty times that while it is read: a request may list a
-# whole ledger; the longest reply is a trail of fingerprints (state.py)
+# whole ledger; the longest reply is a trail of fingerprints (ledger/client_state.py)
 LONGEST_REQUEST, LONGEST_REPLY = 1 << 24, 1 << 20
 
 

@@ -2,7 +2,7 @@
 
 Time and bytes are those of a few real steps in this process, with real batches. Memory is that of
 the largest batch there can be, batch-size examples of max-length tokens, found on shapes alone
-(traced.py) with the client's own code. Nothing is written.
+(tensors/shapes_only.py) with the client's own code. Nothing is written.
 """
 
 import copy

@@ -6,7 +6,7 @@ results.json    the outcome; its absence means that the run did not finish
 curve.png       loss and accuracy against steps
 partition.png   training examples per client and label
 ledger.jsonl    the client submodel's history
-log.txt         what was said while it ran (runlog.py)
+log.txt         what was said while it ran (run_log.py)
 checkpoint-N/   the run after step N, to go on from (checkpoint.py), if wanted
 model/          the merged model, for transformers, or the LoRA adapters, for peft
 

@@ -14,7 +14,7 @@ from hosl_flower.tensors.memory import PHASES
 class Results:
     """results.json. The fields up to wall_seconds are those of the final evaluation, as are
     exact_match and f1: of generated answers, which have none of the three kinds of accuracy.
-    held_out_overlap: see overlap.py; None where the held-out part is the data's own."""
+    held_out_overlap: see data/overlap.py; None where the held-out part is the data's own."""
 
     method: str
     model: str

@@ -26,8 +26,8 @@ class History:
 
     The ledger is compacted as it grows: entries that together are longer than a snapshot
     help nobody, so a long run holds no more than twice the client's trainable weights; changes
-    of weights in 8 bits (shifts.py) that would be longer neither, and there what they have lost is
-    held besides.
+    of weights in 8 bits (ledger/weight_deltas.py) that would be longer neither, and there what they
+    have lost is held besides.
 
     private_optimizer: its state is of the server's own updates (`descend`) and no client's.
     """
@@ -71,7 +71,8 @@ class History:
 
     def shift(self, step: int, change: Tensor) -> None:
         """Make a change of the weights, float32 [n], part of the run as far as 8 bits say it, so
-        that clients can be told of it in as many; the rest is made up for later (shifts.py)."""
+        that clients can be told of it in as many; the rest is made up for later
+        (ledger/weight_deltas.py)."""
         seed, state = derive_seed(step, "shift"), self.state
         coded = self.deltas.encode(change, seed)
         position, digest = state.position, state.digest

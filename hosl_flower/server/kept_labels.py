@@ -2,8 +2,8 @@
 
 With labels = client (a U-shaped split) the server's forward pass ends at the last hidden states
 that predict the answers' tokens. They go to the client that has the labels, which sends the loss
-and its gradient there (output_head.py), and the server's backward pass goes on from that. Nothing
-else of a step is different.
+and its gradient there (models/label_head.py), and the server's backward pass goes on from that.
+Nothing else of a step is different.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence

@@ -40,7 +40,8 @@ class LossSource(Protocol):
 
 @dataclass(frozen=True)
 class SentLabels:
-    """Labels that came with the activations. head: the LM head [V, D]; rows, bias: answers.py."""
+    """Labels that came with the activations. head: the LM head [V, D]; rows, bias:
+    tasks/answer_words.py."""
 
     answers: Scoring
     head: Tensor
@@ -52,7 +53,7 @@ class SentLabels:
         return self
 
     def outputs(self, states: Tensor) -> Tensor:
-        """Scores, see answers.py: of labels [n, C], of tokens [n, V, A]."""
+        """Scores, see tasks/answer_words.py: of labels [n, C], of tokens [n, V, A]."""
         return self.answers.scores_of(states, self.head, self.rows, self.bias)
 
     def backward(

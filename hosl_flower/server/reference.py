@@ -7,7 +7,7 @@ are that clients train. Bounds are many times that:
     activations                    1,000 times the largest of the reference's
     weights, and their changes     100 times the largest weight, or 100 if that is more
     gradients of hidden states     100 times the largest weight of the head, which bounds them by
-                                   twice its value (output_head.py), or 100 if that is more
+                                   twice its value (models/label_head.py), or 100 if that is more
 
 Honest activations are within a few times the reference's: a base model's largest values, which are
 a hundred times the others, are at an input's first positions, whatever is there. So a bound meets

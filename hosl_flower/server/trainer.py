@@ -2,11 +2,12 @@
 scores. No Flower here. The server always computes in float32: optimizer steps are too small
 for 16-bit weights, and it is not the side that is short of memory.
 
-The loss is the cross-entropy over the answer words' scores (answers.py), or over the tokens of
-answers that are generated (completion.py). Of the LM head only the rows of the answer words' tokens
-are trained (by server-trainable = full). Where each is one token no other row ever gets a gradient:
-with SGD, or AdamW without weight decay, that is the same update as training the whole head, without
-a vocabulary-sized gradient. For answers that are generated all rows are.
+The loss is the cross-entropy over the answer words' scores (tasks/answer_words.py), or over the
+tokens of answers that are generated (tasks/generated_answers.py). Of the LM head only the rows of
+the answer words' tokens are trained (by server-trainable = full). Where each is one token no other
+row ever gets a gradient: with SGD, or AdamW without weight decay, that is the same update as
+training the whole head, without a vocabulary-sized gradient. For answers that are generated all
+rows are.
 """
 
 import math
@@ -90,7 +91,7 @@ class ServerTrainer:
         return _finite(self._sent_labels().outputs(self._states(activations, mask, width)))
 
     def _states(self, activations: Tensor, mask: Tensor, width: int = 1) -> Tensor:
-        """The hidden states that the losses are made of [B, M, D], see answers.py.
+        """The hidden states that the losses are made of [B, M, D], see tasks/answer_words.py.
         width: positions that have a label."""
         h = activations.to(self.device, torch.float32)
         mask = mask.to(self.device, torch.int64)
@@ -255,7 +256,8 @@ class ServerTrainer:
 
     @torch.no_grad()
     def adopt_head(self, parameters: Mapping[str, Tensor]) -> None:
-        """Take over final norm and answer rows from a client's auxiliary head (head.py)."""
+        """Take over final norm and answer rows from a client's auxiliary head
+        (models/auxiliary_head.py)."""
         self.answer_rows.copy_(parameters[f"{AUXILIARY}rows"])
         decoder = f"{AUXILIARY}decoder."
         for name, value in parameters.items():

@@ -11,7 +11,7 @@ positions of the c-th predict the n_c tokens of word c.
 Either way the loss is the cross-entropy over the C scores.
 
 What scores are made of, and what the labels are, is a task's way to be scored (Scoring): a choice
-among answer words, here, or text that is generated (completion.py).
+among answer words, here, or text that is generated (generated_answers.py).
 """
 
 from collections.abc import Mapping, Sequence

@@ -11,8 +11,8 @@ Columns = dict[str, tuple[str, ...]]
 class Task:
     """One task: a choice among answer words, or, with a `target`, text to be generated.
 
-    prompt: template; {fields} are columns of the data (prompts.py). verbalizers: answer words, by
-    label. label_names: the strings a data file may use for the labels, by label.
+    prompt: template; {fields} are columns of the data (prompt_template.py). verbalizers: answer
+    words, by label. label_names: the strings a data file may use for the labels, by label.
     target: the column of the text that is to follow the prompt, or of a list of such texts, any of
     which is right. cut: the field that long examples lose the end of; "" is the longest.
     source: "hub:<repository>/<configuration>" or "bundled:<folder>".
@@ -20,7 +20,7 @@ class Task:
     description"), which are joined with a space.
     header: column names of the published file, where that comes without a header line.
     from_one: label columns that count the labels 1, 2, ...
-    image: the column of the images, where the task is about such (image_tasks.py): then it has no
+    image: the column of the images, where the task is about such (known_images.py): then it has no
     prompt, and the verbalizers are the names of the classes.
     """
 

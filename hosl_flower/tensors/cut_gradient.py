@@ -18,7 +18,8 @@ Pieces = Iterable[tuple[int, Tensor]]
 @dataclass(frozen=True)
 class Cotangent:
     """lambda [B, S, H], the loss gradient at the cut, as it came: payload and scales of a codec
-    (codec.py) on the client's device, times scale. Decoded a few tokens at a time, never whole.
+    (activation_codec.py) on the client's device, times scale. Decoded a few tokens at a time, never
+    whole.
     """
 
     payload: Tensor

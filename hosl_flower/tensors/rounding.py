@@ -11,7 +11,8 @@ so a replay rounds as the training did, on every device. As with rank-1 directio
 matrix is given out + in of them: element (i, j) takes r = (u_i + v_j) mod 2^16, which is uniform,
 and independent of any one other element's. docs/perturbations.md is the specification.
 
-What is kept in 8 bits (adafactor_momentum.py) is rounded in the same way; no replay needs its bits.
+What is kept in 8 bits (optim/adafactor_momentum.py) is rounded in the same way; no replay needs its
+bits.
 """
 
 import functools

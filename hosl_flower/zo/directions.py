@@ -10,7 +10,7 @@ Three distributions of the direction s, all with E[s] = 0 and E[s s^T] = I:
 
 rank1     (default) s = a b^T with a in {+-1}^out, b in {+-1}^in for a weight matrix, plain
           signs for a vector. out + in bits instead of out * in, and a probe is one dot
-          product and one scaled add per token (probe.py).
+          product and one scaled add per token (perturbed.py).
 signs     every element its own sign (Rademacher).
 gaussian  every element a standard normal, quantised to 2^-12 so that it too is exact.
 """

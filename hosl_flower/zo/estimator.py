@@ -5,8 +5,8 @@ HOSL asks the server for the true loss, HO-SFL takes an inner product with the c
 
     two-sided  g_q = (f(theta + eps s_q) - f(theta - eps s_q)) / (2 eps Q)
     one-sided  g_q = (f(theta + eps s_q) - f(theta)) / (eps Q)
-    exact      g_q = d/dt f(theta + t s_q) / Q at t = 0, by forward-mode (tangent.py)
-    gradient   sum_q g_q s_q, which the client's optimizer applies (optimizer.py)
+    exact      g_q = d/dt f(theta + t s_q) / Q at t = 0, by forward-mode (forward_mode.py)
+    gradient   sum_q g_q s_q, which the client's optimizer applies (optim/optimizer.py)
 
 The 1/Q sits in the scalar, as in HOSL's Alg. 1, so a ledger of (seed, g) pairs is complete.
 """

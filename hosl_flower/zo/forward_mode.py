@@ -3,7 +3,7 @@
 Within `along(...)` every use of a trainable parameter theta carries the tangent s of a direction,
 and what is computed carries its derivative along s (torch.autograd.forward_ad): one pass gives
 f(theta) and d f(theta + t s) / dt at t = 0, with no probe distance t. No graph, nothing is kept
-for a pass back; the price over a probe (probe.py) is a second stream of activations beside the
+for a pass back; the price over a probe (perturbed.py) is a second stream of activations beside the
 first, about twice the time and twice the memory of activations.
 
 As for a probe there is no second set of weights:

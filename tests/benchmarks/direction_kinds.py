@@ -48,7 +48,7 @@ class Drawn:
         return torch.randn(shape, generator=self.source)
 
     def of(self, kind: str) -> Parts:
-        """One of perturb.py's."""
+        """One of zo/directions.py's."""
         self.seed += 1
         direction = self.layouts[kind].draw(self.seed)
         return {name: direction.dense(name) for name in self.shapes}

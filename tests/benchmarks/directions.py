@@ -7,7 +7,8 @@ of a server that has trained for --steps on a frozen client, for --probes exact 
 It is not the share of the best step's gain: the gain depends on the curvature along e, too, and is
 larger (docs/results/directions.md). Directions are drawn as
 
-    rank1, signs, gaussian   perturb.py; FZOO divides a step along signs by the losses' standard
+    rank1, signs, gaussian   zo/directions.py; FZOO divides a step along signs by the losses'
+    standard
                              deviation, which changes its length and not where it goes
     LOZO                     U V^T of rank 2, U the same for 10 steps
     SubZero                  U Z V^T, U and V orthonormal, of rank 8

@@ -2,13 +2,13 @@
 
     python tests/benchmarks/fuzz.py [--frames 200000] [--strangers 2000] [--seed 0]
 
-What tests/test_fuzz.py does with a few thousand: see tests/fuzzing.py. Stops at the first frame
-that crashes the decoder, is refused without one clear line, or takes memory or time its size does
-not explain. Then strangers (tests/strangers.py) connect to a stream's server, which listens for
-real, before anything is known of them: with bytes that are no call, tokens that are nearly right,
-and frames of 16 MiB. Stops when one is let in, the server's process grows by more than two such
-frames, or a client with the right token waits for more than a second. Prints what became of all,
-the last line as JSON.
+The test of a few thousand is tests/protocol/test_fuzz.py: see tests/support/fuzzing.py. Stops at
+the first frame that crashes the decoder, is refused without one clear line, or takes memory or time
+its size does not explain. Then strangers (tests/support/strangers.py) connect to a stream's server,
+which listens for real, before anything is known of them: with bytes that are no call, tokens that
+are nearly right, and frames of 16 MiB. Stops when one is let in, the server's process grows by more
+than two such frames, or a client with the right token waits for more than a second. Prints what
+became of all, the last line as JSON.
 """
 
 import argparse
@@ -20,10 +20,10 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from fuzzing import Fuzz
+from messages import ALL, LIMITS
 from strangers import LIMIT, Door, knock, noise, serve
-from test_messages import ALL, LIMITS
 
 MOST_SECONDS = 1.0
 

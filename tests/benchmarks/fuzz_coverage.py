@@ -5,9 +5,9 @@
         [--corpus FOLDER] [--write FILE]
     python tests/benchmarks/fuzz_coverage.py --reproduce FILE
 
-The oracle is that of tests/benchmarks/fuzz.py (tests/fuzzing.py): one typed error or a message,
-and no memory or time that its size does not explain. Seeds are valid frames of every kind; half
-of the damage is libFuzzer's, to bytes, half to the fields and shapes that the protocol has.
+The oracle is that of tests/benchmarks/fuzz.py (tests/support/fuzzing.py): one typed error or a
+message, and no memory or time that its size does not explain. Seeds are valid frames of every kind;
+half of the damage is libFuzzer's, to bytes, half to the fields and shapes that the protocol has.
 pydantic is compiled and shows no coverage: what a message was refused for, or which kind of
 message was accepted, counts as coverage in its place.
 
@@ -32,7 +32,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import CodeType, FrameType, ModuleType
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 MODULES = [
     "hosl_flower.protocol.wire", "hosl_flower.tensors.raw_bytes", "hosl_flower.protocol.checks",
@@ -55,7 +55,7 @@ WRITERS = {  # of messages, and so not what is tested
 def new_fuzz():
     """The oracle; imports what it tests."""
     from fuzzing import Fuzz
-    from test_messages import ALL, LIMITS
+    from messages import ALL, LIMITS
 
     return Fuzz(ALL, LIMITS, 0)
 

@@ -6,9 +6,9 @@ A simple attack by whoever has the base checkpoint, as a server does: run public
 base's first blocks, fit one linear map (ridge regression) from activations to the embeddings of
 their own tokens, and read other activations as the nearest embedding. Public text is the training
 part, the client's is the held-out part; padding and what every example has in common (the prompt's
-own words) do not count. Noise is that of activation-noise (veil.py), the client's from a secret of
-its own, and the attacker's map is fitted to activations with such noise. A better attack recovers
-more: these shares are what is lost at least.
+own words) do not count. Noise is that of activation-noise (privacy/activation_noise.py), the
+client's from a secret of its own, and the attacker's map is fitted to activations with such noise.
+A better attack recovers more: these shares are what is lost at least.
 """
 
 import argparse

@@ -82,7 +82,7 @@ def _client(shape: tuple, column: str, device: str) -> dict[str, Any]:
     """A real Client answering the requests of one step of a method."""
     import torch
 
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
     from specs import client_spec
 
     from hosl_flower.client.client import Client
@@ -320,7 +320,7 @@ def full(device: str, minutes: float, limit: float, traced: bool) -> None:
 def process() -> dict[str, Any]:
     """MiB resident of a process that is a Flower ClientApp of OPT-125M, cut 5, 8 x 64 tokens: with
     its imports, with the model and the bundled data, and at its peak in a forward and a probe."""
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
     import hosl_flower.flower.client_calls  # noqa: F401
     from hosl_flower.tensors.memory import peak_rss_bytes
 

@@ -2,7 +2,7 @@
 
 Each takes one SGD step of the client half on sum <lambda, f_c(x)>, lambda the loss gradient at the
 cut, which is the back-propagation a split first-order client does. All give the update of plain
-autograd (tests/test_rivals.py); they differ in memory and time.
+autograd (tests/strategies/test_rivals.py); they differ in memory and time.
 
     fo               forward with its graph, backward, step: gradients of all parameters at once
     fo_checkpoint    each block's input is kept, the block run again in the backward pass

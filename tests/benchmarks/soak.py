@@ -31,7 +31,7 @@ import numpy as np
 
 from hosl_flower.run.start import open_run
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 CLIENTS, LATE = 6, (4, 5)
 DEADLINE, PATIENCE = 5.0, 120.0  # seconds a client may take in a step; before and after all

@@ -10,7 +10,7 @@ from hosl_flower.tasks.task import Task
 
 class ExampleEncoder(Protocol):
     """What is between the examples of a task and a model: a prompt's token ids here, a classifier's
-    in text_inputs.py, pixels in image_inputs.py.
+    in classifier_text.py, pixels in images.py.
 
     answers: how scores of the labels come about. processor: of transformers, saved with a model.
     length, shortest: most and fewest positions S of an example's activations.

@@ -2,8 +2,8 @@
 
 As in MeZO (Malladi et al. 2023, Table 14): the example is rendered into a prompt. In a
 classification each label has an answer word (verbalizer), and the loss is the cross-entropy over
-the answer words' scores (answers.py); else the answer is text of its own (completion.py). The tasks
-themselves are in task_table.py.
+the answer words' scores (tasks/answer_words.py); else the answer is text of its own
+(tasks/generated_answers.py). The tasks themselves are in tasks/known.py.
 """
 
 import sys

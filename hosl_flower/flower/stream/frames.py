@@ -3,8 +3,8 @@
     frame = length of the envelope, 4 bytes little endian | envelope, JSON | tensors, raw
 
 The envelope holds the exchange, the partition and the place the message belongs to, its JSON
-header (wire.py) and, for each tensor, name, dtype and shape. A frame that carries no message has
-a "word" instead: the handshake and the end of a session.
+header (protocol/wire.py) and, for each tensor, name, dtype and shape. A frame that carries no
+message has a "word" instead: the handshake and the end of a session.
 """
 
 import json

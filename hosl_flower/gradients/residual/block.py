@@ -9,7 +9,7 @@
     Wo: g' o^T,  g' = g + J_norm^T (W1^T dz  or  Wg^T dz + Wu^T du)
 
     W_q, W_k, W_v: dq m^T, dk m^T, dv m^T                  m = norm(h)
-    (dq, dk, dv): of W_o^T g' through the attention        attention_rule.py
+    (dq, dk, dv): of W_o^T g' through the attention        attention.py
     what the block's input gets: g' + J_norm^T (W_q^T dq + W_k^T dk + W_v^T dv)
 
 n, m, z and u are computed again from h' and h, a few tokens at a time, rather than kept; s' by

@@ -8,7 +8,7 @@ With g the loss gradient at a block's output, back-propagation gives the gradien
 matrices, but g is lambda = dL/dh_cut through all later blocks, which takes a backward pass. Each
 later block's Jacobian is the identity plus what the block does. Residual feedback keeps the
 identity and takes g = lambda in every block. What is within a block is seen through by hand, since
-all that takes is at hand while the block runs (feedback.py); the embeddings get what the first
+all that takes is at hand while the block runs (block.py); the embeddings get what the first
 block's input gets. In other words: block-wise back-propagation with the Jacobian between blocks set
 to the identity. There is no backward pass between blocks, and nothing is kept of one block for
 another: a block's gradients are whole, and can be applied, before the next block runs. Within a

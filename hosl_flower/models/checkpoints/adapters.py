@@ -1,5 +1,5 @@
 """LoRA adapters as a model: what peft, or a run with save-format = adapters, has written, over the
-base model it names. Each matrix is read with its adapter folded in (lora.py), in
+base model it names. Each matrix is read with its adapter folded in (models/lora.py), in
 float32, and then has the dtype that is wanted:
 
     W + scale B A,   scale = alpha / r, or alpha / sqrt(r) for rank-stabilised ones

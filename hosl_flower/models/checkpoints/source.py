@@ -2,8 +2,8 @@
 
 A side of the split asks for its own tensors by canonical name (as in the unsplit model's
 state dict, `model.decoder.layers.0.fc1.weight`) and nothing else is read: safetensors files
-are read a few MiB at a time (tensorfile.py), shards of the other side are not even opened or
-downloaded, and of a file on the hub a client downloads its own tensors alone (ranged.py).
+are read a few MiB at a time (safetensors_file.py), shards of the other side are not even opened or
+downloaded, and of a file on the hub a client downloads its own tensors alone (partial_download.py).
 """
 
 import json

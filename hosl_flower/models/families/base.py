@@ -28,7 +28,7 @@ InitStd = float | Callable[[str, torch.Size], float]
 
 
 class Family(Protocol):
-    """What split.py asks of a model family. Names are attributes of the causal LM and of its
+    """What models/split.py asks of a model family. Names are attributes of the causal LM and of its
     decoder, the module that maps input ids or embeddings to the last hidden state."""
 
     auto: Any  # transformers' class that makes the whole model from a configuration

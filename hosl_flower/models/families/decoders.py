@@ -2,9 +2,9 @@
 
 The submodels run transformers' own decoder, with the other side's modules taken out: masks,
 positions and attention are never re-implemented here. A new family is one small class like
-`Gpt2` and an entry in FAMILIES; tests/test_families.py shows what it must satisfy. Classifiers have
-a "decoder" that maps their inputs to what the rows of the head, one for each class, are multiplied
-with: those of images are in image_families.py, those of text in text_families.py.
+`Gpt2` and an entry in FAMILIES; tests/models/test_decoders.py shows what it must satisfy.
+Classifiers have a "decoder" that maps their inputs to what the rows of the head, one for each
+class, are multiplied with: those of images are in images.py, those of text in encoders.py.
 """
 
 import inspect

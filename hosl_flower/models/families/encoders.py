@@ -1,4 +1,4 @@
-"""Families of text classifiers, encoders: what splitting one needs to know (see families.py).
+"""Families of text classifiers, encoders: what splitting one needs to know (see decoders.py).
 
 The "decoder" is the whole classifier but for its last layer, the head: what transformers puts
 between encoder and head, such as BERT's pooler, comes with it and is the server's.
@@ -20,7 +20,7 @@ from hosl_flower.models.families.renames import published_renames
 
 
 class TextFamily(Family, Protocol):
-    """What text_inputs.py asks besides."""
+    """What data/encoders/classifier_text.py asks besides."""
 
     def first_position(self, config: PretrainedConfig) -> int:
         """The row of the position embedding that is the first token's."""

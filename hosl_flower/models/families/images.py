@@ -1,4 +1,4 @@
-"""Families of image classifiers: what splitting one needs to know (see families.py).
+"""Families of image classifiers: what splitting one needs to know (see decoders.py).
 
 A feature map [B, C, height, width] is cut as the sequence of its positions, [B, height * width, C],
 and a vision transformer's is one already, so that the rest of the library (protocol, ledger,
@@ -21,7 +21,7 @@ from hosl_flower.models.families.renames import published_renames
 
 
 class ImageFamily(Family, Protocol):
-    """What image_inputs.py asks besides."""
+    """What data/encoders/images.py asks besides."""
 
     def image_size(self, config: PretrainedConfig) -> int:
         """Height and width the model is made for, 0 for any. ConfigError where they differ."""

@@ -97,8 +97,8 @@ def _check_column(what: str, column: Tensor, dtype: str) -> None:
 @dataclass(frozen=True, config=STRICT)
 class ApplyDeltas(Request):
     """What the weights have changed by from `position` on, of each step in turn, in 8 bits:
-    present [steps, R], values and scales one after the other (update_codec.py). digests: of the
-    ledger after each."""
+    present [steps, R], values and scales one after the other (tensors/update_codec.py). digests: of
+    the ledger after each."""
 
     kind = "move"
     reply = Applied
@@ -142,7 +142,8 @@ class ApplyDeltas(Request):
 
 @dataclass(frozen=True, config=STRICT)
 class Restore(Request):
-    """The client state at `position` as weights [n] and optimizer moments [k, m] (state.py)."""
+    """The client state at `position` as weights [n] and optimizer moments [k, m]
+    (ledger/client_state.py)."""
 
     kind = "restore"
     reply = Applied

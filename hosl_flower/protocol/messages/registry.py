@@ -3,7 +3,8 @@
 A message is a frozen dataclass. Its class says all that is true of it: its kind, the name on the
 wire; of a request its reply, whether it can be answered at any ledger position and whether a client
 with dp-noise answers it; of a reply how it is checked (messages/base.py). pydantic checks the
-fields when a message is made, also from what arrived; wire.py turns it into bytes and back.
+fields when a message is made, also from what arrived; protocol/wire.py turns it into bytes and
+back.
 
     Describe       what data do you have?                              -> Described
     Forward        activations of a training batch at theta            -> Activations
