@@ -1,14 +1,12 @@
 """Activations of mini-batches at the client's weights and around them."""
 
-from collections import OrderedDict
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hosl_flower.client.forwards import HERE, put_together
-from hosl_flower.client.work import Work
+from hosl_flower.client.work import Anchor, Work
 from hosl_flower.errors import ProtocolError
 from hosl_flower.models.batch import Batch
 from hosl_flower.protocol.messages.activations import Evaluate, Forward, Probe
@@ -21,21 +19,11 @@ from hosl_flower.zo.estimator import Point
 _ANCHOR_BYTES = 256 << 20  # of activations remembered, at most
 
 
-class _Anchor(NamedTuple):
-    """A mini-batch and its activations, which a cut gradient will be about."""
-
-    batch: Batch
-    activations: Tensor
-
-
 class CutActivations:
     """Computes activations at the cut, and remembers those that a cut gradient will come for."""
 
     def __init__(self, work: Work):
         self.work = work
-        # by partition and number of the mini-batch
-        self._anchors: OrderedDict[tuple[int, int], _Anchor] = OrderedDict()
-        work.keep(self._tensors, self._anchors.clear)
 
     def clean(self, request: Forward) -> dict[str, Any]:
         """Activations at theta itself, remembered where probes will start from them.
@@ -49,9 +37,10 @@ class CutActivations:
         with work.phase("forward", batch.tokens):
             ((_, activations),) = work.forwards.pieces(batch)
             reply = self._reply(batch, [(0, activations)], _weights(request))
-        self._anchors[request.partition, request.batch] = _Anchor(batch, activations)
-        while sum(a.activations.nbytes for a in self._anchors.values()) > _ANCHOR_BYTES:
-            self._anchors.popitem(last=False)
+        anchors = work.anchors
+        anchors[request.partition, request.batch] = Anchor(batch, activations)
+        while sum(a.activations.nbytes for a in anchors.values()) > _ANCHOR_BYTES:
+            anchors.popitem(last=False)
         return reply
 
     def probed(self, request: Probe) -> dict[str, Any]:
@@ -83,7 +72,7 @@ class CutActivations:
 
         A new process does not remember them. Raises ProtocolError for a gradient of another shape.
         """
-        anchor = self._anchors.pop((request.partition, request.batch), None)
+        anchor = self.work.anchors.pop((request.partition, request.batch), None)
         if anchor is None:
             batch = self.work.mini_batches.train(request.partition, request.batch)
             known = []
@@ -101,9 +90,6 @@ class CutActivations:
                 f"client's activations, got {list(request.gradient.shape)}"
             )
         return batch, known
-
-    def _tensors(self) -> Iterator[Tensor]:
-        yield from (anchor.activations for anchor in self._anchors.values())
 
     def _reply(self, batch: Batch, pieces: Pieces, weights: str) -> dict[str, Any]:
         work = self.work

@@ -116,7 +116,7 @@ class Client:
         if hasattr(self, "work"):
             self.work.release()  # never two copies of the weights
         self.work = self._load()
-        self.follower = LedgerFollower(self.work, self._start_over)
+        self.follower = LedgerFollower(self.work)
         self.activations = CutActivations(self.work)
         self.losses = LabelLosses(self.work)
         self.scalars = ProbeScalars(self.work, self.activations)
@@ -202,7 +202,7 @@ class Client:
                 loss_sum = judged.loss * len(request.states)
                 return Scored, {"correct": judged.correct, "loss_sum": loss_sum}
             case CatchUp():
-                return self.follower.catch_up(request)
+                return self.follower.catch_up(request, self._start_over)
             case Restore():
                 return self.follower.restore(request)
             case ApplyDeltas():

@@ -1,7 +1,6 @@
 """The client's part in writing answers to held-out prompts: it runs what the server has chosen so
 far, and grades what comes out (server/evaluate.py has the other part)."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,24 +22,16 @@ class Writing:
 
     def __init__(self, work: Work, pool: DataPool):
         self.work, self.spec, self.pool = work, work.spec, pool
-        self._prompts: tuple[tuple[int, int], Prompts] | None = None  # that are being answered
-        work.keep(self.tensors, self.forget)
-
-    def forget(self) -> None:
-        """The weights are others now, or nothing more will be asked."""
-        self._prompts = None
-
-    def tensors(self) -> Iterator[Tensor]:
-        """What is kept between requests."""
-        yield from self._prompts[1].tensors() if self._prompts else ()
 
     def continued(self, request: Continue) -> dict[str, Any]:
         """Activations of held-out prompts, or of the tokens after them. A process that does not
         have what came before runs it again."""
         key = (request.partition, request.batch)
-        prompts = self._prompts[1] if self._prompts and self._prompts[0] == key else None
+        prompts = (
+            self.work.prompts[1] if self.work.prompts and self.work.prompts[0] == key else None
+        )
         if prompts is None or not prompts.follows(request.tokens):
-            self.forget()  # never two caches
+            self.work.prompts = None  # never two caches
             batch = self.pool.text_encoder.prompts(self._examples(request))
             prompts = Prompts(
                 self.work.submodel, batch, self.spec.client_micro_batch, self.work.device
@@ -53,7 +44,7 @@ class Writing:
                 for first, piece in prompts.activations(tokens)
             )
             activations, scales = put_together(coded, count)
-        self._prompts = (key, prompts)
+        self.work.prompts = (key, prompts)
         return {
             "activations": activations,
             "scales": scales,
@@ -62,7 +53,7 @@ class Writing:
 
     def grades(self, request: Grade) -> Tensor:
         """Exact match and F1 of answers to held-out prompts: float32 [B, 2]."""
-        self.forget()
+        self.work.prompts = None
         examples, longest = self._examples(request), self.spec.max_new_tokens
         answers = checked(request.tokens, len(examples), longest, self._vocabulary).tolist()
         text = self.pool.text_encoder.text

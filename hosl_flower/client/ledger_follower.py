@@ -25,11 +25,10 @@ class LedgerFollower:
 
     Args:
         work: the client's submodel and state.
-        start_over: goes back to the base checkpoint and returns the follower that is there then.
     """
 
-    def __init__(self, work: Work, start_over: Callable[[], "LedgerFollower"]):
-        self.work, self._start_over = work, start_over
+    def __init__(self, work: Work):
+        self.work = work
 
     @property
     def state(self) -> ClientState:
@@ -69,8 +68,11 @@ class LedgerFollower:
             return self.state.digest == request.digest_after
         return self.state.position > request.position
 
-    def catch_up(self, request: CatchUp) -> ReplyParts:
-        """Apply what is missing of the entries; what was applied already must be the same."""
+    def catch_up(self, request: CatchUp, start_over: Callable[[], "LedgerFollower"]) -> ReplyParts:
+        """Apply what is missing of the entries; what was applied already must be the same.
+
+        start_over: goes back to the base checkpoint and returns the follower that is there then.
+        """
         entries, state = request.entries, self.state  # validated before anything is lost
         digests = chain_entries(request.digest, entries)
         done = state.position - request.position
@@ -79,7 +81,7 @@ class LedgerFollower:
             if request.position:
                 return Behind, {"position": state.position, "digest": state.digest}
             del state  # its weights go before those of the base checkpoint come
-            return self._start_over().from_the_start(request, entries)  # another history
+            return start_over().from_the_start(request, entries)  # another history
         self.apply(entries[done:])
         return self.applied()
 

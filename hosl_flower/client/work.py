@@ -1,8 +1,10 @@
 """What all computations of a client share: its submodel, its data, and the meter of its memory."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import OrderedDict
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -11,11 +13,20 @@ from hosl_flower.client.local_weights import LocalWeights
 from hosl_flower.client.mini_batches import MiniBatches
 from hosl_flower.config.client_spec import ClientSpec
 from hosl_flower.ledger.client_state import ClientState
+from hosl_flower.models.batch import Batch
+from hosl_flower.models.decoding import Prompts
 from hosl_flower.models.label_head import OutputHead
 from hosl_flower.models.submodels import ClientSubmodel
 from hosl_flower.privacy.activation_noise import ActivationNoise
 from hosl_flower.privacy.dp_scalars import Mechanism
 from hosl_flower.tensors.memory import Meter
+
+
+class Anchor(NamedTuple):
+    """A mini-batch and its activations."""
+
+    batch: Batch
+    activations: Tensor
 
 
 @dataclass
@@ -26,8 +37,9 @@ class Work:
         head: of the whole model, where the labels stay here.
         mechanism: of scalars that are differentially private.
         noise: on activations that leave the client.
-        kept: for each computation that keeps tensors between requests, a way to list them.
-        forgetting: what is called when the weights move.
+        anchors: mini-batches and their activations, which cut gradients will be about, by
+            partition and number of the mini-batch.
+        prompts: those that are being answered, by partition and number of the batch.
     """
 
     spec: ClientSpec
@@ -39,8 +51,8 @@ class Work:
     head: OutputHead | None = None
     mechanism: Mechanism | None = None
     noise: ActivationNoise | None = None
-    kept: list[Callable[[], Iterable[Tensor]]] = field(default_factory=list)
-    forgetting: list[Callable[[], None]] = field(default_factory=list)
+    anchors: OrderedDict[tuple[int, int], Anchor] = field(default_factory=OrderedDict)
+    prompts: tuple[tuple[int, int], Prompts] | None = None
 
     def __post_init__(self) -> None:
         self.local_weights = LocalWeights(self.state)
@@ -52,15 +64,10 @@ class Work:
         """Let go of the weights, whoever still holds this object; it is not used again."""
         vars(self).clear()
 
-    def keep(self, tensors: Callable[[], Iterable[Tensor]], forget: Callable[[], None]) -> None:
-        """Count tensors that are kept between requests, and let go of them when weights move."""
-        self.kept.append(tensors)
-        self.forgetting.append(forget)
-
     def moved(self) -> None:
         """Let go of everything that was computed at the weights before."""
-        for forget in self.forgetting:
-            forget()
+        self.anchors.clear()
+        self.prompts = None
 
     def phase(
         self, name: str, size: int, *held: Tensor, part: str = ""
@@ -81,6 +88,6 @@ class Work:
         yield from self.state.optimizer.tensors()
         if self.head is not None:
             yield self.head.weight
-        for tensors in self.kept:
-            yield from tensors()
+        yield from (anchor.activations for anchor in self.anchors.values())
+        yield from self.prompts[1].tensors() if self.prompts else ()
         yield from more

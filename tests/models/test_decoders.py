@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from decoders import FULL, IDS, PADDED, TINY, halves, whole_logits
+from decoders import saved as saved  # a fixture
 from gradients import both
 from peft import PeftModel
 from runs import run_factory

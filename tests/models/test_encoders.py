@@ -13,6 +13,7 @@ from encoders import (
     split_logits,
     whole_logits,
 )
+from encoders import saved as saved  # a fixture
 from gradients import both
 from safetensors.torch import load_file, save_file
 from transformers import (

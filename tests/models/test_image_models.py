@@ -4,6 +4,7 @@ import pytest
 import torch
 from gradients import both
 from image_models import PIXELS, SIZE, VARIANTS
+from image_models import saved as saved  # a fixture
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, ViTModel
 

@@ -5,6 +5,7 @@ import re
 
 import pytest
 from pages import Checker, checked, write_run
+from pages import undrawn as undrawn  # a fixture
 from runs import run_factory
 from typer.testing import CliRunner
 

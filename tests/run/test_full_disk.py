@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 from runs import metrics, run_factory
 from safetensors import SafetensorError
 
@@ -18,7 +19,6 @@ from hosl_flower.export.finished_run import read_run
 from hosl_flower.run import checkpoint
 from hosl_flower.run import recorder as report
 from hosl_flower.run.checkpoint import steps
-from hosl_flower.system import whole_files as whole
 from hosl_flower.system.whole_files import Lines, made_whole, put, save_tensors
 from strategies.hosl import Hosl
 
@@ -93,7 +93,7 @@ def test_an_export_does_not_take_over_the_modes_of_the_files_it_copies(make, tmp
 
 def test_a_model_without_room_costs_nothing_but_itself(make, full):
     whole_results, undisturbed, _ = make()
-    room = full(whole, "save_file", "model.safetensors", SafetensorError)
+    room = full(safetensors.torch, "save_file", "model.safetensors", SafetensorError)
     with pytest.raises(HoslError, match=r"model, 6\.\d MB \(No space left") as raised:
         make()
     run = undisturbed.with_name("run1")
@@ -121,7 +121,7 @@ def test_a_model_without_room_costs_nothing_but_itself(make, full):
 
 def test_without_room_for_a_checkpoint_either_the_steps_after_the_last_are_taken_again(make, full):
     _, undisturbed, _ = make(steps=5)
-    full(whole, "save_file", "model.safetensors", SafetensorError)
+    full(safetensors.torch, "save_file", "model.safetensors", SafetensorError)
     full(checkpoint, "save_tensors", "checkpoint-5")
     with pytest.raises(HoslError, match="after it has taken the steps from 3") as raised:
         make(steps=5)
@@ -134,7 +134,7 @@ def test_without_room_for_a_checkpoint_either_the_steps_after_the_last_are_taken
 
 def test_adapters_without_room_leave_nothing_half_written(make, full):
     lora = {"client_trainable": "lora", "server_trainable": "lora", "lora_rank": 2}
-    full(whole, "save_file", "adapter_model.safetensors", SafetensorError)
+    full(safetensors.torch, "save_file", "adapter_model.safetensors", SafetensorError)
     with pytest.raises(HoslError, match=r"model, 0\.0 MB"):
         make(save_format="adapters", **lora)
 
@@ -249,6 +249,6 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path, error):
 
 
 def test_tensors_that_do_not_fit_are_an_os_error(tmp_path, full):
-    full(whole, "save_file", "x", SafetensorError)
+    full(safetensors.torch, "save_file", "x", SafetensorError)
     with pytest.raises(OSError, match="No space"):
         save_tensors({}, tmp_path / "x")

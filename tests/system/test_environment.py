@@ -377,7 +377,7 @@ def test_an_app_is_utf_8_whatever_the_locale(tmp_path):
     (tmp_path / "pyproject.toml").write_text(text, encoding="utf-8")
     script = (
         "from pathlib import Path; from hosl_flower.cli import read_app_config as read;"
-        f"print(ascii(read(Path({str(tmp_path)!r}), []).prompt), open('/dev/null').encoding)"
+        f"print(ascii(read(Path({str(tmp_path)!r}), []).task.prompt), open('/dev/null').encoding)"
     )
     done = python("-c", script, **POSIX)
     assert done.stdout == f"{prompt!a} ANSI_X3.4-1968\n", done.stderr
