@@ -14,6 +14,7 @@ from runs import PROMPT, write_reviews
 from typer.testing import CliRunner
 
 from hosl_flower.cli import cli
+from hosl_flower.compare import outcome as outcome_module
 from hosl_flower.compare import runner as cells_module
 from hosl_flower.compare.experiment import cells, read_experiment, trials
 from hosl_flower.compare.experiment_file import Cell
@@ -25,6 +26,7 @@ from hosl_flower.compare.worker import main as cell_main
 from hosl_flower.config.parse import parse_config
 from hosl_flower.errors import ConfigError
 from hosl_flower.methods.load import load_method
+from hosl_flower.protocol.messages.registry import REQUESTS
 
 SHIPPED = Path(__file__).parents[2] / "simulations" / "comparisons"
 
@@ -392,3 +394,11 @@ def test_one_variant_may_be_tuned_for_all(experiment):
     run = cells(found, {("cut2", "ho-sfl"): rate})
     rates = {c.variant: c.keys["client-learning-rate"] for c in run if c.method == "ho-sfl"}
     assert rates == {"cut1": 0.5, "cut2": 0.5}
+
+
+def test_every_request_has_its_cost_in_a_step_or_is_none_of_training():
+    """A new message has to say so: bytes and forward passes of a step are sums over these."""
+    computing, moving = set(outcome_module._FORWARDS), set(outcome_module._UPDATES)
+    others = {"describe", "evaluate", "continue", "grade", "held-out-states", "fingerprint"}
+    assert not computing & moving
+    assert computing | moving | others == REQUESTS.keys()
