@@ -93,6 +93,7 @@ def test_a_run_in_process_that_is_stopped_says_how_to_resume(tiny_opt, tmp_path)
     )
 
 
+@pytest.mark.usefixtures("heeded_signals")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_command_that_is_told_to_end_exits_with_128_and_the_signal(tmp_path, number):
     before = signal.getsignal(number)
