@@ -12,6 +12,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from grids import LocalGrid
 
 from hosl_flower.cli import read_app_config
+from hosl_flower.flower.strategy import SplitStrategy
 from hosl_flower.methods.load import load_method
 from hosl_flower.run.start import run_in_process
 
@@ -91,7 +92,7 @@ def test_killed_clients_go_on_with_the_same_numbers(tmp_path, monkeypatch, extra
         {7: {"partition-id": 0, **node}, 8: {"partition-id": 1, **node}}, {9, 16, 17}
     )
     try:
-        strategy("killed").start(grid, run="1")
+        SplitStrategy(strategy("killed")).start(grid, run="1")
     finally:
         grid.stop()
     killed = json.loads((tmp_path / "killed" / "results.json").read_text())
