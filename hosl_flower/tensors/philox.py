@@ -1,7 +1,7 @@
 """Endless sequences of numbers, addressable by (seed, label, index), the same everywhere.
 
 Philox4x32-10 (Salmon et al., SC 2011), evaluated with integer operations, and what is made of
-its bits: signs and quantised normals. docs/perturbations.md is the specification.
+its bits: signs and quantised normals. docs/reference/perturbations.md is the specification.
 
 A sequence is drawn in two sizes. Philox runs on many blocks at a time, since each of its 80
 operations costs a call; the numbers, 32 times as many bytes for signs, are then made of its

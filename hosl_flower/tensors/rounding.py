@@ -9,7 +9,7 @@ kept on average:
 The random numbers are the generator's, by (the step's first direction seed, parameter, element),
 so a replay rounds as the training did, on every device. As with rank-1 directions an [out, in]
 matrix is given out + in of them: element (i, j) takes r = (u_i + v_j) mod 2^16, which is uniform,
-and independent of any one other element's. docs/perturbations.md is the specification.
+and independent of any one other element's. docs/reference/perturbations.md is the specification.
 
 What is kept in 8 bits (optim/adafactor_momentum.py) is rounded in the same way; no replay needs its
 bits.

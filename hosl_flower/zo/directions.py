@@ -4,7 +4,7 @@ torch's generators give different numbers on CPU and CUDA, so a federation that 
 seeds with them drifts apart on mixed hardware. Here every number comes from the published
 counter-based generator Philox4x32-10 (Salmon et al., SC 2011), evaluated with integer
 operations, so a seed means the same bits on every device, in any language, and however a
-tensor is cut into chunks. docs/perturbations.md is the specification, with test vectors.
+tensor is cut into chunks. docs/reference/perturbations.md is the specification, with test vectors.
 
 Three distributions of the direction s, all with E[s] = 0 and E[s s^T] = I:
 

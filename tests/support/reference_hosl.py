@@ -23,7 +23,7 @@ def derived(seed, *labels):
 
 
 def words(seed, label, blocks):
-    """Philox4x32-10, see docs/perturbations.md."""
+    """Philox4x32-10, see docs/reference/perturbations.md."""
     stream = int.from_bytes(hashlib.sha256(label.encode()).digest()[:8], "little")
     zero = np.zeros(blocks, dtype=np.uint64)
     x = [np.arange(blocks, dtype=np.uint64), zero, zero + (stream & MASK), zero + (stream >> 32)]

@@ -1,4 +1,4 @@
-"""Perturbations against a second implementation in numpy, written from docs/perturbations.md."""
+"""Compare perturbations with a numpy implementation of docs/reference/perturbations.md."""
 
 import hashlib
 from statistics import NormalDist

@@ -13,7 +13,7 @@ block's input gets. In other words: block-wise back-propagation with the Jacobia
 to the identity. There is no backward pass between blocks, and nothing is kept of one block for
 another: a block's gradients are whole, and can be applied, before the next block runs. Within a
 block the chain rule is a backward step written by hand. The last block's gradients are exact.
-Derivation, relatives and limits: docs/residual.md.
+Derivation, relatives and limits: docs/explanation/residual-feedback.md.
 """
 
 from collections.abc import Collection, Iterator, Mapping
