@@ -20,6 +20,7 @@ FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 INDENTED = re.compile(r"(?:^ {4}.*\n?)+", re.M)
 INLINE = re.compile(r"`[^`\n]+`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]*)\)")
+CALLED = re.compile(r"(?<![\w./-])(?:python -m hosl_flower|hosl-flower) +([a-z][\w-]*)")
 KEY_VALUE = re.compile(r"([A-Za-z][\w-]*) *=(?!=)")
 
 
@@ -71,8 +72,8 @@ def test_links_lead_to_files_and_headings(page):
 @by_page
 def test_commands_are_those_of_the_command_line(page):
     for block in code(page.read_text()):
-        for command in re.findall(r"python -m hosl_flower +([\w-]+)", block):
-            assert command in COMMANDS, f"python -m hosl_flower {command}"
+        for command in CALLED.findall(block):
+            assert command in COMMANDS, f"hosl-flower {command}"
 
 
 def run_config_keys(block):
@@ -110,25 +111,43 @@ def test_keys_are_found_in_commands():
     assert list(run_config_keys(block)) == ["steps", "prompt", "task", "cut-layer"]
 
 
+def module_of(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.parametrize("name", ["keys", "commands"])
 def test_generated_pages_are_current(name):
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
-    generate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generate)
+    generate = module_of(ROOT / "docs" / "generate.py")
     written = (ROOT / "docs" / "reference" / f"{name}.md").read_text()
     assert getattr(generate, f"{name}_page")() == written, "run `python docs/generate.py`"
 
 
-def test_the_strategy_that_is_walked_through_is_the_one_there_is():
-    page = (ROOT / "docs" / "guides" / "strategies.md").read_text()
+def test_pictures_are_those_of_the_results():
+    frontier = module_of(ROOT / "docs" / "pictures" / "frontier.py")
+    committed = ROOT / "docs" / "pictures" / "frontier.svg"
+    assert frontier.picture() == committed.read_text(), "run `python docs/pictures/frontier.py`"
+    split = (ROOT / "docs" / "pictures" / "split.svg").read_text()
+    for method in ("frozen", "ho-sfl", "residual", "recompute", "split-fo"):
+        memory = frontier.points()[method][0]
+        assert f">{memory:.2f}</text>" in split
+
+
+def test_the_tutorial_shows_code_of_methods_as_they_are():
+    page = (ROOT / "docs" / "tutorials" / "write-a-method.md").read_text()
     blocks = [body for language, body in FENCED.findall(page) if language == "python"]
-    assert blocks
-    for block in blocks:
-        assert block in (ROOT / "strategies" / "sign_vote.py").read_text()
+    sources = [
+        (ROOT / "strategies" / f"{n}.py").read_text() for n in ("sign_vote", "frozen_client")
+    ]
+    assert len(blocks) == 2
+    for block, source in zip(blocks, sources, strict=True):
+        assert block in source
 
 
-def test_the_page_of_strategies_has_all_of_them():
-    page = (ROOT / "docs" / "guides" / "strategies.md").read_text()
+def test_the_reference_lists_all_methods():
+    page = (ROOT / "docs" / "reference" / "methods.md").read_text()
     named = set(re.findall(r"^\| `([\w-]+)` \|", page, re.M)) - {"strategy"}
     assert named == registered().keys()
     files = {entry.module.removeprefix("strategies.") for entry in registered().values()}

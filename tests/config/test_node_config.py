@@ -333,12 +333,11 @@ def test_a_run_cannot_give_other_names_to_the_columns_of_a_file_without_any(tmp_
 
 
 def documented():
-    """Every node config that the guides and deploy/ give as an example."""
+    """Every node config that the documentation and deploy/ give as an example."""
     root = Path(__file__).parents[2]
     for name in (
-        "deploy/README.md",
         "deploy/systemd/hosl-supernode.service",
-        "docs/guides/deploying.md",
+        "docs/how-to/deploy.md",
     ):
         text = (root / name).read_text()
         found = re.findall(
@@ -356,5 +355,5 @@ def test_the_node_configs_of_the_guides_are_read_as_they_are_meant():
         node = NodeConfig.read(config)
         assert "facebook/opt-125m" in node.allow_models  # the model of the runs that are shown
         node.check("hub:nyu-mll/glue/sst2", "facebook/opt-125m")
-    page = (Path(__file__).parents[2] / "docs" / "guides" / "deploying.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "node-config.md").read_text()
     assert all(f"| `{key}` |" in page for key in known)
