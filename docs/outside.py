@@ -3,7 +3,7 @@
 The pages are written for a reader of the repository, so they link to ../SECURITY.md or
 ../strategies/hosl.py. What is linked so, from page to page, is put under repository/ in the site:
 Markdown as a page, anything else as it is. Links to a directory lead to its README, or become plain
-text where it has none.
+text where it has none. The search shows guides before other pages.
 """
 
 import os
@@ -16,6 +16,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
+GUIDES = ("how-to/", "tutorials/")  # pages that the search shows before others
 STARTS = ("CHANGELOG.md",)  # pages that the navigation has, whether linked or not
 
 
@@ -39,6 +40,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Turn links of the repository into links of the site."""
     source = _source(page.file.src_uri)
+    if page.file.src_uri.startswith(GUIDES):
+        page.meta.setdefault("search", {})["boost"] = 3
 
     def rewrite(link: re.Match[str]) -> str:
         image, text, address, anchor = link.groups()

@@ -165,3 +165,26 @@ def test_the_site_has_every_page_it_lists():
             else ROOT / "docs" / name
         )
         assert path.is_file(), name
+
+
+# In Chromium each of these is the first result of the site's search for the words. The search needs
+# a browser: here only the condition for it is tested, that a heading of the page has the words.
+ANSWERS = {
+    "install": "how-to/install.md",
+    "getting started": "tutorials/getting-started.md",
+    "resume": "how-to/save-checkpoints-and-resume.md",
+    "checkpoint": "how-to/save-checkpoints-and-resume.md",
+    "custom dataset": "how-to/use-your-own-data.md",
+    "own model": "how-to/use-your-own-model.md",
+    "deploy": "how-to/deploy.md",
+    "gpu": "how-to/use-a-gpu.md",
+    "memory": "how-to/reduce-client-memory.md",
+    "predict": "how-to/predict.md",
+}
+
+
+@pytest.mark.parametrize(("words", "page"), ANSWERS.items())
+def test_the_page_that_answers_has_the_words_of_a_search_in_its_title(words, page):
+    title = (ROOT / "docs" / page).read_text().splitlines()[0]
+    assert title.startswith("# ")
+    assert words in title.lower()
