@@ -16,6 +16,8 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
+# numbers, ranges, units and short words such as "seeds 0, 1"; no sentence
+NUMBERS = re.compile(r"<td( [^>]*)?>((?=[^<]*\d)[^<]{1,28})</td>")
 GUIDES = ("how-to/", "tutorials/")  # pages that the search shows before others
 STARTS = ("CHANGELOG.md",)  # pages that the navigation has, whether linked or not
 
@@ -56,6 +58,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return LINK.sub(rewrite, markdown)
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    """Mark the table cells that hold numbers, which site.css keeps on one line."""
+    return NUMBERS.sub(r'<td class="number"\1>\2</td>', html)
+
+
 def _target(source: PurePosixPath, address: str) -> PurePosixPath | None:
     """The file of the repository that a page's link means; None where it means none."""
     if re.match(r"\w+:", address):
@@ -68,8 +75,10 @@ def _target(source: PurePosixPath, address: str) -> PurePosixPath | None:
 
 def _place(source: PurePosixPath) -> PurePosixPath:
     """Where a file of the repository is in the site."""
-    inside = source.parts[0] == "docs"
-    return source.relative_to("docs") if inside else PurePosixPath("repository", source)
+    if source.parts[0] != "docs":
+        return PurePosixPath("repository", source)
+    place = source.relative_to("docs")
+    return place.with_suffix(".md") if place.suffix == ".ipynb" else place  # see docs/notebooks.py
 
 
 def _source(uri: str) -> PurePosixPath:
