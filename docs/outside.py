@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 # numbers, ranges, units and short words such as "seeds 0, 1"; no sentence
 NUMBERS = re.compile(r"<td( [^>]*)?>((?=[^<]*\d)[^<]{1,28})</td>")
+NAMES = re.compile(r"<code>([^<\s]{1,32})</code>")
 GUIDES = ("how-to/", "tutorials/")  # pages that the search shows before others
 STARTS = ("CHANGELOG.md",)  # pages that the navigation has, whether linked or not
 
@@ -59,8 +60,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Mark the table cells that hold numbers, which site.css keeps on one line."""
-    return NUMBERS.sub(r'<td class="number"\1>\2</td>', html)
+    """Mark cells with numbers and short names in code, which site.css keeps on one line."""
+    return NAMES.sub(
+        r'<code class="name">\1</code>', NUMBERS.sub(r'<td class="number"\1>\2</td>', html)
+    )
 
 
 def _target(source: PurePosixPath, address: str) -> PurePosixPath | None:
