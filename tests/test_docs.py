@@ -2,16 +2,22 @@
 
 import importlib.util
 import re
+import shlex
 import subprocess
+import tomllib
+from contextlib import suppress
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import typer
+from flwr.common.config import parse_config_args
 
-from hosl_flower.cli import cli
+from hosl_flower.cli import cli, key_value
+from hosl_flower.config.parse import parse_config
 from hosl_flower.config.run_config import KEYS
-from hosl_flower.methods.load import registered
+from hosl_flower.methods.load import load_method, registered
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = set(typer.main.get_command(cli).commands)
@@ -98,6 +104,41 @@ def test_paths_in_code_exist(page):
     for block in code(page.read_text()):
         for named in path.findall(block):
             assert (ROOT / named).exists(), f"{named} in: {block}"
+
+
+def shell_commands(page):
+    """The command lines of a page, as lists of arguments."""
+    for language, block in FENCED.findall(page.read_text()):
+        if language == "bash":
+            for line in re.sub(r"\\\n", " ", block).splitlines():
+                with suppress(ValueError):  # a part of a longer command, an open quote
+                    yield shlex.split(line, comments=True)
+
+
+def app_config(app):
+    """The run config of an app that a page names, which may be one that `new` creates."""
+    path = ROOT / app / "pyproject.toml"
+    path = path if path.is_file() else ROOT / "simulations" / "quickstart" / "pyproject.toml"
+    return tomllib.loads(path.read_text())["tool"]["flwr"]["app"]["config"]
+
+
+@by_page
+def test_commands_are_accepted_with_their_values(page):
+    for words in shell_commands(page):
+        if words[:1] == ["hosl-flower"] and words[1] in COMMANDS:
+            typer.main.get_command(cli).commands[words[1]].make_context(words[1], words[2:])
+        if words[:1] == ["hosl-flower"] and words[1] in ("run", "simulate", "plan"):
+            given = [value for flag, value in pairwise(words) if flag == "-c"]
+            changes = dict(map(key_value, given))
+        elif words[:2] == ["flwr", "run"] and "--run-config" in words:
+            changes = parse_config_args([words[words.index("--run-config") + 1]])
+        else:
+            continue
+        if "data-path" in changes and "target-column" not in changes:
+            changes.setdefault("verbalizers", "found,in,it")  # the file is not here
+        config = parse_config({**app_config(words[2]), **changes}, " ".join(words))
+        if not config.strategy.startswith("my_file:"):
+            load_method(config)
 
 
 @pytest.mark.parametrize("page", tracked("docs/*.md", ":!docs/results"), ids=lambda p: p.stem)
