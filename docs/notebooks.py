@@ -5,12 +5,15 @@ docs/notebooks/ho_sfl.ipynb becomes the page notebooks/ho_sfl.md. Nothing is exe
 
 import base64
 import json
+import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+
+COLORS = re.compile(r"\x1b\[[\d;]*m")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -36,12 +39,21 @@ def _cell(cell: dict[str, Any], stem: str, pictures: dict[str, bytes]) -> Iterat
         yield from filter(None, (title, rest))
         return
     yield f"```python\n{source}\n```"
+    shown: list[str] = []  # text outputs that follow one another
     for output in cell.get("outputs", []):
         data = output.get("data", {})
-        if "image/png" in data:
-            name = f"{stem}-{len(pictures) + 1}.png"
-            pictures[name] = base64.b64decode("".join(data["image/png"]))
-            yield f"![Output of the cell above]({name})"
-        else:
-            shown = "".join(output.get("text", data.get("text/plain", [])))
-            yield f"```text\n{shown.rstrip()}\n```"
+        if "image/png" not in data:
+            shown += output.get("text", data.get("text/plain", []))
+            continue
+        yield from _text(shown)
+        shown = []
+        name = f"{stem}-{len(pictures) + 1}.png"
+        pictures[name] = base64.b64decode("".join(data["image/png"]))
+        yield f"![Output of the cell above]({name})"
+    yield from _text(shown)
+
+
+def _text(shown: list[str]) -> Iterator[str]:
+    """Text outputs as a block without colors, if there are any."""
+    if text := COLORS.sub("", "".join(shown)).rstrip():
+        yield f"```text\n{text}\n```"
