@@ -60,10 +60,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Mark cells with numbers and short names in code, which site.css keeps on one line."""
-    return NAMES.sub(
-        r'<code class="name">\1</code>', NUMBERS.sub(r'<td class="number"\1>\2</td>', html)
-    )
+    """Keep numbers and short names in code on one line, with site.css."""
+    html = NUMBERS.sub(r'<td class="number"\1>\2</td>', html)
+    html = NAMES.sub(r'<code class="name">\1</code>', html)
+    return re.sub(r"(?<=\d) ([±\u00d7]) (?=\d)", "\u00a0\\1\u00a0", html)
 
 
 def _target(source: PurePosixPath, address: str) -> PurePosixPath | None:

@@ -29,7 +29,10 @@ BANNED = re.compile(
 GUIDES = ("README.md", "docs/index.md", "docs/tutorials/", "docs/how-to/")
 GENERATED = ("docs/reference/keys.md", "docs/reference/commands.md")
 # counted as soon as they are rewritten: take a page off this list and keep it off
-PAGES_TO_REWRITE = ("README.md", "docs/results.md", "docs/results/")
+PAGES_TO_REWRITE = (
+    "README.md", "docs/results.md", "docs/results/", "CHANGELOG.md", "CONTRIBUTING.md",
+    "SECURITY.md", "simulations/", "hosl_flower/",
+)  # fmt: skip
 # packages whose docstrings are not rewritten yet
 PACKAGES_TO_REWRITE = (
     "hosl_flower/client", "hosl_flower/compare", "hosl_flower/config", "hosl_flower/data",
@@ -41,10 +44,9 @@ PACKAGES_TO_REWRITE = (
 )  # fmt: skip
 
 
-def pages():
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    patterns = ["README.md", "docs/*.md"]
-    found = subprocess.run([*command, "--", *patterns], cwd=ROOT, capture_output=True, text=True)
+def pages(*patterns):
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *patterns]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return [
         name
         for name in found.stdout.splitlines()
@@ -77,13 +79,17 @@ PACKAGES = [
 ] + ["strategies"]
 
 
+DOCUMENTATION = pages("README.md", "docs/*.md")
+ALL_PAGES = pages("*.md")
+
+
 def address(names):
     """How often the pages say you, and their words."""
     words = [word for name in names for word in WORD.findall(prose((ROOT / name).read_text()))]
     return sum(word.lower() in ("you", "your", "yours", "yourself") for word in words), len(words)
 
 
-@pytest.mark.parametrize("page", [page for page in pages() if page.startswith(GUIDES)])
+@pytest.mark.parametrize("page", [page for page in DOCUMENTATION if page.startswith(GUIDES)])
 def test_a_guide_addresses_its_reader(page):
     """At least one you or your in 100 words."""
     you, words = address([page])
@@ -91,11 +97,11 @@ def test_a_guide_addresses_its_reader(page):
 
 
 def test_the_documentation_addresses_its_reader():
-    you, words = address(pages())
+    you, words = address(DOCUMENTATION)
     assert you >= words / 100, f"{you} in {words} words"
 
 
-@pytest.mark.parametrize("page", pages())
+@pytest.mark.parametrize("page", DOCUMENTATION)
 def test_a_page_has_few_semicolons(page):
     text = prose((ROOT / page).read_text(encoding="utf-8"))
     assert text.count(";") <= 0.002 * len(WORD.findall(text)), [
@@ -103,14 +109,14 @@ def test_a_page_has_few_semicolons(page):
     ]
 
 
-@pytest.mark.parametrize("page", pages())
+@pytest.mark.parametrize("page", ALL_PAGES)
 def test_headings_begin_with_words_that_are_searched_for(page):
     text = FENCED.sub("", (ROOT / page).read_text(encoding="utf-8"))
     headings = re.findall(r"^#+ (.*)$", text, re.M)
     assert not [heading for heading in headings if FIRST_WORDS.match(heading)]
 
 
-@pytest.mark.parametrize("page", pages())
+@pytest.mark.parametrize("page", ALL_PAGES)
 def test_a_page_has_no_banned_phrase(page):
     text = FENCED.sub("", (ROOT / page).read_text(encoding="utf-8"))
     text = ADDRESS.sub(r"\1)", INLINE.sub("code", INDENTED.sub("", text)))
