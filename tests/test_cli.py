@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from hosl_flower.cli import cli, key_value, read_app_config
+from hosl_flower.cli import cli
+from hosl_flower.config.app_config import key_value, read_app_config
 from hosl_flower.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]

@@ -14,7 +14,8 @@ import pytest
 import typer
 from flwr.common.config import parse_config_args
 
-from hosl_flower.cli import cli, key_value
+from hosl_flower.cli import cli
+from hosl_flower.config.app_config import key_value
 from hosl_flower.config.parse import parse_config
 from hosl_flower.config.run_config import KEYS
 from hosl_flower.methods.load import load_method, registered

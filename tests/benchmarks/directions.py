@@ -42,8 +42,8 @@ import torch
 from direction_kinds import Drawn, Parts, cosine, learned, only, probed, rms
 from torch import Tensor, nn
 
-from hosl_flower.cli import key_value
 from hosl_flower.client.client import Client
+from hosl_flower.config.app_config import key_value
 from hosl_flower.config.parse import parse_config
 from hosl_flower.gradients.backprop import gradients
 from hosl_flower.gradients.residual.gradients import residual_gradients

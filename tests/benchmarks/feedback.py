@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hosl_flower.cli import key_value
 from hosl_flower.client.client import Client
+from hosl_flower.config.app_config import key_value
 from hosl_flower.config.parse import parse_config
 from hosl_flower.gradients.backprop import gradients
 from hosl_flower.gradients.residual.gradients import fed_back, residual_gradients

@@ -14,10 +14,10 @@ import json
 import tempfile
 from pathlib import Path
 
-from hosl_flower.cli import key_value
 from hosl_flower.compare.compare import compare
 from hosl_flower.compare.experiment import cells, read_experiment
 from hosl_flower.compare.outcome import outcome
+from hosl_flower.config.app_config import key_value
 
 QUICK = Path(__file__).with_name("frontier_quick.toml")
 FULL = Path(__file__).parents[2] / "simulations" / "comparisons" / "methods.toml"

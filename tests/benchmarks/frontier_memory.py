@@ -13,11 +13,11 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from hosl_flower.cli import key_value
 from hosl_flower.compare.experiment import cells, read_experiment
 from hosl_flower.compare.experiment_file import Cell, Experiment, Keys
 from hosl_flower.compare.outcome import Outcome, outcome
 from hosl_flower.compare.runner import run_all
+from hosl_flower.config.app_config import key_value
 
 STEPS = 10
 HEAD = ("cut", "method", "optimizer", "micro_batch", "peak_bytes", "exchange_peak_bytes")

@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hosl_flower.cli import key_value
 from hosl_flower.client.client import Client
+from hosl_flower.config.app_config import key_value
 from hosl_flower.config.parse import parse_config
 from hosl_flower.models.label_head import Judged, OutputHead, load_output_head
 from hosl_flower.protocol.messages.activations import Activations, Forward

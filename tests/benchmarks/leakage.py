@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hosl_flower.cli import key_value
+from hosl_flower.config.app_config import key_value
 from hosl_flower.config.parse import parse_config
 from hosl_flower.data.client_data import DataPool
 from hosl_flower.data.encoders.prompts import PromptEncoder

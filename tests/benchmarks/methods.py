@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from hosl_flower.cli import read_app_config
+from hosl_flower.config.app_config import read_app_config
 from hosl_flower.methods.load import load_method
 from hosl_flower.run.run_log import log_to_stderr
 from hosl_flower.run.start import run_in_process

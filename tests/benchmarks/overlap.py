@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from hosl_flower.cli import key_value
+from hosl_flower.config.app_config import key_value
 from hosl_flower.config.parse import parse_config
 from hosl_flower.config.resolve import resolve
 from hosl_flower.data import overlap

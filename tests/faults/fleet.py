@@ -16,7 +16,7 @@ from pathlib import Path
 
 from runs import metrics
 
-from hosl_flower.cli import read_app_config
+from hosl_flower.config.app_config import read_app_config
 from hosl_flower.flower.processes import MARK, free_port, script, stop, wait_until_healthy
 from hosl_flower.methods.load import load_method
 from hosl_flower.run.start import run_in_process

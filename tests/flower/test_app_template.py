@@ -8,7 +8,8 @@ import pytest
 from test_imports import loaded_with
 from typer.testing import CliRunner
 
-from hosl_flower.cli import cli, read_app_config
+from hosl_flower.cli import cli
+from hosl_flower.config.app_config import read_app_config
 from hosl_flower.config.run_config import KEYS
 from hosl_flower.flower.app_template import SECTIONS, read_template, template_names
 

@@ -13,7 +13,7 @@ import torch
 from deployments import deployment, run_deployed
 from runs import metrics, write_questions
 
-from hosl_flower.cli import read_app_config
+from hosl_flower.config.app_config import read_app_config
 from hosl_flower.flower.processes import free_port
 from hosl_flower.methods.load import load_method
 from hosl_flower.privacy.noise_secret import simulated_secret

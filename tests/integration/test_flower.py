@@ -12,7 +12,7 @@ import pytest
 from reference_ho_sfl import ho_sfl
 from runs import PROMPT, write_reviews
 
-from hosl_flower.cli import read_app_config
+from hosl_flower.config.app_config import read_app_config
 from hosl_flower.methods.load import load_method
 from hosl_flower.run.start import run_in_process
 

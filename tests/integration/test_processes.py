@@ -11,7 +11,7 @@ from flwr.app import Error, Message
 from flwr.supercore.task_identity import TaskIdentity
 from grids import LocalGrid
 
-from hosl_flower.cli import read_app_config
+from hosl_flower.config.app_config import read_app_config
 from hosl_flower.flower.strategy import SplitStrategy
 from hosl_flower.methods.load import load_method
 from hosl_flower.run.start import run_in_process

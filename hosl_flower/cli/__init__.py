@@ -1,0 +1,43 @@
+"""The command line: `hosl-flower`, which is also `python -m hosl_flower`."""
+
+import os
+from typing import Annotated
+
+import typer
+
+from hosl_flower import __version__
+from hosl_flower.cli import apps, runs
+from hosl_flower.cli.group import Command, Group
+from hosl_flower.config.parse import help_table
+
+# read by OpenMP when torch is loaded: threads that wait must not spin on each other's cores
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+cli = typer.Typer(cls=Group, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hosl-flower {__version__}")
+        raise typer.Exit
+
+
+@cli.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version")
+    ] = False,
+) -> None:
+    """Split federated fine-tuning on Flower."""
+
+
+def keys() -> None:
+    """The table of run-config keys, as Markdown."""
+    typer.echo(help_table())
+
+
+for command in (
+    apps.new, apps.run, apps.simulate, runs.compare, runs.report, apps.plan, runs.export,
+    runs.generate, keys,
+):  # fmt: skip
+    cli.command(cls=Command)(command)
