@@ -1,6 +1,7 @@
 """The part of a run's settings that travels to its clients."""
 
 import json
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -127,6 +128,26 @@ class ClientSpec:
 
 
 _ADAPTER = TypeAdapter(ClientSpec)
+
+
+def client_spec(
+    config: RunConfig, run: str, model: str, task: Task, source: str, client_head: bool = False
+) -> ClientSpec:
+    """Return the settings of a run that its clients get.
+
+    Args:
+        config: the run config.
+        run: the name of the run.
+        model: the model as it is used, which may be a fallback.
+        task: the task as it is used.
+        source: where its data come from.
+        client_head: whether the client has an auxiliary head.
+    """
+    keys: dict[str, Any] = config.as_keys()
+    settled: dict[str, Any] = {"run": run, "model": model, "task": task, "source": source}
+    names = ClientSpec.__dataclass_fields__.keys() - settled.keys() - {"client_head"}
+    values: dict[str, Any] = {name: keys[name.replace("_", "-")] for name in names}
+    return ClientSpec(**settled, client_head=client_head, **values)
 
 
 def server_lora(config: RunConfig) -> Lora | None:

@@ -2,11 +2,10 @@
 the messages. A client never reads the server's files or environment."""
 
 import os
-from typing import Any
 
 from pydantic.dataclasses import dataclass
 
-from hosl_flower.config.client_spec import ClientSpec
+from hosl_flower.config.client_spec import ClientSpec, client_spec
 from hosl_flower.config.run_config import RunConfig
 from hosl_flower.config.task_from_config import task_from_config
 from hosl_flower.errors import ConfigError, ModelError
@@ -59,19 +58,8 @@ def resolve(config: RunConfig, run: str, client_head: bool = False) -> Resolved:
             config_task = IMAGE_TASKS[FALLBACK_IMAGE_TASK] if images else TASKS[BUNDLED_TASK]
             notes.append(f"task {config.task.name} -> {config_task.name}, the {what}")
             source = config_task.source
-    keys: dict[str, Any] = config.as_keys()
-    spec = ClientSpec(
-        run=run,
-        model=model,
-        task=config_task,
-        source=source if _is_no_path(source) else _absolute(source),
-        client_head=client_head,
-        **{
-            name: keys[name.replace("_", "-")]
-            for name in ClientSpec.__dataclass_fields__
-            if name not in ("run", "model", "task", "source", "client_head")
-        },
-    )
+    source = source if _is_no_path(source) else _absolute(source)
+    spec = client_spec(config, run, model, config_task, source, client_head)
     return Resolved(spec, _notice(notes))
 
 

@@ -8,11 +8,15 @@ from pydantic import ValidationError
 
 from hosl_flower.config.parse import parse_recorded
 from hosl_flower.config.run_config import RunConfig
+from hosl_flower.config.task_from_config import task_from_config
 from hosl_flower.errors import CheckpointError
 from hosl_flower.models.before_loading import check_model
 from hosl_flower.models.checkpoints import hub
 from hosl_flower.run.run_files import ConfigFile, Read, ResultsFile
 from hosl_flower.system.untrusted_files import check_tree, parse_json, read_json, read_regular
+from hosl_flower.tasks.known import TASKS
+from hosl_flower.tasks.known_images import IMAGE_TASKS
+from hosl_flower.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,24 @@ class Finished:
     def has_adapters(self) -> bool:
         """Whether what it saved are adapters."""
         return (self.model / "adapter_config.json").is_file()
+
+    @property
+    def task(self) -> Task:
+        """The task as the run used it: after a fallback not the one that was asked for.
+
+        Raises:
+            CheckpointError: where config.json names a task that does not exist.
+        """
+        used = self.record.task_used
+        if used == self.config.task.name:
+            return task_from_config(self.config)
+        known = {**TASKS, **IMAGE_TASKS}
+        if used not in known:
+            raise CheckpointError(
+                f"{self.directory / 'config.json'}, task_used: no task {used!r}; expected "
+                f"{self.config.task.name!r} or one of {', '.join(known)}"
+            )
+        return known[used]
 
 
 def read_run(directory: Path) -> Finished:

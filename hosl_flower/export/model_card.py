@@ -19,7 +19,6 @@ from huggingface_hub.utils import validate_repo_id
 from hosl_flower.config.parse import parse_config
 from hosl_flower.config.rules import KEYS_FREE_TO_CHANGE
 from hosl_flower.config.run_config import RunConfig
-from hosl_flower.config.task_from_config import task_from_config
 from hosl_flower.config.value_types import Scalar
 from hosl_flower.errors import CheckpointError, printable
 from hosl_flower.export import markdown
@@ -30,9 +29,6 @@ from hosl_flower.models.class_head import class_names
 from hosl_flower.models.families.registry import family_of
 from hosl_flower.run.run_files import Evaluation
 from hosl_flower.system.untrusted_files import read_regular
-from hosl_flower.tasks.known import TASKS
-from hosl_flower.tasks.known_images import IMAGE_TASKS
-from hosl_flower.tasks.task import Task
 
 _MOST_CARD = 1 << 20  # bytes of a base model's card
 # the fields of the header about terms, as the hub has them
@@ -76,7 +72,7 @@ def model_card(run: Finished, what: str) -> ModelCard:
     )
     parts = [
         f"---\n{header.to_yaml()}\n---",
-        f"# {_base(run)}, trained on {markdown.plain(_task(run).name)}",
+        f"# {_base(run)}, trained on {markdown.plain(run.task.name)}",
     ]
     if run.results.notice:
         parts.append(markdown.block(run.results.notice))
@@ -88,7 +84,7 @@ def model_card(run: Finished, what: str) -> ModelCard:
 
 def _description(run: Finished, what: str) -> Iterator[str]:
     """The list of what it is."""
-    results, clients, task = run.results, run.config.clients.count, _task(run)
+    results, clients, task = run.results, run.config.clients.count, run.task
     here = WHAT[what].format(cut=run.config.cut_layer, auto=_auto(run))
     yield f"- What is here: {here}."
     yield f"- Base model: {_base(run)}."
@@ -230,23 +226,9 @@ def _base(run: Finished) -> str:
     return local if _is_local(run) else markdown.plain(model)
 
 
-def _task(run: Finished) -> Task:
-    """The task as it was used: another one than was asked for after a fallback."""
-    used = run.record.task_used
-    if used == run.config.task.name:
-        return task_from_config(run.config)
-    known = {**TASKS, **IMAGE_TASKS}
-    if used not in known:
-        raise CheckpointError(
-            f"{run.directory / 'config.json'}, task_used: no task {used!r}; expected "
-            f"{run.config.task.name!r} or one of {', '.join(known)}"
-        )
-    return known[used]
-
-
 def _source(run: Finished) -> str:
     """Where the data came from, as in a task, or a path; empty where each node had its own."""
-    return run.config.data.path or _task(run).source
+    return run.config.data.path or run.task.source
 
 
 def _data(run: Finished) -> str:
