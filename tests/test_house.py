@@ -41,12 +41,12 @@ ALLOWED = {
         "run", "methods", "client", "server", "protocol", "data", "models", "privacy", "config",
         "tensors", "system",
     },
-    "export": {"run", "config", "models", "tasks", "tensors", "system"},
+    "export": {"run", "server", "data", "config", "models", "tasks", "tensors", "system"},
     "compare": {"flower", "run", "methods", "data", "config", "system"},
     "report": {"compare", "run", "config", "tensors", "system"},
     "cli": {
         "report", "compare", "export", "flower", "run", "methods", "data", "models", "config",
-        "system",
+        "tasks", "system",
     },
 }  # fmt: skip
 METHODS = ALLOWED["methods"] | {"methods"}

@@ -91,6 +91,12 @@ def places(tmp_path_factory):
     (run / "results.json").write_text(json.dumps(results))
     (run / "config.json").write_text('{"config": {"seed": 0, "clients-per-step": 0}}')
     (run / "metrics.jsonl").write_text('{"step": 1, "train_loss": 1.0}\n')
+    (root / "saved" / "model").mkdir(parents=True)
+    keys = {"task": "own", "prompt": "{text}", "verbalizers": "a,b"}
+    record = {"config": keys, "task_used": "own"}
+    (root / "saved" / "config.json").write_text(json.dumps(record))
+    (root / "saved" / "results.json").write_text(json.dumps(results))
+    (root / "bare.csv").write_text("a,b\n1,2\n")
     return root
 
 
@@ -125,8 +131,19 @@ def test_commands_that_fail_or_only_read_do_not_import_torch(places):
         (["generate", model, "a", "--cut-layer", "9"], 1, OUTSIDE),
         (["compare", nowhere], 1, "cannot be read"),
         (["report", nowhere], 1, "is no run directory"),
-        (["report", str(places / "run"), "--out", str(places / "a.html")], 0, "report: "),
+        (["predict", nowhere, "a"], 1, "is no run directory"),
+        (["predict", str(places / "run"), "a"], 1, "has no saved model"),
+        (["evaluate", nowhere, "a.csv"], 1, "is no run directory"),
     ]
+    saved, bare = str(places / "saved"), str(places / "bare.csv")
+    reading = [  # data, with the datasets library
+        (["predict", saved, "--file", bare], 1, "has no column 'text'"),
+        (["predict", saved, "--file", nowhere], 1, f"{nowhere!r} does not exist"),
+        (["evaluate", saved, bare], 1, "has no column 'text'"),
+    ]
+    drawing = (["report", str(places / "run"), "--out", str(places / "a.html")], 0, "report: ")
+    used = [[]] * len(expected) + [["datasets"]] * len(reading) + [["datasets", "matplotlib"]]
+    expected += [*reading, drawing]
     commands = [arguments for arguments, _, _ in expected]
     done = subprocess.run(
         [sys.executable, "-c", COMMANDS, json.dumps(commands), json.dumps(SLOW)],
@@ -134,11 +151,12 @@ def test_commands_that_fail_or_only_read_do_not_import_torch(places):
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     told = json.loads(done.stdout.splitlines()[-1])
-    for (arguments, code, said), (exit_code, output, slow) in zip(expected, told, strict=True):
+    for (arguments, code, said), (exit_code, output, slow), known in zip(
+        expected, told, used, strict=True
+    ):
         assert exit_code == code, (arguments, output)
         assert said in output, (arguments, output)
-        # the last one draws its page's figures with matplotlib
-        assert slow == ([] if arguments is not commands[-1] else ["matplotlib"]), arguments
+        assert slow == known, arguments
 
 
 def test_blocks_by_config_json_are_those_of_the_family():

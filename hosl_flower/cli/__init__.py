@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from hosl_flower import __version__
-from hosl_flower.cli import apps, runs
+from hosl_flower.cli import apps, predictions, runs
 from hosl_flower.cli.group import Command, Group
 from hosl_flower.config.parse import help_table
 
@@ -37,7 +37,7 @@ def keys() -> None:
 
 
 for command in (
-    apps.new, apps.run, apps.simulate, runs.compare, runs.report, apps.plan, runs.export,
-    runs.generate, keys,
+    apps.new, apps.run, apps.simulate, runs.compare, runs.report, apps.plan, predictions.predict,
+    predictions.evaluate, runs.generate, runs.export, keys,
 ):  # fmt: skip
     cli.command(cls=Command)(command)

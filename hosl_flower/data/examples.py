@@ -22,19 +22,32 @@ log = logging.getLogger("hosl_flower")
 _HALF = "\ufffd"  # in place of half a character
 
 
-def normalised(data: Table, task: Task, partition_column: str = "") -> Dataset:
-    """The prompt's columns and "label" or "answers" of a table; DataError says what is missing, and
-    where."""
+def normalised(
+    data: Table, task: Task, partition_column: str = "", labelled: bool = True, advice: str = ""
+) -> Dataset:
+    """Return the prompt's columns of a table, and the column "label" or "answers".
+
+    Args:
+        data: the table as it was read.
+        task: the task, which names the columns.
+        partition_column: a column of client IDs to keep.
+        labelled: whether the column with labels or answers is needed.
+        advice: the end of the message about a missing column, instead of the keys to set.
+
+    Raises:
+        DataError: for a missing column or value, with its place.
+    """
     if partition_column and partition_column not in data.names:
         raise DataError(
             f"{data.where} has no column {partition_column!r} (partition-column); the data has "
             f"{data.listed}{suggestion(data.names, partition_column)}"
         )
-    columns = _columns(data, task)
+    wanted = [*task.fields, *[task.answer_column] * labelled]
+    columns = _columns(data, task, wanted, advice)
     _check_kept_name(task, data.where, partition_column)
     if len(data) == 0:
         raise DataError(f"{data.where} has no examples")
-    right = _right(*columns[task.answer_column], task, data)
+    right = _right(*columns[task.answer_column], task, data) if labelled else {}
     texts = {name: _texts(*columns[name], data) for name in task.fields}
     _say_what_is_empty(texts, data)
     ids = _ids(data, partition_column) if partition_column else {}
@@ -51,21 +64,23 @@ def is_without_labels(labels: Sequence[Any]) -> bool:
     return all(is_missing(v) or v == [] or str(v).strip() in ("", "-1", "-1.0") for v in labels)
 
 
-def _columns(data: Table, task: Task) -> dict[str, tuple[str, list[Any]]]:
-    """The columns a task needs: of each, the name it has in the data and its values."""
+def _columns(
+    data: Table, task: Task, wanted: Sequence[str], advice: str
+) -> dict[str, tuple[str, list[Any]]]:
+    """The columns that are wanted: of each, the name it has in the data and its values."""
     if not data.names:
         raise DataError(f"{data.where} has no examples")
-    wanted = (*task.fields, task.answer_column)
     found = {name: find_column(data, name, task) for name in wanted}
     missing = [name for name, column in found.items() if column is None]
     if missing:
         keys = "" if task.image else "prompt and "
+        keys = f" (set {keys}{'target' if task.target else 'label'}-column)"
+        way_out = _way_out(data, task, [name for name in missing if name in task.fields])
         raise DataError(
             f"{data.where} has no column {', '.join(map(repr, missing))}; task {task.name} needs "
             f"{', '.join(found)}, the data has {data.listed}"
-            f"{''.join(suggestion(data.names, name) for name in missing[:2])} "
-            f"(set {keys}{'target' if task.target else 'label'}-column)"
-            f"{_way_out(data, task, [name for name in missing if name in task.fields])}"
+            f"{''.join(suggestion(data.names, name) for name in missing[:2])}"
+            f"{advice + data.doubt if advice else keys + way_out}"
         )
     for name in braces_as_text(task.prompt):
         if name in data.names:

@@ -92,6 +92,11 @@ def labelled_parts(source: str, task: Task) -> list[Table]:
     return [train.data, *(part.data for part in others if not _is_unlabelled_test(part, task))]
 
 
+def held_out_table(source: str, task: Task) -> Table:
+    """Return a whole source, or its held-out part where it has one. Raises DataError."""
+    return _from_source(source, task)[-1].data
+
+
 def _limited(part: Part, columns: Collection[str]) -> Part:
     """A part with no columns but these; "answers" allows "answers.text" too."""
     if not columns:

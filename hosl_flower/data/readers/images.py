@@ -15,7 +15,7 @@ import io
 import re
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +63,8 @@ def read_images(path: Path) -> dict[str, Dataset] | None:
 
 def holds_images(directory: Path) -> bool:
     """Whether there is an image in it or further down. A hidden directory is somebody's cache."""
-    known = Image.registered_extensions()
     hidden = directory.name.startswith(".")
-    return not hidden and any(file.suffix.lower() in known for file in directory.rglob("*"))
+    return not hidden and any(map(is_image, directory.rglob("*")))
 
 
 def image_columns(data: Dataset, task: Task, where: str) -> Dataset:
@@ -107,6 +106,17 @@ def decode(image: Mapping[str, Any], channels: int) -> Array:
     except Exception as error:  # Pillow raises many kinds for a damaged file
         raise DataError(f"{where} cannot be read as an image: {first_line(error)}") from error
     return found[..., None] if channels == 1 else found
+
+
+def image_files(paths: Sequence[Path], column: str) -> Dataset:
+    """Return a table of image files, not decoded."""
+    rows = [{"bytes": None, "path": str(path)} for path in paths]
+    return Dataset.from_dict({column: rows}, datasets.Features({column: _STRUCT}))
+
+
+def is_image(path: Path) -> bool:
+    """Return whether a file is an image, by its name."""
+    return path.suffix.lower() in Image.registered_extensions()
 
 
 def _table(images: Array, labels: Array, where: str) -> Dataset:
