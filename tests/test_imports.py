@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,9 @@ def places(tmp_path_factory):
     record = {"config": keys, "task_used": "own"}
     (root / "saved" / "config.json").write_text(json.dumps(record))
     (root / "saved" / "results.json").write_text(json.dumps(results))
+    shutil.copytree(root / "saved", root / "images")
+    settings = {"architectures": ["ResNetForImageClassification"]}
+    (root / "images" / "model" / "config.json").write_text(json.dumps(settings))
     (root / "bare.csv").write_text("a,b\n1,2\n")
     return root
 
@@ -129,6 +133,7 @@ def test_commands_that_fail_or_only_read_do_not_import_torch(places):
         (["generate", nowhere, "a"], 1, f"{nowhere!r} does not exist"),
         (["generate", "no/where", "a"], 1, "'no/where' is no directory"),
         (["generate", model, "a", "--cut-layer", "9"], 1, OUTSIDE),
+        (["generate", str(places / "images"), "a"], 1, "use `hosl-flower predict"),
         (["compare", nowhere], 1, "cannot be read"),
         (["report", nowhere], 1, "is no run directory"),
         (["predict", nowhere, "a"], 1, "is no run directory"),

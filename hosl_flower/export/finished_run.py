@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from hosl_flower.config.parse import parse_recorded
 from hosl_flower.config.run_config import RunConfig
 from hosl_flower.config.task_from_config import task_from_config
-from hosl_flower.errors import CheckpointError
+from hosl_flower.errors import CheckpointError, ConfigError
 from hosl_flower.models.before_loading import check_model
 from hosl_flower.models.checkpoints import hub
 from hosl_flower.run.run_files import ConfigFile, Read, ResultsFile
@@ -37,6 +37,13 @@ class Finished:
     def has_adapters(self) -> bool:
         """Whether what it saved are adapters."""
         return (self.model / "adapter_config.json").is_file()
+
+    @property
+    def is_classifier(self) -> bool:
+        """Whether the saved model has a head of classes and no words to write."""
+        settings = _read(self.model, "config.json")  # adapters have none, nor are they classifiers
+        kinds = settings.get("architectures") if isinstance(settings, dict) else None
+        return isinstance(kinds, list) and str(kinds[:1]).endswith("Classification']")
 
     @property
     def task(self) -> Task:
@@ -123,10 +130,15 @@ def check_source(source: str, cut: int | None) -> None:
     Raises:
         CheckpointError: for a run that cannot be read.
         ModelError: for a model that is not there.
-        ConfigError: for an unknown architecture, or a wrong cut.
+        ConfigError: for an unknown architecture, a wrong cut, or the run of a classifier.
     """
     if is_run(source):
         run = read_run(Path(source).expanduser())
+        if run.is_classifier:
+            raise ConfigError(
+                f"{source} is a run of a classifier, which writes no text; use `hosl-flower "
+                f"predict {source}` for labels and probabilities"
+            )
         check_model(str(run.model), run.config.cut_layer if cut is None else cut)
     else:
         check_model(source, cut, find=hub.fetch)

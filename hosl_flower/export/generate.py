@@ -34,7 +34,8 @@ def continuation(
     trained = open_trained(source, cut)
     if (family := trained.base.family).classes:
         raise ConfigError(
-            f"{source} is a classifier of {family.modality}s and has no text to go on with"
+            f"{source} is a classifier of {family.modality}s, which writes no text; generate needs "
+            "a language model"
         )
     config, tokenizer = trained.base.config, load_tokenizer(trained.tokenizer)
     ids = _prompt_ids(tokenizer, prompt, new_tokens, config)

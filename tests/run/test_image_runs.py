@@ -203,9 +203,7 @@ def test_the_page_and_the_command_line(run, tmp_path):
     assert "brightness" in page.read_text()
     done = CliRunner().invoke(cli, ["generate", str(directory), "a cat"])
     assert done.exit_code == 1
-    assert "is a classifier of images and has no text to go on with" in " ".join(
-        done.stderr.split()
-    )
+    assert f"use `hosl-flower predict {directory}` for labels" in " ".join(done.stderr.split())
 
 
 @pytest.mark.parametrize(

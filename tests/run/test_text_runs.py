@@ -165,7 +165,7 @@ def test_plain_transformers_score_an_export_as_the_run_does(run, name, tmp_path)
         assert open_base(str(tmp_path / side)).config.id2label == {0: "bad", 1: "good"}
     done = CliRunner().invoke(cli, ["generate", str(directory), "a film"])
     assert done.exit_code == 1
-    assert "is a classifier of texts and has no text to go on with" in " ".join(done.stderr.split())
+    assert f"use `hosl-flower predict {directory}` for labels" in " ".join(done.stderr.split())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
