@@ -23,12 +23,14 @@ from hosl_flower.config.value_types import Scalar
 from hosl_flower.errors import CheckpointError, printable
 from hosl_flower.export import markdown
 from hosl_flower.export.finished_run import Finished
+from hosl_flower.export.usage import usage
 from hosl_flower.models.architectures import RANDOM
 from hosl_flower.models.base_model import load_model_config
 from hosl_flower.models.class_head import class_names
 from hosl_flower.models.families.registry import family_of
 from hosl_flower.run.run_files import Evaluation
 from hosl_flower.system.untrusted_files import read_regular
+from hosl_flower.tasks.prompt_template import fields_of
 
 _MOST_CARD = 1 << 20  # bytes of a base model's card
 # the fields of the header about terms, as the hub has them
@@ -78,7 +80,10 @@ def model_card(run: Finished, what: str) -> ModelCard:
         parts.append(markdown.block(run.results.notice))
     if not run.results.pretrained:
         parts.append("**The base model had random weights: what is measured here is no result.**")
-    parts += ["\n".join(_description(run, what)), "\n".join(_results(run)), _origin(run)]
+    parts.append("\n".join(_description(run, what)))
+    if what in _RELATIONS:
+        parts.append(_usage(run, what))
+    parts += ["\n".join(_results(run)), _origin(run)]
     return ModelCard("\n\n".join([*parts, license_line]) + "\n")
 
 
@@ -108,6 +113,21 @@ def _description(run: Finished, what: str) -> Iterator[str]:
 
 def _quoted(words: Iterable[str]) -> str:
     return ", ".join(map(markdown.code, words))
+
+
+def _usage(run: Finished, what: str) -> str:
+    """The code that predicts with the model."""
+    local = _last(run.record.model_used) if _is_local(run) else run.record.model_used
+    code = usage(run, local if what == "adapters" else "")
+    notes = []
+    if what == "adapters" and _is_local(run):
+        notes.append("Replace the name of the base model by the path of its directory.")
+    if len(fields_of(run.task.prompt)) > 1 and _auto(run) == "AutoModelForCausalLM":
+        notes.append(
+            f"`hosl-flower predict` cuts the longest column of examples that have more than "
+            f"{run.config.task.max_length} tokens. This code does not."
+        )
+    return "\n\n".join(["## Use the model", markdown.block(code, "python"), *notes])
 
 
 def _results(run: Finished) -> Iterator[str]:

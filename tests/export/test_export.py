@@ -193,7 +193,7 @@ def test_text_of_others_stays_text_in_a_card(make, tmp_path):
     html = MarkdownIt().enable("table").render(card.text)
     assert html.count("<h1>") == 1
     assert not re.search("<a |<img|<em>|<strong>b", html.replace("<strong>The base", ""))
-    assert html.count("<pre>") == 3, "notice, keys, command"
+    assert html.count("<pre>") == 4, "notice, code, keys, command"
 
 
 @pytest.mark.parametrize("terms", [{"license": ["mit", EVIL]}, {"license": EVIL}, {"license": 3}])
