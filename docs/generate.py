@@ -13,7 +13,7 @@ import click
 import typer
 
 from hosl_flower.cli import cli
-from hosl_flower.config.parse import help_table
+from hosl_flower.cli.key_tables import as_markdown
 from hosl_flower.flower.app_template import pyproject, read_template, template_names
 
 SIMULATIONS = Path(__file__).parents[1] / "simulations"
@@ -21,9 +21,14 @@ REFERENCE = Path(__file__).parent / "reference"
 
 KEYS = """# Run-config keys
 
-`python -m hosl_flower keys` prints this table. `flwr run --run-config` takes those the app's
-`pyproject.toml` lists: ours list all of them. `run`, `simulate`, `compare` and `plan` take them
-as `-c key=value`.
+Set a key in the `pyproject.toml` of an app, or for one run with `-c key=value`. `flwr run
+--run-config` accepts only keys that the app's `pyproject.toml` lists. Apps that `hosl-flower new`
+creates list all of them.
+
+`hosl-flower keys` shows these tables on a terminal. `hosl-flower keys rate` shows only the keys
+about rates.
+
+The column "used by" names the methods that use a key.
 
 {table}
 """
@@ -37,7 +42,7 @@ needs none of them.
 
 def keys_page() -> str:
     """The table of run-config keys."""
-    return KEYS.format(table=help_table())
+    return KEYS.format(table=as_markdown())
 
 
 def commands_page() -> str:

@@ -1,6 +1,7 @@
 """The command line: what a user types and sees."""
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 from hosl_flower.cli import cli
 from hosl_flower.config.app_config import key_value, read_app_config
+from hosl_flower.config.run_config import KEYS
 from hosl_flower.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -147,7 +149,53 @@ def test_a_value_is_a_toml_scalar_or_the_text_as_it_is(given, value):
     assert key_value(given) == (given.partition("=")[0], value)
 
 
-def test_keys_prints_the_table():
-    done = CliRunner().invoke(cli, ["keys"])
+def rows_of(*arguments):
+    """The rows that `keys` prints where there is no terminal, by key."""
+    done = CliRunner().invoke(cli, ["keys", *arguments])
     assert done.exit_code == 0
-    assert "| `cut-layer` | `5` |" in done.stdout
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| `")]
+    return {row[0].strip("|` "): row[1:] for row in rows}
+
+
+def test_keys_prints_a_row_for_each_key():
+    rows = rows_of()
+    assert rows.keys() == KEYS.keys()
+    assert all(len(row) == 4 for row in rows.values())
+    assert rows["cut-layer"][:3] == ["integer, ≥ 0", "`5`", "all"]
+    assert rows["partitioner"][0] == "`iid`, `dirichlet`, `natural-id`"
+    assert rows["local-steps"][0] == "integer, 1 to 10,000"
+    assert rows["trim-fraction"][0] == "number, ≥ 0, < 0.5"
+    assert rows["client-learning-rate"][0] == "number, 0 to 1,000"
+    assert rows["save-model"][:2] == ["true or false", "`true`"]
+    assert rows["upload-every"][2] == "heron-sfl"
+    assert rows["client-learning-rate"][2] == "all except frozen-client"
+
+
+def test_keys_are_found_by_name_and_meaning():
+    assert rows_of("^dp-").keys() == {"dp-noise", "dp-clip", "dp-delta"}
+    assert "codec" in rows_of("SCALE PER TOKEN")
+    assert "prompt" in rows_of("{sentence} It")
+    assert rows_of("(").keys()  # not a regular expression: looked for as it is
+    done = CliRunner().invoke(cli, ["keys", "no such key"])
+    assert done.exit_code == 1
+    assert "no key or meaning contains 'no such key'" in " ".join(done.stderr.split())
+
+
+def test_keys_on_a_terminal_are_tables_of_its_width(monkeypatch):
+    monkeypatch.setattr("hosl_flower.cli.key_tables.on_terminal", lambda: True)
+    done = CliRunner().invoke(cli, ["keys", "rate"])
+    assert done.exit_code == 0
+    assert "client-learning-rate" in done.stdout
+    assert "used by: all except" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_keys_takes_less_than_a_second_of_processor_time():
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "hosl_flower", "keys"], cwd=ROOT, check=True,
+                       capture_output=True)  # fmt: skip
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 1.0

@@ -18,7 +18,8 @@ from hosl_flower.cli import cli
 from hosl_flower.config.app_config import key_value
 from hosl_flower.config.parse import parse_config
 from hosl_flower.config.run_config import KEYS
-from hosl_flower.methods.load import load_method, registered
+from hosl_flower.methods.load import load_method
+from hosl_flower.methods.registry import registered
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = set(typer.main.get_command(cli).commands)

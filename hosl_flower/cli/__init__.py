@@ -8,7 +8,7 @@ import typer
 from hosl_flower import __version__
 from hosl_flower.cli import apps, predictions, runs
 from hosl_flower.cli.group import Command, Group
-from hosl_flower.config.parse import help_table
+from hosl_flower.cli.key_tables import keys
 
 # read by OpenMP when torch is loaded: threads that wait must not spin on each other's cores
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -29,11 +29,6 @@ def options(
     ] = False,
 ) -> None:
     """Split federated fine-tuning on Flower."""
-
-
-def keys() -> None:
-    """The table of run-config keys, as Markdown."""
-    typer.echo(help_table())
 
 
 for command in (

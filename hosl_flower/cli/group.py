@@ -1,6 +1,7 @@
 """The group of commands: one place for errors, and for the help of arguments."""
 
 import os
+import sys
 from typing import Any, get_args, get_type_hints
 
 import click
@@ -9,6 +10,11 @@ from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
 from hosl_flower.errors import HoslError
+
+
+def on_terminal() -> bool:
+    """Return whether the output of a command is shown on a terminal."""
+    return sys.stdout.isatty()
 
 
 class Group(TyperGroup):

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hosl_flower.cli.group import on_terminal
 from hosl_flower.errors import ConfigError, HoslError
 from hosl_flower.export.finished_run import read_run
 from hosl_flower.system.whole_files import put
@@ -71,7 +72,7 @@ def predict(
         except OSError as error:
             raise HoslError(f"--out = {str(out)!r} cannot be written: {error}") from error
         typer.echo(f"predictions: {out}")
-    elif as_json or not _on_terminal():
+    elif as_json or not on_terminal():
         typer.echo(_json_lines(rows) if as_json else _csv(rows), nl=False)
     else:
         Console().print(_table(rows))
@@ -107,10 +108,6 @@ def evaluate(
     typer.echo(f"{'examples':<20}{score.examples}  ({where})")
     for name, value in score.metrics().items():
         typer.echo(f"{name.replace('_', ' '):<20}{value:.4f}")
-
-
-def _on_terminal() -> bool:
-    return sys.stdout.isatty()
 
 
 def _rows(predictor: Any, examples: Any) -> Iterator[Row]:

@@ -1,7 +1,6 @@
 """A run config from keys and values, checked."""
 
 import difflib
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +20,7 @@ def parse_config(values: Mapping[str, Any], origin: str = "the run config") -> R
     for key in values:
         if key not in KEYS:
             near = difflib.get_close_matches(key, KEYS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "see `python -m hosl_flower keys`"
+            hint = f"did you mean {near[0]!r}?" if near else "see `hosl-flower keys`"
             problems.append(f"{key}: no such key; {hint}")
     try:
         config = RunConfig.from_keys({key: value for key, value in values.items() if key in KEYS})
@@ -47,12 +46,3 @@ def _describe(details: Any) -> str:
     elif details["type"] == "string_unicode":
         message = "it has bytes that are not UTF-8"
     return f"{details['loc'][-1]} = {details['input']!r}: {message[0].lower()}{message[1:]}"
-
-
-def help_table() -> str:
-    """The keys as a Markdown table, for docs/reference/keys.md and `python -m hosl_flower keys`."""
-    lines = ["| key | default | meaning |", "|---|---|---|"]
-    for key in KEYS.values():
-        default = json.dumps(key.field.default)  # JSON and TOML write these scalars alike
-        lines.append(f"| `{key.name}` | `{default}` | {key.field.description} |")
-    return "\n".join(lines)

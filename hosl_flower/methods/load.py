@@ -2,15 +2,12 @@
 
 import importlib
 import inspect
-from functools import cache
-from importlib.metadata import EntryPoint, entry_points
 
 from hosl_flower.config.run_config import RunConfig
 from hosl_flower.data.infer_task import completed
 from hosl_flower.errors import ConfigError
 from hosl_flower.methods.method import Method
-
-GROUP = "hosl_flower.strategies"  # the entry points under which packages register methods
+from hosl_flower.methods.registry import place_of, registered
 
 
 def load_method(config: RunConfig) -> Method:
@@ -44,26 +41,3 @@ def method_class(reference: str) -> type[Method]:
     if not (isinstance(cls, type) and issubclass(cls, Method)) or inspect.isabstract(cls):
         raise ConfigError(f"strategy = {reference!r} is not a Method with steps")
     return cls
-
-
-def place_of(reference: str) -> str:
-    """The "module:class" of a method, so that two ways to write one name can be compared.
-
-    Raises:
-        ConfigError: for a name that no package has registered.
-    """
-    if ":" in reference:
-        return reference
-    known = registered()
-    if reference not in known:
-        raise ConfigError(
-            f"strategy = {reference!r}: no such method; expected one of "
-            f"{', '.join(sorted(known))}, or 'module:class' of an installed package"
-        )
-    return known[reference].value
-
-
-@cache
-def registered() -> dict[str, EntryPoint]:
-    """The methods that installed packages have registered, by name."""
-    return {entry.name: entry for entry in entry_points(group=GROUP)}

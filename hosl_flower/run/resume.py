@@ -20,8 +20,8 @@ from hosl_flower.config.rules import KEYS_FREE_TO_CHANGE
 from hosl_flower.config.run_config import KEYS, RunConfig
 from hosl_flower.errors import CheckpointError, ConfigError
 from hosl_flower.ledger.client_state import Snapshot
-from hosl_flower.methods.load import place_of
 from hosl_flower.methods.method import Method
+from hosl_flower.methods.registry import place_of
 from hosl_flower.run.checkpoint import Checkpoint, found, read
 from hosl_flower.run.resumable import check_files, check_links, check_values
 from hosl_flower.server.history import History

@@ -106,7 +106,7 @@ def test_texts_files_and_formats_give_the_same_predictions(make, tmp_path):
 
 def test_on_a_terminal_predictions_are_a_table(make, monkeypatch):
     _, run, _ = make(**WORD)
-    monkeypatch.setattr("hosl_flower.cli.predictions._on_terminal", lambda: True)
+    monkeypatch.setattr("hosl_flower.cli.predictions.on_terminal", lambda: True)
     done, _ = invoke("predict", run, "a [bold]film[/]")
     assert "a [bold]film[/] │" in done.stdout
     assert "p(negative)" in done.stdout
