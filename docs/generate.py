@@ -6,8 +6,8 @@ They come from the code and from hosl_flower/flower/templates/. tests/test_docs.
 tests/flower/test_app_template.py fail when the committed files are not what this writes.
 """
 
+import textwrap
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import click
 import typer
@@ -21,7 +21,8 @@ REFERENCE = Path(__file__).parent / "reference"
 
 KEYS = """# Run-config keys
 
-Set a key in the `pyproject.toml` of an app, or for one run with `-c key=value`. `flwr run
+Set a key in the `pyproject.toml` of an app, or for one run with `-c key=value`, or in a TOML file
+that you pass with `--config`. `-c` overrides the file, the file overrides the app. `flwr run
 --run-config` accepts only keys that the app's `pyproject.toml` lists. Apps that `hosl-flower new`
 creates list all of them.
 
@@ -35,8 +36,8 @@ The column "used by" names the methods that use a key.
 
 COMMANDS = """# Commands
 
-`python -m hosl_flower <command> --help` prints the same. Training through plain `flwr run`
-needs none of them.
+`hosl-flower <command> --help` prints the same. `python -m hosl_flower` is the same command. Plain
+`flwr run` needs none of them.
 """
 
 
@@ -62,11 +63,12 @@ def simulations() -> dict[Path, str]:
 
 
 def _section(name: str, command: click.Command) -> str:
-    usage = " ".join(["python -m hosl_flower", name, *map(_usage, command.params)])
-    lines = [f"## {name}", _sentence(command.help), "", f"    {usage}"]
+    usage = " ".join(["hosl-flower", name, *map(_usage, command.params)])
+    usage = textwrap.fill(usage, 88, subsequent_indent="    ", break_on_hyphens=False)
+    lines = [f"## {name}", _paragraphs(command.help), "", f"```text\n{usage}\n```"]
     if command.params:
         lines += ["", "| argument, option | default | meaning |", "|---|---|---|"]
-        lines += [_row(command, param) for param in command.params]
+        lines += map(_row, command.params)
     return "\n".join(lines) + "\n"
 
 
@@ -74,26 +76,24 @@ def _sentence(text: str | None) -> str:
     return " ".join((text or "").split())
 
 
+def _paragraphs(text: str | None) -> str:
+    return "\n\n".join(map(_sentence, (text or "").split("\n\n")))
+
+
 def _usage(param: click.Parameter) -> str:
     if isinstance(param, click.Argument):
         shown = str(param.name).upper() + ("..." if param.nargs != 1 else "")
         return shown if param.required else f"[{shown}]"
     if not (isinstance(param, click.Option) and param.is_flag):
-        value = "key=value" if param.name == "config" else param.type.name.split()[0].upper()
+        value = param.metavar or param.type.name.split()[0].upper()
         return f"[{param.opts[0]} {value}]" + ("..." if param.multiple else "")
     return f"[{param.opts[0]}]"
 
 
-def _row(command: click.Command, param: click.Parameter) -> str:
+def _row(param: click.Parameter) -> str:
     shown = str(param.name).upper() if isinstance(param, click.Argument) else ", ".join(param.opts)
     default = "" if param.default in (None, "", False) or param.required else f"`{param.default}`"
-    return f"| `{shown}` | {default} | {_help(command, param)} |"
-
-
-def _help(command: click.Command, param: click.Parameter) -> str:
-    # from the annotation: Typer's arguments lose their help under Click 8.5
-    hint = get_type_hints(command.callback, include_extras=True)[str(param.name)]
-    return _sentence(next((info.help for info in get_args(hint) if hasattr(info, "help")), ""))
+    return f"| `{shown}` | {default} | {_sentence(getattr(param, 'help', ''))} |"
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from hosl_flower.cli import cli
@@ -147,6 +148,93 @@ def test_an_app_that_is_not_one_is_one_line(tmp_path, content, complaint):
 )
 def test_a_value_is_a_toml_scalar_or_the_text_as_it_is(given, value):
     assert key_value(given) == (given.partition("=")[0], value)
+
+
+COMMANDS = typer.main.get_command(cli).commands
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_describes_every_argument_and_option(name):
+    assert COMMANDS[name].help.strip()
+    done = CliRunner().invoke(cli, [name, "--help"], env={"COLUMNS": "200"})
+    assert done.exit_code == 0
+    for param in COMMANDS[name].params:
+        assert param.help, param.name
+        assert param.help[0].isupper(), param.help
+        assert param.help.endswith("."), param.help
+        assert param.help[:40] in done.stdout
+
+
+def fast(directory, text):
+    (directory / "fast.toml").write_text(text)
+    return directory / "fast.toml"
+
+
+def test_keys_of_a_file_override_the_app_and_are_overridden(tmp_path):
+    app = Path(QUICKSTART)
+    own = read_app_config(app)
+    one = fast(tmp_path, 'steps = 7\n"batch-size" = 3  # small\nprompt = "{SMS} is"\n')
+    two = tmp_path / "two.toml"
+    two.write_text("\N{ZERO WIDTH NO-BREAK SPACE}steps = 8")
+    assert own.steps not in (7, 8, 9)
+    assert read_app_config(app, files=[one]) == own.with_keys(
+        {"steps": 7, "batch-size": 3, "prompt": "{SMS} is"}
+    )
+    assert read_app_config(app, files=[one, two]).steps == 8
+    assert read_app_config(app, ["steps=9"], [one, two]).steps == 9
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("# a\n'stepz' = 3", "stepz: no such key; did you mean 'steps'? ({file}, line 2)"),
+        ("\nsteps = true", "steps = True: input should be a valid integer ({file}, line 2)"),
+        ("[client]\ntrainable = 'lora'", "{file}: client is a table; expected keys without"),
+        ("steps =", "--config {file} is not TOML in UTF-8: Invalid value (at end of document)"),
+    ],
+)
+def test_mistakes_in_a_file_of_keys_name_it(tmp_path, text, complaint):
+    file = fast(tmp_path, text)
+    for command in ("run", "simulate", "plan"):
+        done = CliRunner().invoke(cli, [command, QUICKSTART, "--config", str(file)])
+        assert done.exit_code == 1
+        assert complaint.format(file=file) in " ".join(done.stderr.split())
+
+
+def test_a_file_that_is_not_there_is_refused_and_an_old_spelling_helped(tmp_path):
+    for argument, complaint in (
+        (str(tmp_path / "none.toml"), "none.toml cannot be read (No such file or directory)"),
+        ("steps=3", "to set a key, use -c steps=3"),
+    ):
+        done = CliRunner().invoke(cli, ["run", QUICKSTART, "--config", argument])
+        assert done.exit_code == 1
+        assert complaint in " ".join(done.stderr.split())
+
+
+def test_simulate_passes_the_keys_of_a_file_to_flower(tmp_path, monkeypatch):
+    passed = {}
+
+    def run_flower_app(app, overrides, federation, output):
+        passed.update(overrides)
+        return output / "results.json"
+
+    monkeypatch.setattr("hosl_flower.flower.local_run.run_flower_app", run_flower_app)
+    file = fast(tmp_path, f"steps = 7\neval-every = 7\noutput-dir = '{tmp_path}'")
+    arguments = ["simulate", QUICKSTART, "--config", str(file), "-c", "steps=5"]
+    done = CliRunner().invoke(cli, arguments)
+    assert done.exit_code == 0, done.stderr
+    assert passed == {"steps": 5, "eval-every": 7, "output-dir": str(tmp_path)}
+
+
+def test_compare_takes_keys_of_a_file_too(tmp_path):
+    experiment = tmp_path / "experiment.toml"
+    experiment.write_text("seeds = [0]\n[methods.a]\nstrategy = 'hosl'\n")
+    file = fast(tmp_path, "stepz = 3")
+    done = CliRunner().invoke(cli, ["compare", str(experiment), "--config", str(file)])
+    assert done.exit_code == 1
+    assert f"{file}, line 1: stepz: no such key; did you mean 'steps'?" in " ".join(
+        done.stderr.split()
+    )
 
 
 def rows_of(*arguments):

@@ -25,10 +25,13 @@ def _version(wanted: bool) -> None:
 @cli.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version")
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None:
-    """Split federated fine-tuning on Flower."""
+    """Fine-tune Transformers with split federated learning on Flower."""
 
 
 for command in (

@@ -6,32 +6,46 @@ from typing import Annotated
 
 import typer
 
-from hosl_flower.config.app_config import key_value, read_app_config
+from hosl_flower.config.app_config import given_keys, read_app_config
 from hosl_flower.config.run_config import RunConfig
 from hosl_flower.data.infer_task import check_data_path
 from hosl_flower.errors import ConfigError
 from hosl_flower.flower.app_template import new_app, template_names
 from hosl_flower.models.before_loading import check_model
 
-App = Annotated[Path, typer.Argument(help="a Flower app directory, such as `new` creates")]
+App = Annotated[Path, typer.Argument(help="Directory of a Flower app, such as `new` creates.")]
 Override = Annotated[
-    list[str] | None, typer.Option("-c", "--config", help="key=value, may be repeated")
+    list[str] | None,
+    typer.Option("-c", metavar="key=value", help="Set a run-config key. You can repeat -c."),
+]
+Files = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="Read run-config keys from a TOML file. -c overrides it. You can repeat --config.",
+    ),
 ]
 
 
 def new(
-    directory: Annotated[Path, typer.Argument(help="the app to create; must be new or empty")],
+    directory: Annotated[
+        Path, typer.Argument(help="Directory of the new app. It must be new or empty.")
+    ],
     template: Annotated[
-        str, typer.Option("--from", help=f"one of {', '.join(template_names())}")
+        str, typer.Option("--from", help=f"Template: {', '.join(template_names())}.")
     ] = "quickstart",
 ) -> None:
-    """Create a Flower app that lists every run-config key, for run, simulate, plan and flwr run."""
+    """Create a Flower app that lists every run-config key."""
     typer.echo(f"created: {new_app(directory, template)}")
 
 
-def run(app: App, config: Override = None) -> None:
-    """Train in this process, without Flower: same config, same numbers, no network."""
-    checked = _checked(app, config)
+def run(app: App, config: Override = None, files: Files = None) -> None:
+    """Train in this process, without Flower.
+
+    The settings and the numbers are those of a run with Flower, and no network is used.
+    """
+    checked = _checked(app, config, files)
     from hosl_flower.methods.load import load_method
     from hosl_flower.run.run_log import log_to_stderr
     from hosl_flower.run.start import run_in_process
@@ -43,13 +57,18 @@ def run(app: App, config: Override = None) -> None:
 def simulate(
     app: App,
     config: Override = None,
+    files: Files = None,
     federation: Annotated[
-        str, typer.Option(help="passed on as --federation-config, e.g. 'num-supernodes=4'")
+        str,
+        typer.Option(help="Settings for --federation-config of flwr, such as 'num-supernodes=4'."),
     ] = "",
 ) -> None:
-    """`flwr run` with a SuperLink of its own: fails when the run failed, leaves nothing behind."""
-    overrides = dict(map(key_value, config or []))
-    checked = _checked(app, config)
+    """Run the app in a temporary local SuperLink.
+
+    The command exits with an error if the run fails, and stops all processes that it started.
+    """
+    overrides = given_keys(config or [], files or []).values
+    checked = _checked(app, config, files)
     from hosl_flower.methods.load import load_method
 
     load_method(checked)  # what it refuses, it refuses before anything is started
@@ -66,13 +85,21 @@ def simulate(
 def plan(
     app: App,
     config: Override = None,
-    client_memory: Annotated[str, typer.Option(help="of a device, e.g. 1GB")] = "",
-    uplink: Annotated[str, typer.Option(help="of a device, e.g. 10Mbps")] = "",
-    downlink: Annotated[str, typer.Option(help="of a device, e.g. 50Mbps")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+    files: Files = None,
+    client_memory: Annotated[str, typer.Option(help="RAM of a client device, such as 1GB.")] = "",
+    uplink: Annotated[
+        str, typer.Option(help="Upload rate of a client device, such as 10Mbps.")
+    ] = "",
+    downlink: Annotated[
+        str, typer.Option(help="Download rate of a client device, such as 50Mbps.")
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """What a run will need of a device: memory, bytes and seconds, from a few steps here."""
-    checked = _checked(app, config)
+    """Estimate the memory, traffic and time that a run needs on a client device.
+
+    The estimate comes from a few steps on this machine.
+    """
+    checked = _checked(app, config, files)
     from hosl_flower.run import plan as planning
     from hosl_flower.run.plan_table import plan_table
     from hosl_flower.run.run_log import log_to_stderr
@@ -91,10 +118,9 @@ def plan(
         )
 
 
-def _checked(app: Path, overrides: list[str] | None) -> RunConfig:
-    """The config of an app, and what can be told of its model and data before seconds of
-    imports."""
-    config = read_app_config(app, overrides or [])
+def _checked(app: Path, overrides: list[str] | None, files: list[Path] | None) -> RunConfig:
+    """The config of an app, with model and data checked as far as that is possible at once."""
+    config = read_app_config(app, overrides or [], files or [])
     check_model(config.model, config.cut_layer)
     check_data_path(config)
     return config

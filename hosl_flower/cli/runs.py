@@ -1,13 +1,13 @@
-"""Commands that make runs comparable or take finished ones: compare, report, export, generate."""
+"""Commands for several or finished runs: compare, report, export and generate."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hosl_flower.cli.apps import Override
+from hosl_flower.cli.apps import Files, Override
 from hosl_flower.compare.experiment_file import read_file
-from hosl_flower.config.app_config import key_value
+from hosl_flower.config.app_config import check_known, given_keys
 from hosl_flower.errors import ConfigError
 from hosl_flower.export.finished_run import check_source, read_run
 from hosl_flower.models.checkpoints import hub
@@ -15,15 +15,23 @@ from hosl_flower.report.runs import run_directories
 
 
 def compare(
-    experiment: Annotated[Path, typer.Argument(help="a TOML file: methods x variants x seeds")],
-    out: Annotated[Path, typer.Option(help="where runs, tables and figures go")] = Path(
+    experiment: Annotated[
+        Path, typer.Argument(help="Experiment file (TOML): methods, variants and seeds.")
+    ],
+    out: Annotated[Path, typer.Option(help="Directory for runs, tables and figures.")] = Path(
         "runs/compare"
     ),
-    processes: Annotated[int, typer.Option(min=1, help="runs at a time")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Number of runs at the same time.")] = 1,
     config: Override = None,
+    files: Files = None,
 ) -> None:
-    """Tune, run and tabulate methods against each other; finished runs are not run again."""
-    overrides = dict(map(key_value, config or []))
+    """Tune and run several methods and write tables and figures that compare them.
+
+    Runs that have finished are not repeated.
+    """
+    given = given_keys(config or [], files or [])
+    check_known(given)
+    overrides = given.values
     read_file(experiment, overrides)  # before seconds of imports
     from hosl_flower.compare.compare import compare as run_comparison
 
@@ -31,10 +39,13 @@ def compare(
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="run directories, e.g. runs/20261124-190634")],
-    out: Annotated[Path, typer.Option(help="the page")] = Path("report.html"),
+    runs: Annotated[list[Path], typer.Argument(help="Run directories.")],
+    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
 ) -> None:
-    """One HTML page of one or several runs, side by side: opens from disk, without a network."""
+    """Write an HTML report of one or several runs.
+
+    The report is one file that opens without a network.
+    """
     run_directories(runs)  # before the import of matplotlib
     from hosl_flower.report.page import write_page
 
@@ -42,13 +53,22 @@ def report(
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="a finished run's directory")],
-    directory: Annotated[Path, typer.Argument(help="what to make; must not be there yet")],
-    what: Annotated[str, typer.Option(help="model, adapters, client or server")] = "model",
-    push: Annotated[str, typer.Option(help="and upload it to this hub repository")] = "",
-    private: Annotated[bool, typer.Option("--private", help="make that repository so")] = False,
+    run: Annotated[Path, typer.Argument(help="Directory of a finished run.")],
+    directory: Annotated[
+        Path, typer.Argument(help="Directory to create. It must be new or empty.")
+    ],
+    what: Annotated[
+        str, typer.Option(help="Part to export: model, adapters, client or server.")
+    ] = "model",
+    push: Annotated[str, typer.Option(help="Also upload to this Hugging Face repository.")] = "",
+    private: Annotated[
+        bool, typer.Option("--private", help="Create the repository as private.")
+    ] = False,
 ) -> None:
-    """A trained model as a directory of its own: merged, adapters, or one half; with a card."""
+    """Export the trained model of a run to a directory, with a model card.
+
+    You can export the merged model, the LoRA adapters, or one half of the model.
+    """
     if push:
         hub.check_name(push)
     elif private:
@@ -63,15 +83,24 @@ def export(
 
 
 def generate(
-    run: Annotated[str, typer.Argument(help="a run directory; or a model, with --cut-layer")],
-    prompt: str,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 50,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="draw from the likeliest with this share")] = 1.0,
-    seed: Annotated[int, typer.Option(help="of draws")] = 0,
-    cut_layer: Annotated[int | None, typer.Option(help="default: where the run cut")] = None,
+    run: Annotated[
+        str, typer.Argument(help="Directory of a finished run, or a model with --cut-layer.")
+    ],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")] = 50,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature. 0 takes the likeliest token.")
+    ] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling threshold.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Sampling seed.")] = 0,
+    cut_layer: Annotated[
+        int | None, typer.Option(help="Cut layer. The default is that of the run.")
+    ] = None,
 ) -> None:
-    """Continue a prompt through the split: the client's half, then the server's."""
+    """Continue a prompt with both halves of the model.
+
+    The client's half computes activations for each token, the server's half chooses the next one.
+    """
     check_source(run, cut_layer)  # before seconds of imports
     from hosl_flower.export import generate as generation
 

@@ -1,7 +1,7 @@
 """A run config from keys and values, checked."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -14,24 +14,44 @@ from hosl_flower.errors import ConfigError
 GONE = frozenset({"stream-lifetime"})
 
 
-def parse_config(values: Mapping[str, Any], origin: str = "the run config") -> RunConfig:
-    """Validate kebab-case keys; one ConfigError lists everything that is wrong with them."""
-    problems = []
-    for key in values:
-        if key not in KEYS:
-            near = difflib.get_close_matches(key, KEYS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "see `hosl-flower keys`"
-            problems.append(f"{key}: no such key; {hint}")
+def parse_config(
+    values: Mapping[str, Any],
+    origin: str = "the run config",
+    origins: Mapping[str, str] | None = None,
+) -> RunConfig:
+    """Return the validated config of kebab-case keys.
+
+    Args:
+        values: the values by key.
+        origin: where they are from, for the message.
+        origins: where single keys are from, if that is another place.
+
+    Raises:
+        ConfigError: one that lists all unknown keys and wrong values.
+    """
+    places = {key: f" ({place})" for key, place in (origins or {}).items()}
+    problems = [line + places.get(key, "") for key, line in unknown_keys(values).items()]
     try:
         config = RunConfig.from_keys({key: value for key, value in values.items() if key in KEYS})
         problems += contradictions(config)
     except ValidationError as error:
         order = list(KEYS)
         details = sorted(error.errors(), key=lambda one: order.index(str(one["loc"][-1])))
-        problems += map(_describe, details)
+        problems += [_describe(one) + places.get(str(one["loc"][-1]), "") for one in details]
     if problems:
         raise ConfigError(f"{origin} is not valid:\n  " + "\n  ".join(problems))
     return config
+
+
+def unknown_keys(keys: Iterable[str]) -> dict[str, str]:
+    """Return a line about each key that does not exist, with the nearest one that does."""
+    lines = {}
+    for key in keys:
+        if key not in KEYS:
+            near = difflib.get_close_matches(key, KEYS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "see `hosl-flower keys`"
+            lines[key] = f"{key}: no such key; {hint}"
+    return lines
 
 
 def parse_recorded(values: Mapping[str, Any], origin: str) -> RunConfig:
