@@ -19,10 +19,12 @@ How a client comes by g_m is client-gradient:
     backprop    the chain rule with the whole graph: memory is that of training, which is what the
                 zeroth-order methods spare
     recompute   the same gradient, one block at a time (hosl_flower/gradients/recompute.py)
+    exact       the same gradient by hand-written rules, without a block's graph, for the models
+                whose blocks the rules know (hosl_flower/gradients/exact.py)
     residual    an approximation in forward order, without a backward pass between blocks, of what
-                is added to the residual stream (hosl_flower/gradients/residual/gradients.py)
+                is added to the residual stream (hosl_flower/gradients/residual.py)
 
-With the last two and E > 1 a client updates each parameter as soon as its gradient is there, and
+With the last three and E > 1 a client updates each parameter as soon as its gradient is there, and
 client-optimizer = adafactor has almost no state: a step then takes about the memory of inference;
 adafactor-momentum has a quarter of float32 weights' size, half of embeddings'.
 An averaging takes a copy of the trained weights besides.

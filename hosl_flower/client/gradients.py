@@ -9,8 +9,9 @@ from hosl_flower.client.activations import CutActivations
 from hosl_flower.client.scalars import ProbeScalars, cotangent
 from hosl_flower.client.work import Work
 from hosl_flower.gradients.backprop import gradients
+from hosl_flower.gradients.exact import exact_gradients
 from hosl_flower.gradients.recompute import recomputed_gradients
-from hosl_flower.gradients.residual.gradients import residual_gradients
+from hosl_flower.gradients.residual import residual_gradients
 from hosl_flower.protocol.messages.base import Request
 from hosl_flower.protocol.messages.gradients import Backward, LocalStep
 from hosl_flower.protocol.messages.scalars import LocalTrain
@@ -21,6 +22,7 @@ from hosl_flower.tensors.update_codec import Coded, encode_update
 # phase that is measured, and how the gradient comes about, by client-gradient
 _GRADIENTS: dict[str, tuple[str, Callable[..., Iterator[tuple[str, Tensor]]]]] = {
     "backprop": ("backward", gradients),
+    "exact": ("backward", exact_gradients),
     "recompute": ("backward", recomputed_gradients),
     "residual": ("update", residual_gradients),
 }

@@ -1,7 +1,8 @@
 """The client half at ledger position 0, made the same way on both sides."""
 
 from hosl_flower.config.client_spec import ClientSpec
-from hosl_flower.gradients.residual.gradients import fed_back
+from hosl_flower.gradients.exact import check_exact
+from hosl_flower.gradients.residual import fed_back
 from hosl_flower.ledger.client_state import ClientState
 from hosl_flower.models.auxiliary_head import attach_head
 from hosl_flower.models.base_model import Base
@@ -33,4 +34,6 @@ def new_state(submodel: ClientSubmodel, spec: ClientSpec) -> ClientState:
     parameters = trainable_parameters(submodel, spec.client_trainable)
     if spec.client_gradient == "residual":
         parameters = {name: parameters[name] for name in fed_back(submodel, parameters)}
+    elif spec.client_gradient == "exact":
+        check_exact(submodel, parameters)
     return ClientState(parameters, spec.perturbation, spec.client_optimizer, spec.genesis)

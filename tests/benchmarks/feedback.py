@@ -19,7 +19,7 @@ from hosl_flower.client.client import Client
 from hosl_flower.config.app_config import key_value
 from hosl_flower.config.parse import parse_config
 from hosl_flower.gradients.backprop import gradients
-from hosl_flower.gradients.residual.gradients import fed_back, residual_gradients
+from hosl_flower.gradients.residual import fed_back, residual_gradients
 from hosl_flower.models.batch import Batch
 from hosl_flower.models.submodels import trainable_parameters
 from hosl_flower.protocol.messages.activations import Activations, Forward

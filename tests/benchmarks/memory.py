@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parents[2] / "docs" / "results" / "memory.json"
 COLUMNS = (
     "inference", "inference_micro", "hosl", "hosl_micro", "ho_sfl", "ho_sfl_micro",
     "ho_sfl_exact", "ho_sfl_exact_micro",
-    "residual", "residual_micro", "recompute", "recompute_micro",
+    "residual", "residual_micro", "exact", "exact_micro", "recompute", "recompute_micro",
     "fo", "fo_checkpoint", "fo_fused", "fo_fused_micro",
 )  # fmt: skip
 MICRO_BATCH = 2
@@ -97,7 +97,7 @@ def _client(shape: tuple, column: str, device: str) -> dict[str, Any]:
 
     model, size, length, dtype, trainable = shape
     method = column.removesuffix("_micro")
-    local = method in ("residual", "recompute")
+    local = method in ("residual", "exact", "recompute")
     spec = client_spec(
         model=f"random:{model}", cut_layer=5, dtype=dtype, client_trainable=trainable,
         batch_size=size, max_length=length, threads=0, device=device,
@@ -158,6 +158,7 @@ def _client(shape: tuple, column: str, device: str) -> dict[str, Any]:
         "ho_sfl": [forward, cut_gradient, update],
         "ho_sfl_exact": [forward, partial(cut_gradient, 0.0), update],
         "residual": [forward, local_step],
+        "exact": [forward, local_step],
         "recompute": [forward, local_step],
     }
     started = time.perf_counter()
@@ -242,6 +243,8 @@ def summary(cells: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "ho_sfl_micro_over_inference_micro": ("ho_sfl_micro", "inference_micro"),
         "residual_over_inference": ("residual", "inference"),
         "residual_micro_over_inference_micro": ("residual_micro", "inference_micro"),
+        "exact_over_inference": ("exact", "inference"),
+        "exact_micro_over_inference_micro": ("exact_micro", "inference_micro"),
         "recompute_over_inference": ("recompute", "inference"),
         "recompute_micro_over_inference_micro": ("recompute_micro", "inference_micro"),
         "fo_over_hosl": ("fo", "hosl"),

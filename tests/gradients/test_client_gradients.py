@@ -6,9 +6,10 @@ from gradients import both
 from specs import client_spec
 
 from hosl_flower.errors import ConfigError
+from hosl_flower.gradients.exact import check_exact, exact_gradients
 from hosl_flower.gradients.recompute import recomputed_gradients
-from hosl_flower.gradients.residual.attention import listening, through_attention
-from hosl_flower.gradients.residual.gradients import fed_back, residual_gradients
+from hosl_flower.gradients.residual import fed_back, residual_gradients
+from hosl_flower.gradients.rules.attention import listening, through_attention
 from hosl_flower.ledger.new_state import new_state
 from hosl_flower.models.architectures import architecture
 from hosl_flower.models.base_model import Base, open_base
@@ -61,6 +62,8 @@ def test_recomputing_works_for_post_norm_models_with_projected_embeddings():
         assert torch.allclose(own[name], gradient, rtol=1e-4, atol=1e-4), name
     with pytest.raises(ConfigError, match="pre-norm"):
         fed_back(client, trainable_parameters(client, "full"))
+    with pytest.raises(ConfigError, match="pre-norm"):
+        check_exact(client, trainable_parameters(client, "full"))
 
 
 def only_fed_back(client, parameters, *rest):
@@ -68,6 +71,8 @@ def only_fed_back(client, parameters, *rest):
     return residual_gradients(client, chosen, *rest)
 
 
+ADAPTED = {"opt": ("q_proj", "v_proj", "fc1", "fc2"), "gpt2": ("c_attn", "c_proj", "c_fc")}
+GATED = ("q_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FAMILIES = [f"{name}-tiny" for name in ("opt", "gpt2", "llama", "mistral", "qwen2", "qwen3")]
 
 
@@ -110,9 +115,7 @@ def test_residual_feedback_is_exact_where_nothing_comes_after(model, micro_batch
 
 @pytest.mark.parametrize("model", FAMILIES)
 def test_residual_feedback_of_adapters_is_exact_where_nothing_comes_after(model):
-    targets = {"opt": ("q_proj", "v_proj", "fc1", "fc2"), "gpt2": ("c_attn", "c_proj", "c_fc")}
-    gated = ("q_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    lora = Lora(4, 8.0, targets.get(model.removesuffix("-tiny"), gated), 0)
+    lora = Lora(4, 8.0, ADAPTED.get(model.removesuffix("-tiny"), GATED), 0)
     own, exact = both(only_fed_back, *shaken(model, 1, lora), "lora", 4)
     assert own.keys() == exact.keys()
     for name, gradient in exact.items():
@@ -159,7 +162,7 @@ def test_every_block_takes_the_gradient_at_the_cut_for_its_own(model):
 @pytest.mark.parametrize("masked", ["causal", "boolean", "added"])
 def test_attention_back_by_hand(monkeypatch, most, masked):
     """Against autograd of torch's own, however few sequences and heads are in work at a time."""
-    monkeypatch.setattr("hosl_flower.gradients.residual.attention._SCORES", most)
+    monkeypatch.setattr("hosl_flower.gradients.rules.attention._SCORES", most)
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(3, 6, 7, 4, generator=generator).requires_grad_()
     key, value = (torch.randn(3, 2, 7, 4, generator=generator).requires_grad_() for _ in "kv")
@@ -183,6 +186,52 @@ def test_attention_back_by_hand(monkeypatch, most, masked):
     expected = torch.autograd.grad(out, (query, key, value), d)
     for found, gradient in zip(through_attention(heard[0], d), expected, strict=True):
         assert torch.allclose(found, gradient.nan_to_num(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("micro_batch", [0, 1, 4])
+@pytest.mark.parametrize("model", FAMILIES)
+def test_the_rules_give_the_gradient_of_back_propagation(model, micro_batch):
+    own, exact = both(exact_gradients, *shaken(model, 3), micro_batch=micro_batch)
+    assert own.keys() == exact.keys()
+    assert_same(own, exact)
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+def test_the_rules_give_the_gradient_of_adapters(model):
+    lora = Lora(4, 8.0, ADAPTED.get(model.removesuffix("-tiny"), GATED), 0)
+    own, exact = both(exact_gradients, *shaken(model, 3, lora), "lora", 4)
+    assert own.keys() == exact.keys()
+    for name, gradient in exact.items():
+        assert (own[name] - gradient).abs().max() <= 1e-4 * gradient.abs().max(), name
+
+
+def test_the_rules_give_the_gradient_of_adapters_over_8_bits():
+    pytest.importorskip("torchao")
+    client = load_client(open_base("random:opt-tiny"), 3, torch.float32, "cpu", LORA, "int8")
+    _, batch, cotangent = problem()
+    own, exact = both(exact_gradients, client, batch, cotangent, "lora")
+    for name, gradient in exact.items():
+        assert (own[name] - gradient).abs().max() <= 5e-2 * gradient.abs().max(), name
+
+
+def test_a_stage_runs_a_block_only_as_far_as_it_must(monkeypatch):
+    """Weights that a stage has handed out may have changed before the next stage runs."""
+    client, batch, cotangent = shaken("llama-tiny", 2)
+    parameters = trainable_parameters(client, "full")
+    exact = dict(exact_gradients(client, parameters, batch, cotangent))
+    exact = {n: g.to_dense() if g.is_sparse else g for n, g in exact.items()}
+    with torch.no_grad():
+        for name, gradient in exact_gradients(client, parameters, batch, cotangent):
+            assert torch.equal(gradient.to_dense() if gradient.is_sparse else gradient, exact[name])
+            parameters[name].fill_(float("nan"))
+
+
+def test_the_rules_refuse_what_they_do_not_know():
+    client = load_client(open_base("random:opt-tiny"), 2, torch.float32, "cpu")
+    check_exact(client, trainable_parameters(client, "full"))
+    client.decoder.layers[1].register_parameter("extra", torch.nn.Parameter(torch.zeros(1)))
+    with pytest.raises(ConfigError, match=r"no rule for .*layers\.1\.extra; use client-gradient"):
+        check_exact(client, trainable_parameters(client, "full"))
 
 
 def test_residual_feedback_points_along_the_gradient():
@@ -215,7 +264,7 @@ def test_the_parameters_residual_feedback_trains():
         fed_back(client, trainable_parameters(client, "blocks"))
 
 
-@pytest.mark.parametrize("compute", [recomputed_gradients, only_fed_back])
+@pytest.mark.parametrize("compute", [recomputed_gradients, exact_gradients, only_fed_back])
 def test_16_bit_clients_sum_in_float32(compute):
     client, batch, cotangent = problem(dtype=torch.bfloat16)
     coarse, _ = both(compute, client, batch, cotangent, micro_batch=2)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PhiConfig
 
 from hosl_flower.errors import ConfigError
 from hosl_flower.gradients.recompute import recomputed_gradients
-from hosl_flower.gradients.residual.gradients import fed_back
+from hosl_flower.gradients.residual import fed_back
 from hosl_flower.models.architectures import ARCHITECTURES, architecture
 from hosl_flower.models.base_model import open_base
 from hosl_flower.models.batch import Batch

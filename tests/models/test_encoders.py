@@ -26,7 +26,7 @@ from transformers import (
 
 from hosl_flower.errors import ConfigError
 from hosl_flower.gradients.recompute import recomputed_gradients
-from hosl_flower.gradients.residual.gradients import fed_back
+from hosl_flower.gradients.residual import fed_back
 from hosl_flower.models.architectures import TEXT_ARCHITECTURES, architecture
 from hosl_flower.models.base_model import open_base
 from hosl_flower.models.batch import Batch
@@ -265,7 +265,7 @@ def test_a_client_in_16_bits(saved, name):
 def test_what_does_not_fit_a_classifier_is_said_in_a_line(saved):
     base = open_base(str(saved("bert-tiny")[0]))
     client, _ = halves(base.model, 1)
-    with pytest.raises(ConfigError, match=r"residual needs a pre-norm model .* use recompute"):
+    with pytest.raises(ConfigError, match=r"need a pre-norm model .* use recompute"):
         fed_back(client, trainable_parameters(client, "full"))
     with pytest.raises(ConfigError, match=r"'q_proj' matches no linear module .* query, value"):
         halves(base.model, 1, Lora(2, 8.0, ("q_proj",), 0))

@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, ViTModel
 
 from hosl_flower.errors import ConfigError, ModelError
+from hosl_flower.gradients.exact import exact_gradients
 from hosl_flower.gradients.recompute import recomputed_gradients
-from hosl_flower.gradients.residual.gradients import fed_back, residual_gradients
+from hosl_flower.gradients.residual import fed_back, residual_gradients
 from hosl_flower.models.architectures import architecture
 from hosl_flower.models.base_model import open_base
 from hosl_flower.models.batch import Batch
@@ -177,6 +178,17 @@ def test_residual_feedback_trains_the_blocks_of_a_vit(saved):
     for name, expected in zip(trained, exact, strict=True):
         if "layers.1." in name:  # the last block's is exact
             assert torch.allclose(own[name], expected, rtol=1e-4, atol=1e-4), name
+
+
+def test_the_rules_give_the_gradient_of_a_vit(saved):
+    client, _ = halves(saved("vit")[0], 2)
+    gradient = torch.randn(3, 17, 32, generator=torch.Generator().manual_seed(2))
+    batch = Batch(PIXELS, torch.ones(3, 17, dtype=torch.int64), torch.zeros(3))
+    own, exact = both(exact_gradients, client, batch, Cotangent(gradient, torch.empty(0), 1.0))
+    assert own.keys() == exact.keys()
+    for key, expected in exact.items():
+        if not key.endswith("k_proj.bias"):  # softmax makes its gradient zero
+            assert (own[key] - expected).abs().max() <= 1e-4 * expected.abs().max(), key
 
 
 def test_what_a_resnet_cannot_is_said_in_a_line(saved):

@@ -284,7 +284,7 @@ def test_what_cannot_be_is_said_in_a_line(run, changes, message):
 
 
 def test_residual_feedback_and_heads_on_clients_are_refused(run):
-    with pytest.raises(ConfigError, match=r"residual needs a pre-norm model .* use recompute"):
+    with pytest.raises(ConfigError, match=r"need a pre-norm model .* use recompute"):
         run(SplitFo, client_gradient="residual", client_optimizer="adafactor")
     with pytest.raises(ConfigError, match="needs a language model; for classifiers use another"):
         run(Heron)

@@ -72,8 +72,9 @@ def peaks_of(traced: bool, **changes) -> dict[str, int]:
         {"client_trainable": "lora"},
         {"client_gradient": "residual", "client_trainable": "full"},
         {"client_gradient": "recompute", "client_trainable": "full"},
+        {"client_gradient": "exact", "client_trainable": "full"},
     ],
-    ids=["zo", "zo-bf16-micro", "zo-lora", "residual", "recompute"],
+    ids=["zo", "zo-bf16-micro", "zo-lora", "residual", "recompute", "exact"],
 )
 def test_traced_peaks_are_the_measured_ones(changes):
     defaults = {"client_trainable": "blocks", "dtype": "float32", "client_micro_batch": 0,

@@ -34,8 +34,8 @@ class ClientKeys(Group):
     )
     gradient: ClientGradient = Field(
         "backprop",
-        description="split FO: back-propagation, the same block by block (recompute), or residual "
-        "feedback: in a forward pass, each block by itself",
+        description="split FO: back-propagation, the same block by block with autograd (recompute) "
+        "or without (exact), or residual feedback: in a forward pass, each block by itself",
     )
     optimizer: ClientOptimizer = Field(
         "sgd",
@@ -47,8 +47,8 @@ class ClientKeys(Group):
     micro_batch: Annotated[Natural, After("server-micro-batch")] = Field(
         0,
         description="sequences the client runs at a time, with less memory; 0 is a whole batch, "
-        "for recompute some 2,000 tokens, for residual 128. HO-SFL then takes one forward more per "
-        "step",
+        "for recompute some 2,000 tokens, for exact 256, for residual 128. HO-SFL then takes one "
+        "forward more per step",
     )
 
 

@@ -1,8 +1,7 @@
-"""Models whose residual stream is a plain sum, which residual feedback needs.
+"""Models whose residual stream is a plain sum, which the rules of a block need.
 
 By model type: the modules of a block, and the embedding rows that tokens take. A model type that is
-not here has no residual feedback, for instance because norms follow its attention and MLP (BERT,
-Gemma 3).
+not here has no rules, for instance because norms follow its attention and MLP (BERT, Gemma 3).
 """
 
 from collections.abc import Callable, Mapping
@@ -81,7 +80,7 @@ _BLOCKS: dict[str, Callable[[PretrainedConfig], Parts | None]] = {
 }  # fmt: skip
 
 
-def residual_parts(submodel: ClientSubmodel) -> Parts:
+def block_parts(submodel: ClientSubmodel) -> Parts:
     """The modules of a client submodel's blocks.
 
     Raises:
@@ -92,8 +91,8 @@ def residual_parts(submodel: ClientSubmodel) -> Parts:
     parts = None if found is None else found(decoder.config)
     if parts is None:
         raise ConfigError(
-            "client-gradient = residual needs a pre-norm model that adds embeddings, attention and "
-            "MLP to the stream as they are; use recompute"
+            "client-gradient = residual and exact need a pre-norm model that adds embeddings, "
+            "attention and MLP to the stream as they are; use recompute"
         )
     return parts
 
@@ -102,7 +101,7 @@ def embedded_rows(submodel: ClientSubmodel, ids: Tensor, mask: Tensor) -> Mappin
     """The rows [b, S] of each embedding that tokens take, by parameter name in the decoder.
 
     Args:
-        submodel: a client submodel that `residual_parts` knows.
+        submodel: a client submodel that `block_parts` knows.
         ids: token ids [b, S].
         mask: of the tokens that are used [b, S].
     """

@@ -16,29 +16,48 @@ n, m, z and u are computed again from h' and h, a few tokens at a time, rather t
 forward-mode differentiation of transformers' own activation, or read off a where that is relu.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hosl_flower.gradients.residual.attention import (
+from hosl_flower.gradients.rules.attention import (
     Attended,
     listening,
     through_attention,
     unrotate,
 )
-from hosl_flower.gradients.residual.linear import LinearMap, Sums, at_hand
-from hosl_flower.gradients.residual.norm import Norm
-from hosl_flower.gradients.residual.stream import Parts, residual_parts
+from hosl_flower.gradients.rules.linear import LinearMap, Sums, at_hand
+from hosl_flower.gradients.rules.norm import Norm
+from hosl_flower.gradients.rules.stream import Parts, block_parts
+from hosl_flower.models.blockwise import Blocks
 from hosl_flower.models.submodels import ClientSubmodel
+
+_KINDS = ("weight", "bias", "lora_A.weight", "lora_B.weight")
+Run = Callable[[], Tensor]
+Rotary = tuple[Tensor, Tensor] | None
 
 _CHUNK_TOKENS = 128  # whose feedback is worked out at a time: small beside what a block makes
 
 
-def trained_parts(parts: Parts) -> list[str]:
-    """The modules whose weights and biases the rule gives gradients for."""
+def ruled_parameters(submodel: ClientSubmodel) -> set[str]:
+    """Return the canonical names of the parameters in blocks that the rules give gradients for.
+
+    Raises:
+        ConfigError: for a model whose blocks the rules do not know.
+    """
+    parts, family = _trained(block_parts(submodel)), submodel.family
+    return {
+        submodel.canonical(f"decoder.{family.blocks}.{index}.{part}.{kind}")
+        for index in range(len(Blocks(submodel)))
+        for part in parts
+        for kind in _KINDS
+    }
+
+
+def _trained(parts: Parts) -> list[str]:
+    """List the modules with weights and biases that a block's rules go by."""
     mlp = [p for p in (parts.norm, parts.up, parts.gate, parts.down) if p]
     return [parts.entry, *parts.projections, *parts.head_norms, parts.attention, *mlp]
 
@@ -48,11 +67,19 @@ def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(tensor.split(_CHUNK_TOKENS) for tensor in tensors), strict=True)
 
 
-class Feedback:
-    """The rule of one block, summed over pieces. before: what the latest piece's input of the block
-    gets; of the first block only, where embeddings want it."""
+class _Noted(Exception):
+    """End a block's run once the inputs that a rule needs are noted."""
 
-    before: Tensor
+
+class BlockRule:
+    """The chain rule of one block, by hand. Its gradients are summed over pieces of a batch.
+
+    Args:
+        submodel: the client submodel.
+        block: one of its blocks.
+        index: the block's index.
+        parameters: the parameters that want a gradient, by canonical name.
+    """
 
     def __init__(
         self,
@@ -61,9 +88,9 @@ class Feedback:
         index: int,
         parameters: Mapping[str, nn.Parameter],
     ):
-        self.first, self.parts, self.sums = index == 0, residual_parts(submodel), Sums(parameters)
+        self.parts, self.sums = block_parts(submodel), Sums(parameters)
         prefix = f"decoder.{submodel.family.blocks}.{index}"
-        parts = trained_parts(self.parts)
+        parts = _trained(self.parts)
         self._name = {p: submodel.canonical(f"{prefix}.{p}") for p in parts}
         self._module: dict[str, Any] = {p: block.get_submodule(p) for p in parts}
         self._map = {
@@ -74,21 +101,33 @@ class Feedback:
         owner, _, attribute = self.parts.scaling.rpartition(".")
         self._scaling = getattr(block.get_submodule(owner), attribute) if attribute else 1.0
 
-    @contextmanager
-    def of(self, feedback: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Iterator[None]:
-        """Within it the block runs, once, on the tokens whose g is `feedback` [b, S, H]. rotary:
-        cosines and sines of rotary positions [b or 1, S, d], if the model has any."""
-        g = feedback.flatten(0, 1)
+    def run(
+        self, forward: Run, g: Tensor, rotary: Rotary, passes_on: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Add the gradients of the whole block in one run of it.
+
+        Args:
+            forward: runs the block on a piece of the batch [b, S, H].
+            g: the gradient at the block's output [b, S, H].
+            rotary: cosines and sines of rotary positions [b or 1, S, d], if the model has any.
+            passes_on: also compute the gradient at the block's input.
+
+        Returns:
+            The block's output [b, S, H], and the gradient at its input [b * S, H] if asked for.
+        """
         seen: list[Tensor] = []  # h, then o, the attention's output before its projection, and h'
         before: list[Tensor] = []  # g', some tokens at a time
+        flat = g.flatten(0, 1)
 
         def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             seen.append(args[0].flatten(0, -2))
 
         def learn(_: nn.Module, args: tuple[Tensor, ...], __: Tensor) -> None:
-            wanted = (g, args[0].flatten(0, -2), *seen[1:])
+            wanted = (flat, args[0].flatten(0, -2), *seen[1:])
             with at_hand(self._map[part] for part in self._mlp()):
-                before.extend(self._learn_mlp(*some) for some in _chunks(*wanted))
+                for own, a, o, h in _chunks(*wanted):
+                    before.append(self._learn_mlp(own, a, h))
+                    self._map[self.parts.attention].learn(before[-1], o)
             del seen[1:]
 
         noted = (self.parts.entry, self.parts.attention, self.parts.norm)
@@ -96,12 +135,72 @@ class Feedback:
         hooks.append(self._module[self.parts.down].register_forward_hook(learn))
         try:
             with listening(self._key_width()) as heard:
-                yield
+                output = forward()
         finally:
             for hook in hooks:
                 hook.remove()
         with at_hand(self._map[p] for p in (*self.parts.projections, self.parts.attention)):
-            self._learn_attention(torch.cat(before), seen.pop(), heard.pop(), rotary)
+            own = self._learn_attention(
+                torch.cat(before), seen.pop(), heard.pop(), rotary, passes_on
+            )
+        return output, own
+
+    def run_mlp(self, forward: Run, g: Tensor, _: Rotary = None) -> Tensor:
+        """Add the gradients of the block's second half: its norm and MLP.
+
+        Args:
+            forward: runs the block on a piece of the batch; the run ends before the last matrix.
+            g: the gradient at the block's output [b, S, H].
+
+        Returns:
+            The gradient at the stream between the halves [b, S, H].
+        """
+        h, a = self._inputs(forward, self.parts.norm, self.parts.down)
+        with at_hand(self._map[part] for part in self._mlp()):
+            found = [self._learn_mlp(*some) for some in _chunks(g.flatten(0, 1), a, h)]
+        return torch.cat(found).view_as(g)
+
+    def run_attention(self, forward: Run, g: Tensor, rotary: Rotary) -> Tensor:
+        """Add the gradients of the block's first half: its norm and attention.
+
+        Args:
+            forward: runs the block on a piece of the batch; the run ends before the projection of
+                the attention's output.
+            g: the gradient at the stream between the halves [b, S, H].
+            rotary: see `run`.
+
+        Returns:
+            The gradient at the block's input [b, S, H].
+        """
+        with listening(self._key_width()) as heard:
+            h, o = self._inputs(forward, self.parts.entry, self.parts.attention)
+        before = g.flatten(0, 1)
+        with at_hand(self._map[p] for p in (*self.parts.projections, self.parts.attention)):
+            for own, some in _chunks(before, o):
+                self._map[self.parts.attention].learn(own, some)
+            del o
+            found = self._learn_attention(before, h, heard.pop(), rotary, passes_on=True)
+        assert found is not None  # it was asked for
+        return found.view_as(g)
+
+    def _inputs(self, forward: Run, *parts: str) -> list[Tensor]:
+        """Run the block up to the last of some modules. Returns their inputs [n, in]."""
+        seen: list[Tensor] = []
+
+        def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.append(args[0].flatten(0, -2))
+            if len(seen) == len(parts):
+                raise _Noted
+
+        hooks = [self._module[part].register_forward_pre_hook(note) for part in parts]
+        try:
+            forward()
+        except _Noted:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return seen
 
     def _key_width(self) -> int:
         """Numbers in all keys of a token."""
@@ -113,18 +212,19 @@ class Feedback:
         """Names of the MLP's matrices."""
         return [p for p in (self.parts.up, self.parts.gate, self.parts.down) if p]
 
-    def _learn_mlp(self, g: Tensor, a: Tensor, o: Tensor, h: Tensor) -> Tensor:
-        """Add what some tokens [n, ...] say; their g'."""
-        down, attention = self._map[self.parts.down], self._map[self.parts.attention]
+    def _learn_mlp(self, g: Tensor, a: Tensor, h: Tensor) -> Tensor:
+        """Add the MLP's gradients of some tokens [n, ...]. Returns their g'."""
+        down = self._map[self.parts.down]
         down.learn(g, a)
         norm = Norm(self._module[self.parts.norm], h.float())
         of_normed = self._through_mlp(down.back(g), a, norm.output)
-        before = g + self._through_norm(self.parts.norm, norm, of_normed)
-        attention.learn(before, o)
-        return before
+        return g + self._through_norm(self.parts.norm, norm, of_normed)
 
-    def _learn_attention(self, before: Tensor, h: Tensor, attended: Attended, rotary: Any) -> None:
-        """Add what g' [n, H] says of queries, keys and values."""
+    def _learn_attention(
+        self, before: Tensor, h: Tensor, attended: Attended, rotary: Rotary, passes_on: bool
+    ) -> Tensor | None:
+        """Add the gradients of queries, keys and values from g' [n, H]. Returns the gradient at the
+        block's input [n, H] if asked for."""
         sequences, heads, length, size = attended.query.shape
         d = self._map[self.parts.attention].back(before).view(sequences, length, heads, size)
         query, key, value = through_attention(attended, d.transpose(1, 2))
@@ -138,10 +238,9 @@ class Feedback:
             norm = Norm(self._module[self.parts.entry], some.float())
             of_normed = self._through_projections(each, norm.output)
             behind = self._through_norm(self.parts.entry, norm, of_normed)
-            if self.first:
+            if passes_on:
                 own.append(behind.add_(g))
-        if own:
-            self.before = torch.cat(own)
+        return torch.cat(own) if passes_on else None
 
     def _through_projections(self, found: list[Tensor], normed: Tensor) -> Tensor:
         """From the gradients at some tokens' queries, keys and values [n, heads, d] to that at what
@@ -190,7 +289,3 @@ class Feedback:
         if (total := self.sums.of(f"{self._name[part]}.weight")) is not None:
             total += (g * norm.unit).sum(0)
         return norm.back(g)
-
-    def clear(self) -> None:
-        """Let go of what is not a gradient."""
-        self.__dict__.pop("before", None)

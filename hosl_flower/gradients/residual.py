@@ -17,34 +17,29 @@ Derivation, relatives and limits: docs/explanation/residual-feedback.md.
 """
 
 from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from hosl_flower.errors import ConfigError
-from hosl_flower.gradients.residual.block import Feedback, trained_parts
-from hosl_flower.gradients.residual.stream import embedded_rows, residual_parts
+from hosl_flower.gradients.rules.block import BlockRule, ruled_parameters
+from hosl_flower.gradients.rules.stream import embedded_rows
 from hosl_flower.models.batch import Batch
 from hosl_flower.models.blockwise import Blocks, pieces
 from hosl_flower.models.submodels import ClientSubmodel
 from hosl_flower.optim.gradient import sparse_rows
 from hosl_flower.tensors.cut_gradient import Cotangent
 
-_KINDS = ("weight", "bias", "lora_A.weight", "lora_B.weight")
 _PIECE_TOKENS = 128  # of each its queries, keys, values and g' are held beside its MLP's inside
 
 
 def fed_back(submodel: ClientSubmodel, names: Collection[str]) -> list[str]:
     """Which of these parameters residual feedback trains. ConfigError for a model whose stream is
     no plain sum, or when there are none."""
-    family, parts = submodel.family, trained_parts(residual_parts(submodel))
     nothing = torch.zeros(1, 1, dtype=torch.int64)
-    trained = [f"decoder.{name}" for name in embedded_rows(submodel, nothing, nothing)]
-    for index in range(len(Blocks(submodel))):
-        for part in parts:
-            block = f"decoder.{family.blocks}.{index}"
-            trained += [f"{block}.{part}.{kind}" for kind in _KINDS]
-    known = set(map(submodel.canonical, trained))
+    embedded = (f"decoder.{name}" for name in embedded_rows(submodel, nothing, nothing))
+    known = ruled_parameters(submodel).union(map(submodel.canonical, embedded))
     found = [name for name in names if name in known]
     if not found:
         raise ConfigError(
@@ -79,18 +74,22 @@ def residual_gradients(
     if not len(blocks):
         yield from embeddings.gradients()
     for index in range(len(blocks)):
-        feedback = Feedback(submodel, blocks[index], index, parameters)
+        rule = BlockRule(submodel, blocks[index], index, parameters)
         for number, rows in enumerate(parts):
             hidden, arguments = running[number]
-            rotary = arguments[index].named.get("position_embeddings")
-            with feedback.of(cotangent.dense(rows), rotary):
-                running[number] = blocks.run(index, hidden, arguments), arguments
-            if not index:
-                embeddings.add(rows, feedback.before)
-        feedback.clear()
+            output, before = rule.run(
+                partial(blocks.run, index, hidden, arguments),
+                cotangent.dense(rows),
+                arguments[index].named.get("position_embeddings"),
+                passes_on=not index,
+            )
+            running[number] = output, arguments
+            if before is not None:
+                embeddings.add(rows, before)
+            del hidden, output, before
         if not index:
             yield from embeddings.gradients()
-        yield from feedback.sums.gradients()
+        yield from rule.sums.gradients()
 
 
 class _Embeddings:
