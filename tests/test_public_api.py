@@ -10,7 +10,7 @@ import pytest
 
 import hosl_flower
 from hosl_flower import ConfigError, HoslError, load_method, parse_config
-from hosl_flower.methods import load
+from hosl_flower.methods import load, registry
 
 ROOT = Path(__file__).parents[1]
 NAMES = set(hosl_flower.__all__) - {"__version__"}
@@ -43,7 +43,7 @@ def test_importing_the_package_loads_nothing_heavy():
 
 
 def test_methods_have_the_names_they_are_registered_under():
-    ours = {name: entry for name, entry in load.registered().items()
+    ours = {name: entry for name, entry in registry.registered().items()
             if entry.module.startswith("strategies.")}  # fmt: skip
     assert len(ours) == 9
     for name in ours:
@@ -54,7 +54,7 @@ def test_an_old_reference_is_the_same_method():
     old, new = (load_method(parse_config({"strategy": s, "task": "sms-spam"}))
                 for s in ("strategies.ho_sfl:HoSfl", "ho-sfl"))  # fmt: skip
     assert type(old) is type(new)
-    assert load.place_of("ho-sfl") == "strategies.ho_sfl:HoSfl"
+    assert registry.place_of("ho-sfl") == "strategies.ho_sfl:HoSfl"
 
 
 def test_another_package_registers_a_method(tmp_path, monkeypatch):
@@ -64,13 +64,13 @@ def test_another_package_registers_a_method(tmp_path, monkeypatch):
     info = tmp_path / "theirs-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[{load.GROUP}]\ntheirs = theirs:Theirs\n")
+    (info / "entry_points.txt").write_text(f"[{registry.GROUP}]\ntheirs = theirs:Theirs\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    load.registered.cache_clear()
+    registry.registered.cache_clear()
     try:
         assert load.method_class("theirs").name == "theirs"
     finally:
-        load.registered.cache_clear()
+        registry.registered.cache_clear()
 
 
 def test_an_unknown_name_lists_the_known_ones():
