@@ -206,12 +206,13 @@ def test_a_local_step_or_an_adoption_asked_for_again_is_not_made_again(make):
     assert [(r.position, r.digest) for r in receipts] == [(1, ledger.digest())] * 2
 
 
+@pytest.mark.parametrize("gradient", ["exact", "recompute"])
 @pytest.mark.parametrize("local_steps", [1, 2])
-def test_recomputing_clients_learn_what_back_propagating_ones_do(make, local_steps):
+def test_block_by_block_clients_learn_what_back_propagating_ones_do(make, local_steps, gradient):
     keys = {**FO, "client_trainable": "full", "num_clients": 2, "local_steps": local_steps}
     _, a, _ = make(SplitFo, **keys, client_optimizer="adafactor")
     _, b, _ = make(
-        SplitFo, **keys, client_optimizer="adafactor", client_gradient="recompute",
+        SplitFo, **keys, client_optimizer="adafactor", client_gradient=gradient,
         client_micro_batch=2,
     )  # fmt: skip
     assert losses(a) == pytest.approx(losses(b), rel=1e-4)
